@@ -1,0 +1,172 @@
+"""DynamicPruningCallback: scores the blocks, decides what each gives, prunes at the start of fit, attaches a recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import HalfPrecision
+from transformers import PreTrainedModel
+
+from lit_prune import structure
+from lit_prune.allocate import DLP, Allocation
+from lit_prune.calibrate import Batch, Calibration
+from lit_prune.callbacks.batches import calibration_batches, validation_data
+from lit_prune.errors import InputError
+from lit_prune.evaluate import measure
+from lit_prune.families import Block
+from lit_prune.pipeline import Recipe, prune, recipe_record
+from lit_prune.prune import Method
+from lit_prune.recover import Recovery, rebuild, snapshot
+
+
+
+class DynamicPruningCallback(Callback):
+    """Prunes the Hugging Face LLM of a LightningModule before the first step, and readies it for recovery.
+
+    The LLM is found as ``pl_module.model``. Calibration windows come from the data module's
+    ``calibration_windows(num_samples, seq_length, seed)`` where it has one, else from the first batches of the training
+    dataloader (dicts of `input_ids` and, where there is padding, `attention_mask`).
+
+    Args:
+        method: How weights are chosen within a linear, such as Wanda or Magnitude; null switches pruning off.
+        sparsity: Share of the linears' weights to remove, mean over the blocks, in [0, 1).
+        allocation: How blocks are scored and the sparsity is spread over them: DLP, LayerRedundancy, Uniform, or a Plan
+            from a file; null is DLP.
+        at_step: Optimizer step before which the cut comes; 0 is the only one so far.
+        recovery: What is trained after the cut, such as LoRA; null trains what the LightningModule leaves trainable,
+            which must not be the pruned weights.
+        calibration: How much text the statistics are taken over.
+        min_rate: Least share that any block gives.
+        max_rate: Greatest share that any block gives.
+        targets: Name suffixes or regular expressions of the linears to prune; null takes all in the blocks.
+        ignore: Suffixes or regular expressions of linears to leave alone.
+        blocks: Dotted path of the decoder layers in the LLM, for a family that is not known.
+        target: Dotted path of the LLM in the LightningModule.
+        measure: Measure the perplexity on the validation data before and after the cut (as much of it as the Trainer's
+            `limit_val_batches` allows).
+
+    Raises:
+        InputError: for settings that cannot be; before anything is touched.
+    """
+
+    def __init__(
+        self,
+        method: Method | None,
+        sparsity: float = 0.5,
+        allocation: Allocation | None = None,
+        at_step: int = 0,
+        recovery: Recovery | None = None,
+        calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
+        min_rate: float = 0.0,
+        max_rate: float = 0.99,
+        targets: Sequence[str] | None = None,
+        ignore: Sequence[str] = (),
+        blocks: str | None = None,
+        target: str = "model",
+        measure: bool = True,
+    ) -> None:
+        if at_step != 0:
+            raise InputError(f"`pruning.at_step` must be 0, the start of fit, got {at_step}; later steps are to come.")
+        self.recipe = method and Recipe(
+            method=method,
+            sparsity=sparsity,
+            allocation=allocation or DLP(),
+            min_rate=min_rate,
+            max_rate=max_rate,
+            targets=targets,
+            ignore=ignore,
+            blocks=blocks,
+        )
+        self.recovery, self.calibration = recovery, calibration
+        self.target, self.measure = target, measure
+        self.done: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Prunes at the start of fit, or rebuilds what was done before a checkpoint's weights load."""
+        if self.recipe is None or stage != "fit":
+            return
+        if trainer.world_size > 1:
+            raise InputError(f"`pruning` works in one process so far, got {trainer.world_size}: `--trainer.devices 1`.")
+        pl_module.configure_model()
+        model = self.find_model(pl_module)
+        if trainer.ckpt_path:
+            rebuild(model, torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)[structure.KEY])
+            return
+        if isinstance(trainer.precision_plugin, HalfPrecision):
+            trainer.precision_plugin.convert_module(model)
+        self._check_trained(model, self.recipe.check(model))
+        batches = calibration_batches(trainer, self.calibration)
+        self.cut(model, batches, validation_data(trainer), trainer.strategy.root_device)
+        if self.recovery is not None:
+            self.recovery.attach(model)
+
+    def cut(
+        self,
+        model: PreTrainedModel,
+        batches: list[Batch],
+        validation: tuple[Iterable[Batch], str] | None,
+        device: torch.device,
+    ) -> None:
+        """Measures, prunes ``model`` and measures again; keeps the numbers in ``done``."""
+        assert self.recipe is not None
+        done: dict[str, Any] = {"perplexity": {}, "seconds": {}, "protocol": None}
+
+        def measured(name: str) -> None:
+            if self.measure and validation is not None:
+                measurement = measure(model.to(device), *validation, label=f"Perplexity, {name}")
+                done["perplexity"][name] = measurement.perplexity
+                done["seconds"][f"perplexity_{name}"] = measurement.seconds
+                done["protocol"] = measurement.protocol
+
+        measured("dense")
+        pruned = prune(model, batches, self.recipe, device=device)
+        done["seconds"] |= pruned.seconds
+        measured("pruned")
+        self.done = done | {
+            "recipe": recipe_record(self.recipe),
+            "scores": pruned.scores,
+            "rates": pruned.rates,
+            "achieved": pruned.achieved,
+            "sparsity": pruned.sparsity,
+        }
+
+    def find_model(self, pl_module: LightningModule) -> PreTrainedModel:
+        """Returns the LLM of a LightningModule.
+
+        Raises:
+            InputError: if there is none at ``target``.
+        """
+        found: Any = pl_module
+        for name in self.target.split("."):
+            found = getattr(found, name, None)
+        if not isinstance(found, PreTrainedModel):
+            raise InputError(
+                f"`pruning.target` must be the attribute of {type(pl_module).__name__} that holds a Hugging Face model, "
+                f"`{self.target}` is {type(found).__name__}. It must be there once `configure_model` was called."
+            )
+        return found
+
+    def _check_trained(self, model: PreTrainedModel, blocks: Sequence[Block]) -> None:
+        """Refuses a fit that would train pruned weights away from zero."""
+        trained = any(linear.weight.requires_grad for block in blocks for linear in block.linears.values())
+        if self.recovery is None and trained:
+            raise InputError(
+                "`pruning.recovery` must be given where pruned weights are trained, or training fills the zeros: use "
+                "LoRA, freeze the LLM yourself, or prune without training by `lit-prune prune`."
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+        """Stores what the LLM was made into, where the LightningModule has not."""
+        if self.recipe is not None:
+            checkpoint.setdefault(structure.KEY, snapshot(self.find_model(pl_module)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what has been done."""
+        return {"done": self.done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what had been done."""
+        self.done = state_dict["done"]

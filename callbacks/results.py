@@ -1,0 +1,92 @@
+"""ResultsCallback: the folder that comes out of a fit."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+
+from lit_prune.callbacks.batches import validation_data
+from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
+from lit_prune.evaluate import measure
+from lit_prune.report import table
+from lit_prune.results import summary, write_results
+from lit_prune.run_folder import RunFolder, write_text
+
+
+class ResultsCallback(Callback):
+    """Writes the Hugging Face folder, report.json and the picture at the end of fit, and prints the table.
+
+    It needs a DynamicPruningCallback beside it, whose LLM and numbers it takes.
+
+    Args:
+        output: Folder to write to; made after the cut, so that a run that is refused leaves nothing.
+        overwrite: Replace the folder where it exists; it is kept aside until this run is through.
+        config: Text of the run's configuration, written as config.yaml.
+
+    Raises:
+        InputError: if the folder exists and may not be replaced, or cannot be written.
+    """
+
+    def __init__(self, output: str, overwrite: bool = False, config: str | None = None) -> None:
+        self.folder = RunFolder(output, overwrite=overwrite)
+        self.config = config
+        self.seconds = 0.0
+        self._begin = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+        """Asks whether the folder can be made, before anything is done."""
+        if stage == "fit":
+            self.folder.resume = trainer.ckpt_path is not None
+            self.folder.check()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Makes the folder: the cut is done."""
+        self.folder.claim()
+        if self.config is not None:
+            write_text(self.folder.path / "config.yaml", self.config)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Starts the clock of the training."""
+        self._begin = time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+        """Stops the clock of the training; what a resumed run had spent is counted."""
+        self.seconds += time.perf_counter() - self._begin
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measures the trained model, exports it, and tells."""
+        pruning = next(c for c in trainer.callbacks if isinstance(c, DynamicPruningCallback))  # type: ignore[attr-defined]
+        model = pruning.find_model(pl_module).to(trainer.strategy.root_device)
+        report = summary(model, pruning.recipe, pruning.done)
+        report["seconds"]["train"] = self.seconds
+        validation = validation_data(trainer)
+        if validation is not None:
+            name = "dense" if pruning.recipe is None else "recovered"
+            measured = measure(model, *validation, label=f"Perplexity, {name}")
+            report["perplexity"][name] = measured.perplexity
+            report["protocol"] = measured.protocol
+            report["seconds"][f"perplexity_{name}"] = measured.seconds
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        base = getattr(pl_module, "pretrained", type(model).__name__)
+        written = write_results(self.folder, model, report, base=base, tokenizer=tokenizer, validation=validation)
+        self.folder.finish()
+        console = Console()
+        console.print(table(report))
+        for path in written:
+            console.print(str(path), highlight=False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+        """Says where a folder is that was to be replaced."""
+        if self.folder.replaced is not None:
+            Console(stderr=True).print(f"The earlier run is kept in {self.folder.replaced}", highlight=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the seconds spent so far."""
+        return {"seconds": self.seconds + (time.perf_counter() - self._begin if self._begin else 0.0)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the seconds spent before."""
+        self.seconds = state_dict["seconds"]

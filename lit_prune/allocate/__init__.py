@@ -1,0 +1,9 @@
+"""How much each block gives. One file an allocation; importing them here makes their short names resolve."""
+
+from lit_prune.allocate.base import Allocation, allocate
+from lit_prune.allocate.dlp import DLP
+from lit_prune.allocate.layer_redundancy import LayerRedundancy
+from lit_prune.allocate.plan import Plan, write_plan
+from lit_prune.allocate.uniform import Uniform
+
+__all__ = ["DLP", "Allocation", "LayerRedundancy", "Plan", "Uniform", "allocate", "write_plan"]

@@ -1,0 +1,119 @@
+"""What an allocation is, and how raw rates are brought to the budget within their bounds.
+
+An allocation looks at one block at a time (:meth:`Allocation.score`), then turns all scores into raw rates
+(:meth:`Allocation.raw`). None of the papers' rules keeps its rates inside [0, 1]; :func:`meet_budget` does it for all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor
+
+from lit_prune.calibrate import Observed
+from lit_prune.errors import InputError
+
+TOLERANCE = 1e-6
+
+
+class Allocation(ABC):
+    """How much each block gives: a score per block, and rates from the scores.
+
+    Attributes:
+        needs: The statistics that :meth:`score` reads, of those in ``lit_prune.calibrate``.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
+        """Returns the score of one block.
+
+        Args:
+            weights: The prunable weights by linear, each (out, in).
+            observed: What passed through the block, as far as ``needs`` asks.
+        """
+
+    @abstractmethod
+    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
+        """Returns the paper's rates of removal for a mean of ``sparsity``, before bounds; equal scores give equal rates."""
+
+    def check(self, sizes: Sequence[int], sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
+        """Raises InputError where the settings cannot fit blocks of these ``sizes`` (prunable weights) at a sparsity."""
+
+    def floor(self, sparsity: float) -> float:  # noqa: ARG002
+        """Returns the rate that no block falls below."""
+        return 0.0
+
+
+def allocate(
+    allocation: Allocation,
+    scores: Sequence[float],
+    sparsity: float,
+    *,
+    sizes: Sequence[int],
+    present: Sequence[float] | None = None,
+    min_rate: float = 0.0,
+    max_rate: float = 0.99,
+) -> list[float]:
+    """Returns the rate of removal of every block, with mean ``sparsity`` weighted by ``sizes``.
+
+    Args:
+        allocation: The rule.
+        scores: One score a block.
+        sparsity: Target, in [0, 1).
+        sizes: Prunable weights of each block.
+        present: Share of each block's weights that is zero already; a block never goes below it.
+        min_rate: Least rate of any block.
+        max_rate: Greatest rate of any block.
+
+    Raises:
+        InputError: if no rates within the bounds have that mean.
+    """
+    floor = max(min_rate, allocation.floor(sparsity))
+    lower = [max(floor, zero) for zero in present or [0.0] * len(scores)]
+    return meet_budget(allocation.raw(scores, sparsity), sparsity, sizes=sizes, lower=lower, upper=max_rate)
+
+
+def meet_budget(
+    raw: Sequence[float], target: float, *, sizes: Sequence[int], lower: Sequence[float], upper: float
+) -> list[float]:
+    """Returns ``clip(raw + c, lower, upper)`` with the constant c, found by bisection, that makes the mean ``target``.
+
+    ``[0.2, 1.2]`` for a target of 0.7 and an upper bound of 0.9 gives ``[0.5, 0.9]``.
+
+    Raises:
+        InputError: if the bounds leave no such rates.
+    """
+    upper_by_block = [max(upper, low) for low in lower]
+    least, most = weighted_mean(lower, sizes), weighted_mean(upper_by_block, sizes)
+    if not least - TOLERANCE <= target <= most + TOLERANCE:
+        raise InputError(
+            f"`pruning.sparsity` must be between {least:.4g} and {most:.4g}, which is what `pruning.min_rate`, "
+            f"`pruning.max_rate`, the allocation's floor and the zeros already there allow, got {target:.4g}."
+        )
+
+    def clipped(shift: float) -> list[float]:
+        return [min(max(r + shift, low), up) for r, low, up in zip(raw, lower, upper_by_block, strict=True)]
+
+    below, above = min(lower) - max(raw), max(upper_by_block) - min(raw)
+    for _ in range(100):
+        middle = (below + above) / 2
+        if weighted_mean(clipped(middle), sizes) < target:
+            below = middle
+        else:
+            above = middle
+    return clipped(above)
+
+
+def weighted_mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    """Returns the mean of ``values`` weighted by ``sizes``."""
+    return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
+
+
+def min_max(values: Sequence[float]) -> list[float]:
+    """Returns ``values`` mapped linearly to [0, 1]; equal values all give 0."""
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) if high > low else 0.0 for value in values]

@@ -1,0 +1,64 @@
+"""LayerRedundancy: Change Is the Only Constant, EMNLP Findings 2024, arXiv 2411.03513."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from lit_prune.allocate.base import Allocation, min_max
+from lit_prune.calibrate import COSINE, Observed
+from lit_prune.errors import InputError
+
+
+@final
+@dataclass(frozen=True)
+class LayerRedundancy(Allocation):
+    """Blocks that change the residual stream little give more.
+
+    LR_b = mean over tokens of cos(block's input, block's output); r = min-max of LR over the blocks;
+    rate_b = base + (sparsity - base) * r_b / mean(r).
+    LR = [0.8, 0.9, 1.0] at sparsity 0.5 and base 0.2 gives rates [0.2, 0.5, 0.8].
+
+    Args:
+        base: The rate that every block gives at least, in the unit of the sparsity; null takes half of the sparsity.
+            A base equal to the sparsity is uniform.
+
+    Raises:
+        InputError: if `base` is not in [0, 1), or is above the sparsity.
+    """
+
+    base: float | None = None
+
+    needs: ClassVar[frozenset[str]] = frozenset({COSINE})
+
+    def __post_init__(self) -> None:
+        if self.base is not None and not 0 <= self.base < 1:
+            raise InputError(f"`LayerRedundancy.base` must be in [0, 1) or null, got {self.base}.")
+
+    def check(self, sizes: Sequence[int], sparsity: float) -> None:  # noqa: ARG002
+        """Raises InputError if the base is above the sparsity."""
+        if self.base is not None and self.base > sparsity:
+            raise InputError(
+                f"`LayerRedundancy.base` must be at most `pruning.sparsity` ({sparsity}), got {self.base}; null takes "
+                "half of the sparsity."
+            )
+
+    def floor(self, sparsity: float) -> float:
+        """Returns the base."""
+        return sparsity / 2 if self.base is None else self.base
+
+    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:  # noqa: ARG002
+        """Returns LR_b."""
+        assert observed.cosine is not None
+        return observed.cosine
+
+    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
+        """Returns the paper's slice pattern."""
+        redundancy, base = min_max(scores), self.floor(sparsity)
+        mean = sum(redundancy) / len(redundancy)
+        if mean == 0:
+            return [sparsity] * len(scores)
+        return [base + (sparsity - base) * share / mean for share in redundancy]

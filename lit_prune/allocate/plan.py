@@ -1,0 +1,87 @@
+"""Plan: rates from a file that a person, or `lit-prune score`, wrote."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import yaml
+from torch import Tensor
+
+from lit_prune.allocate.base import Allocation, weighted_mean
+from lit_prune.calibrate import Observed
+from lit_prune.errors import InputError
+
+MEAN_TOLERANCE = 1e-4
+
+
+@final
+@dataclass(frozen=True)
+class Plan(Allocation):
+    """The rates in a YAML file that maps each block's index to its rate, for instance ``0: 0.41``.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: if the file is not there or is no such mapping, names a block that the model has not or leaves one
+            out, or if the mean of its rates is not the sparsity asked for.
+    """
+
+    path: str
+
+    def __post_init__(self) -> None:
+        self.rates()
+
+    def rates(self) -> dict[int, float]:
+        """Returns block -> rate as the file has it."""
+        if not Path(self.path).is_file():
+            raise InputError(f"`Plan.path` must be a file, got {self.path}; `lit-prune score` writes one.")
+        try:
+            content = yaml.safe_load(Path(self.path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"`Plan.path` must be YAML, {self.path} is not: {str(error).splitlines()[0]}.") from error
+        if not isinstance(content, dict) or not content:
+            raise InputError(f"`Plan.path` must map blocks to rates, as in `0: 0.41`; {self.path} does not.")
+        for block, rate in content.items():
+            if not isinstance(block, int) or isinstance(block, bool):
+                raise InputError(f"`Plan.path`: blocks must be whole numbers, got {block!r} in {self.path}.")
+            if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate <= 1:
+                raise InputError(f"`Plan.path`: the rate of block {block} must be in [0, 1], got {rate!r} in {self.path}.")
+        return {block: float(rate) for block, rate in content.items()}
+
+    def check(self, sizes: Sequence[int], sparsity: float) -> None:
+        """Raises InputError where the plan's blocks are not the model's, or its mean is not the sparsity."""
+        planned, blocks = self.rates(), len(sizes)
+        if strangers := sorted(set(planned) - set(range(blocks))):
+            raise InputError(f"`Plan.path`: the model has blocks 0 to {blocks - 1}, {self.path} names {strangers[0]}.")
+        if missing := sorted(set(range(blocks)) - set(planned)):
+            raise InputError(f"`Plan.path`: every block must have a rate, {self.path} has none for block {missing[0]}.")
+        mean = weighted_mean([planned[block] for block in range(blocks)], sizes)
+        if abs(mean - sparsity) > MEAN_TOLERANCE:
+            raise InputError(
+                f"`Plan.path`: the rates in {self.path} have a mean of {mean:.6g}, `pruning.sparsity` is {sparsity:g}; "
+                f"edit the plan, or pass `--pruning.sparsity {mean:.6g}`."
+            )
+
+    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:  # noqa: ARG002
+        """Returns 1: a plan looks at nothing."""
+        return 1.0
+
+    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:  # noqa: ARG002
+        """Returns the planned rates in the order of the blocks."""
+        planned = self.rates()
+        return [planned[block] for block in range(len(scores))]
+
+
+def write_plan(path: str | os.PathLike[str], rates: Sequence[float], scores: Sequence[float], header: str) -> None:
+    """Writes a plan that :class:`Plan` reads, each block's score beside its rate."""
+    lines = [f"# {line}" for line in header.splitlines()]
+    lines += [
+        f"{block}: {rate:.6f}  # score {score:.6g}"
+        for block, (rate, score) in enumerate(zip(rates, scores, strict=True))
+    ]
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,26 @@
+"""Uniform: every block gives the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from lit_prune.allocate.base import Allocation
+from lit_prune.calibrate import Observed
+
+
+@final
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """The same rate for every block; the scores are all 1."""
+
+    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:  # noqa: ARG002
+        """Returns 1."""
+        return 1.0
+
+    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
+        """Returns ``sparsity`` for every block."""
+        return [sparsity] * len(scores)

@@ -1,0 +1,277 @@
+"""TextDataModule: text from the hub, from local files or from Python's own documentation, packed into windows.
+
+documents -> tokens (through ``datasets`` and its cache) -> one stream -> non-overlapping windows, the tail dropped.
+Calibration windows come from the training stream only. Sizes: N windows of T tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from datasets import Dataset, load_dataset
+from lit_prune.calibrate import Windows, draw_windows
+from lit_prune.errors import InputError
+from lit_prune.load import Tokenizer, load_tokenizer
+from lit_prune.python_docs import python_docs
+
+BUILDERS = {".txt": "text", ".raw": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+Part = Literal["train", "val", "test"]
+Files = str | list[str] | None
+
+
+class PackedWindows(TorchDataset):
+    """The non-overlapping windows of a token stream; item i is ``{"input_ids": (T,) int64}``.
+
+    Args:
+        stream: Token ids, shape (tokens,).
+        seq_length: T, tokens per window.
+        limit: Keep only the first so many windows.
+    """
+
+    def __init__(self, stream: torch.Tensor, seq_length: int, limit: int | None = None) -> None:
+        count = stream.numel() // seq_length
+        count = count if limit is None else min(count, limit)
+        self.windows_NT = stream[: count * seq_length].view(count, seq_length)
+
+    def __len__(self) -> int:
+        return len(self.windows_NT)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.windows_NT[index].long()}
+
+
+class TextDataModule(LightningDataModule):
+    """Text packed into windows of tokens for training, validation, test and calibration.
+
+    Args:
+        tokenizer: Hub id, folder, .gguf file or `embedded` whose tokenizer is used.
+        source: `python-docs` (the documentation inside the running Python), or the id of a data set on the hub.
+        name: Configuration of the hub data set, such as `wikitext-2-raw-v1`.
+        train_split: Split of the hub data set that is trained and calibrated on.
+        val_split: Split of the hub data set whose perplexity is reported.
+        test_split: Split of the hub data set for `lit-prune test`.
+        train_files: Local .txt, .jsonl or .parquet files; any local files replace `source` altogether.
+        val_files: Local files for validation.
+        test_files: Local files for `lit-prune test`.
+        text_column: Column of the text in a hub data set, a .jsonl or a .parquet file.
+        separator: String that joins the rows of a data set into one text before it is tokenised (the WikiText
+            protocol); null keeps rows apart, each ended by the tokenizer's end-of-text token.
+        packages: With `python-docs`, train on the docstrings of all installed packages too.
+        seq_length: Tokens per window.
+        batch_size: Windows per batch.
+        val_windows: Use only the first so many windows for validation and test; null uses all.
+        seed: Seed of the order of the training windows.
+        num_workers: Processes that load batches.
+
+    Raises:
+        InputError: for files that are missing or empty, a column that is not there, text shorter than one window,
+            training and validation text that is the same.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str = "embedded",
+        source: str | None = "python-docs",
+        name: str | None = None,
+        train_split: str = "train",
+        val_split: str = "validation",
+        test_split: str = "test",
+        train_files: Files = None,
+        val_files: Files = None,
+        test_files: Files = None,
+        text_column: str = "text",
+        separator: str | None = None,
+        packages: bool = False,
+        seq_length: int = 1024,
+        batch_size: int = 8,
+        val_windows: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for field, value in {"seq_length": seq_length, "batch_size": batch_size}.items():
+            if value < (2 if field == "seq_length" else 1):
+                raise InputError(f"`data.{field}` must be at least {2 if field == 'seq_length' else 1}, got {value}.")
+        if val_windows is not None and val_windows < 1:
+            raise InputError(f"`data.val_windows` must be at least 1 or null, got {val_windows}.")
+        self.tokenizer_name = tokenizer
+        self.source, self.name, self.text_column, self.separator = source, name, text_column, separator
+        self.splits: dict[Part, str] = {"train": train_split, "val": val_split, "test": test_split}
+        self.files: dict[Part, list[str]] = {
+            "train": _as_list(train_files),
+            "val": _as_list(val_files),
+            "test": _as_list(test_files),
+        }
+        self.packages, self.seq_length, self.batch_size = packages, seq_length, batch_size
+        self.val_windows, self.seed, self.num_workers = val_windows, seed, num_workers
+        self._streams: dict[Part, torch.Tensor] = {}
+        self._tokenizer: Tokenizer | None = None
+        self._check_files()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_name)
+        return self._tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Reads and tokenises what a stage needs: training and validation text for fit, else the part evaluated."""
+        parts: dict[str, tuple[Part, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        for part in parts[stage]:
+            self.stream(part)
+
+    def stream(self, part: Part) -> torch.Tensor:
+        """Returns all tokens of a part in order, shape (tokens,) int32; a parts' text is read once."""
+        if part not in self._streams:
+            documents = self._documents(part)
+            if part == "train":
+                documents = self._without_validation(documents)
+            stream = self._tokenise(documents)
+            if stream.numel() < self.seq_length:
+                raise InputError(
+                    f"`data.seq_length` must be at most the length of the text: the {part} text has {stream.numel()} "
+                    f"tokens, one window needs {self.seq_length}. Give more text or a smaller `data.seq_length`."
+                )
+            self._streams[part] = stream
+        return self._streams[part]
+
+    def calibration_windows(self, num_samples: int, seq_length: int, seed: int) -> Windows:
+        """Returns windows drawn without replacement from the grid over the training stream; see ``draw_windows``."""
+        return draw_windows(self.stream("train"), num_samples, seq_length, seed)
+
+    def train_dataloader(self) -> DataLoader:
+        """Returns shuffled training windows; their order is a function of the seed."""
+        order = torch.Generator().manual_seed(self.seed)
+        return self._loader(PackedWindows(self.stream("train"), self.seq_length), shuffle=True, generator=order)
+
+    def val_dataloader(self) -> DataLoader:
+        """Returns the validation windows, in order."""
+        return self._loader(PackedWindows(self.stream("val"), self.seq_length, self.val_windows))
+
+    def test_dataloader(self) -> DataLoader:
+        """Returns the test windows, in order."""
+        return self._loader(PackedWindows(self.stream("test"), self.seq_length, self.val_windows))
+
+    def describe(self, part: Part) -> str:
+        """Returns where a part's text comes from, for protocols and reports."""
+        if self._local():
+            return " + ".join(Path(file).name for file in self.files[part])
+        if self.source == "python-docs":
+            return f"python-docs ({'training' if part == 'train' else 'validation'} documents)"
+        return f"{self.source}{f' {self.name}' if self.name else ''}, split {self.splits[part]}"
+
+    def _loader(self, windows: PackedWindows, **kwargs: Any) -> DataLoader:
+        return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers, **kwargs)
+
+    def _local(self) -> bool:
+        return any(self.files.values())
+
+    def _check_files(self) -> None:
+        for part, files in self.files.items():
+            for file in files:
+                path = Path(file)
+                if not path.is_file():
+                    raise InputError(f"`data.{part}_files` must name files that are there, got {file}.")
+                if path.stat().st_size == 0:
+                    raise InputError(f"`data.{part}_files` must name files with text in them, {file} is empty.")
+                if path.suffix not in BUILDERS:
+                    raise InputError(f"`data.{part}_files` must end in {', '.join(BUILDERS)}, got {file}.")
+        for part in ("val", "test"):
+            shared = {Path(f).resolve() for f in self.files["train"]} & {Path(f).resolve() for f in self.files[part]}
+            if shared:
+                raise InputError(f"`data.train_files` and `data.{part}_files` must not share text, both name {shared.pop()}.")
+        if not self._local() and self.source not in (None, "python-docs") and self.splits["train"] == self.splits["val"]:
+            raise InputError(f"`data.train_split` and `data.val_split` must differ, both are {self.splits['train']!r}.")
+
+    def _documents(self, part: Part) -> Dataset:
+        """Returns a data set with one row a document, its text in the column `text`."""
+        if self._local():
+            return self._from_files(part)
+        if self.source == "python-docs":
+            rows = python_docs("train" if part == "train" else "validation", packages=self.packages)
+            return Dataset.from_list(rows).select_columns("text")
+        if self.source is None:
+            raise InputError("`data.source` must be given, or `data.train_files` and `data.val_files`.")
+        return self._one_column(self._from_hub(part), f"the data set {self.source}")
+
+    def _from_files(self, part: Part) -> Dataset:
+        if not self.files[part]:
+            raise InputError(
+                f"`data.{part}_files` must be given: local files replace `data.source`, and there are none for {part}."
+            )
+        builders = {BUILDERS[Path(file).suffix] for file in self.files[part]}
+        if len(builders) > 1:
+            raise InputError(f"`data.{part}_files` must all be of one kind, got {self.files[part]}.")
+        builder = builders.pop()
+        extra = {"sample_by": "document"} if builder == "text" else {}
+        try:
+            rows = load_dataset(builder, data_files=self.files[part], split="train", **extra)
+        except Exception as error:  # each builder raises its own kinds for a file that it cannot read
+            raise InputError(f"`data.{part}_files` cannot be read as {builder}: {_root_cause(error)}") from error
+        return rows if builder == "text" else self._one_column(rows, ", ".join(self.files[part]))
+
+    def _from_hub(self, part: Part) -> Dataset:
+        assert self.source is not None
+        if self.source.startswith((".", "/", "~")):
+            raise InputError(f"`data.source` must be python-docs or a hub id; for {self.source} use `data.train_files`.")
+        try:
+            return load_dataset(self.source, self.name, split=self.splits[part])
+        except Exception as error:  # what datasets raises depends on the hub's answer and the data set's kind
+            raise InputError(
+                f"`data.source` {self.source!r} (name {self.name}, split {self.splits[part]}) cannot be loaded: "
+                f"{_root_cause(error)} For local text use `data.train_files` and `data.val_files`."
+            ) from error
+
+    def _one_column(self, rows: Dataset, where: str) -> Dataset:
+        if self.text_column not in rows.column_names:
+            raise InputError(
+                f"`data.text_column` must be a column of {where}, got {self.text_column!r}; it has "
+                f"{', '.join(rows.column_names)}."
+            )
+        if self.text_column != "text":
+            rows = rows.select_columns(self.text_column).rename_column(self.text_column, "text")
+        rows = rows.select_columns("text")
+        return rows if self.separator is None else Dataset.from_dict({"text": [self.separator.join(rows["text"])]})
+
+    def _without_validation(self, documents: Dataset) -> Dataset:
+        """Drops training documents whose text stands in the validation part too."""
+        if self._local() and not self.files["val"]:
+            return documents
+        if not self._local() and self.source == "python-docs":
+            return documents  # its parts are disjoint by construction
+        held_out = {text.strip() for text in self._documents("val")["text"]}
+        kept = documents.filter(lambda row: not row["text"].strip() or row["text"].strip() not in held_out)
+        if len(kept) == 0:
+            raise InputError("`data`: training and validation text must not be the same.")
+        return kept
+
+    def _tokenise(self, documents: Dataset) -> torch.Tensor:
+        tokenizer, end = self.tokenizer, self.tokenizer.eos_token_id
+        several = len(documents) > 1
+
+        def tokens(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+            rows = tokenizer(batch["text"], verbose=False)["input_ids"]
+            if several and end is not None:
+                rows = [row if row[-1:] == [end] else [*row, end] for row in rows]
+            return {"input_ids": rows}
+
+        rows = documents.map(tokens, batched=True, remove_columns=documents.column_names, desc="Tokenising")
+        column = rows.with_format("arrow")[:]["input_ids"].combine_chunks()
+        return torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).copy()).int()
+
+
+def _as_list(files: Files) -> list[str]:
+    return [files] if isinstance(files, str) else list(files or [])
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,165 @@
+"""What a model is worth and what it weighs: perplexity, sparsity, parameters, bytes.
+
+Perplexity is exp(mean token negative log-likelihood), shifted by one, padding left out. It is computed from
+fp32 cross entropy a chunk of tokens at a time: a softmax followed by a log underflows to infinity on fp16 logits of a
+healthy model, and fp32 logits of a 150,000-word vocabulary would double the memory.
+Suffixes: B batch, T tokens, V vocabulary, P predicted positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from lit_prune.progress import track
+
+CHUNK_TOKENS = 1024
+
+
+def negative_log_likelihood(
+    logits_BTV: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """Returns the summed negative log-likelihood (float64 scalar, nats) and the number of predicted tokens.
+
+    Position t predicts token t + 1; a prediction counts where both positions are attended to.
+    Two tokens under uniform logits over V = 4 give one prediction of log 4 = 1.386.
+
+    Args:
+        logits_BTV: Scores of the vocabulary, any float type.
+        input_ids_BT: Token ids.
+        attention_mask_BT: 1 for tokens, 0 for padding; None means no padding.
+    """
+    targets_BT = input_ids_BT[:, 1:]
+    counted_BT = torch.ones_like(targets_BT, dtype=torch.bool)
+    if attention_mask_BT is not None:
+        counted_BT = attention_mask_BT[:, 1:].bool() & attention_mask_BT[:, :-1].bool()
+    total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
+    for logits_TV, targets_T, counted_T in zip(logits_BTV, targets_BT, counted_BT, strict=True):
+        for start in range(0, targets_T.numel(), CHUNK_TOKENS):
+            part = slice(start, min(start + CHUNK_TOKENS, targets_T.numel()))
+            nll_P = F.cross_entropy(logits_TV[part].float(), targets_T[part], reduction="none")
+            total += nll_P[counted_T[part]].double().sum()
+    return total, int(counted_BT.sum())
+
+
+class Perplexity(Metric):
+    """Perplexity of a causal LM over everything it was updated with; sums reduce over processes.
+
+    Raises:
+        ValueError: if no token was predicted.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    nll: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, logits_BTV: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> None:
+        """Adds a batch; see :func:`negative_log_likelihood`."""
+        if logits_BTV.shape[:2] != input_ids_BT.shape:
+            raise ValueError(
+                f"`logits` must be (batch, tokens, vocabulary) over `input_ids` (batch, tokens), got "
+                f"{tuple(logits_BTV.shape)} and {tuple(input_ids_BT.shape)}."
+            )
+        nll, tokens = negative_log_likelihood(logits_BTV, input_ids_BT, attention_mask_BT)
+        self.nll += nll
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """Returns exp(nll / tokens), a float64 scalar."""
+        return torch.exp(self.nll / self.tokens)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A perplexity, and what it was measured on and how.
+
+    Attributes:
+        perplexity: exp(mean negative log-likelihood).
+        protocol: `data`, `windows`, `seq_length` (tokens of the longest window), `tokens` (predicted), `dtype`. Only
+            values of one protocol may be compared.
+        seconds: How long it took.
+    """
+
+    perplexity: float
+    protocol: dict[str, Any]
+    seconds: float
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], data: str, *, label: str = "Perplexity"
+) -> Measurement:
+    """Returns the perplexity of ``model``, where it is and as it is, in eval mode.
+
+    Args:
+        model: A causal LM.
+        batches: Dicts with `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
+        data: What the batches are, for the protocol.
+        label: What the progress bar says.
+
+    Raises:
+        ValueError: if the batches predict no token.
+    """
+    metric, windows, longest, begin = Perplexity().to(model.device), 0, 0, time.perf_counter()
+    with evaluating(model):
+        for batch in track(batches, label):
+            ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
+            mask = None if mask is None else mask.to(model.device)
+            metric.update(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask)
+            windows, longest = windows + ids.shape[0], max(longest, ids.shape[1])
+    if metric.tokens == 0:
+        raise ValueError("`batches` must predict at least one token, got none.")
+    protocol = {
+        "data": data,
+        "windows": windows,
+        "seq_length": longest,
+        "tokens": int(metric.tokens),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return Measurement(float(metric.compute()), protocol, time.perf_counter() - begin)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts ``model`` into eval mode for as long as the context lasts."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def parameters(model: nn.Module) -> int:
+    """Returns the number of parameters, tied weights counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def size_bytes(model: nn.Module) -> int:
+    """Returns the bytes that the parameters take, zeros included, tied weights counted once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def zeros(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """Returns the number of elements that are exactly zero, and the number of all elements."""
+    zero = total = 0
+    for tensor in tensors:
+        zero += tensor.numel() - int(torch.count_nonzero(tensor))
+        total += tensor.numel()
+    return zero, total

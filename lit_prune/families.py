@@ -1,0 +1,124 @@
+"""Where each Hugging Face family keeps its blocks; within a block every ``nn.Linear`` is one that may be pruned.
+
+A family is one entry of ``FAMILIES``. Masks need nothing but the path of the blocks, so a family that has no entry can
+be pruned by giving that path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lit_prune.errors import InputError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family's parts are, as dotted paths from the causal LM."""
+
+    blocks: str
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(blocks="model.layers"),
+    "mistral": Family(blocks="model.layers"),
+    "qwen2": Family(blocks="model.layers"),
+    "qwen3": Family(blocks="model.layers"),
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder layer and the linears in it that are to be pruned, by their name within the block."""
+
+    index: int
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+
+    @property
+    def size(self) -> int:
+        """Number of prunable weights."""
+        return sum(linear.weight.numel() for linear in self.linears.values())
+
+
+def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:
+    """Returns the dotted path of the blocks of a model with this config; ``blocks``, where given, is that path.
+
+    Raises:
+        InputError: for a family without an entry, naming those that have one.
+    """
+    if blocks is not None:
+        return blocks
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type].blocks
+    raise InputError(
+        f"`pruning.blocks` must be given for the family {config.model_type!r}, which is not one of "
+        f"{', '.join(sorted(FAMILIES))}: masks need only the dotted path of the decoder layers, such as model.layers."
+    )
+
+
+def find_blocks(
+    model: PreTrainedModel,
+    *,
+    targets: Sequence[str] | None = None,
+    ignore: Sequence[str] = (),
+    blocks: str | None = None,
+) -> list[Block]:
+    """Returns the blocks of ``model`` in order, each with its chosen linears.
+
+    Args:
+        model: A Hugging Face causal LM.
+        targets: Name suffixes or regular expressions of the linears to prune; None takes all.
+        ignore: Suffixes or regular expressions of linears to leave alone.
+        blocks: Dotted path of the blocks, for a family without an entry.
+
+    Raises:
+        InputError: for an unknown family, a path that is no list of blocks, names that match nothing, weights that are
+            quantised or hidden under an adapter.
+    """
+    path = blocks_path(model.config, blocks)
+    try:
+        layers = model.get_submodule(path)
+    except AttributeError as error:
+        raise InputError(f"`pruning.blocks` must be a path in the model, got {path!r}: {error}.") from error
+    if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+        raise InputError(f"`pruning.blocks` must lead to a list of decoder layers, {path!r} is {type(layers).__name__}.")
+    return [Block(index, layer, _linears(layer, targets, ignore)) for index, layer in enumerate(layers)]
+
+
+def _linears(layer: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str]) -> dict[str, nn.Linear]:
+    every = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    if hidden := [name for name in every if ".base_layer" in name or "lora_" in name]:
+        raise InputError(f"`model` must be pruned before adapters are attached, {hidden[0]} is under one; merge it first.")
+    for name, linear in every.items():
+        if not linear.weight.is_floating_point():
+            raise InputError(
+                f"`model` must be pruned in full precision, {name} is quantised ({linear.weight.dtype}); load it "
+                "unquantised, prune, and quantise after that."
+            )
+    for field, patterns in {"targets": targets or [], "ignore": ignore}.items():
+        for pattern in patterns:
+            if not any(matches(name, pattern) for name in every):
+                raise InputError(f"`pruning.{field}` must match a linear, got {pattern!r}; there are {', '.join(every)}.")
+    chosen = {
+        name: linear
+        for name, linear in every.items()
+        if (targets is None or any(matches(name, pattern) for pattern in targets))
+        and not any(matches(name, pattern) for pattern in ignore)
+    }
+    if not chosen:
+        raise InputError(f"`pruning.targets` and `pruning.ignore` leave nothing to prune of {', '.join(every)}.")
+    return chosen
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Returns whether ``pattern`` is the whole of ``name``, a dotted suffix of it, or a regular expression for it.
+
+    >>> matches("self_attn.q_proj", "q_proj"), matches("mlp.up_proj", r"mlp\\..*"), matches("mlp.up_proj", "proj")
+    (True, True, False)
+    """
+    return name == pattern or name.endswith(f".{pattern}") or re.fullmatch(pattern, name) is not None

@@ -1,0 +1,143 @@
+"""PrunableLM, the LightningModule around a Hugging Face causal LM.
+
+It owns the LLM. What was done to the LLM stands in its config (see ``structure``), travels in every checkpoint, and is
+what the model is rebuilt from before a checkpoint's weights load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
+
+from lit_prune import structure
+from lit_prune.errors import InputError
+from lit_prune.evaluate import Perplexity
+from lit_prune.load import Dtype, architecture_config, load_config, load_model, new_model
+from lit_prune.recover import rebuild, snapshot
+
+Batch = dict[str, Tensor]
+
+
+class PrunableLM(LightningModule):
+    """A causal LM with its loss, its optimizer and its perplexity.
+
+    Batches are dicts with `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
+    Logs `train/loss` (nats a token), `val/perplexity` and `test/perplexity`.
+
+    Args:
+        pretrained: Hub id, folder, .gguf file, or `embedded`, the small model inside the package.
+        architecture: Fields of a Hugging Face config (`model_type`, `hidden_size`, ...) for a model that starts from
+            random weights; `pretrained` then only names the tokenizer.
+        dtype: Data type of the weights; `auto` takes the one they are stored in.
+        attn_implementation: `sdpa`, `eager`, ...; null takes transformers' choice.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Weight decay of matrices; vectors (norms, biases) have none.
+        betas: AdamW's coefficients.
+        warmup_steps: Optimizer steps of linear warm-up.
+        min_lr_share: Share of `lr` at which the cosine ends.
+
+    Raises:
+        InputError: if the model is not to be had, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "embedded",
+        architecture: dict[str, Any] | None = None,
+        dtype: Dtype = "auto",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        lr: float = 2e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int = 10,
+        min_lr_share: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if lr <= 0:
+            raise InputError(f"`model.lr` must be above 0, got {lr}.")
+        if warmup_steps < 0:
+            raise InputError(f"`model.warmup_steps` must be at least 0, got {warmup_steps}.")
+        self.pretrained, self.architecture, self.dtype_of_weights = pretrained, architecture, dtype
+        self.attn_implementation, self.gradient_checkpointing = attn_implementation, gradient_checkpointing
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.warmup_steps, self.min_lr_share = warmup_steps, min_lr_share
+        self.model: PreTrainedModel | None = None
+        self.perplexity = torch.nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
+        self.config = self._config()
+
+    def _config(self) -> PreTrainedConfig:
+        """The LLM's config alone, so that what hangs on it is checked before weights are read."""
+        return load_config(self.pretrained) if self.architecture is None else architecture_config(self.architecture)
+
+    def configure_model(self) -> None:
+        """Loads the LLM, or makes a fresh one; a second call does nothing."""
+        if self.model is not None:
+            return
+        if self.architecture is None:
+            self.model = load_model(self.pretrained, self.dtype_of_weights, self.attn_implementation)
+        else:
+            self.model = new_model(self.architecture, self.dtype_of_weights)
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns the logits, shape (batch, tokens, vocabulary)."""
+        assert self.model is not None
+        return self.model(
+            input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
+        ).logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+        """Returns the mean next-token cross entropy of a batch (nats), padding left out."""
+        assert self.model is not None
+        mask = batch.get("attention_mask")
+        labels = batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
+        loss = self.model(input_ids=batch["input_ids"], attention_mask=mask, labels=labels, use_cache=False).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Adds a batch to `val/perplexity`."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        """Adds a batch to `test/perplexity`."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, part: str, batch: Batch) -> None:
+        metric = self.perplexity[part]
+        metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"))
+        self.log(f"{part}/perplexity", metric, prog_bar=True, batch_size=len(batch["input_ids"]))
+
+    def configure_optimizers(self) -> Any:
+        """Returns AdamW over what is trained, with linear warm-up and a cosine over the whole run."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr, betas=self.betas)
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=int(self.trainer.estimated_stepping_batches),
+            min_lr_rate=self.min_lr_share,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Stores what was done to the LLM beside its weights."""
+        assert self.model is not None
+        checkpoint[structure.KEY] = snapshot(self.model)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuilds what was done to the LLM, before the weights load."""
+        self.configure_model()
+        assert self.model is not None
+        rebuild(self.model, checkpoint[structure.KEY])

@@ -1,0 +1,231 @@
+"""Calibrate, allocate, prune: the whole of it, without Lightning. Read this file first.
+
+    scores = score(model, batches, recipe)     # look, change nothing
+    pruned = prune(model, batches, recipe)     # score, spread the budget over the blocks, remove weights in place
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_prune import structure
+from lit_prune.allocate import DLP, Allocation, Uniform, allocate
+from lit_prune.calibrate import Batch, Observed, Stream, observe, on_device
+from lit_prune.errors import InputError
+from lit_prune.evaluate import evaluating, zeros
+from lit_prune.families import Block, find_blocks
+from lit_prune.progress import track
+from lit_prune.prune import Method, Wanda
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is to be removed, and how.
+
+    Args:
+        method: How weights are chosen within a linear.
+        sparsity: Share of the linears' weights to remove, mean over the blocks, in [0, 1).
+        allocation: How blocks are scored, and how the sparsity is spread over them.
+        min_rate: Least share that any block gives.
+        max_rate: Greatest share that any block gives.
+        targets: Name suffixes or regular expressions of the linears to prune; None takes all in the blocks.
+        ignore: Suffixes or regular expressions of linears to leave alone.
+        blocks: Dotted path of the decoder layers, for a family that is not known.
+
+    Raises:
+        InputError: for a number out of its range.
+    """
+
+    method: Method = field(default_factory=Wanda)
+    sparsity: float = 0.5
+    allocation: Allocation = field(default_factory=DLP)
+    min_rate: float = 0.0
+    max_rate: float = 0.99
+    targets: Sequence[str] | None = None
+    ignore: Sequence[str] = ()
+    blocks: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise InputError(f"`pruning.sparsity` must be in [0, 1), the share to remove, got {self.sparsity}.")
+        if not 0 <= self.min_rate <= self.max_rate <= 1:
+            raise InputError(
+                "`pruning.min_rate` and `pruning.max_rate` must be in [0, 1], the first at most the second, got "
+                f"{self.min_rate} and {self.max_rate}."
+            )
+
+    def check(self, model: PreTrainedModel) -> list[Block]:
+        """Returns the blocks of ``model``, having checked all that can be checked without running it.
+
+        Raises:
+            InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
+                the bounds do not allow.
+        """
+        blocks = find_blocks(model, targets=self.targets, ignore=self.ignore, blocks=self.blocks)
+        self.allocation.check([block.size for block in blocks], self.sparsity)
+        self.spread([1.0] * len(blocks), blocks, equal=True)
+        return blocks
+
+    def spread(self, scores: Sequence[float], blocks: Sequence[Block], *, equal: bool = False) -> list[float]:
+        """Returns the rate of every block; ``equal`` only asks whether the bounds allow any."""
+        return allocate(
+            Uniform() if equal else self.allocation,
+            scores,
+            self.sparsity,
+            sizes=[block.size for block in blocks],
+            present=[_sparsity(block) for block in blocks],
+            min_rate=self.min_rate,
+            max_rate=self.max_rate,
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a look at the blocks gave.
+
+    Attributes:
+        scores: One score a block, as the allocation defines it.
+        rates: The share that each block is to give.
+        sizes: Prunable weights of each block.
+        seconds: How long it took.
+        observed: What passed through each block, where statistics were taken.
+    """
+
+    scores: list[float]
+    rates: list[float]
+    sizes: list[int]
+    seconds: float
+    observed: list[Observed] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What pruning did.
+
+    Attributes:
+        scores: One score a block.
+        rates: The share that each block was to give.
+        achieved: The share of each block's prunable weights that is exactly 0 now.
+        sparsity: The same over all blocks.
+        sizes: Prunable weights of each block.
+        seconds: How long scoring and pruning took, by phase.
+    """
+
+    scores: list[float]
+    rates: list[float]
+    achieved: list[float]
+    sparsity: float
+    sizes: list[int]
+    seconds: dict[str, float]
+
+
+def score(
+    model: PreTrainedModel,
+    batches: Iterable[Batch | Tensor],
+    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    *,
+    device: torch.device | str | None = None,
+) -> Scored:
+    """Returns each block's score and the rate that it would give, and changes nothing.
+
+    Args:
+        model: A Hugging Face causal LM.
+        batches: Token ids (batch, tokens), or dicts of `input_ids` and, where there is padding, `attention_mask`.
+        recipe: What is to be removed, and how.
+        device: Where blocks compute, one at a time; None means where the model is.
+
+    Raises:
+        InputError: see :meth:`Recipe.check`; also for NaN or infinity in the activations, and for no batches.
+    """
+    blocks = recipe.check(model)
+    needs = recipe.allocation.needs | (recipe.method.needs if recipe.method.propagate == "dense" else frozenset())
+    begin = time.perf_counter()
+    with evaluating(model):
+        stream = _stream(model, blocks, batches, device) if needs else None
+        scores, observed = [], []
+        for block in track(blocks, "Scoring blocks"):
+            with on_device(block, stream.device if stream else model.device):
+                seen = observe(stream, block, needs, advance=block is not blocks[-1]) if stream else Observed()
+                scores.append(recipe.allocation.score(_weights(block), seen))
+            observed.append(seen)
+    rates = recipe.spread(scores, blocks)
+    return Scored(scores, rates, [block.size for block in blocks], time.perf_counter() - begin, observed)
+
+
+def prune(
+    model: PreTrainedModel,
+    batches: Iterable[Batch | Tensor],
+    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    *,
+    device: torch.device | str | None = None,
+) -> Pruned:
+    """Prunes ``model`` in place, and returns what was done; arguments and errors as in :func:`score`."""
+    batches = list(batches)
+    scored = score(model, batches, recipe, device=device)
+    blocks = recipe.check(model)
+    begin = time.perf_counter()
+    again = bool(recipe.method.needs) and recipe.method.propagate == "pruned"
+    with evaluating(model):
+        stream = _stream(model, blocks, batches, device) if again else None
+        for block in track(blocks, "Pruning blocks"):
+            with on_device(block, torch.device(device or model.device)):
+                seen = scored.observed[block.index]
+                if stream is not None:
+                    seen = observe(stream, block, recipe.method.needs, advance=False)
+                _prune_block(block, seen, recipe.method, scored.rates[block.index])
+                if stream is not None and block is not blocks[-1]:
+                    stream.run(block)
+    achieved = [_sparsity(block) for block in blocks]
+    total = sum(share * size for share, size in zip(achieved, scored.sizes, strict=True)) / sum(scored.sizes)
+    structure.write(model, recipe=recipe_record(recipe), rates=scored.rates)
+    seconds = {"score": scored.seconds, "prune": time.perf_counter() - begin}
+    return Pruned(scored.scores, scored.rates, achieved, total, scored.sizes, seconds)
+
+
+def recipe_record(recipe: Recipe) -> dict[str, object]:
+    """Returns ``recipe`` as JSON can hold it; objects as they would be written in Python."""
+    return {
+        "method": repr(recipe.method),
+        "allocation": repr(recipe.allocation),
+        "sparsity": recipe.sparsity,
+        "min_rate": recipe.min_rate,
+        "max_rate": recipe.max_rate,
+        "targets": None if recipe.targets is None else list(recipe.targets),
+        "ignore": list(recipe.ignore),
+        "blocks": recipe.blocks,
+    }
+
+
+@torch.no_grad()
+def _prune_block(block: Block, observed: Observed, method: Method, rate: float) -> None:
+    for name, linear in block.linears.items():
+        linear.weight.copy_(method.prune(linear.weight, observed.norms.get(name), rate))
+
+
+def _weights(block: Block) -> dict[str, Tensor]:
+    return {name: linear.weight.detach() for name, linear in block.linears.items()}
+
+
+def _sparsity(block: Block) -> float:
+    zero, total = zeros(linear.weight for linear in block.linears.values())
+    return zero / total
+
+
+def _stream(
+    model: PreTrainedModel, blocks: Sequence[Block], batches: Iterable[Batch | Tensor], device: torch.device | str | None
+) -> Stream:
+    dicts = [{"input_ids": batch} if isinstance(batch, Tensor) else batch for batch in batches]
+    if not dicts:
+        raise InputError("`calibration` must have at least one batch, got none.")
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = max(batch["input_ids"].shape[-1] for batch in dicts)
+    if limit is not None and longest > limit:
+        raise InputError(f"`calibration.seq_length` must be at most {limit}, the model's limit, got {longest}.")
+    return Stream(model, blocks, dicts, torch.device(device or model.device))
+

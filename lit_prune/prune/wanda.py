@@ -1,0 +1,37 @@
+"""Wanda: A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, arXiv 2306.11695."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from torch import Tensor
+
+from lit_prune.calibrate import INPUTS
+from lit_prune.prune.base import Method, Propagate
+from lit_prune.prune.patterns import Pattern, Unstructured
+
+
+@final
+@dataclass(frozen=True)
+class Wanda(Method):
+    """Removes the smallest |W_ij| * ||X_j|| within each output row (section 3, equation 1).
+
+    Half of [[1, 2, 3], [4, 5, 6]] under norms [9, 1, 1]: scores [[9, 2, 3], [36, 5, 6]], left are [[1, 0, 0], [4, 0, 6]].
+
+    Args:
+        pattern: How the removals may lie; null is Unstructured.
+        propagate: `dense` takes the norms of the unpruned model, from the pass that scores the blocks; `pruned` takes
+            those behind pruned blocks, as the papers do, in two passes more.
+    """
+
+    pattern: Pattern | None = None
+    propagate: Propagate = "dense"
+
+    needs: ClassVar[frozenset[str]] = frozenset({INPUTS})
+
+    def prune(self, weight_OI: Tensor, norm_I: Tensor | None, rate: float) -> Tensor:
+        """Returns ``weight_OI`` with its smallest scores set to 0."""
+        assert norm_I is not None
+        score_OI = (weight_OI.float().abs() * norm_I.to(weight_OI.device)).masked_fill(weight_OI == 0, -1)
+        return weight_OI.masked_fill(~(self.pattern or Unstructured()).keep(score_OI, rate, by_row=True), 0)

@@ -1,0 +1,94 @@
+"""The documentation that every Python carries, as named documents: language topics and docstrings.
+
+Nothing is imported or downloaded: docstrings are read from the source files with ``ast``. A document is one module;
+which part it belongs to hangs on a hash of its name alone, so that training text under one Python version is not
+validation text under another. A text that stands in a validation document is dropped from every training document.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+VALIDATION_SHARE = 0.08
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "ensurepip", "__pycache__"}
+Part = Literal["train", "validation"]
+
+
+def python_docs(part: Part, packages: bool = False) -> list[dict[str, str]]:
+    """Returns the documents of one part, each a dict of `name` and `text`, in the order of a hash of their names.
+
+    Args:
+        part: `train` or `validation`; both are the same mixture of language topics and module docstrings.
+        packages: Add the docstrings of all installed packages to the training part (tens of megabytes).
+    """
+    standard = {**_topics(), **_modules(Path(sysconfig.get_path("stdlib")), "", {"site-packages"})}
+    validation = {name: pieces for name, pieces in standard.items() if _is_validation(name)}
+    if part == "validation":
+        return _documents(validation, already_seen=())
+    training = {name: pieces for name, pieces in standard.items() if name not in validation}
+    if packages:
+        training |= _modules(Path(sysconfig.get_path("purelib")), "site-packages.", set())
+    held_out = (text for pieces in validation.values() for _, text in pieces)
+    return _documents(training, already_seen=held_out)
+
+
+def _is_validation(name: str) -> bool:
+    return _hash(name) % 10_000 < VALIDATION_SHARE * 10_000
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def _documents(named: dict[str, list[tuple[str, str]]], already_seen: Iterable[str]) -> list[dict[str, str]]:
+    """Joins each document's (heading, text) pieces, leaving out texts that were seen before."""
+    seen = {text.strip() for text in already_seen}
+    documents = []
+    for name in sorted(named, key=_hash):
+        fresh = []
+        for heading, text in named[name]:
+            if text.strip() not in seen:
+                seen.add(text.strip())
+                fresh.append(f"{heading}\n{text}" if heading else text)
+        if fresh:
+            documents.append({"name": name, "text": "\n\n".join(fresh)})
+    return documents
+
+
+def _topics() -> dict[str, list[tuple[str, str]]]:
+    from pydoc_data.topics import topics
+
+    return {f"topics.{name}": [("", text)] for name, text in topics.items()}
+
+
+def _modules(root: Path, prefix: str, skipped: set[str]) -> dict[str, list[tuple[str, str]]]:
+    """Maps each module's dotted name to its docstrings, each under the heading of what it documents."""
+    modules = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if (SKIPPED_FOLDERS | skipped).isdisjoint(parts):
+            try:
+                tree = ast.parse(path.read_bytes())
+            except (SyntaxError, ValueError, OSError):  # templates, and test data that is broken on purpose
+                continue
+            name = prefix + ".".join(parts).removesuffix(".py").removesuffix(".__init__")
+            if pieces := list(_docstrings(tree, f"module {name.removeprefix(prefix)}")):
+                modules[name] = pieces
+    return modules
+
+
+def _docstrings(node: ast.AST, heading: str) -> Iterator[tuple[str, str]]:
+    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (
+        text := ast.get_docstring(node)
+    ):
+        yield heading, text
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef):
+            yield from _docstrings(child, f"class {child.name}")
+        elif isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _docstrings(child, f"def {child.name}({ast.unparse(child.args)})")

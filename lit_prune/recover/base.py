@@ -1,0 +1,42 @@
+"""What a recovery is, and how a model's adapter is told, rebuilt and stored."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from typing import Any
+
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
+from transformers import PreTrainedModel
+
+from lit_prune import structure
+
+
+class Recovery(ABC):
+    """What is trained after the cut, so that the model heals and the pruned weights stay pruned."""
+
+    @abstractmethod
+    def attach(self, model: PreTrainedModel) -> None:
+        """Makes ``model`` ready to be trained, in place: what is to learn requires gradients, nothing else does."""
+
+
+def adapter_config(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Returns the config of the adapter on ``model``, as JSON can hold it; None without one."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return None
+    fields = model.peft_config["default"].to_dict()
+    return json.loads(json.dumps(fields, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns all that :func:`rebuild` needs to give a fresh copy of the dense model the structure of ``model``."""
+    return {"record": structure.record(model), "adapter": adapter_config(model)}
+
+
+def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
+    """Gives ``model`` the structure that ``stored`` tells, so that a checkpoint's weights fit; twice is as once."""
+    structure.write(model, **stored["record"])
+    fields = stored["adapter"]
+    if fields is not None and adapter_config(model) is None:
+        kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]
+        model.add_adapter(kind(**{key: value for key, value in fields.items() if key != "peft_type"}))

@@ -1,0 +1,154 @@
+"""What a run tells at its end: a table, a picture, report.json, and the exported folder's model card."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from rich.table import Table
+
+PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "torchmetrics", "datasets")
+Report = dict[str, Any]
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that the numbers hang on."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def to_json(report: Report) -> str:
+    """Returns ``report`` as report.json has it."""
+    return json.dumps(report, indent=2) + "\n"
+
+
+def table(report: Report) -> Table:
+    """Returns the table of perplexities, sparsity, size and seconds."""
+    grid = Table(title="lit_prune", show_header=False, title_justify="left")
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in report.get("perplexity", {}).items():
+        if value is not None:
+            grid.add_row(f"perplexity, {name}", f"{value:.3f}{_change(report, name)}")
+    if report.get("protocol"):
+        grid.add_row("protocol", describe_protocol(report["protocol"]))
+    sparsity = report.get("sparsity", {})
+    for name, label in {
+        "requested": "requested, mean over blocks",
+        "achieved_linears": "achieved over the linears",
+        "achieved_all": "achieved over all parameters",
+    }.items():
+        if sparsity.get(name) is not None:
+            grid.add_row(f"sparsity {label}", f"{sparsity[name]:.4f}")
+    if "parameters" in report:
+        grid.add_row("parameters", f"{report['parameters']:,} ({report['bytes'] / 1e6:,.1f} MB, zeros stored)")
+    seconds = report["seconds"]
+    grid.add_row("seconds", ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items()))
+    return grid
+
+
+def _change(report: Report, name: str) -> str:
+    """How a perplexity stands to the dense one, and how much of the loss recovery won back."""
+    values = report["perplexity"]
+    dense, pruned, recovered = (values.get(key) for key in ("dense", "pruned", "recovered"))
+    if name == "dense" or dense is None:
+        return ""
+    text = f"  ({values[name] / dense:.2f} x dense"
+    if name == "recovered" and pruned is not None and pruned > dense:
+        text += f"; {(pruned - recovered) / (pruned - dense):.0%} of the loss won back"
+    return text + ")"
+
+
+def describe_protocol(protocol: dict[str, Any]) -> str:
+    """Returns a protocol in one line."""
+    return (
+        f"{protocol['data']}; {protocol['windows']} windows of {protocol['seq_length']} tokens, "
+        f"{protocol['tokens']:,} predicted; {protocol['dtype']}"
+    )
+
+
+def block_table(scores: list[float], rates: list[float]) -> Table:
+    """Returns the table of every block's score and rate."""
+    grid = Table(title="blocks", title_justify="left")
+    for name in ("block", "score", "rate"):
+        grid.add_column(name, justify="right")
+    grid.add_column("")
+    for block, (score, rate) in enumerate(zip(scores, rates, strict=True)):
+        grid.add_row(str(block), f"{score:.6g}", f"{rate:.4f}", "█" * round(rate * 40))
+    return grid
+
+
+def picture(path: Path, scores: list[float], rates: list[float], report: Report) -> None:
+    """Draws every block's score and rate, and the perplexities where there are any, to a PNG file."""
+    from matplotlib.figure import Figure
+
+    perplexity = {name: value for name, value in report.get("perplexity", {}).items() if value is not None}
+    figure = Figure(figsize=(10, 4) if len(perplexity) > 1 else (7.5, 4), layout="constrained")
+    widths = [3, 1] if len(perplexity) > 1 else [1]
+    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    blocks = range(len(rates))
+    axes[0].bar(blocks, rates, color="#4c78a8", label="share removed (left)")
+    axes[0].axhline(report["sparsity"]["requested"], color="#4c78a8", linestyle=":", label="mean asked for (left)")
+    axes[0].set(xlabel="block", ylabel="share of weights removed", ylim=(0, 1))
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    other = axes[0].twinx()
+    other.plot(blocks, scores, color="#e45756", marker="o", markersize=3, label="score (right)")
+    other.set_ylabel("score")
+    other.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    handles = [handle for axis in (axes[0], other) for handle in axis.get_legend_handles_labels()[0]]
+    axes[0].legend(handles=handles, loc="upper left", fontsize=8)
+    axes[0].set_title(f"{report['recipe']['allocation']}\n{report['recipe']['method']}", fontsize=9)
+    if len(perplexity) > 1:
+        bars = axes[1].bar(list(perplexity), list(perplexity.values()), color=["#54a24b", "#e45756", "#f58518"])
+        axes[1].bar_label(bars, fmt="%.1f")
+        axes[1].set(title="perplexity", ylim=(0, 1.1 * max(perplexity.values())))
+        axes[1].tick_params(axis="x", labelrotation=20)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def model_card(report: Report, base: str) -> str:
+    """Returns the README.md of the exported folder."""
+    data = ModelCardData(library_name="transformers", tags=["pruning", "sparse", "lit-prune"])
+    perplexity = "\n".join(
+        f"| {name} | {value:.3f} |" for name, value in report["perplexity"].items() if value is not None
+    )
+    sparsity, recipe = report["sparsity"], report.get("recipe")
+    done = (
+        f"Pruned with {recipe['method']} at a mean sparsity of {sparsity['requested']:g}, spread over the blocks by "
+        f"{recipe['allocation']}."
+        if recipe
+        else "Not pruned."
+    )
+    adapter = (
+        "\nThe folder holds the pruned weights and, beside them, the adapter that was trained to heal them. The adapter "
+        "is not merged: merging would fill the zeros. `from_pretrained` loads both where peft is installed; without peft "
+        "it loads the pruned weights alone, unrecovered.\n"
+        if report.get("adapter")
+        else ""
+    )
+    return f"""---
+{data.to_yaml()}
+---
+
+# {base}, {"pruned" if recipe else "trained"} with lit_prune
+
+Made from `{base}`. {done} {sparsity["achieved_linears"]:.2%} of the weights of the linears that were pruned are exactly
+zero, {sparsity["achieved_all"]:.2%} of all parameters. The zeros are stored: the folder is as large as a dense one
+({report["parameters"]:,} parameters, {report["bytes"] / 1e6:,.1f} MB).
+{adapter}
+| | perplexity |
+| --- | --- |
+{perplexity}
+
+Measured on {describe_protocol(report["protocol"]) if report["protocol"] else "nothing"}.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this/folder")
+tokenizer = AutoTokenizer.from_pretrained("this/folder")
+```
+"""

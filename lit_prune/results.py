@@ -1,0 +1,105 @@
+"""Writes what came out of a run: the Hugging Face folder, reopened and compared, report.json and the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lit_prune import report as reports
+from lit_prune.calibrate import Batch
+from lit_prune.evaluate import measure, parameters, size_bytes, zeros
+from lit_prune.export import export, without_adapter
+from lit_prune.families import find_blocks
+from lit_prune.pipeline import Recipe
+from lit_prune.recover import adapter_config
+from lit_prune.report import Report
+from lit_prune.run_folder import RunFolder, write_text, written_aside
+
+REOPENED_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
+Validation = tuple[Iterable[Batch], str]
+
+
+def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) -> Report:
+    """Returns the report of what ``model`` is now, and of what was ``done`` to it (see DynamicPruningCallback)."""
+    plain = without_adapter(model)
+    sparsity: dict[str, float | None] = {"requested": None, "achieved_linears": 0.0}
+    if recipe is not None:
+        blocks = find_blocks(plain, targets=recipe.targets, ignore=recipe.ignore, blocks=recipe.blocks)
+        zero, total = zeros(linear.weight for block in blocks for linear in block.linears.values())
+        sparsity = {"requested": recipe.sparsity, "achieved_linears": zero / total}
+    zero, total = zeros(plain.parameters())
+    return {
+        "perplexity": {"dense": None, "pruned": None, "recovered": None} | done.get("perplexity", {}),
+        "protocol": done.get("protocol"),
+        "sparsity": sparsity | {"achieved_all": zero / total},
+        "recipe": done.get("recipe"),
+        "scores": done.get("scores"),
+        "rates": done.get("rates"),
+        "achieved": done.get("achieved"),
+        "parameters": parameters(plain),
+        "adapter": adapter_config(model),
+        "adapter_parameters": parameters(model) - parameters(plain),
+        "bytes": size_bytes(model),
+        "seconds": dict(done.get("seconds", {})),
+        "versions": reports.versions(),
+    }
+
+
+def write_results(
+    folder: RunFolder,
+    model: PreTrainedModel,
+    report: Report,
+    *,
+    base: str,
+    tokenizer: Tokenizer | None,
+    validation: Validation | None,
+) -> list[Path]:
+    """Writes `model/`, `report.json` and `blocks.png` into ``folder``; returns what was written.
+
+    The exported folder is reopened before it gets its name: it must have the zeros and the perplexity of ``model``.
+
+    Raises:
+        RuntimeError: if the reopened model is another.
+    """
+    written = [folder.path / "model"]
+    with written_aside(written[0]) as draft:
+        export(model, draft, tokenizer, reports.model_card(report, base))
+        report["export"] = _reopened(draft, model, report, validation)
+    if report["scores"] is not None:
+        written.append(folder.path / "blocks.png")
+        with written_aside(written[-1]) as draft:
+            reports.picture(draft, report["scores"], report["rates"], report)
+    written.append(folder.path / "report.json")
+    write_text(written[-1], reports.to_json(report))
+    return written
+
+
+def _reopened(folder: Path, model: PreTrainedModel, report: Report, validation: Validation | None) -> dict[str, Any]:
+    """Opens the folder with plain transformers and compares; returns what report.json says of it."""
+    opened = AutoModelForCausalLM.from_pretrained(folder).to(model.device)
+    checked: dict[str, Any] = {
+        "adapter": "unmerged, at the root of model/" if report["adapter"] else None,
+        "zeros": zeros(without_adapter(opened).parameters())[0],
+    }
+    if checked["zeros"] != zeros(without_adapter(model).parameters())[0]:
+        raise RuntimeError(f"the exported model has {checked['zeros']} zeros, which is not what was pruned; not kept.")
+    last = _last_perplexity(report)
+    if validation is not None and last is not None:
+        found = measure(opened, *validation, label="Perplexity, exported folder")
+        checked["perplexity"] = found.perplexity
+        tolerance = REOPENED_TOLERANCE[found.protocol["dtype"]]
+        if abs(found.perplexity / last - 1) > tolerance:
+            raise RuntimeError(
+                f"the exported model has a perplexity of {found.perplexity:.4f}, the one in memory {last:.4f}; not kept."
+            )
+    return checked
+
+
+def _last_perplexity(report: Report) -> float | None:
+    values = [value for value in report["perplexity"].values() if value is not None]
+    return values[-1] if values else None

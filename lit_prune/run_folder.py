@@ -1,0 +1,96 @@
+"""The folder that a run writes into: claimed late, each thing in it written aside and renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lit_prune.errors import InputError
+
+
+class RunFolder:
+    """Where a run's results go; nothing is created before :meth:`claim`.
+
+    Args:
+        path: The folder.
+        overwrite: Replace a folder that exists: it is moved aside when this one is claimed, and deleted when this run
+            is through, so that a run that fails loses nothing.
+        resume: Go on writing into the folder of the run that is resumed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
+        self.path = Path(path)
+        self.overwrite, self.resume = overwrite, resume
+        self._replaced: Path | None = None
+
+    def check(self) -> None:
+        """Asks whether the folder can be made, and makes nothing.
+
+        Raises:
+            InputError: if it exists and may not be replaced, or cannot be written.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"`output` must be a folder, {self.path} is a file.")
+        if self.path.is_dir() and any(self.path.iterdir()) and not (self.overwrite or self.resume):
+            raise InputError(
+                f"`output` must be a new folder, {self.path} exists: choose another with `--output DIR`, or replace it "
+                "with `--overwrite`."
+            )
+        parent = self.path.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or _read_only(parent):
+            raise InputError(f"`output` must be in a folder that can be written, {parent} cannot.")
+
+    def claim(self) -> None:
+        """Makes the folder; one that is to be replaced is moved aside."""
+        self.check()
+        if self.path.is_dir() and self.overwrite and not self.resume:
+            aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.replaced-", dir=self.path.absolute().parent))
+            self._replaced = aside / self.path.name
+            self.path.rename(self._replaced)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def finish(self) -> None:
+        """Deletes the folder that this one replaced."""
+        if self._replaced is not None:
+            shutil.rmtree(self._replaced.parent)
+            self._replaced = None
+
+    @property
+    def replaced(self) -> Path | None:
+        """Where the folder is that this one replaces, until this run is through."""
+        return self._replaced
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """Gives a path beside ``target`` to write a file or a folder to, and renames it when the context ends well.
+
+    What stood at ``target`` is replaced; after an exception it stands as it was, and nothing is left beside it.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as folder:
+        draft = Path(folder) / target.name
+        yield draft
+        if target.is_dir():
+            target.rename(Path(folder) / "replaced")
+        draft.replace(target)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Writes a file aside and renames it."""
+    with written_aside(target) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+def _read_only(folder: Path) -> bool:
+    """Tries it: for the superuser every folder looks writable."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return False
+    except OSError:
+        return True
