@@ -18,9 +18,7 @@ def calibration_batches(trainer: Trainer, calibration: Calibration) -> list[Batc
     """Returns windows of the data module's training text, or the first batches of the training dataloader."""
     datamodule = getattr(trainer, "datamodule", None)
     if hasattr(datamodule, "calibration_windows"):
-        windows = datamodule.calibration_windows(
-            calibration.num_samples, calibration.seq_length, calibration.seed
-        )
+        windows = datamodule.calibration_windows(calibration.num_samples, calibration.seq_length, calibration.seed)
         log.info("Calibration windows begin at tokens %s of the training text.", windows.positions)
         return batches_of(windows, calibration.batch_size)
     return first_batches(_first_loader(trainer.fit_loop._data_source), calibration)
@@ -41,6 +39,6 @@ def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:
 
 
 def _first_loader(source: Any) -> Any:
-    """The dataloader that Lightning will ask its source for; of several the first. There is no public way this early."""
+    """The dataloader that Lightning will ask its source for, of several the first: no public way is this early."""
     loader = source.dataloader()
     return loader[0] if isinstance(loader, (list, tuple)) else loader

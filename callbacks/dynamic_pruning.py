@@ -1,4 +1,4 @@
-"""DynamicPruningCallback: scores the blocks, decides what each gives, prunes at the start of fit, attaches a recovery."""
+"""DynamicPruningCallback: scores the blocks, decides what each gives, prunes at the start of fit, attaches recovery."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
+from lit_prune.callbacks.batches import calibration_batches, validation_data
 from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation
 from lit_prune.calibrate import Batch, Calibration
-from lit_prune.callbacks.batches import calibration_batches, validation_data
 from lit_prune.errors import InputError
 from lit_prune.evaluate import measure
 from lit_prune.families import Block
 from lit_prune.pipeline import Recipe, prune, recipe_record
 from lit_prune.prune import Method
 from lit_prune.recover import Recovery, rebuild, snapshot
-
 
 
 class DynamicPruningCallback(Callback):
@@ -97,7 +96,7 @@ class DynamicPruningCallback(Callback):
             return
         if isinstance(trainer.precision_plugin, HalfPrecision):
             trainer.precision_plugin.convert_module(model)
-        self._check_trained(model, self.recipe.check(model))
+        self._check_trained(self.recipe.check(model))
         batches = calibration_batches(trainer, self.calibration)
         self.cut(model, batches, validation_data(trainer), trainer.strategy.root_device)
         if self.recovery is not None:
@@ -144,12 +143,12 @@ class DynamicPruningCallback(Callback):
             found = getattr(found, name, None)
         if not isinstance(found, PreTrainedModel):
             raise InputError(
-                f"`pruning.target` must be the attribute of {type(pl_module).__name__} that holds a Hugging Face model, "
-                f"`{self.target}` is {type(found).__name__}. It must be there once `configure_model` was called."
+                f"`pruning.target` must be the attribute of {type(pl_module).__name__} that holds a Hugging Face "
+                f"model, `{self.target}` is {type(found).__name__}. It must be there once `configure_model` was called."
             )
         return found
 
-    def _check_trained(self, model: PreTrainedModel, blocks: Sequence[Block]) -> None:
+    def _check_trained(self, blocks: Sequence[Block]) -> None:
         """Refuses a fit that would train pruned weights away from zero."""
         trained = any(linear.weight.requires_grad for block in blocks for linear in block.linears.values())
         if self.recovery is None and trained:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from rich.console import Console
-
+from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks.batches import validation_data
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
 from lit_prune.evaluate import measure
-from lit_prune.report import table
-from lit_prune.results import summary, write_results
+from lit_prune.report import Report, table
+from lit_prune.results import Validation, summary, write_results
 from lit_prune.run_folder import RunFolder, write_text
 
 
@@ -25,14 +30,16 @@ class ResultsCallback(Callback):
         output: Folder to write to; made after the cut, so that a run that is refused leaves nothing.
         overwrite: Replace the folder where it exists; it is kept aside until this run is through.
         config: Text of the run's configuration, written as config.yaml.
+        csv_log: Log metrics to `logs/` in the folder where the Trainer has no logger. (A logger given to the Trainer
+            writes before anything was checked.)
 
     Raises:
         InputError: if the folder exists and may not be replaced, or cannot be written.
     """
 
-    def __init__(self, output: str, overwrite: bool = False, config: str | None = None) -> None:
+    def __init__(self, output: str, overwrite: bool = False, config: str | None = None, csv_log: bool = False) -> None:
         self.folder = RunFolder(output, overwrite=overwrite)
-        self.config = config
+        self.config, self.csv_log = config, csv_log
         self.seconds = 0.0
         self._begin = 0.0
 
@@ -44,6 +51,12 @@ class ResultsCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
         """Makes the folder: the cut is done."""
+        self.open()
+        if self.csv_log and trainer.logger is None:
+            trainer.logger = CSVLogger(self.folder.path, name="logs")
+
+    def open(self) -> None:
+        """Makes the folder, the run's configuration in it."""
         self.folder.claim()
         if self.config is not None:
             write_text(self.folder.path / "config.yaml", self.config)
@@ -69,14 +82,22 @@ class ResultsCallback(Callback):
             report["perplexity"][name] = measured.perplexity
             report["protocol"] = measured.protocol
             report["seconds"][f"perplexity_{name}"] = measured.seconds
+        self.write(trainer, pl_module, model, report, validation)
+
+    def write(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        model: PreTrainedModel,
+        report: Report,
+        validation: Validation | None,
+    ) -> None:
+        """Exports ``model``, writes what the report says, and prints its table and the paths."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        base = getattr(pl_module, "pretrained", type(model).__name__)
+        base = Path(getattr(pl_module, "pretrained", type(model).__name__)).name
         written = write_results(self.folder, model, report, base=base, tokenizer=tokenizer, validation=validation)
         self.folder.finish()
-        console = Console()
-        console.print(table(report))
-        for path in written:
-            console.print(str(path), highlight=False)
+        tell([table(report)], written)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         """Says where a folder is that was to be replaced."""
@@ -90,3 +111,12 @@ class ResultsCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the seconds spent before."""
         self.seconds = state_dict["seconds"]
+
+
+def tell(tables: Sequence[Table], written: Sequence[Path]) -> None:
+    """Prints tables, and the paths of what was written."""
+    console = Console()
+    for grid in tables:
+        console.print(grid)
+    for path in written:
+        console.print(str(path), highlight=False, soft_wrap=True)

@@ -253,8 +253,8 @@ class Stream:
             y_BTD = unwrap(block.module(x_BTD, *args, **kwargs))
             if not torch.isfinite(y_BTD.sum(dtype=torch.float32)):
                 raise InputError(
-                    f"`calibration`: block {block.index} gives NaN or infinity on calibration batch {index}; the weights "
-                    "are broken, or `model.dtype` is too small for them (try float32 or bfloat16)."
+                    f"`calibration`: block {block.index} gives NaN or infinity on calibration batch {index}; the "
+                    "weights are broken, or `model.dtype` is too small for them (try float32 or bfloat16)."
                 )
             if observer is not None:
                 observer.see_block(x_BTD, y_BTD)
@@ -317,7 +317,7 @@ def _capture(
 
 
 def _share(now: Any, before: Any) -> Any:
-    """Returns ``now`` with every tensor that equals its counterpart in ``before`` replaced by that one, to save memory."""
+    """Returns ``now`` with every tensor that equals its counterpart in ``before`` replaced by that one."""
     if isinstance(now, Tensor):
         same = isinstance(before, Tensor) and now.shape == before.shape and torch.equal(now, before)
         return before if same else now

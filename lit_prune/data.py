@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset, load_dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from datasets import Dataset, load_dataset
 from lit_prune.calibrate import Windows, draw_windows
 from lit_prune.errors import InputError
 from lit_prune.load import Tokenizer, load_tokenizer
@@ -63,7 +63,8 @@ class TextDataModule(LightningDataModule):
         separator: String that joins the rows of a data set into one text before it is tokenised (the WikiText
             protocol); null keeps rows apart, each ended by the tokenizer's end-of-text token.
         packages: With `python-docs`, train on the docstrings of all installed packages too.
-        seq_length: Tokens per window.
+        seq_length: Tokens per training window.
+        val_seq_length: Tokens per window of validation and test; null takes `seq_length`.
         batch_size: Windows per batch.
         val_windows: Use only the first so many windows for validation and test; null uses all.
         seed: Seed of the order of the training windows.
@@ -89,15 +90,19 @@ class TextDataModule(LightningDataModule):
         separator: str | None = None,
         packages: bool = False,
         seq_length: int = 1024,
+        val_seq_length: int | None = None,
         batch_size: int = 8,
         val_windows: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for field, value in {"seq_length": seq_length, "batch_size": batch_size}.items():
-            if value < (2 if field == "seq_length" else 1):
-                raise InputError(f"`data.{field}` must be at least {2 if field == 'seq_length' else 1}, got {value}.")
+        lengths = {"seq_length": seq_length, "val_seq_length": seq_length if val_seq_length is None else val_seq_length}
+        for field, length in lengths.items():
+            if length < 2:
+                raise InputError(f"`data.{field}` must be at least 2, got {length}.")
+        if batch_size < 1:
+            raise InputError(f"`data.batch_size` must be at least 1, got {batch_size}.")
         if val_windows is not None and val_windows < 1:
             raise InputError(f"`data.val_windows` must be at least 1 or null, got {val_windows}.")
         self.tokenizer_name = tokenizer
@@ -108,7 +113,8 @@ class TextDataModule(LightningDataModule):
             "val": _as_list(val_files),
             "test": _as_list(test_files),
         }
-        self.packages, self.seq_length, self.batch_size = packages, seq_length, batch_size
+        self.packages, self.batch_size = packages, batch_size
+        self.seq_length, self.val_seq_length = lengths["seq_length"], lengths["val_seq_length"]
         self.val_windows, self.seed, self.num_workers = val_windows, seed, num_workers
         self._streams: dict[Part, torch.Tensor] = {}
         self._tokenizer: Tokenizer | None = None
@@ -128,16 +134,17 @@ class TextDataModule(LightningDataModule):
             self.stream(part)
 
     def stream(self, part: Part) -> torch.Tensor:
-        """Returns all tokens of a part in order, shape (tokens,) int32; a parts' text is read once."""
+        """Returns all tokens of a part in order, shape (tokens,) int32; a part's text is read once."""
         if part not in self._streams:
             documents = self._documents(part)
             if part == "train":
                 documents = self._without_validation(documents)
             stream = self._tokenise(documents)
-            if stream.numel() < self.seq_length:
+            field = "seq_length" if part == "train" else "val_seq_length"
+            if stream.numel() < getattr(self, field):
                 raise InputError(
-                    f"`data.seq_length` must be at most the length of the text: the {part} text has {stream.numel()} "
-                    f"tokens, one window needs {self.seq_length}. Give more text or a smaller `data.seq_length`."
+                    f"`data.{field}` must be at most the length of the text: the {part} text has {stream.numel()} "
+                    f"tokens, one window needs {getattr(self, field)}. Give more text or a smaller `data.{field}`."
                 )
             self._streams[part] = stream
         return self._streams[part]
@@ -153,11 +160,11 @@ class TextDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Returns the validation windows, in order."""
-        return self._loader(PackedWindows(self.stream("val"), self.seq_length, self.val_windows))
+        return self._loader(PackedWindows(self.stream("val"), self.val_seq_length, self.val_windows))
 
     def test_dataloader(self) -> DataLoader:
         """Returns the test windows, in order."""
-        return self._loader(PackedWindows(self.stream("test"), self.seq_length, self.val_windows))
+        return self._loader(PackedWindows(self.stream("test"), self.val_seq_length, self.val_windows))
 
     def describe(self, part: Part) -> str:
         """Returns where a part's text comes from, for protocols and reports."""
@@ -186,8 +193,14 @@ class TextDataModule(LightningDataModule):
         for part in ("val", "test"):
             shared = {Path(f).resolve() for f in self.files["train"]} & {Path(f).resolve() for f in self.files[part]}
             if shared:
-                raise InputError(f"`data.train_files` and `data.{part}_files` must not share text, both name {shared.pop()}.")
-        if not self._local() and self.source not in (None, "python-docs") and self.splits["train"] == self.splits["val"]:
+                raise InputError(
+                    f"`data.train_files` and `data.{part}_files` must not share text, both name {shared.pop()}."
+                )
+        if (
+            not self._local()
+            and self.source not in (None, "python-docs")
+            and self.splits["train"] == self.splits["val"]
+        ):
             raise InputError(f"`data.train_split` and `data.val_split` must differ, both are {self.splits['train']!r}.")
 
     def _documents(self, part: Part) -> Dataset:
@@ -220,7 +233,9 @@ class TextDataModule(LightningDataModule):
     def _from_hub(self, part: Part) -> Dataset:
         assert self.source is not None
         if self.source.startswith((".", "/", "~")):
-            raise InputError(f"`data.source` must be python-docs or a hub id; for {self.source} use `data.train_files`.")
+            raise InputError(
+                f"`data.source` must be python-docs or a hub id; for {self.source} use `data.train_files`."
+            )
         try:
             return load_dataset(self.source, self.name, split=self.splits[part])
         except Exception as error:  # what datasets raises depends on the hub's answer and the data set's kind

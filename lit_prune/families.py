@@ -86,14 +86,18 @@ def find_blocks(
     except AttributeError as error:
         raise InputError(f"`pruning.blocks` must be a path in the model, got {path!r}: {error}.") from error
     if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
-        raise InputError(f"`pruning.blocks` must lead to a list of decoder layers, {path!r} is {type(layers).__name__}.")
+        raise InputError(
+            f"`pruning.blocks` must lead to a list of decoder layers, {path!r} is {type(layers).__name__}."
+        )
     return [Block(index, layer, _linears(layer, targets, ignore)) for index, layer in enumerate(layers)]
 
 
 def _linears(layer: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str]) -> dict[str, nn.Linear]:
     every = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
     if hidden := [name for name in every if ".base_layer" in name or "lora_" in name]:
-        raise InputError(f"`model` must be pruned before adapters are attached, {hidden[0]} is under one; merge it first.")
+        raise InputError(
+            f"`model` must be pruned before adapters are attached, {hidden[0]} is under one; merge it first."
+        )
     for name, linear in every.items():
         if not linear.weight.is_floating_point():
             raise InputError(
@@ -103,7 +107,9 @@ def _linears(layer: nn.Module, targets: Sequence[str] | None, ignore: Sequence[s
     for field, patterns in {"targets": targets or [], "ignore": ignore}.items():
         for pattern in patterns:
             if not any(matches(name, pattern) for name in every):
-                raise InputError(f"`pruning.{field}` must match a linear, got {pattern!r}; there are {', '.join(every)}.")
+                raise InputError(
+                    f"`pruning.{field}` must match a linear, got {pattern!r}; there are {', '.join(every)}."
+                )
     chosen = {
         name: linear
         for name, linear in every.items()

@@ -139,7 +139,9 @@ def _check_hub(repo: str) -> None:
             "such model on the hub (a private or gated one needs `hf auth login`)."
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(f"`model.pretrained`: the hub answered {_first_line(error)!r} for {repo!r}; {remedy}.") from error
+        raise InputError(
+            f"`model.pretrained`: the hub answered {_first_line(error)!r} for {repo!r}; {remedy}."
+        ) from error
     except Exception as error:  # the http library's own connection errors share no base with OSError
         raise InputError(
             f"`model.pretrained`: there is no folder {repo!r} here, and the hub cannot be reached to look for it there "
@@ -154,7 +156,9 @@ def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any]) -> An
     try:
         return loader(source, **extra)
     except ImportError as error:
-        raise InputError(f"`model.pretrained`: {_first_line(error)} For .gguf: pip install 'lit-prune[gguf]'.") from error
+        raise InputError(
+            f"`model.pretrained`: {_first_line(error)} For .gguf: pip install 'lit-prune[gguf]'."
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"`model.pretrained` {source!r} cannot be loaded: {_first_line(error)}") from error
 

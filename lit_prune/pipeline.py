@@ -1,7 +1,7 @@
 """Calibrate, allocate, prune: the whole of it, without Lightning. Read this file first.
 
-    scores = score(model, batches, recipe)     # look, change nothing
-    pruned = prune(model, batches, recipe)     # score, spread the budget over the blocks, remove weights in place
+scores = score(model, batches, recipe)     # look, change nothing
+pruned = prune(model, batches, recipe)     # score, spread the budget over the blocks, remove weights in place
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Pruned:
 def score(
     model: PreTrainedModel,
     batches: Iterable[Batch | Tensor],
-    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    recipe: Recipe = Recipe(),
     *,
     device: torch.device | str | None = None,
 ) -> Scored:
@@ -161,7 +161,7 @@ def score(
 def prune(
     model: PreTrainedModel,
     batches: Iterable[Batch | Tensor],
-    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
+    recipe: Recipe = Recipe(),
     *,
     device: torch.device | str | None = None,
 ) -> Pruned:
@@ -218,7 +218,10 @@ def _sparsity(block: Block) -> float:
 
 
 def _stream(
-    model: PreTrainedModel, blocks: Sequence[Block], batches: Iterable[Batch | Tensor], device: torch.device | str | None
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Iterable[Batch | Tensor],
+    device: torch.device | str | None,
 ) -> Stream:
     dicts = [{"input_ids": batch} if isinstance(batch, Tensor) else batch for batch in batches]
     if not dicts:
@@ -228,4 +231,3 @@ def _stream(
     if limit is not None and longest > limit:
         raise InputError(f"`calibration.seq_length` must be at most {limit}, the model's limit, got {longest}.")
     return Stream(model, blocks, dicts, torch.device(device or model.device))
-

@@ -123,9 +123,9 @@ def model_card(report: Report, base: str) -> str:
         else "Not pruned."
     )
     adapter = (
-        "\nThe folder holds the pruned weights and, beside them, the adapter that was trained to heal them. The adapter "
-        "is not merged: merging would fill the zeros. `from_pretrained` loads both where peft is installed; without peft "
-        "it loads the pruned weights alone, unrecovered.\n"
+        "\nThe folder holds the pruned weights and, beside them, the adapter that was trained to heal them. The "
+        "adapter is not merged: merging would fill the zeros. `from_pretrained` loads both where peft is installed; "
+        "without peft it loads the pruned weights alone, unrecovered.\n"
         if report.get("adapter")
         else ""
     )

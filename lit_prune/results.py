@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -95,7 +94,7 @@ def _reopened(folder: Path, model: PreTrainedModel, report: Report, validation: 
         tolerance = REOPENED_TOLERANCE[found.protocol["dtype"]]
         if abs(found.perplexity / last - 1) > tolerance:
             raise RuntimeError(
-                f"the exported model has a perplexity of {found.perplexity:.4f}, the one in memory {last:.4f}; not kept."
+                f"the exported model's perplexity is {found.perplexity:.4f}, in memory it is {last:.4f}; not kept."
             )
     return checked
 

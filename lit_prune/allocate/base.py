@@ -38,10 +38,10 @@ class Allocation(ABC):
 
     @abstractmethod
     def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
-        """Returns the paper's rates of removal for a mean of ``sparsity``, before bounds; equal scores give equal rates."""
+        """Returns the paper's rates of removal for a mean of ``sparsity``, before bounds; equal for equal scores."""
 
     def check(self, sizes: Sequence[int], sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
-        """Raises InputError where the settings cannot fit blocks of these ``sizes`` (prunable weights) at a sparsity."""
+        """Raises InputError where the settings cannot fit blocks of these ``sizes`` (prunable weights)."""
 
     def floor(self, sparsity: float) -> float:  # noqa: ARG002
         """Returns the rate that no block falls below."""

@@ -50,7 +50,9 @@ class Plan(Allocation):
             if not isinstance(block, int) or isinstance(block, bool):
                 raise InputError(f"`Plan.path`: blocks must be whole numbers, got {block!r} in {self.path}.")
             if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate <= 1:
-                raise InputError(f"`Plan.path`: the rate of block {block} must be in [0, 1], got {rate!r} in {self.path}.")
+                raise InputError(
+                    f"`Plan.path`: the rate of block {block} must be in [0, 1], got {rate!r} in {self.path}."
+                )
         return {block: float(rate) for block, rate in content.items()}
 
     def check(self, sizes: Sequence[int], sparsity: float) -> None:

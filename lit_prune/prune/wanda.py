@@ -17,7 +17,8 @@ from lit_prune.prune.patterns import Pattern, Unstructured
 class Wanda(Method):
     """Removes the smallest |W_ij| * ||X_j|| within each output row (section 3, equation 1).
 
-    Half of [[1, 2, 3], [4, 5, 6]] under norms [9, 1, 1]: scores [[9, 2, 3], [36, 5, 6]], left are [[1, 0, 0], [4, 0, 6]].
+    Half of [[1, 2, 3], [4, 5, 6]] under norms [9, 1, 1] has scores [[9, 2, 3], [36, 5, 6]] and leaves
+    [[1, 0, 0], [4, 0, 6]].
 
     Args:
         pattern: How the removals may lie; null is Unstructured.

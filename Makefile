@@ -1,0 +1,45 @@
+# `make quickstart` and `make test` do everything from a bare clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: quickstart test slow lint format embedded clean
+
+quickstart: $(VENV)/installed
+	$(BIN)/lit-prune fit --config configs/quickstart.yaml --overwrite
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The model inside the package, made again from its text: about an hour.
+embedded: $(VENV)/installed-dev
+	$(BIN)/python -m lit_prune.embedded.train_tokenizer lit_prune/embedded
+	$(BIN)/lit-prune fit --config configs/pretrain_embedded.yaml --overwrite
+	$(BIN)/python -m lit_prune.embedded.install runs/pretrain_embedded
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

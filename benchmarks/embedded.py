@@ -1,0 +1,45 @@
+"""What the embedded model has learnt, and what pruning costs it: ``python benchmarks/embedded.py``.
+
+Prints the held-out perplexity beside the unigram perplexity of the same tokens (frequencies of the training text, one
+added to each count), and the perplexity after DLP + Wanda at several sparsities.
+"""
+
+from __future__ import annotations
+
+import torch
+from jsonargparse import auto_cli
+
+from lit_prune.calibrate import batches_of
+from lit_prune.data import TextDataModule
+from lit_prune.evaluate import measure
+from lit_prune.load import load_model
+from lit_prune.pipeline import Recipe, prune
+
+
+def unigram_perplexity(train: torch.Tensor, val: torch.Tensor, words: int) -> float:
+    """Returns exp(mean -log p(token)) of ``val`` under the frequencies of ``train``, one added to each count."""
+    counts = torch.bincount(train.long(), minlength=words).double() + 1
+    return float(torch.exp(-(counts / counts.sum()).log()[val.long()].mean()))
+
+
+def main(seq_length: int = 256, num_samples: int = 64) -> None:
+    """Prints the figures.
+
+    Args:
+        seq_length: Tokens per window.
+        num_samples: Calibration windows.
+    """
+    data = TextDataModule(seq_length=seq_length)
+    model = load_model("embedded", "float32")
+    unigram = unigram_perplexity(data.stream("train"), data.stream("val"), model.config.vocab_size)
+    dense = measure(model, data.val_dataloader(), data.describe("val"))
+    print(f"{dense.protocol}\nunigram {unigram:.1f}\ndense {dense.perplexity:.2f}")
+    batches = batches_of(data.calibration_windows(num_samples, seq_length, seed=0), 8)
+    for sparsity in (0.3, 0.5, 0.6, 0.7):
+        model = load_model("embedded", "float32")
+        prune(model, batches, Recipe(sparsity=sparsity))
+        print(f"sparsity {sparsity}: {measure(model, data.val_dataloader(), '').perplexity:.2f}")
+
+
+if __name__ == "__main__":
+    auto_cli(main)

@@ -1,0 +1,222 @@
+"""The `lit-prune` command: fit, validate and test as in any LightningCLI, and our own verbs prune and score."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, TypeVar
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that it has no CPU kernels
+
+import datasets  # noqa: E402
+import transformers  # noqa: E402
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+
+from lit_prune.allocate import write_plan  # noqa: E402
+from lit_prune.callbacks.batches import calibration_batches, validation_data  # noqa: E402
+from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
+from lit_prune.callbacks.results import ResultsCallback, tell  # noqa: E402
+from lit_prune.cli_errors import explain  # noqa: E402
+from lit_prune.data import TextDataModule  # noqa: E402
+from lit_prune.errors import InputError  # noqa: E402
+from lit_prune.families import blocks_path  # noqa: E402
+from lit_prune.module import PrunableLM  # noqa: E402
+from lit_prune.pipeline import recipe_record, score  # noqa: E402
+from lit_prune.report import block_table, picture, to_json, versions  # noqa: E402
+from lit_prune.results import summary  # noqa: E402
+from lit_prune.run_folder import write_text, written_aside  # noqa: E402
+
+Found = TypeVar("Found", bound=Callback)
+DESCRIPTION = "Prune a large language model while it is being fine-tuned, and heal it in the same run."
+
+
+class PruneTrainer(Trainer):
+    """A Lightning Trainer that can also prune without training, and look without pruning."""
+
+    def prune(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Prune in one shot, without training; writes the same folder as fit, with the pruned model."""
+        pruning, results = self._ready(model, datamodule)
+        llm, device = pruning.find_model(model), self.strategy.root_device
+        validation = validation_data(self) if pruning.measure else None
+        pruning.cut(llm, calibration_batches(self, pruning.calibration), validation, device)
+        results.open()
+        results.write(self, model, llm, summary(llm, pruning.recipe, pruning.done), validation)
+
+    def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Look before you cut: a table and a picture of the blocks' scores and rates, and a plan file to edit."""
+        pruning, results = self._ready(model, datamodule)
+        recipe = pruning.recipe
+        assert recipe is not None
+        scored = score(
+            pruning.find_model(model),
+            calibration_batches(self, pruning.calibration),
+            recipe,
+            device=self.strategy.root_device,
+        )
+        results.open()
+        report = {
+            "sparsity": {"requested": recipe.sparsity},
+            "recipe": recipe_record(recipe),
+            "scores": scored.scores,
+            "rates": scored.rates,
+            "seconds": {"score": scored.seconds},
+            "versions": versions(),
+        }
+        plan, image, numbers = (results.folder.path / name for name in ("plan.yaml", "blocks.png", "report.json"))
+        with written_aside(plan) as draft:
+            header = f"block: share of its weights to remove; mean {recipe.sparsity:g}, by {recipe.allocation!r}\n"
+            header += f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"
+            write_plan(draft, scored.rates, scored.scores, header)
+        with written_aside(image) as draft:
+            picture(draft, scored.scores, scored.rates, report)
+        write_text(numbers, to_json(report))
+        results.folder.finish()
+        tell([block_table(scored.scores, scored.rates)], [plan, image, numbers])
+
+    def _ready(
+        self, model: LightningModule, datamodule: LightningDataModule
+    ) -> tuple[DynamicPruningCallback, ResultsCallback]:
+        """Loads the LLM, attaches the data, and checks the recipe against the LLM."""
+        pruning, results = _one(self, DynamicPruningCallback), _one(self, ResultsCallback)
+        if pruning.recipe is None:
+            raise InputError("`pruning.method` must be a method for this, such as Wanda, got null.")
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        model.configure_model()
+        pruning.recipe.check(pruning.find_model(model))
+        return pruning, results
+
+
+def _one(trainer: Trainer, kind: type[Found]) -> Found:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
+
+
+class Parser(LightningArgumentParser):
+    """Answers a mistake in a few lines: what is wrong, near misses, what there is."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ARG002
+        """Prints the explanation and exits with code 2."""
+        _fail(explain(message, self))
+
+
+class LitPruneCLI(LightningCLI):
+    """LightningCLI with the groups `model`, `data`, `pruning` and `trainer`, and where results go."""
+
+    trainer: PruneTrainer
+    model: PrunableLM
+    datamodule: TextDataModule
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            PrunableLM,
+            TextDataModule,
+            save_config_callback=None,
+            trainer_class=PruneTrainer,
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+            seed_everything_default=0,
+            parser_kwargs={"description": DESCRIPTION},
+            parser_class=Parser,
+            args=args,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Returns the verbs, each with the arguments that do not come from the command line."""
+        verbs = LightningCLI.subcommands()
+        own = {"model", "datamodule"}
+        return {name: verbs[name] for name in ("fit", "validate", "test")} | {"prune": own, "score": own}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the group `pruning`, with its defaults, and `output`."""
+        parser.add_argument("--output", default="runs/lit_prune", help="Folder to write the results to.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace the output folder where it exists.")
+        parser.add_lightning_class_args(DynamicPruningCallback, "pruning")
+        parser.set_defaults(
+            {
+                "pruning.method": {"class_path": "lit_prune.prune.Wanda"},
+                "pruning.allocation": {"class_path": "lit_prune.allocate.DLP"},
+                "pruning.recovery": {"class_path": "lit_prune.recover.LoRA"},
+            }
+        )
+        parser.link_arguments("model.pretrained", "data.tokenizer")
+
+    def before_instantiate_classes(self) -> None:
+        """Adds the callbacks that write; checks the output folder and the checkpoint before anything is made."""
+        assert self.subcommand is not None
+        config = self.config[self.subcommand]
+        output = Path(config.output)
+        results = ResultsCallback(
+            str(output), config.overwrite, self._parser(self.subcommand).dump(config, skip_none=False), csv_log=True
+        )
+        self.trainer_defaults["callbacks"] = [results]
+        if config.get("ckpt_path"):
+            config.ckpt_path = _checkpoint(config.ckpt_path, output)
+        if self.subcommand in ("fit", "prune", "score"):
+            results.folder.resume = bool(config.get("ckpt_path"))
+            results.folder.check()
+        if config.trainer.logger is None:
+            config.trainer.logger = False  # results.csv_log stands in for it
+        if self.subcommand != "fit":
+            return
+        if config.trainer.enable_checkpointing is not False:
+            self.trainer_defaults["callbacks"].append(ModelCheckpoint(output / "checkpoints", save_last=True))
+
+    def after_instantiate_classes(self) -> None:
+        """Checks what hangs on the LLM's config and on the data together."""
+        if sum(isinstance(callback, DynamicPruningCallback) for callback in self.trainer.callbacks) > 1:  # type: ignore[attr-defined]
+            raise InputError("`trainer.callbacks` must not hold a DynamicPruningCallback: `pruning` is one already.")
+        pruning = _one(self.trainer, DynamicPruningCallback)
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        lengths = {f"data.{field}": getattr(self.datamodule, field) for field in ("seq_length", "val_seq_length")}
+        if pruning.recipe is not None and self.subcommand in ("fit", "prune", "score"):
+            lengths["pruning.calibration.seq_length"] = pruning.calibration.seq_length
+            blocks_path(self.model.config, pruning.recipe.blocks)
+        for field, length in lengths.items():
+            if limit is not None and length > limit:
+                raise InputError(f"`{field}` must be at most {limit}, the model's limit, got {length}.")
+
+
+def _checkpoint(path: str, output: Path) -> str:
+    """Returns the checkpoint to resume from; Lightning itself would start afresh where there is none."""
+    found = output / "checkpoints" / "last.ckpt" if path == "last" else Path(path)
+    if not found.is_file():
+        raise InputError(f"`ckpt_path` must be a checkpoint that is there, {found} is not.")
+    return str(found)
+
+
+def _fail(message: str) -> None:
+    print(f"lit-prune: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _quiet() -> None:
+    """Silences what the libraries say of themselves: our own bars and lines tell what goes on."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*Checkpoint directory.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command; a user's mistake ends in one line and exit code 2."""
+    _quiet()
+    try:
+        LitPruneCLI(args)
+    except InputError as error:
+        _fail(str(error))
+    except ValueError as error:  # jsonargparse wraps what a class raises where a field may be of several types
+        wrapped = re.search(r"^\s*- (`.+)$", str(error), re.MULTILINE)
+        if wrapped is None or "Union subtypes" not in str(error):
+            raise
+        _fail(wrapped.group(1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Turns what jsonargparse says of a mistake into a few lines: what is wrong, near misses, what there is.
+
+jsonargparse reports a wrong class name or option with every type that was tried and the whole of the value; the lines
+that matter are recognised here. What is not recognised is shortened, not hidden.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lit_prune.allocate import Allocation
+from lit_prune.errors import near_misses
+from lit_prune.prune import Method, Pattern
+from lit_prune.recover import Recovery
+
+BASES: dict[str, type] = {"method": Method, "allocation": Allocation, "recovery": Recovery, "pattern": Pattern}
+
+
+def explain(message: str, parser: Any) -> str:
+    """Returns ``message`` in a few lines.
+
+    Args:
+        message: What jsonargparse would print.
+        parser: The parser it comes from, whose options are the choices.
+    """
+    for pattern, say in (
+        (r"unrecognized arguments: (.*)", _option),
+        (r"Problem with given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", _class_option),
+        (r"(?:Key|Group|Option|key) ['\"]([\w.]+)['\"] .*?(?:is not accepted|not found|does not accept)", _key),
+        (r"Option '([\w.]+)' is not accepted", _key),
+        (r"[Uu]nrecogni[sz]ed (?:keys?|options?|settings?)[^\w]*([\w.]+)", _key),
+        (r"Expected a dot import path string: (\S+)", _class),
+        (r"No import path.*?'(\S+)'|Unexpected import path format: (\S+)", _class),
+        (r"Problem with given class_path '([\w.]+)':\s+the following arguments are required: (\S+)", _required),
+        (r"argument subcommand: invalid choice: '(\S+)'|expected \"subcommand\" to be one of", _verb),
+    ):
+        found = re.search(pattern, message, re.DOTALL if pattern.startswith(r"Problem") else 0)
+        if found and (told := say(found, message, parser)):
+            return told
+    return _shortened(message)
+
+
+def _where(message: str) -> str:
+    """The key that a message is about, as the user types it."""
+    found = re.search(r"[Pp]arser key \"([\w.]+)\"|argument (--[\w.]+)", message)
+    return next((group for group in found.groups() if group), "") if found else ""
+
+
+def _options(parser: Any) -> list[str]:
+    parsers = [parser, *(sub for sub in _subparsers(parser).values())]
+    return sorted({s for p in parsers for action in p._actions for s in action.option_strings if s.startswith("--")})
+
+
+def _subparsers(parser: Any) -> dict[str, Any]:
+    return next((dict(a._name_parser_map) for a in parser._actions if hasattr(a, "_name_parser_map")), {})
+
+
+def _option(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
+    word = found.group(1).split()[0].split("=")[0]
+    return _not_known(f"`{word}` is not an option", word, _options(parser), "see --help")
+
+
+def _key(found: re.Match[str], message: str, parser: Any) -> str:
+    inner = found.group(1)
+    where = _where(message)
+    full = inner if not where or inner.startswith(where) else f"{where}.{inner}"
+    known = [option.removeprefix("--") for option in _options(parser)]
+    return _not_known(f"`{full}` is not a setting", full, known, "see --help")
+
+
+def _class_option(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
+    name, option = found.group(1).rsplit(".", 1)[-1], found.group(2)
+    leaves = {leaf.__name__: leaf for base in BASES.values() for leaf in base.__subclasses__()}
+    choices = list(getattr(leaves.get(name), "__dataclass_fields__", {}))
+    return _not_known(f"`{_where(message)}.{option}` is not a setting of {name}", option, choices, ", ".join(choices))
+
+
+def _class(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
+    word, where = next(group for group in found.groups() if group), _where(message)
+    base = BASES.get(where.rsplit(".", 1)[-1])
+    if base is None:
+        return ""
+    choices = sorted(leaf.__name__ for leaf in base.__subclasses__() if leaf.__module__.startswith("lit_prune."))
+    return _not_known(
+        f"`{where}` must be one of {', '.join(choices)}, or the dotted path of a class of your own, got {word!r}",
+        word,
+        choices,
+    )
+
+
+def _required(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
+    name, option = found.group(1).rsplit(".", 1)[-1], found.group(2)
+    return f"`{_where(message)}.{option}` must be given: {name} needs it."
+
+
+def _verb(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
+    word = found.group(1) or ""
+    verbs = list(_subparsers(parser))
+    return _not_known(f"the verb must be one of {', '.join(verbs)}" + (f", got {word!r}" if word else ""), word, verbs)
+
+
+def _not_known(what: str, word: str, choices: list[str], remedy: str = "") -> str:
+    near = near_misses(word, choices)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"{what}.{hint}" + (f" ({remedy})" if remedy and not near else "")
+
+
+def _shortened(message: str) -> str:
+    """The key, and the lines that say what was expected and what came."""
+    lines = [line.strip(" -") for line in message.splitlines()]
+    told = [line for line in lines if re.match(r"Expected|Value|Got|Given value:|Invalid|Unable|Not a|.*No such", line)]
+    told = [line for line in told if "NoneType" not in line and not line.startswith("Expected a path but")]
+    where = _where(message)
+    if not told or not where:
+        return " ".join(line for line in lines if line)[:500]
+    return f"`{where}`: " + "; ".join(dict.fromkeys(told))[:400]

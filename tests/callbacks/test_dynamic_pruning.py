@@ -1,0 +1,185 @@
+"""The callback around a LightningModule of somebody's own, in a plain Trainer."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lit_prune.callbacks import DynamicPruningCallback
+from torch.utils.data import DataLoader
+
+from lit_prune import structure
+from lit_prune.allocate import Uniform
+from lit_prune.calibrate import Calibration
+from lit_prune.errors import InputError
+from lit_prune.evaluate import measure, zeros
+from lit_prune.families import find_blocks
+from lit_prune.prune import Magnitude, Wanda
+from lit_prune.recover import LoRA, adapter_config
+from tests.conftest import small_model
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+class Foreign(LightningModule):
+    """Somebody's own module: an HF model in ``self.model``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = small_model()
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.model(**batch, labels=batch["input_ids"]).loss
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.model(**batch, labels=batch["input_ids"]).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+def loader(seed: int = 0, rows: int = 32) -> DataLoader:
+    ids = torch.randint(1, 64, (rows, 16), generator=torch.Generator().manual_seed(seed))
+    return DataLoader([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids], batch_size=4)
+
+
+def callback(**fields: Any) -> DynamicPruningCallback:
+    settings = {"method": Wanda(), "recovery": LoRA(), "calibration": Calibration(num_samples=8, seq_length=16)}
+    return DynamicPruningCallback(**{**settings, **fields})
+
+
+def sparsity(module: Foreign) -> float:
+    linears = [w for name, w in module.model.named_parameters() if "_proj" in name and ".lora_" not in name]
+    zero, total = zeros(linears)
+    return zero / total
+
+
+def fit(module: Foreign, pruning: DynamicPruningCallback, val: DataLoader | None = None, **fields: Any) -> Trainer:
+    ckpt_path = fields.pop("ckpt_path", None)
+    settings = {**QUIET, "max_steps": 4, "enable_checkpointing": False, **fields}
+    callbacks = [pruning, *settings.pop("callbacks", [])]
+    trainer = Trainer(**settings, callbacks=callbacks)
+    trainer.fit(module, loader(), val, ckpt_path=ckpt_path)
+    return trainer
+
+
+def test_prunes_before_the_first_step_and_recovers_with_zeros_kept() -> None:
+    module, pruning = Foreign(), callback(sparsity=0.5)
+    fit(module, pruning, loader(1))
+    assert sparsity(module) == pytest.approx(0.5, abs=1e-3)
+    assert adapter_config(module.model) is not None
+    assert any(p.abs().sum() > 0 for n, p in module.model.named_parameters() if "lora_B" in n)
+    assert len(pruning.done["scores"]) == len(pruning.done["rates"]) == 3
+
+
+def test_perplexity_is_measured_before_and_after_the_cut_on_what_the_trainer_validates() -> None:
+    module, pruning = Foreign(), callback(sparsity=0.6)
+    dense = measure(small_model(), list(loader(1))[:2], "x").perplexity
+    fit(module, pruning, loader(1), limit_val_batches=2)
+    assert pruning.done["perplexity"]["dense"] == pytest.approx(dense)
+    assert pruning.done["perplexity"]["pruned"] != pytest.approx(dense)
+    assert pruning.done["protocol"]["windows"] == 8
+    assert pruning.done["protocol"]["data"] == "validation dataloader"
+
+
+def test_a_share_of_the_validation_batches() -> None:
+    pruning = callback()
+    fit(Foreign(), pruning, loader(1), limit_val_batches=0.5)
+    assert pruning.done["protocol"]["windows"] == 16
+
+
+@pytest.mark.parametrize(("fields", "val"), [({}, None), ({"measure": False}, loader(1))])
+def test_without_validation_nothing_is_measured(fields: dict[str, Any], val: DataLoader | None) -> None:
+    pruning = callback(**fields)
+    fit(Foreign(), pruning, val)
+    assert pruning.done["perplexity"] == {}
+    assert pruning.done["protocol"] is None
+
+
+def test_the_calibration_is_the_first_rows_of_the_training_loader() -> None:
+    module, other = Foreign(), Foreign()
+    pruning = callback(calibration=Calibration(num_samples=6, seq_length=16), recovery=LoRA())
+    fit(module, pruning)
+    from lit_prune.pipeline import Recipe, prune
+
+    rows = torch.cat([batch["input_ids"] for batch in loader()])[:6]
+    assert prune(other.model, [rows], Recipe()).rates == pytest.approx(pruning.done["rates"], abs=1e-6)
+
+
+def test_switched_off() -> None:
+    module = Foreign()
+    fit(module, callback(method=None))
+    assert sparsity(module) == 0
+    assert adapter_config(module.model) is None
+
+
+def test_pruned_weights_that_would_be_trained_are_refused_before_anything_is_done() -> None:
+    module = Foreign()
+    with pytest.raises(InputError, match="`pruning.recovery` must be given where pruned weights are trained"):
+        fit(module, callback(recovery=None))
+    assert sparsity(module) == 0
+
+
+def test_no_recovery_where_the_llm_is_frozen() -> None:
+    module = Foreign()
+    module.model.requires_grad_(False)
+    module.model.model.norm.weight.requires_grad_(True)
+    fit(module, callback(recovery=None))
+    assert sparsity(module) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_a_checkpoint_resumes_with_masks_adapter_and_numbers(tmp_path: Path) -> None:
+    whole, first = Foreign(), Foreign()
+    fit(whole, callback(), max_steps=4)
+    trainer = fit(first, callback(), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    stored = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    assert stored[structure.KEY]["adapter"]["r"] == 8
+    resumed, pruning = Foreign(), callback()
+    fit(resumed, pruning, max_steps=4, ckpt_path=tmp_path / "half.ckpt")
+    assert pruning.done["rates"] == pytest.approx(stored["callbacks"]["DynamicPruningCallback"]["done"]["rates"])
+    assert sparsity(resumed) == pytest.approx(0.5, abs=1e-3)
+    zero = [(a == 0) == (b == 0) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True) if a.ndim == 2]
+    assert all(bool(same.all()) for same in zero[:4])
+
+
+def test_the_llm_is_found_by_target() -> None:
+    module = Foreign()
+    module.net = SimpleNamespace(llm=module.model)
+    assert callback(target="net.llm").find_model(module) is module.model
+    with pytest.raises(
+        InputError, match=r"`pruning.target` must be the attribute of Foreign .*`net` is SimpleNamespace"
+    ):
+        callback(target="net").find_model(module)
+
+
+def test_several_processes_and_later_steps_are_refused() -> None:
+    with pytest.raises(InputError, match="`pruning.at_step` must be 0"):
+        callback(at_step=5)
+    trainer = SimpleNamespace(world_size=2)
+    with pytest.raises(InputError, match="works in one process so far, got 2: `--trainer.devices 1`"):
+        callback().setup(trainer, Foreign(), "fit")  # type: ignore[arg-type]
+
+
+def test_other_stages_touch_nothing() -> None:
+    module = Foreign()
+    Trainer(**QUIET, enable_checkpointing=False, callbacks=[callback()]).validate(module, loader(), verbose=False)
+    assert sparsity(module) == 0
+
+
+def test_half_precision_weights_are_pruned_in_the_precision_they_are_trained_in() -> None:
+    module, pruning = Foreign(), callback(method=Magnitude(), allocation=Uniform())
+    fit(module, pruning, loader(1), precision="bf16-true")
+    assert pruning.done["protocol"]["dtype"] == "bfloat16"
+    for block in find_blocks(small_model()):
+        for name in block.linears:
+            weight = module.model.model.layers[block.index].get_submodule(name).base_layer.weight
+            assert zeros([weight])[0] == round(weight.numel() * 0.5)

@@ -1,0 +1,299 @@
+"""The command, from its arguments to what it leaves in the folder."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lit_prune.cli import main
+from lit_prune.evaluate import measure, zeros
+
+SMALL = [
+    "--model.dtype=float32",
+    "--data.seq_length=64",
+    "--data.batch_size=4",
+    "--data.val_windows=8",
+    "--pruning.calibration.num_samples=4",
+    "--pruning.calibration.seq_length=64",
+]
+STEPS = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--model.lr=1e-3"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Runs in a folder of its own, with text of its own; Lightning's advice is no error here."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.txt").write_text("Return the number of items in a container, or raise an error.\n" * 200)
+    Path("val.txt").write_text("Open the file, read its lines and close it again when that is done.\n" * 100)
+    warnings.simplefilter("ignore")
+    return tmp_path
+
+
+def files() -> list[str]:
+    return ["--data.train_files=train.txt", "--data.val_files=val.txt"]
+
+
+def run(verb: str, *args: str) -> None:
+    main([verb, *SMALL, *files(), *(STEPS if verb == "fit" else []), *args])
+
+
+def report(folder: str = "runs/x") -> dict:
+    return json.loads(Path(folder, "report.json").read_text())
+
+
+def test_fit_prunes_recovers_and_leaves_a_hugging_face_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", "--output=runs/x", "--trainer.max_steps=30", "--pruning.sparsity=0.7")
+    told = report()
+    perplexity = told["perplexity"]
+    assert perplexity["dense"] < perplexity["pruned"]
+    assert perplexity["recovered"] < perplexity["pruned"]
+    assert told["protocol"]["windows"] == 8
+    assert told["sparsity"]["requested"] == 0.7
+    assert told["sparsity"]["achieved_linears"] == pytest.approx(0.7, abs=1e-3)
+    assert 0.3 < told["sparsity"]["achieved_all"] < 0.7
+    assert len(told["scores"]) == len(told["rates"]) == 8
+    assert max(told["rates"]) - min(told["rates"]) == pytest.approx(0.3, abs=1e-6)
+    assert {"score", "prune", "train"} <= told["seconds"].keys()
+    assert told["parameters"] > 1e6
+    assert told["bytes"] > told["parameters"]
+    assert told["versions"]["torch"] == torch.__version__
+    assert told["export"]["perplexity"] == pytest.approx(perplexity["recovered"], rel=1e-3)
+
+    opened = AutoModelForCausalLM.from_pretrained("runs/x/model")
+    tokenizer = AutoTokenizer.from_pretrained("runs/x/model")
+    ids = tokenizer(Path("val.txt").read_text(), return_tensors="pt")["input_ids"][:, : 8 * 64].view(8, 64)
+    assert measure(opened, [{"input_ids": ids}], "val").perplexity == pytest.approx(perplexity["recovered"], rel=1e-3)
+    linears = [w for name, w in opened.named_parameters() if "_proj" in name and ".lora_" not in name]
+    zero, total = zeros(linears)
+    assert zero / total == pytest.approx(0.7, abs=1e-3)
+
+    assert sorted(path.name for path in Path("runs/x").iterdir()) == [
+        "blocks.png",
+        "checkpoints",
+        "config.yaml",
+        "logs",
+        "model",
+        "report.json",
+    ]
+    assert yaml.safe_load(Path("runs/x/config.yaml").read_text())["pruning"]["sparsity"] == 0.7
+    assert "train/loss" in next(Path("runs/x/logs").rglob("metrics.csv")).read_text()
+    printed = capsys.readouterr().out
+    for line in (
+        "perplexity, dense",
+        "perplexity, recovered",
+        "runs/x/model",
+        "runs/x/report.json",
+        "runs/x/blocks.png",
+    ):
+        assert line in printed
+
+
+def test_the_written_configuration_gives_the_same_run_again() -> None:
+    run("fit", "--output=runs/x")
+    main(["fit", "--config=runs/x/config.yaml", "--output=runs/y"])
+    first, second = report(), report("runs/y")
+    assert first["perplexity"] == pytest.approx(second["perplexity"])
+    assert first["rates"] == second["rates"]
+
+
+def test_prune_trains_nothing() -> None:
+    run("prune", "--output=runs/x", "--pruning.allocation=Uniform")
+    told = report()
+    assert told["perplexity"]["recovered"] is None
+    assert told["perplexity"]["pruned"] > told["perplexity"]["dense"]
+    assert not Path("runs/x/model/adapter_config.json").exists()
+    assert told["rates"] == pytest.approx([0.5] * 8)
+    assert "train" not in told["seconds"]
+
+
+def test_score_writes_a_plan_that_prune_and_fit_accept(capsys: pytest.CaptureFixture[str]) -> None:
+    run("score", "--output=runs/score", "--pruning.allocation.alpha=0.2")
+    assert "block" in capsys.readouterr().out
+    assert not Path("runs/score/model").exists()
+    planned = yaml.safe_load(Path("runs/score/plan.yaml").read_text())
+    assert sum(planned.values()) / 8 == pytest.approx(0.5, abs=1e-5)
+    assert max(planned.values()) - min(planned.values()) == pytest.approx(0.4, abs=1e-5)
+    Path("plan.yaml").write_text("".join(f"{block}: {0.3 if block % 2 else 0.7}\n" for block in range(8)))
+    plan = ["--pruning.allocation=Plan", "--pruning.allocation.path=plan.yaml"]
+    run("prune", "--output=runs/x", *plan)
+    assert report()["rates"] == pytest.approx([0.7, 0.3] * 4)
+    run("fit", "--output=runs/y", *plan)
+    assert report("runs/y")["achieved"] == pytest.approx([0.7, 0.3] * 4, abs=1e-3)
+
+
+def test_method_null_is_plain_training(capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", "--output=runs/x", "--pruning.method=null")
+    told = report()
+    assert told["sparsity"]["requested"] is None
+    assert told["recipe"] is None
+    assert told["perplexity"]["dense"] is not None
+    assert zeros(AutoModelForCausalLM.from_pretrained("runs/x/model").parameters())[0] < 100
+
+
+def test_validate_and_test_write_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    run("validate")
+    run("test", "--data.test_files=val.txt")
+    printed = capsys.readouterr().out
+    assert "val/perplexity" in printed
+    assert "test/perplexity" in printed
+    assert not Path("runs").exists()
+    assert not Path("lightning_logs").exists()
+
+
+def test_a_run_resumes_in_its_own_folder() -> None:
+    run("fit", "--output=runs/x")
+    dense = report()["perplexity"]["dense"]
+    run("fit", "--output=runs/x", "--ckpt_path=last", "--trainer.max_steps=4")
+    told = report()
+    assert told["perplexity"]["dense"] == dense
+    assert told["sparsity"]["achieved_linears"] == pytest.approx(0.5, abs=1e-3)
+    assert len(told["rates"]) == 8
+
+
+def test_overwrite_replaces_the_folder() -> None:
+    run("prune", "--output=runs/x")
+    Path("runs/x/mine").write_text("x")
+    run("prune", "--output=runs/x", "--overwrite", "--pruning.sparsity=0.3")
+    assert report()["sparsity"]["requested"] == 0.3
+    assert not Path("runs/x/mine").exists()
+    assert [path.name for path in Path("runs").iterdir()] == ["x"]
+
+
+def test_print_config_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--print_config"])
+    assert ended.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["pruning"]["method"]["class_path"] == "lit_prune.prune.Wanda"
+    assert config["pruning"]["allocation"]["class_path"] == "lit_prune.allocate.DLP"
+    assert config["pruning"]["recovery"]["class_path"] == "lit_prune.recover.LoRA"
+    assert config["pruning"]["calibration"]["num_samples"] == 128
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--pruning.sparsity", "--data.train_files", "--model.pretrained", "--output", "--overwrite"):
+        assert option in printed
+
+
+def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert sorted(config) == [
+        "data",
+        "model",
+        "output",
+        "overwrite",
+        "pruning",
+        "seed_everything",
+        "trainer",
+    ] or sorted(config) == sorted(
+        ["ckpt_path", "data", "model", "output", "overwrite", "pruning", "seed_everything", "trainer", "weights_only"]
+    )
+    assert sorted(config["pruning"]) == sorted(
+        [
+            "allocation",
+            "at_step",
+            "blocks",
+            "calibration",
+            "ignore",
+            "max_rate",
+            "measure",
+            "method",
+            "min_rate",
+            "recovery",
+            "sparsity",
+            "target",
+            "targets",
+        ]
+    )
+
+
+MISTAKES = [
+    (["--pruning.sparsity=1.2"], r"`pruning.sparsity` must be in \[0, 1\).*got 1.2"),
+    (["--pruning.sparsity=0.8", "--pruning.max_rate=0.7"], r"`pruning.sparsity` must be between 0 and 0.7"),
+    (["--pruning.sparsty=0.5"], r"`--pruning.sparsty` is not an option. Did you mean --pruning.sparsity"),
+    (["--pruning.method=Wnda"], r"`pruning.method` must be one of Magnitude, Wanda.*got 'Wnda'. Did you mean Wanda"),
+    (["--pruning.allocation=DPL"], r"`pruning.allocation` must be one of DLP, .*Did you mean DLP"),
+    (["--pruning.recovery=Lora"], r"`pruning.recovery` must be one of LoRA.*Did you mean LoRA"),
+    (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
+    (["--pruning.allocation.alpha=0.7"], r"`DLP.alpha` must be in \[0, 0.5\], got 0.7"),
+    (["--pruning.allocation.alpha=much"], r"`pruning.allocation.*float.*much"),
+    (["--pruning.allocation=Plan"], r"`pruning.allocation.path` must be given: Plan needs it"),
+    (
+        ["--pruning.allocation=Plan", "--pruning.allocation.path=none.yaml"],
+        r"`Plan.path` must be a file, got none.yaml",
+    ),
+    (["--pruning.calibration.num_samples=100000"], r"`calibration.num_samples` must be at most \d+, .*got 100000"),
+    (
+        ["--pruning.calibration.seq_length=1024"],
+        r"`pruning.calibration.seq_length` must be at most 512, the model's limit",
+    ),
+    (["--data.seq_length=513"], r"`data.seq_length` must be at most 512, the model's limit, got 513"),
+    (["--data.train_files=none.txt"], r"`data.train_files` must name files that are there, got none.txt"),
+    (["--data.val_files=null"], r"`data.val_files` must be given"),
+    (["--model.pretrained=./none"], r"`model.pretrained` must be there, got './none': no such file or folder"),
+    (["--model.pretrained=nobody/nothing"], r"`model.pretrained`: .*pass a local folder"),
+    (["--pruning.targets=[qproj]"], r"`pruning.targets` must match a linear, got 'qproj'"),
+    (["--pruning.blocks=model.leyers"], r"`pruning.blocks` must be a path in the model, got 'model.leyers'"),
+    (["--ckpt_path=last"], r"`ckpt_path` must be a checkpoint that is there, runs/x/checkpoints/last.ckpt is not"),
+    (["--output=train.txt"], r"`output` must be a folder, train.txt is a file"),
+    (["--output=/proc/run"], r"`output` must be in a folder that can be written"),
+    (["--config=none.yaml"], r"none.yaml"),
+    (["--trainer.devices=2", "--trainer.accelerator=cpu"], r"`pruning` works in one process so far, got 2"),
+    (
+        [
+            '--trainer.callbacks=[{"class_path": "lit_prune.callbacks.DynamicPruningCallback",'
+            ' "init_args": {"method": null}}]'
+        ],
+        r"`trainer.callbacks` must not hold a DynamicPruningCallback",
+    ),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), MISTAKES, ids=lambda value: str(value)[:60])
+def test_a_mistake_is_one_clear_line_and_nothing_is_written(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    before = sorted(here.rglob("*"))
+    with pytest.raises(SystemExit) as ended:
+        run("fit", "--output=runs/x", *args)
+    told = capsys.readouterr().err
+    assert ended.value.code == 2
+    line = next(line for line in told.splitlines() if line.startswith("lit-prune: error: "))
+    import re
+
+    assert re.search(message, line), line
+    assert "Traceback" not in told
+    assert sorted(here.rglob("*")) == before
+
+
+def test_a_misspelt_key_in_a_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text("pruning:\n  sparsty: 0.5\n")
+    with pytest.raises(SystemExit) as ended:
+        run("fit", "--config=run.yaml")
+    assert ended.value.code == 2
+    assert "`pruning.sparsty` is not a setting. Did you mean pruning.sparsity" in capsys.readouterr().err
+
+
+def test_a_misspelt_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["prone"])
+    assert ended.value.code == 2
+    assert "fit, validate, test, prune, score" in capsys.readouterr().err
+
+
+def test_an_output_that_exists_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/x").mkdir(parents=True)
+    Path("runs/x/mine").write_text("x")
+    for verb in ("fit", "prune", "score"):
+        with pytest.raises(SystemExit) as ended:
+            run(verb, "--output=runs/x")
+        assert ended.value.code == 2
+        assert "`--overwrite`" in capsys.readouterr().err
+    assert [path.name for path in Path("runs/x").iterdir()] == ["mine"]

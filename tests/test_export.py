@@ -1,0 +1,88 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lit_prune import structure
+from lit_prune.evaluate import zeros
+from lit_prune.export import export, without_adapter
+from lit_prune.pipeline import Recipe, prune
+from lit_prune.recover import LoRA
+from tests.conftest import small_model
+
+
+def recovered(model: PreTrainedModel, batches: list[torch.Tensor]) -> PreTrainedModel:
+    """``model`` pruned, with an adapter that does something."""
+    prune(model, batches, Recipe(sparsity=0.5))
+    LoRA().attach(model)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.05
+    return model.eval()
+
+
+def test_a_pruned_model_round_trips(any_model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path) -> None:
+    prune(any_model, batches, Recipe())
+    export(any_model, tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(opened(batches[0]).logits, any_model(batches[0]).logits)
+    assert structure.record(opened) == structure.record(any_model)
+
+
+def test_pruned_weights_and_adapter_open_together(
+    any_model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    model = recovered(any_model, batches)
+    export(model, tmp_path, card="card")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(opened(batches[0]).logits, model(batches[0]).logits)
+    dense = small_model(any_model.config.model_type)
+    assert not torch.allclose(opened(batches[0]).logits, dense(batches[0]).logits, atol=1e-3)
+    assert (tmp_path / "README.md").read_text() == "card"
+
+
+def test_the_zeros_are_on_disk_and_the_adapter_names_no_dense_model(
+    model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    recovered(model, batches)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export(model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    from safetensors.torch import load_file
+
+    stored = load_file(tmp_path / "model.safetensors")
+    linears = [tensor for name, tensor in stored.items() if "_proj" in name]
+    zero, total = zeros(linears)
+    assert abs(zero / total - 0.5) < 1e-3
+    assert not any("lora" in name or "base_layer" in name for name in stored)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "."
+
+
+def test_without_adapter_shares_the_weights(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    assert without_adapter(model) is model
+    recovered(model, batches)
+    plain = without_adapter(model)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert plain.model.layers[0].self_attn.q_proj.weight.data_ptr() == layer.base_layer.weight.data_ptr()
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    model.disable_adapters()
+    assert not any(parameter.is_meta for parameter in plain.parameters())
+
+
+def test_a_fresh_process_opens_it_without_lit_prune(
+    model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    recovered(model, batches)
+    export(model, tmp_path)
+    code = (
+        "import sys, torch; sys.modules['lit_prune'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        "print(float(model(torch.arange(1, 9)[None]).logits.double().sum()))\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    expected = float(model(torch.arange(1, 9)[None]).logits.double().sum())
+    assert abs(float(told) - expected) < 1e-3

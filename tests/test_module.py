@@ -1,0 +1,114 @@
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lit_prune.data import TextDataModule
+from lit_prune.errors import InputError
+from lit_prune.evaluate import measure
+from lit_prune.module import PrunableLM
+from tests.conftest import SMALL
+
+ARCHITECTURE = {"model_type": "llama", **SMALL, "vocab_size": 4096}
+TRAINER = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+
+
+@pytest.fixture
+def data(tmp_path: object) -> TextDataModule:
+    from pathlib import Path
+
+    folder = Path(str(tmp_path))
+    (folder / "train.txt").write_text("Return the number of items in a container.\n" * 60)
+    (folder / "val.txt").write_text("Open the file and read its lines, one after the other.\n" * 20)
+    return TextDataModule(
+        train_files=str(folder / "train.txt"), val_files=str(folder / "val.txt"), seq_length=16, batch_size=4
+    )
+
+
+def fit(module: PrunableLM, data: TextDataModule, **fields: object) -> Trainer:
+    trainer = Trainer(**{**TRAINER, "enable_model_summary": False, "max_steps": 5, **fields})
+    trainer.fit(module, data)
+    return trainer
+
+
+def test_a_fresh_model_learns_and_logs_its_perplexity(data: TextDataModule) -> None:
+    module = PrunableLM(architecture=ARCHITECTURE, lr=1e-2, warmup_steps=1)
+    fit(module, data, max_steps=1)
+    trainer = fit(module, data, max_steps=20)
+    metrics = trainer.validate(module, data, verbose=False)
+    assert metrics[0]["val/perplexity"] < 1000
+    assert module.model is not None
+    expected = measure(module.model, data.val_dataloader(), "val").perplexity
+    assert metrics[0]["val/perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_configure_model_is_idempotent() -> None:
+    module = PrunableLM("embedded")
+    assert module.model is None
+    module.configure_model()
+    first = module.model
+    module.configure_model()
+    assert module.model is first
+
+
+def test_padding_is_left_out_of_the_loss() -> None:
+    module = PrunableLM(architecture=ARCHITECTURE)
+    module.configure_model()
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    ids = torch.randint(1, 64, (1, 8))
+    padded = {"input_ids": torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], 1)}
+    padded["attention_mask"] = (torch.arange(12)[None] < 8).long()
+    module.eval()
+    assert module.training_step(padded, 0) == pytest.approx(
+        float(module.training_step({"input_ids": ids}, 0)), abs=1e-5
+    )
+
+
+def test_warm_up_and_cosine_cover_the_run(data: TextDataModule) -> None:
+    module, rates = PrunableLM(architecture=ARCHITECTURE, lr=1e-3, warmup_steps=2, min_lr_share=0.1), []
+
+    from lightning.pytorch import Callback
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *args: object) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    fit(module, data, max_steps=10, callbacks=[Rates()])
+    assert rates[0] == 0
+    assert max(rates) == rates[2] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(1e-4, rel=0.5)
+
+
+def test_vectors_have_no_weight_decay(data: TextDataModule) -> None:
+    module = PrunableLM(architecture=ARCHITECTURE, weight_decay=0.1)
+    trainer = fit(module, data, max_steps=1)
+    decays = {g["weight_decay"]: {p.ndim for p in g["params"]} for g in trainer.optimizers[0].param_groups}
+    assert decays == {0.1: {2}, 0.0: {1}}
+
+
+@pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        module = PrunableLM(architecture=ARCHITECTURE, gradient_checkpointing=checkpointing)
+        module.configure_model()
+        module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        module.train()
+        module.training_step({"input_ids": torch.arange(1, 17)[None]}, 0).backward()
+        assert module.model is not None
+        assert module.model.is_gradient_checkpointing is checkpointing
+        gradients.append(module.model.model.layers[0].self_attn.q_proj.weight.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lr": 0.0}, "`model.lr` must be above 0"),
+        ({"warmup_steps": -1}, "`model.warmup_steps` must be at least 0"),
+        ({"pretrained": "./none"}, "no such file or folder"),
+    ],
+)
+def test_settings_that_cannot_be(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        PrunableLM(**fields)  # type: ignore[arg-type]

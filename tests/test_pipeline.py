@@ -1,0 +1,152 @@
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune import structure
+from lit_prune.allocate import DLP, LayerRedundancy, Uniform
+from lit_prune.calibrate import Observed
+from lit_prune.errors import InputError
+from lit_prune.evaluate import zeros
+from lit_prune.families import find_blocks
+from lit_prune.pipeline import Recipe, prune, score
+from lit_prune.prune import Magnitude, Method, Wanda
+from tests.conftest import small_model
+
+RECIPES = [
+    Recipe(Magnitude(), 0.5, Uniform()),
+    Recipe(Magnitude(), 0.3, LayerRedundancy()),
+    Recipe(Wanda(), 0.5, Uniform()),
+    Recipe(Wanda(), 0.5, DLP()),
+    Recipe(Wanda(propagate="pruned"), 0.7, DLP()),
+    Recipe(Wanda(propagate="pruned"), 0.5, Uniform()),
+]
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_every_linear_loses_exactly_its_rate(
+    any_model: PreTrainedModel, batches: list[torch.Tensor], recipe: Recipe
+) -> None:
+    before = weights(any_model)
+    pruned = prune(any_model, batches, recipe)
+    for block in find_blocks(any_model):
+        for linear in block.linears.values():
+            assert zeros([linear.weight])[0] == round(linear.weight.numel() * pruned.rates[block.index])
+    assert sum(pruned.rates) / 3 == pytest.approx(recipe.sparsity, abs=1e-6)
+    assert pruned.sparsity == pytest.approx(recipe.sparsity, abs=1e-3)
+    touched = {f"model.layers.{b.index}.{name}.weight" for b in find_blocks(any_model) for name in b.linears}
+    for name, tensor in any_model.state_dict().items():
+        if name not in touched:
+            assert torch.equal(tensor, before[name])
+        else:
+            kept = tensor != 0
+            assert torch.equal(tensor[kept], before[name][kept])
+
+
+def test_scoring_changes_nothing(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    before = weights(model)
+    scored = score(model, batches, Recipe())
+    assert len(scored.scores) == len(scored.rates) == 3
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert structure.record(model) == {}
+
+
+def test_scores_by_one_plain_forward(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    block = find_blocks(model)[1]
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in block.linears}
+    for name, linear in block.linears.items():
+        linear.register_forward_pre_hook(lambda _m, args, name=name: seen[name].append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    norms = {name: torch.cat(parts).square().mean(0).sqrt() for name, parts in seen.items()}
+    expected = DLP().score({name: linear.weight for name, linear in block.linears.items()}, Observed(norms))
+    assert score(model, batches, Recipe()).scores[1] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 6])
+def test_batch_size_does_not_matter(batches: list[torch.Tensor], batch_size: int) -> None:
+    one, other = small_model(), small_model()
+    prune(one, batches, Recipe())
+    prune(other, list(torch.cat(batches).split(batch_size)), Recipe())
+    same = [bool(((a == 0) == (b == 0)).all()) for a, b in zip(one.parameters(), other.parameters(), strict=True)]
+    assert all(same)
+
+
+def test_pruned_statistics_see_the_pruned_blocks_before(batches: list[torch.Tensor]) -> None:
+    seen: dict[str, list[torch.Tensor]] = {"dense": [], "pruned": []}
+
+    class Spy(Method):
+        needs = Wanda.needs
+
+        def __init__(self, propagate: str) -> None:
+            self.propagate = propagate  # type: ignore[assignment]
+
+        def prune(self, weight_OI: torch.Tensor, norm_I: torch.Tensor | None, rate: float) -> torch.Tensor:
+            assert norm_I is not None
+            seen[self.propagate].append(norm_I)
+            return Wanda().prune(weight_OI, norm_I, rate)
+
+    for propagate in seen:
+        prune(small_model(), batches, Recipe(Spy(propagate), 0.6, Uniform()))
+    assert torch.equal(seen["dense"][0], seen["pruned"][0])  # nothing is pruned before the first block
+    assert not torch.allclose(seen["dense"][-1], seen["pruned"][-1])
+
+
+def test_pruned_stays_pruned_at_a_later_cut(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    prune(model, batches, Recipe(sparsity=0.4))
+    gone = {name: tensor == 0 for name, tensor in weights(model).items()}
+    second = prune(model, batches, Recipe(sparsity=0.6))
+    assert second.sparsity == pytest.approx(0.6, abs=1e-3)
+    assert all((model.state_dict()[name][where] == 0).all() for name, where in gone.items())
+    with pytest.raises(InputError, match=r"`pruning.sparsity` must be between 0.6"):
+        prune(model, batches, Recipe(sparsity=0.3))
+
+
+def test_the_record_travels_in_the_config(
+    model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: object
+) -> None:
+    pruned = prune(model, batches, Recipe(sparsity=0.25, targets=["q_proj"]))
+    model.save_pretrained(str(tmp_path))
+    opened = type(model).from_pretrained(str(tmp_path))
+    record = structure.record(opened)
+    assert record["rates"] == pruned.rates
+    assert record["recipe"]["sparsity"] == 0.25
+    assert record["recipe"]["method"].startswith("Wanda(")
+    assert record["recipe"]["targets"] == ["q_proj"]
+
+
+def test_training_mode_and_dicts_with_padding(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    model.train()
+    mask = torch.ones_like(batches[0])
+    mask[:, 10:] = 0
+    prune(model, [{"input_ids": batches[0], "attention_mask": mask}], Recipe())
+    assert model.training
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5])
+def test_sparsity_out_of_range(sparsity: float) -> None:
+    with pytest.raises(InputError, match=rf"`pruning.sparsity` must be in \[0, 1\).*got {sparsity}"):
+        Recipe(sparsity=sparsity)
+
+
+def test_bounds_out_of_range() -> None:
+    with pytest.raises(InputError, match="`pruning.min_rate` and `pruning.max_rate`"):
+        Recipe(min_rate=0.5, max_rate=0.4)
+
+
+def test_batches_that_cannot_be(model: PreTrainedModel) -> None:
+    with pytest.raises(InputError, match="at least one batch"):
+        prune(model, [], Recipe())
+    with pytest.raises(InputError, match=r"`calibration.seq_length` must be at most 64, .*got 65"):
+        prune(model, [torch.ones(1, 65, dtype=torch.long)], Recipe())
+
+
+def test_nothing_is_touched_when_nothing_can_be_done(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    before = weights(model)
+    with pytest.raises(InputError, match="between 0 and 0.4"):
+        prune(model, batches, Recipe(sparsity=0.5, max_rate=0.4))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

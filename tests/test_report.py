@@ -1,0 +1,58 @@
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from lit_prune.report import block_table, describe_protocol, model_card, picture, table, to_json, versions
+
+REPORT = {
+    "perplexity": {"dense": 20.0, "pruned": 60.0, "recovered": 30.0},
+    "protocol": {"data": "text", "windows": 3, "seq_length": 16, "tokens": 45, "dtype": "float32"},
+    "sparsity": {"requested": 0.5, "achieved_linears": 0.4999, "achieved_all": 0.39},
+    "recipe": {"method": "Wanda()", "allocation": "DLP()"},
+    "scores": [1.0, 2.0],
+    "rates": [0.4, 0.6],
+    "parameters": 1_000_000,
+    "adapter": {"r": 8},
+    "bytes": 4_000_000,
+    "seconds": {"score": 1.0, "train": 2.0},
+    "versions": versions(),
+}
+
+
+def shown(item: object) -> str:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(item)
+    return console.export_text()
+
+
+def test_the_table_tells_everything() -> None:
+    text = shown(table(REPORT))
+    for told in ("20.000", "60.000  (3.00 x dense)", "30.000  (1.50 x dense; 75% of the loss won back)"):
+        assert told in text
+    for told in ("text; 3 windows of 16 tokens, 45 predicted; float32", "0.5000", "0.4999", "0.3900", "train 2.0"):
+        assert told in text
+
+
+def test_the_block_table() -> None:
+    text = shown(block_table([1.0, 2.0], [0.4, 0.6]))
+    assert "0.4000" in text
+    assert "█" * 24 in text
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], REPORT)
+    assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_says_what_was_done_and_what_it_cost() -> None:
+    card = model_card(REPORT, "some/model")
+    for told in ("some/model", "Wanda()", "DLP()", "49.99%", "39.00%", "| recovered | 30.000 |", "not merged"):
+        assert told in card
+    assert describe_protocol(REPORT["protocol"]) in card
+    assert card.startswith("---\n")
+    assert "not merged" not in model_card({**REPORT, "adapter": None}, "x")
+
+
+def test_json_round_trips() -> None:
+    assert json.loads(to_json(REPORT)) == json.loads(json.dumps(REPORT))

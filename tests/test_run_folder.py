@@ -1,0 +1,69 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from lit_prune.errors import InputError
+from lit_prune.run_folder import RunFolder, write_text, written_aside
+
+
+def test_nothing_is_made_before_the_claim(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a" / "b")
+    folder.check()
+    assert list(tmp_path.iterdir()) == []
+    folder.claim()
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_a_folder_that_exists_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    write_text(tmp_path / "x", "x")
+    with pytest.raises(InputError, match=r"`output` must be a new folder, .*`--output DIR`.*`--overwrite`"):
+        RunFolder(tmp_path).check()
+    RunFolder(tmp_path, resume=True).claim()
+    assert (tmp_path / "x").exists()
+
+
+def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
+    RunFolder(tmp_path).claim()
+
+
+def test_what_is_replaced_is_kept_until_the_end(tmp_path: Path) -> None:
+    old = tmp_path / "run"
+    old.mkdir()
+    write_text(old / "x", "old")
+    folder = RunFolder(old, overwrite=True)
+    folder.claim()
+    assert list(old.iterdir()) == []
+    assert folder.replaced is not None
+    assert (folder.replaced / "x").read_text() == "old"
+    folder.finish()
+    assert folder.replaced is None
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "x")
+    with pytest.raises(InputError, match="`output` must be a folder, .* is a file"):
+        RunFolder(tmp_path / "file").check()
+    with pytest.raises(InputError, match="must be in a folder that can be written"):
+        RunFolder(tmp_path / "file" / "run").check()
+    with pytest.raises(InputError, match="must be in a folder that can be written"):
+        RunFolder("/proc/run").check()
+
+
+def test_written_aside_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    with written_aside(target) as draft:
+        draft.mkdir()
+        (draft / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    with pytest.raises(RuntimeError, match="broken"), written_aside(target) as draft:  # noqa: PT012
+        draft.mkdir()
+        raise RuntimeError("broken")
+    assert os.listdir(tmp_path) == ["model"]
+    assert (target / "a").read_text() == "1"
+    with written_aside(target) as draft:
+        draft.mkdir()
+    assert os.listdir(target) == []
+    assert os.listdir(tmp_path) == ["model"]
