@@ -305,7 +305,7 @@ def _capture(
 
     own = [module.__dict__.get("forward") for module in modules]
     for module in modules:
-        module.forward = recorder  # type: ignore[method-assign]
+        module.forward = recorder
     try:
         model.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
     finally:
@@ -322,9 +322,9 @@ def _share(now: Any, before: Any) -> Any:
         same = isinstance(before, Tensor) and now.shape == before.shape and torch.equal(now, before)
         return before if same else now
     if isinstance(now, tuple):
-        others = before if isinstance(before, tuple) and len(before) == len(now) else (None,) * len(now)
-        return tuple(_share(item, other) for item, other in zip(now, others, strict=True))
+        pairs = before if isinstance(before, tuple) and len(before) == len(now) else (None,) * len(now)
+        return tuple(_share(item, other) for item, other in zip(now, pairs, strict=True))
     if isinstance(now, dict):
-        others = before if isinstance(before, dict) else {}
-        return {key: _share(value, others.get(key)) for key, value in now.items()}
+        counterparts = before if isinstance(before, dict) else {}
+        return {key: _share(value, counterparts.get(key)) for key, value in now.items()}
     return now

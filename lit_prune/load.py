@@ -112,12 +112,11 @@ def locate(pretrained: str) -> tuple[str, dict[str, Any]]:
 
 
 def _looks_like_path(name: str) -> bool:
-    first = Path(name).parts[0] if Path(name).parts else ""
     return (
         not HUB_ID.fullmatch(name)
         or name.endswith(".gguf")
-        or first in (".", "..", "~", os.sep)
-        or ("/" in name and Path(first).is_dir())
+        or name.startswith((".", "~", os.sep))
+        or ("/" in name and Path(name).parent.is_dir())
     )
 
 

@@ -83,8 +83,9 @@ class PrunableLM(LightningModule):
             self.model = load_model(self.pretrained, self.dtype_of_weights, self.attn_implementation)
         else:
             self.model = new_model(self.architecture, self.dtype_of_weights)
+        self.model.train()
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+            self.model.activation_checkpointing_enable()
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the logits, shape (batch, tokens, vocabulary)."""

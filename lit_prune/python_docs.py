@@ -2,7 +2,8 @@
 
 Nothing is imported or downloaded: docstrings are read from the source files with ``ast``. A document is one module;
 which part it belongs to hangs on a hash of its name alone, so that training text under one Python version is not
-validation text under another. A text that stands in a validation document is dropped from every training document.
+validation text under another. A paragraph of some length that stands in both parts is dropped from one: from
+validation where the standard library's training documents have it, from packages where validation has it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 VALIDATION_SHARE = 0.08
+SHARED_CHARACTERS = 60
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "ensurepip", "__pycache__"}
 Part = Literal["train", "validation"]
 
@@ -27,14 +29,14 @@ def python_docs(part: Part, packages: bool = False) -> list[dict[str, str]]:
         packages: Add the docstrings of all installed packages to the training part (tens of megabytes).
     """
     standard = {**_topics(), **_modules(Path(sysconfig.get_path("stdlib")), "", {"site-packages"})}
+    training = {name: pieces for name, pieces in standard.items() if not _is_validation(name)}
     validation = {name: pieces for name, pieces in standard.items() if _is_validation(name)}
+    held_out = _without(_documents(validation), _paragraphs(_documents(training)))
     if part == "validation":
-        return _documents(validation, already_seen=())
-    training = {name: pieces for name, pieces in standard.items() if name not in validation}
+        return held_out
     if packages:
         training |= _modules(Path(sysconfig.get_path("purelib")), "site-packages.", set())
-    held_out = (text for pieces in validation.values() for _, text in pieces)
-    return _documents(training, already_seen=held_out)
+    return _without(_documents(training), _paragraphs(held_out))
 
 
 def _is_validation(name: str) -> bool:
@@ -45,9 +47,9 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
-def _documents(named: dict[str, list[tuple[str, str]]], already_seen: Iterable[str]) -> list[dict[str, str]]:
+def _documents(named: dict[str, list[tuple[str, str]]]) -> list[dict[str, str]]:
     """Joins each document's (heading, text) pieces, leaving out texts that were seen before."""
-    seen = {text.strip() for text in already_seen}
+    seen = set()
     documents = []
     for name in sorted(named, key=_hash):
         fresh = []
@@ -58,6 +60,22 @@ def _documents(named: dict[str, list[tuple[str, str]]], already_seen: Iterable[s
         if fresh:
             documents.append({"name": name, "text": "\n\n".join(fresh)})
     return documents
+
+
+def _paragraphs(documents: list[dict[str, str]]) -> set[str]:
+    """The paragraphs that are long enough to be told apart from phrases that everybody writes."""
+    pieces = {piece.strip() for row in documents for piece in row["text"].split("\n\n")}
+    return {piece for piece in pieces if len(piece) >= SHARED_CHARACTERS}
+
+
+def _without(documents: list[dict[str, str]], paragraphs: set[str]) -> list[dict[str, str]]:
+    """Drops ``paragraphs`` from every document; a language topic may quote another one at length."""
+    kept = []
+    for row in documents:
+        text = "\n\n".join(piece for piece in row["text"].split("\n\n") if piece.strip() not in paragraphs)
+        if text:
+            kept.append({**row, "text": text})
+    return kept
 
 
 def _topics() -> dict[str, list[tuple[str, str]]]:

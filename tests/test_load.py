@@ -81,7 +81,7 @@ def test_a_gguf_file_can_be_loaded_and_saved(tmp_path: Path) -> None:
     again = load_model(str(tmp_path / "saved"))
     ids = torch.arange(8)[None]
     assert torch.equal(model(ids).logits, again(ids).logits)
-    assert len(tokenizer) == 300
+    assert tokenizer.decode(tokenizer("abc")["input_ids"]) == "abc"
 
 
 def write_gguf(path: Path) -> Path:

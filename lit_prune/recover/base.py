@@ -24,7 +24,7 @@ def adapter_config(model: PreTrainedModel) -> dict[str, Any] | None:
     """Returns the config of the adapter on ``model``, as JSON can hold it; None without one."""
     if not getattr(model, "_hf_peft_config_loaded", False):
         return None
-    fields = model.peft_config["default"].to_dict()
+    fields: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[attr-defined]
     return json.loads(json.dumps(fields, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
 
 
@@ -39,4 +39,10 @@ def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
     fields = stored["adapter"]
     if fields is not None and adapter_config(model) is None:
         kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]
-        model.add_adapter(kind(**{key: value for key, value in fields.items() if key != "peft_type"}))
+        add_adapter(model, kind(**{key: value for key, value in fields.items() if key != "peft_type"}))
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig) -> None:
+    """Adds an adapter to ``model`` in place; its dropout follows the model's mode, which peft leaves to the caller."""
+    model.add_adapter(config)
+    model.train(model.training)

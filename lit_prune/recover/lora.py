@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
-from lit_prune.recover.base import Recovery
+from lit_prune.recover.base import Recovery, add_adapter
 
 
 @final
@@ -30,7 +30,7 @@ class LoRA(Recovery):
     """
 
     r: int = 8
-    alpha: float = 16
+    alpha: int = 16
     dropout: float = 0.0
     target_modules: list[str] | None = None
 
@@ -44,13 +44,13 @@ class LoRA(Recovery):
         """Adds an adapter to ``model`` and freezes everything else."""
         config = LoraConfig(
             r=self.r,
-            lora_alpha=self.alpha,  # type: ignore[arg-type] (peft divides by r; a float is fine)
+            lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.target_modules or "all-linear",
             task_type="CAUSAL_LM",
         )
         try:
-            model.add_adapter(config)
+            add_adapter(model, config)
         except ValueError as error:
             raise InputError(
                 f"`LoRA.target_modules` must match linears of the model, got {self.target_modules}: {error}"

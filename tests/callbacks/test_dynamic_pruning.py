@@ -136,6 +136,7 @@ def test_no_recovery_where_the_llm_is_frozen() -> None:
     assert sparsity(module) == pytest.approx(0.5, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
 def test_a_checkpoint_resumes_with_masks_adapter_and_numbers(tmp_path: Path) -> None:
     whole, first = Foreign(), Foreign()
     fit(whole, callback(), max_steps=4)

@@ -24,7 +24,7 @@ def test_training_lowers_the_loss_and_keeps_every_zero(leaf: type[Recovery], bat
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     after = {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
     assert all((after[name][where] == 0).all() for name, where in gone.items())
