@@ -10,8 +10,15 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lit_prune.calibrate import Batch, Calibration, batches_of, first_batches
+from lit_prune.errors import InputError
 
 log = logging.getLogger("lit_prune")
+
+
+def check_processes(trainer: Trainer) -> None:
+    """Raises InputError on more than one process."""
+    if trainer.world_size > 1:
+        raise InputError(f"`pruning` works in one process so far, got {trainer.world_size}: `--trainer.devices 1`.")
 
 
 def calibration_batches(trainer: Trainer, calibration: Calibration) -> list[Batch]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
-from lit_prune.callbacks.batches import calibration_batches, validation_data
+from lit_prune.callbacks.batches import calibration_batches, check_processes, validation_data
 from transformers import PreTrainedModel
 
 from lit_prune import structure
@@ -28,6 +28,9 @@ class DynamicPruningCallback(Callback):
     The LLM is found as ``pl_module.model``. Calibration windows come from the data module's
     ``calibration_windows(num_samples, seq_length, seed)`` where it has one, else from the first batches of the training
     dataloader (dicts of `input_ids` and, where there is padding, `attention_mask`).
+
+    A run is resumed by ``trainer.ckpt_path = path`` before ``trainer.fit(...)``: a path that is passed to fit itself is
+    known only after the cut, which is then done once more before the checkpoint's weights load.
 
     Args:
         method: How weights are chosen within a linear, such as Wanda or Magnitude; null switches pruning off.
@@ -87,8 +90,7 @@ class DynamicPruningCallback(Callback):
         """Prunes at the start of fit, or rebuilds what was done before a checkpoint's weights load."""
         if self.recipe is None or stage != "fit":
             return
-        if trainer.world_size > 1:
-            raise InputError(f"`pruning` works in one process so far, got {trainer.world_size}: `--trainer.devices 1`.")
+        check_processes(trainer)
         pl_module.configure_model()
         model = self.find_model(pl_module)
         if trainer.ckpt_path:

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NoReturn, TypeVar
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that it has no CPU kernels
 
@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
 from lit_prune.allocate import write_plan  # noqa: E402
-from lit_prune.callbacks.batches import calibration_batches, validation_data  # noqa: E402
+from lit_prune.callbacks.batches import calibration_batches, check_processes, validation_data  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, tell  # noqa: E402
 from lit_prune.cli_errors import explain  # noqa: E402
@@ -98,9 +98,11 @@ def _one(trainer: Trainer, kind: type[Found]) -> Found:
 class Parser(LightningArgumentParser):
     """Answers a mistake in a few lines: what is wrong, near misses, what there is."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # noqa: ARG002
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the explanation and exits with code 2."""
-        _fail(explain(message, self))
+        if not self.exit_on_error:  # the parser of one class, whose error is part of a larger one
+            super().error(message, ex)
+        _fail(explain(message, getattr(ex, "subcommand_parser", None) or self))
 
 
 class LitPruneCLI(LightningCLI):
@@ -150,6 +152,8 @@ class LitPruneCLI(LightningCLI):
         """Adds the callbacks that write; checks the output folder and the checkpoint before anything is made."""
         assert self.subcommand is not None
         config = self.config[self.subcommand]
+        if DynamicPruningCallback.__name__ in str(config.trainer.callbacks):
+            raise InputError("`trainer.callbacks` must not hold a DynamicPruningCallback: `pruning` is one already.")
         output = Path(config.output)
         results = ResultsCallback(
             str(output), config.overwrite, self._parser(self.subcommand).dump(config, skip_none=False), csv_log=True
@@ -167,16 +171,27 @@ class LitPruneCLI(LightningCLI):
         if config.trainer.enable_checkpointing is not False:
             self.trainer_defaults["callbacks"].append(ModelCheckpoint(output / "checkpoints", save_last=True))
 
+    def fit(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Runs fit; the callbacks are told of the checkpoint in time, which `Trainer.fit(ckpt_path=...)` does not."""
+        if ckpt_path is not None:
+            self.trainer.ckpt_path = ckpt_path
+        self.trainer.fit(model, datamodule=datamodule, weights_only=weights_only)
+
     def after_instantiate_classes(self) -> None:
         """Checks what hangs on the LLM's config and on the data together."""
-        if sum(isinstance(callback, DynamicPruningCallback) for callback in self.trainer.callbacks) > 1:  # type: ignore[attr-defined]
-            raise InputError("`trainer.callbacks` must not hold a DynamicPruningCallback: `pruning` is one already.")
         pruning = _one(self.trainer, DynamicPruningCallback)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         lengths = {f"data.{field}": getattr(self.datamodule, field) for field in ("seq_length", "val_seq_length")}
         if pruning.recipe is not None and self.subcommand in ("fit", "prune", "score"):
             lengths["pruning.calibration.seq_length"] = pruning.calibration.seq_length
             blocks_path(self.model.config, pruning.recipe.blocks)
+            check_processes(self.trainer)
         for field, length in lengths.items():
             if limit is not None and length > limit:
                 raise InputError(f"`{field}` must be at most {limit}, the model's limit, got {length}.")
@@ -190,7 +205,7 @@ def _checkpoint(path: str, output: Path) -> str:
     return str(found)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"lit-prune: error: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -28,7 +28,7 @@ def explain(message: str, parser: Any) -> str:
         (r"unrecognized arguments: (.*)", _option),
         (r"Problem with given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", _class_option),
         (r"(?:Key|Group|Option|key) ['\"]([\w.]+)['\"] .*?(?:is not accepted|not found|does not accept)", _key),
-        (r"Option '([\w.]+)' is not accepted", _key),
+        (r"(?:Option '|does not accept option ')([\w.]+)'", _key),
         (r"[Uu]nrecogni[sz]ed (?:keys?|options?|settings?)[^\w]*([\w.]+)", _key),
         (r"Expected a dot import path string: (\S+)", _class),
         (r"No import path.*?'(\S+)'|Unexpected import path format: (\S+)", _class),

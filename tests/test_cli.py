@@ -20,7 +20,12 @@ SMALL = [
     "--pruning.calibration.num_samples=4",
     "--pruning.calibration.seq_length=64",
 ]
-STEPS = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--model.lr=1e-3"]
+STEPS = [
+    "--trainer.max_steps=2",
+    "--trainer.log_every_n_steps=5",
+    "--trainer.enable_progress_bar=false",
+    "--model.lr=1e-3",
+]
 
 
 @pytest.fixture(autouse=True)

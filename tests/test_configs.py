@@ -32,7 +32,7 @@ def test_config(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             "--pruning.calibration.num_samples=4",
             "--pruning.calibration.seq_length=64",
             "--trainer.max_steps=2",
-            "--trainer.val_check_interval=1.0",
+            "--trainer.val_check_interval=2",
             "--trainer.enable_progress_bar=false",
         ]
     )
