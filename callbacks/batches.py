@@ -24,7 +24,7 @@ def check_processes(trainer: Trainer) -> None:
 def calibration_batches(trainer: Trainer, calibration: Calibration) -> list[Batch]:
     """Returns windows of the data module's training text, or the first batches of the training dataloader."""
     datamodule = getattr(trainer, "datamodule", None)
-    if hasattr(datamodule, "calibration_windows"):
+    if datamodule is not None and hasattr(datamodule, "calibration_windows"):
         windows = datamodule.calibration_windows(calibration.num_samples, calibration.seq_length, calibration.seed)
         log.info("Calibration windows begin at tokens %s of the training text.", windows.positions)
         return batches_of(windows, calibration.batch_size)
@@ -37,7 +37,7 @@ def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:
     if not source.is_defined() or trainer.limit_val_batches == 0:
         return None
     loader, limit = _first_loader(source), trainer.limit_val_batches
-    described = getattr(trainer.datamodule, "describe", lambda _part: "validation dataloader")("val")
+    described = getattr(getattr(trainer, "datamodule", None), "describe", lambda _part: "validation dataloader")("val")
     if isinstance(limit, float):
         if limit == 1.0:
             return loader, described

@@ -72,16 +72,18 @@ class DynamicPruningCallback(Callback):
     ) -> None:
         if at_step != 0:
             raise InputError(f"`pruning.at_step` must be 0, the start of fit, got {at_step}; later steps are to come.")
-        self.recipe = method and Recipe(
-            method=method,
-            sparsity=sparsity,
-            allocation=allocation or DLP(),
-            min_rate=min_rate,
-            max_rate=max_rate,
-            targets=targets,
-            ignore=ignore,
-            blocks=blocks,
-        )
+        self.recipe: Recipe | None = None
+        if method is not None:
+            self.recipe = Recipe(
+                method=method,
+                sparsity=sparsity,
+                allocation=allocation or DLP(),
+                min_rate=min_rate,
+                max_rate=max_rate,
+                targets=targets,
+                ignore=ignore,
+                blocks=blocks,
+            )
         self.recovery, self.calibration = recovery, calibration
         self.target, self.measure = target, measure
         self.done: dict[str, Any] = {}
@@ -117,7 +119,8 @@ class DynamicPruningCallback(Callback):
 
         def measured(name: str) -> None:
             if self.measure and validation is not None:
-                measurement = measure(model.to(device), *validation, label=f"Perplexity, {name}")
+                model.to(device)  # type: ignore[arg-type]
+                measurement = measure(model, *validation, label=f"Perplexity, {name}")
                 done["perplexity"][name] = measurement.perplexity
                 done["seconds"][f"perplexity_{name}"] = measurement.seconds
                 done["protocol"] = measurement.protocol

@@ -71,7 +71,7 @@ def _key(found: re.Match[str], message: str, parser: Any) -> str:
 
 def _class_option(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
     name, option = found.group(1).rsplit(".", 1)[-1], found.group(2)
-    leaves = {leaf.__name__: leaf for base in BASES.values() for leaf in base.__subclasses__()}
+    leaves = {leaf.__name__: leaf for base in BASES.values() for leaf in _leaves(base)}
     choices = list(getattr(leaves.get(name), "__dataclass_fields__", {}))
     return _not_known(f"`{_where(message)}.{option}` is not a setting of {name}", option, choices, ", ".join(choices))
 
@@ -81,12 +81,16 @@ def _class(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG
     base = BASES.get(where.rsplit(".", 1)[-1])
     if base is None:
         return ""
-    choices = sorted(leaf.__name__ for leaf in base.__subclasses__() if leaf.__module__.startswith("lit_prune."))
+    choices = sorted(leaf.__name__ for leaf in _leaves(base) if leaf.__module__.startswith("lit_prune."))
     return _not_known(
         f"`{where}` must be one of {', '.join(choices)}, or the dotted path of a class of your own, got {word!r}",
         word,
         choices,
     )
+
+
+def _leaves(base: type) -> list[type]:
+    return base.__subclasses__()
 
 
 def _required(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001

@@ -17,8 +17,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.recover import adapter_config
 
-ADAPTER_CONFIG = "adapter_config.json"
-
 
 def export(model: PreTrainedModel, folder: Path, tokenizer: Tokenizer | None = None, card: str | None = None) -> None:
     """Writes ``model`` into ``folder``, which plain ``transformers`` opens.
@@ -32,7 +30,7 @@ def export(model: PreTrainedModel, folder: Path, tokenizer: Tokenizer | None = N
     folder.mkdir(parents=True, exist_ok=True)
     if adapter_config(model) is not None:
         model.save_pretrained(folder)  # with an adapter on it, transformers saves the adapter alone
-        _name_base(folder / ADAPTER_CONFIG)
+        _name_base(folder / "adapter_config.json")
     without_adapter(model).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -60,7 +58,7 @@ def base_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _name_base(adapter: Path) -> None:
-    """Makes the adapter's base the folder it lies in: naming the dense model would load unpruned weights."""
+    """Makes the folder that the adapter lies in its base."""
     config = json.loads(adapter.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = "."
     adapter.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

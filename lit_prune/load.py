@@ -166,7 +166,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     """Returns ``model`` rebuilt without the marks of the quantised file it came from, so that it can be saved."""
     dropped = {"quantization_config", "transformers_version", "architectures", "model_type", "_name_or_path"}
     fields = {key: value for key, value in model.config.to_dict().items() if key not in dropped}
-    plain = type(model)(type(model.config)(**fields)).to(model.dtype)
+    plain = type(model)(type(model.config)(**fields)).to(model.dtype)  # type: ignore[arg-type]
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     plain.generation_config = model.generation_config

@@ -113,6 +113,7 @@ class PrunableLM(LightningModule):
 
     def _evaluate(self, part: str, batch: Batch) -> None:
         metric = self.perplexity[part]
+        assert isinstance(metric, Perplexity)
         metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"))
         self.log(f"{part}/perplexity", metric, prog_bar=True, batch_size=len(batch["input_ids"]))
 

@@ -80,7 +80,7 @@ def write_results(
 
 def _reopened(folder: Path, model: PreTrainedModel, report: Report, validation: Validation | None) -> dict[str, Any]:
     """Opens the folder with plain transformers and compares; returns what report.json says of it."""
-    opened = AutoModelForCausalLM.from_pretrained(folder).to(model.device)
+    opened = AutoModelForCausalLM.from_pretrained(folder).to(model.device)  # type: ignore[arg-type]
     checked: dict[str, Any] = {
         "adapter": "unmerged, at the root of model/" if report["adapter"] else None,
         "zeros": zeros(without_adapter(opened).parameters())[0],

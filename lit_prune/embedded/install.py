@@ -13,7 +13,7 @@ from lit_prune.load import EMBEDDED
 
 def install(run: Path) -> None:
     """Copies the run's model into the package, its weights as bfloat16."""
-    AutoModelForCausalLM.from_pretrained(run / "model").to(torch.bfloat16).save_pretrained(EMBEDDED)
+    AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.bfloat16).save_pretrained(EMBEDDED)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ class Magnitude(Method):
 
     pattern: Pattern | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", self.pattern or Unstructured())
+
     @property
     def propagate(self) -> Propagate:  # type: ignore[override]
         """What is pruned does not hang on what passes through."""
@@ -31,5 +34,6 @@ class Magnitude(Method):
 
     def prune(self, weight_OI: Tensor, norm_I: Tensor | None, rate: float) -> Tensor:  # noqa: ARG002
         """Returns ``weight_OI`` with its smallest magnitudes set to 0."""
+        assert self.pattern is not None
         score_OI = weight_OI.float().abs().masked_fill(weight_OI == 0, -1)
-        return weight_OI.masked_fill(~(self.pattern or Unstructured()).keep(score_OI, rate, by_row=False), 0)
+        return weight_OI.masked_fill(~self.pattern.keep(score_OI, rate, by_row=False), 0)

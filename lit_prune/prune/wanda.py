@@ -31,8 +31,12 @@ class Wanda(Method):
 
     needs: ClassVar[frozenset[str]] = frozenset({INPUTS})
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", self.pattern or Unstructured())
+
     def prune(self, weight_OI: Tensor, norm_I: Tensor | None, rate: float) -> Tensor:
         """Returns ``weight_OI`` with its smallest scores set to 0."""
         assert norm_I is not None
+        assert self.pattern is not None
         score_OI = (weight_OI.float().abs() * norm_I.to(weight_OI.device)).masked_fill(weight_OI == 0, -1)
-        return weight_OI.masked_fill(~(self.pattern or Unstructured()).keep(score_OI, rate, by_row=True), 0)
+        return weight_OI.masked_fill(~self.pattern.keep(score_OI, rate, by_row=True), 0)

@@ -43,6 +43,11 @@ def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> None:
-    """Adds an adapter to ``model`` in place; its dropout follows the model's mode, which peft leaves to the caller."""
+    """Adds an adapter to ``model`` in place.
+
+    Its dropout follows the model's mode, which peft leaves to the caller. It names no base: the dense model, which peft
+    would name, has other weights.
+    """
     model.add_adapter(config)
+    config.base_model_name_or_path = None
     model.train(model.training)
