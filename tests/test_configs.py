@@ -1,13 +1,21 @@
 """Every YAML that ships, run for two steps on the embedded model."""
 
+import json
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
+from torch.utils.data import DataLoader
 
 from lit_prune.cli import main
+from tests.conftest import small_model
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+FOLDER = Path(__file__).parent.parent / "configs"
+FOREIGN = FOLDER / "foreign_cli.yaml"
+CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - {FOREIGN})
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
@@ -38,3 +46,43 @@ def test_config(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
     assert Path("out/report.json").is_file()
     assert Path("out/model/model.safetensors").is_file()
+
+
+class Foreign(LightningModule):
+    """Somebody's own module."""
+
+    def __init__(self, lr: float = 1e-3) -> None:
+        super().__init__()
+        self.model = small_model(vocab_size=4096)
+        self.lr = lr
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.model(**batch, labels=batch["input_ids"]).loss
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.model(**batch, labels=batch["input_ids"]).loss)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+class Text(LightningDataModule):
+    """Somebody's own data."""
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader([{"input_ids": row} for row in torch.randint(1, 64, (64, 16))], batch_size=4)
+
+    val_dataloader = train_dataloader
+
+
+def test_the_callbacks_in_a_cli_of_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"--config configs/{FOREIGN.name}" in FOREIGN.read_text().split("\n", 2)[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["your_cli.py"])
+    warnings.simplefilter("ignore")
+    steps = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--trainer.logger=false"]
+    LightningCLI(Foreign, Text, save_config_callback=None, args=["fit", f"--config={FOREIGN}", *steps])
+    report = json.loads(Path("runs/foreign/report.json").read_text())
+    assert report["sparsity"]["achieved_linears"] == pytest.approx(0.5, abs=1e-3)
+    assert report["perplexity"]["recovered"] == pytest.approx(report["export"]["perplexity"], rel=1e-3)
+    assert report["protocol"]["data"] == "validation dataloader"
