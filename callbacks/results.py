@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from lit_prune.errors import InputError
 from lit_prune.evaluate import measure
 from lit_prune.report import Report, table
 from lit_prune.results import Validation, summary, write_results
@@ -46,6 +47,7 @@ class ResultsCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
         """Asks whether the folder can be made, before anything is done."""
         if stage == "fit":
+            _pruning(trainer)
             self.folder.resume = trainer.ckpt_path is not None
             self.folder.check()
 
@@ -71,7 +73,7 @@ class ResultsCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the trained model, exports it, and tells."""
-        pruning = next(c for c in trainer.callbacks if isinstance(c, DynamicPruningCallback))  # type: ignore[attr-defined]
+        pruning = _pruning(trainer)
         model = pruning.find_model(pl_module).to(trainer.strategy.root_device)
         report = summary(model, pruning.recipe, pruning.done)
         report["seconds"]["train"] = self.seconds
@@ -97,7 +99,8 @@ class ResultsCallback(Callback):
         base = Path(getattr(pl_module, "pretrained", type(model).__name__)).name
         written = write_results(self.folder, model, report, base=base, tokenizer=tokenizer, validation=validation)
         self.folder.finish()
-        tell([table(report)], written)
+        config = [] if self.config is None else [self.folder.path / "config.yaml"]
+        tell([table(report)], written + config)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
         """Says where a folder is that was to be replaced."""
@@ -111,6 +114,13 @@ class ResultsCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the seconds spent before."""
         self.seconds = state_dict["seconds"]
+
+
+def _pruning(trainer: Trainer) -> DynamicPruningCallback:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, DynamicPruningCallback):
+            return callback
+    raise InputError("`trainer.callbacks` must hold a DynamicPruningCallback beside the ResultsCallback, got none.")
 
 
 def tell(tables: Sequence[Table], written: Sequence[Path]) -> None:

@@ -1,0 +1,69 @@
+"""The folder that comes out of a plain Trainer around somebody's own module."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lit_prune.callbacks import ResultsCallback
+from transformers import AutoModelForCausalLM
+
+from lit_prune.errors import InputError
+from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader
+
+
+def test_the_folder_of_a_fit(tmp_path: Path) -> None:
+    module, results = Foreign(), ResultsCallback(str(tmp_path / "run"), config="a: 1\n")
+    fit(module, callback(), loader(1), callbacks=[results])
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["perplexity"]["recovered"] == pytest.approx(report["export"]["perplexity"], rel=1e-4)
+    assert report["seconds"]["train"] > 0
+    assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    ids = next(iter(loader(1)))["input_ids"]
+    torch.testing.assert_close(opened(ids).logits, module.model.eval()(ids).logits)
+
+
+def test_an_existing_folder_is_refused_before_the_cut(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    module, pruning = Foreign(), callback()
+    with pytest.raises(InputError, match="`output` must be a new folder"):
+        Trainer(**QUIET, max_steps=1, callbacks=[ResultsCallback(str(tmp_path)), pruning]).fit(module, loader())
+    assert pruning.done == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_it_needs_the_other_callback(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="must hold a DynamicPruningCallback beside the ResultsCallback"):
+        Trainer(**QUIET, max_steps=1, callbacks=[ResultsCallback(str(tmp_path / "run"))]).fit(Foreign(), loader())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_leaves_the_earlier_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine").write_text("x")
+
+    class Broken(Foreign):
+        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+            raise RuntimeError("out of luck")
+
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(Broken(), callback(), callbacks=[ResultsCallback(str(tmp_path / "run"), overwrite=True)])
+    kept = next(tmp_path.glob(".run.replaced-*")) / "run"
+    assert (kept / "mine").read_text() == "x"
+    assert str(kept) in capsys.readouterr().err.replace("\n", "")
+
+
+def test_an_export_that_is_not_what_was_measured_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(model: torch.nn.Module, *args: object) -> None:
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+        export(model, *args)  # type: ignore[arg-type]
+
+    from lit_prune.results import export
+
+    monkeypatch.setattr("lit_prune.results.export", other)
+    with pytest.raises(RuntimeError, match=r"the exported model's perplexity is .*, in memory it is .*; not kept"):
+        fit(Foreign(), callback(), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))])
+    assert list((tmp_path / "run").iterdir()) == []
