@@ -156,7 +156,7 @@ class LitPruneCLI(LightningCLI):
             raise InputError("`trainer.callbacks` must not hold a DynamicPruningCallback: `pruning` is one already.")
         output = Path(config.output)
         results = ResultsCallback(
-            str(output), config.overwrite, self._parser(self.subcommand).dump(config, skip_none=False), csv_log=True
+            str(output), config.overwrite, self._parser(self.subcommand).dump(config, skip_unset=False), csv_log=True
         )
         self.trainer_defaults["callbacks"] = [results]
         if config.get("ckpt_path"):

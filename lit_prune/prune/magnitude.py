@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor
 
 from lit_prune.prune.base import Method, Propagate
@@ -36,4 +37,4 @@ class Magnitude(Method):
         """Returns ``weight_OI`` with its smallest magnitudes set to 0."""
         assert self.pattern is not None
         score_OI = weight_OI.float().abs().masked_fill(weight_OI == 0, -1)
-        return weight_OI.masked_fill(~self.pattern.keep(score_OI, rate, by_row=False), 0)
+        return torch.where(self.pattern.keep(score_OI, rate, by_row=False), weight_OI, 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,25 +37,29 @@ class Unstructured(Pattern):
 
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
         """Returns the mask; see :class:`Unstructured`."""
-        gone = int((score_OI < 0).sum())
+        gone = int(torch.count_nonzero(score_OI < 0))
         remove = max(round(score_OI.numel() * rate), gone)
+        rows = len(score_OI)
+        if by_row and gone and int((score_OI < 0).sum(1).max()) > remove // rows:
+            return self._keep_around(score_OI, remove)
+        keep_OI = score_OI > (_last_of_rows(score_OI, remove) if by_row else _last_of_all(score_OI, remove))
+        if score_OI.numel() - int(torch.count_nonzero(keep_OI)) == remove:
+            return keep_OI
+        return self._keep_of_ties(score_OI, remove, by_row)
+
+    def _keep_of_ties(self, score_OI: Tensor, remove: int, by_row: bool) -> Tensor:
+        """The same where equal scores straddle the threshold, so that only some of them may go."""
         keep_OI = torch.ones_like(score_OI, dtype=torch.bool)
         if not by_row:
-            gone_now = score_OI.flatten().topk(remove, largest=False, sorted=False).indices
-            keep_OI.view(-1)[gone_now] = False
+            gone = score_OI.flatten().topk(remove, largest=False, sorted=False).indices
+            keep_OI.view(-1)[gone] = False
             return keep_OI
-        rows, columns = score_OI.shape
-        each, rest = divmod(remove, rows)
-        if gone and int((score_OI < 0).sum(1).max()) > each:
-            return self._keep_around(score_OI, remove)
-        smallest = score_OI.topk(min(each + 1, columns), largest=False, sorted=False)
-        keep_OI.scatter_(1, smallest.indices, False)
-        if each < columns:  # of the each + 1 smallest in a row, the last one stays, but for the rows of the rest
-            next_O, at_O = smallest.values.max(1)
-            last_O1 = smallest.indices.gather(1, at_O[:, None])
-            stays_O1 = torch.ones_like(last_O1, dtype=torch.bool)
-            stays_O1[next_O.topk(rest, largest=False, sorted=False).indices] = False
-            keep_OI.scatter_(1, last_O1, stays_O1)
+        each, rest = divmod(remove, len(score_OI))
+        smallest = score_OI.topk(each + (rest > 0), largest=False)
+        keep_OI.scatter_(1, smallest.indices[:, :each], False)
+        if rest:
+            one_more = smallest.values[:, each].topk(rest, largest=False, sorted=False).indices
+            keep_OI[one_more, smallest.indices[one_more, each]] = False
         return keep_OI
 
     def _keep_around(self, score_OI: Tensor, remove: int) -> Tensor:
@@ -71,3 +77,33 @@ class Unstructured(Pattern):
         count_O[one_more] += 1
         rank_OI = order_OI.argsort(1)
         return rank_OI >= count_O[:, None]
+
+
+def _last_of_all(score_OI: Tensor, remove: int) -> Tensor | float:
+    """The largest score that goes when the ``remove`` smallest of all do; below all scores when none does."""
+    if remove == 0:
+        return -math.inf
+    flat = score_OI.flatten()
+    if flat.device.type != "cpu":
+        return flat.kthvalue(remove).values
+    return float(np.partition(flat.numpy(), remove - 1)[remove - 1])
+
+
+def _last_of_rows(score_OI: Tensor, remove: int) -> Tensor:
+    """The largest score that goes in each row, (O, 1): of the ``remove``, as many in each row, the rest where the next
+    score is smallest."""
+    each, rest = divmod(remove, len(score_OI))
+    ranked_OI = _sorted_rows(score_OI)
+    last_O = ranked_OI[:, each - 1].clone() if each else torch.full_like(ranked_OI[:, 0], -math.inf)
+    if rest:
+        next_O = ranked_OI[:, each]
+        one_more = next_O.topk(rest, largest=False, sorted=False).indices
+        last_O[one_more] = next_O[one_more]
+    return last_O[:, None]
+
+
+def _sorted_rows(score_OI: Tensor) -> Tensor:
+    """Every row in rising order; on the CPU numpy sorts floats more than ten times as fast as torch."""
+    if score_OI.device.type != "cpu":
+        return score_OI.sort(dim=1).values
+    return torch.from_numpy(np.sort(score_OI.numpy(), axis=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 from torch import Tensor
 
 from lit_prune.calibrate import INPUTS
@@ -41,4 +42,4 @@ class Wanda(Method):
         assert norm_I is not None
         assert self.pattern is not None
         score_OI = (weight_OI.float().abs() * norm_I.to(weight_OI.device)).masked_fill(weight_OI == 0, -1)
-        return weight_OI.masked_fill(~self.pattern.keep(score_OI, rate, by_row=True), 0)
+        return torch.where(self.pattern.keep(score_OI, rate, by_row=True), weight_OI, 0)
