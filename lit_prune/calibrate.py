@@ -248,8 +248,9 @@ class Stream:
         for index, x_BTD in enumerate(self.hidden):
             args, kwargs = move_data_to_device(self.arguments[index][block.index], self.device)
             x_BTD = x_BTD.to(self.device)
-            if observer is not None and (mask := self.masks[index]) is not None:
-                observer.mask_BT = mask.to(self.device)
+            mask_BT = self.masks[index]
+            if observer is not None:
+                observer.mask_BT = None if mask_BT is None else mask_BT.to(self.device)
             y_BTD = unwrap(block.module(x_BTD, *args, **kwargs))
             if not torch.isfinite(y_BTD.sum(dtype=torch.float32)):
                 raise InputError(

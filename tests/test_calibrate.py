@@ -102,12 +102,14 @@ def test_cosine_is_taken_at_the_blocks_and_not_behind_the_final_norm(
 
 
 def test_padding_counts_in_no_statistic(any_model: PreTrainedModel) -> None:
-    ids = torch.randint(1, 64, (1, 12), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1, 63, (1, 12), generator=torch.Generator().manual_seed(0))
     padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.long)], 1)
     mask = (torch.arange(17)[None] < 12).long()
     blocks = find_blocks(any_model)
-    plain = Stream(any_model, blocks, [{"input_ids": ids}], CPU)
-    with_padding = Stream(any_model, blocks, [{"input_ids": padded, "attention_mask": mask}], CPU)
+    plain = Stream(any_model, blocks, [{"input_ids": ids}, {"input_ids": ids + 1}], CPU)
+    with_padding = Stream(
+        any_model, blocks, [{"input_ids": padded, "attention_mask": mask}, {"input_ids": ids + 1}], CPU
+    )
     for block in blocks:
         one, two = observe(plain, block, BOTH), observe(with_padding, block, BOTH)
         assert two.cosine == pytest.approx(one.cosine, abs=1e-5)
