@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
 
 from lit_prune.calibrate import Batch, Calibration, batches_of, first_batches
 from lit_prune.errors import InputError
-
-log = logging.getLogger("lit_prune")
 
 
 def check_processes(trainer: Trainer) -> None:
@@ -21,14 +19,16 @@ def check_processes(trainer: Trainer) -> None:
         raise InputError(f"`pruning` works in one process so far, got {trainer.world_size}: `--trainer.devices 1`.")
 
 
-def calibration_batches(trainer: Trainer, calibration: Calibration) -> list[Batch]:
-    """Returns windows of the data module's training text, or the first batches of the training dataloader."""
-    datamodule = getattr(trainer, "datamodule", None)
+def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[list[Batch], dict[str, Any]]:
+    """Returns windows of the data module's training text, or the first batches of the training dataloader.
+
+    Beside them, what the report says of them: the settings, and where in the training text the windows begin.
+    """
+    datamodule, settings = getattr(trainer, "datamodule", None), asdict(calibration)
     if datamodule is not None and hasattr(datamodule, "calibration_windows"):
         windows = datamodule.calibration_windows(calibration.num_samples, calibration.seq_length, calibration.seed)
-        log.info("Calibration windows begin at tokens %s of the training text.", windows.positions)
-        return batches_of(windows, calibration.batch_size)
-    return first_batches(_first_loader(trainer.fit_loop._data_source), calibration)
+        return batches_of(windows, calibration.batch_size), settings | {"positions": windows.positions}
+    return first_batches(_first_loader(trainer.fit_loop._data_source), calibration), settings | {"positions": None}
 
 
 def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:
@@ -42,6 +42,11 @@ def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:
         if limit == 1.0:
             return loader, described
         limit = int(limit * len(loader))
+    if limit < 1:
+        raise InputError(
+            f"`trainer.limit_val_batches` must leave at least one batch, {trainer.limit_val_batches} of {len(loader)} "
+            "does not; 0 switches validation off."
+        )
     return list(itertools.islice(loader, limit)), described
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -96,26 +97,29 @@ class DynamicPruningCallback(Callback):
         pl_module.configure_model()
         model = self.find_model(pl_module)
         if trainer.ckpt_path:
-            rebuild(model, torch.load(trainer.ckpt_path, map_location="cpu", weights_only=True)[structure.KEY])
+            rebuild(model, self._stored(str(trainer.ckpt_path)))
             return
         if isinstance(trainer.precision_plugin, HalfPrecision):
             trainer.precision_plugin.convert_module(model)
         self._check_trained(self.recipe.check(model))
-        batches = calibration_batches(trainer, self.calibration)
-        self.cut(model, batches, validation_data(trainer), trainer.strategy.root_device)
+        if self.recovery is not None:
+            self.recovery.check(model)
+        calibration = calibration_batches(trainer, self.calibration)
+        self.cut(model, calibration, validation_data(trainer), trainer.strategy.root_device)
         if self.recovery is not None:
             self.recovery.attach(model)
 
     def cut(
         self,
         model: PreTrainedModel,
-        batches: list[Batch],
+        calibration: tuple[list[Batch], dict[str, Any]],
         validation: tuple[Iterable[Batch], str] | None,
         device: torch.device,
     ) -> None:
         """Measures, prunes ``model`` and measures again; keeps the numbers in ``done``."""
         assert self.recipe is not None
-        done: dict[str, Any] = {"perplexity": {}, "seconds": {}, "protocol": None}
+        batches, settings = calibration
+        done: dict[str, Any] = {"perplexity": {}, "seconds": {}, "protocol": None, "calibration": settings}
 
         def measured(name: str) -> None:
             if self.measure and validation is not None:
@@ -153,6 +157,24 @@ class DynamicPruningCallback(Callback):
             )
         return found
 
+    def _stored(self, path: str) -> dict[str, Any]:
+        """What a checkpoint says was done to the LLM, which must be what this run would do."""
+        assert self.recipe is not None
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(structure.KEY)
+        except (OSError, RuntimeError, pickle.UnpicklingError, AttributeError) as error:
+            raise InputError(f"`ckpt_path` must be a checkpoint of a fit, {path} cannot be read as one.") from error
+        done, wanted = (stored or {}).get("record", {}).get("recipe"), recipe_record(self.recipe)
+        if done is None:
+            raise InputError(f"`ckpt_path` must be a checkpoint of a pruned model, nothing was pruned in {path}.")
+        for field, value in wanted.items():
+            if done[field] != value:
+                raise InputError(
+                    f"`pruning.{field}` must be what the checkpoint was made with, {done[field]}, got {value}; "
+                    "change it back, or begin a new run."
+                )
+        return stored
+
     def _check_trained(self, blocks: Sequence[Block]) -> None:
         """Refuses a fit that would train pruned weights away from zero."""
         trained = any(linear.weight.requires_grad for block in blocks for linear in block.linears.values())
@@ -162,7 +184,7 @@ class DynamicPruningCallback(Callback):
                 "LoRA, freeze the LLM yourself, or prune without training by `lit-prune prune`."
             )
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:  # noqa: ARG002
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stores what the LLM was made into, where the LightningModule has not."""
         if self.recipe is not None:
             checkpoint.setdefault(structure.KEY, snapshot(self.find_model(pl_module)))

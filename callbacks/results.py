@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from lit_prune.run_folder import RunFolder, write_text
 class ResultsCallback(Callback):
     """Writes the Hugging Face folder, report.json and the picture at the end of fit, and prints the table.
 
-    It needs a DynamicPruningCallback beside it, whose LLM and numbers it takes.
+    It needs a DynamicPruningCallback beside it, whose LLM and numbers it takes; it comes first in the list, so that a
+    folder that may not be replaced is refused before the cut.
 
     Args:
         output: Folder to write to; made after the cut, so that a run that is refused leaves nothing.
@@ -44,14 +46,14 @@ class ResultsCallback(Callback):
         self.seconds = 0.0
         self._begin = 0.0
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:  # noqa: ARG002
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Asks whether the folder can be made, before anything is done."""
         if stage == "fit":
             _pruning(trainer)
-            self.folder.resume = trainer.ckpt_path is not None
+            self.folder.resume = self.folder.holds(trainer.ckpt_path)
             self.folder.check()
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the folder: the cut is done."""
         self.open()
         if self.csv_log and trainer.logger is None:
@@ -63,11 +65,11 @@ class ResultsCallback(Callback):
         if self.config is not None:
             write_text(self.folder.path / "config.yaml", self.config)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock of the training."""
         self._begin = time.perf_counter()
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock of the training; what a resumed run had spent is counted."""
         self.seconds += time.perf_counter() - self._begin
 
@@ -81,6 +83,8 @@ class ResultsCallback(Callback):
         if validation is not None:
             name = "dense" if pruning.recipe is None else "recovered"
             measured = measure(model, *validation, label=f"Perplexity, {name}")
+            if report["protocol"] not in (None, measured.protocol):  # a resumed run may validate on other text
+                report["perplexity"] = dict.fromkeys(report["perplexity"])
             report["perplexity"][name] = measured.perplexity
             report["protocol"] = measured.protocol
             report["seconds"][f"perplexity_{name}"] = measured.seconds
@@ -102,8 +106,21 @@ class ResultsCallback(Callback):
         config = [] if self.config is None else [self.folder.path / "config.yaml"]
         tell([table(report)], written + config)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:  # noqa: ARG002
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Makes the folder for what is written without a fit; a failure says where a replaced folder is."""
+        self.open()
+        try:
+            yield
+        except BaseException:
+            self._tell_replaced()
+            raise
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Says where a folder is that was to be replaced."""
+        self._tell_replaced()
+
+    def _tell_replaced(self) -> None:
         if self.folder.replaced is not None:
             Console(stderr=True).print(f"The earlier run is kept in {self.folder.replaced}", highlight=False)
 

@@ -190,7 +190,7 @@ class Observer:
         self._seen.clear()
         if COSINE in self.wanted:
             cosine_P = F.cosine_similarity(self._counted(x_BTD).float(), self._counted(y_BTD).float(), dim=-1)
-            self._cosine += float(cosine_P.double().sum())
+            self._cosine += float(cosine_P.cpu().double().sum())
             self._tokens += len(cosine_P)
 
     def _counted(self, x_BTD: Tensor) -> Tensor:

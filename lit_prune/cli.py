@@ -17,7 +17,6 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
-from lit_prune.allocate import write_plan  # noqa: E402
 from lit_prune.callbacks.batches import calibration_batches, check_processes, validation_data  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, tell  # noqa: E402
@@ -27,9 +26,8 @@ from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.families import blocks_path  # noqa: E402
 from lit_prune.module import PrunableLM  # noqa: E402
 from lit_prune.pipeline import recipe_record, score  # noqa: E402
-from lit_prune.report import block_table, picture, to_json, versions  # noqa: E402
-from lit_prune.results import summary  # noqa: E402
-from lit_prune.run_folder import write_text, written_aside  # noqa: E402
+from lit_prune.report import block_table, versions  # noqa: E402
+from lit_prune.results import summary, write_scores  # noqa: E402
 
 Found = TypeVar("Found", bound=Callback)
 DESCRIPTION = "Prune a large language model while it is being fine-tuned, and heal it in the same run."
@@ -44,39 +42,29 @@ class PruneTrainer(Trainer):
         llm, device = pruning.find_model(model), self.strategy.root_device
         validation = validation_data(self) if pruning.measure else None
         pruning.cut(llm, calibration_batches(self, pruning.calibration), validation, device)
-        results.open()
-        results.write(self, model, llm, summary(llm, pruning.recipe, pruning.done), validation)
+        with results.opened():
+            results.write(self, model, llm, summary(llm, pruning.recipe, pruning.done), validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Look before you cut: a table and a picture of the blocks' scores and rates, and a plan file to edit."""
         pruning, results = self._ready(model, datamodule)
         recipe = pruning.recipe
         assert recipe is not None
-        scored = score(
-            pruning.find_model(model),
-            calibration_batches(self, pruning.calibration),
-            recipe,
-            device=self.strategy.root_device,
-        )
-        results.open()
+        batches, settings = calibration_batches(self, pruning.calibration)
+        scored = score(pruning.find_model(model), batches, recipe, device=self.strategy.root_device)
         report = {
             "sparsity": {"requested": recipe.sparsity},
             "recipe": recipe_record(recipe),
+            "calibration": settings,
             "scores": scored.scores,
             "rates": scored.rates,
             "seconds": {"score": scored.seconds},
             "versions": versions(),
         }
-        plan, image, numbers = (results.folder.path / name for name in ("plan.yaml", "blocks.png", "report.json"))
-        with written_aside(plan) as draft:
-            header = f"block: share of its weights to remove; mean {recipe.sparsity:g}, by {recipe.allocation!r}\n"
-            header += f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"
-            write_plan(draft, scored.rates, scored.scores, header)
-        with written_aside(image) as draft:
-            picture(draft, scored.scores, scored.rates, report)
-        write_text(numbers, to_json(report))
+        with results.opened():
+            written = write_scores(results.folder.path, report)
         results.folder.finish()
-        tell([block_table(scored.scores, scored.rates)], [plan, image, numbers])
+        tell([block_table(scored.scores, scored.rates)], written)
 
     def _ready(
         self, model: LightningModule, datamodule: LightningDataModule
@@ -118,7 +106,7 @@ class LitPruneCLI(LightningCLI):
             TextDataModule,
             save_config_callback=None,
             trainer_class=PruneTrainer,
-            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+            trainer_defaults={"devices": 1, "num_sanity_val_steps": 0, "enable_model_summary": False},
             seed_everything_default=0,
             parser_kwargs={"description": DESCRIPTION},
             parser_class=Parser,
@@ -162,14 +150,18 @@ class LitPruneCLI(LightningCLI):
         if config.get("ckpt_path"):
             config.ckpt_path = _checkpoint(config.ckpt_path, output)
         if self.subcommand in ("fit", "prune", "score"):
-            results.folder.resume = bool(config.get("ckpt_path"))
+            results.folder.resume = results.folder.holds(config.get("ckpt_path"))
             results.folder.check()
+            if config.trainer.max_steps == -1 and config.trainer.max_epochs == -1:
+                raise InputError("`trainer.max_steps` or `trainer.max_epochs` must be given: the cosine needs an end.")
         if config.trainer.logger is None:
             config.trainer.logger = False  # results.csv_log stands in for it
         if self.subcommand != "fit":
             return
         if config.trainer.enable_checkpointing is not False:
-            self.trainer_defaults["callbacks"].append(ModelCheckpoint(output / "checkpoints", save_last=True))
+            self.trainer_defaults["callbacks"].append(
+                ModelCheckpoint(output / "checkpoints", save_last=True, save_on_exception=True)
+            )
 
     def fit(
         self,

@@ -56,7 +56,7 @@ def _subparsers(parser: Any) -> dict[str, Any]:
     return next((dict(a._name_parser_map) for a in parser._actions if hasattr(a, "_name_parser_map")), {})
 
 
-def _option(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
+def _option(found: re.Match[str], message: str, parser: Any) -> str:
     word = found.group(1).split()[0].split("=")[0]
     return _not_known(f"`{word}` is not an option", word, _options(parser), "see --help")
 
@@ -69,14 +69,14 @@ def _key(found: re.Match[str], message: str, parser: Any) -> str:
     return _not_known(f"`{full}` is not a setting", full, known, "see --help")
 
 
-def _class_option(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
+def _class_option(found: re.Match[str], message: str, parser: Any) -> str:
     name, option = found.group(1).rsplit(".", 1)[-1], found.group(2)
     leaves = {leaf.__name__: leaf for base in BASES.values() for leaf in _leaves(base)}
     choices = list(getattr(leaves.get(name), "__dataclass_fields__", {}))
     return _not_known(f"`{_where(message)}.{option}` is not a setting of {name}", option, choices, ", ".join(choices))
 
 
-def _class(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
+def _class(found: re.Match[str], message: str, parser: Any) -> str:
     word, where = next(group for group in found.groups() if group), _where(message)
     base = BASES.get(where.rsplit(".", 1)[-1])
     if base is None:
@@ -93,12 +93,12 @@ def _leaves(base: type) -> list[type]:
     return base.__subclasses__()
 
 
-def _required(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
+def _required(found: re.Match[str], message: str, parser: Any) -> str:
     name, option = found.group(1).rsplit(".", 1)[-1], found.group(2)
     return f"`{_where(message)}.{option}` must be given: {name} needs it."
 
 
-def _verb(found: re.Match[str], message: str, parser: Any) -> str:  # noqa: ARG001
+def _verb(found: re.Match[str], message: str, parser: Any) -> str:
     word = found.group(1) or ""
     verbs = list(_subparsers(parser))
     return _not_known(f"the verb must be one of {', '.join(verbs)}" + (f", got {word!r}" if word else ""), word, verbs)

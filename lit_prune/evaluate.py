@@ -82,6 +82,8 @@ class Perplexity(Metric):
 
     def compute(self) -> Tensor:
         """Returns exp(nll / tokens), a float64 scalar."""
+        if self.tokens == 0:
+            raise ValueError("`Perplexity` must be updated with at least one predicted token, got none.")
         return torch.exp(self.nll / self.tokens)
 
 
@@ -123,8 +125,8 @@ def measure(
             mask = None if mask is None else mask.to(model.device)
             metric.update(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask)
             windows, longest = windows + ids.shape[0], max(longest, ids.shape[1])
-    if metric.tokens == 0:
-        raise ValueError("`batches` must predict at least one token, got none.")
+    if windows == 0:
+        raise ValueError("`batches` must predict at least one token, got no batch.")
     protocol = {
         "data": data,
         "windows": windows,

@@ -104,8 +104,17 @@ def _linears(layer: nn.Module, targets: Sequence[str] | None, ignore: Sequence[s
                 f"`model` must be pruned in full precision, {name} is quantised ({linear.weight.dtype}); load it "
                 "unquantised, prune, and quantise after that."
             )
+    if not every:
+        kinds = ", ".join(sorted({type(module).__name__ for module in layer.modules()}))
+        raise InputError(f"`pruning.blocks` must lead to blocks made of nn.Linear, there is none among {kinds}.")
     for field, patterns in {"targets": targets or [], "ignore": ignore}.items():
         for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(
+                    f"`pruning.{field}` must be suffixes or regular expressions, {pattern!r}: {error}."
+                ) from error
             if not any(matches(name, pattern) for name in every):
                 raise InputError(
                     f"`pruning.{field}` must match a linear, got {pattern!r}; there are {', '.join(every)}."

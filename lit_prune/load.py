@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -123,10 +124,16 @@ def _looks_like_path(name: str) -> bool:
 def _check_hub(repo: str) -> None:
     """Asks the hub once whether ``repo`` is there; what is in the local cache needs no asking."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    if isinstance(try_to_load_from_cache(repo, "config.json"), str):
-        return
+    try:
+        if isinstance(try_to_load_from_cache(repo, "config.json"), str):
+            return
+    except HFValidationError as error:
+        raise InputError(
+            f"`model.pretrained` must be a folder, a .gguf file or a hub id: there is no folder {repo!r} here, and no "
+            "model on the hub can be named so."
+        ) from error
     remedy = "pass a local folder or a .gguf file, or run once with a connection so that the hub's cache has it"
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"`model.pretrained`: {repo!r} is not in the hub's cache and HF_HUB_OFFLINE is set; {remedy}.")
@@ -158,7 +165,7 @@ def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any]) -> An
         raise InputError(
             f"`model.pretrained`: {_first_line(error)} For .gguf: pip install 'lit-prune[gguf]'."
         ) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"`model.pretrained` {source!r} cannot be loaded: {_first_line(error)}") from error
 
 

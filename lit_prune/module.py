@@ -68,7 +68,7 @@ class PrunableLM(LightningModule):
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_steps, self.min_lr_share = warmup_steps, min_lr_share
         self.model: PreTrainedModel | None = None
-        self.perplexity = torch.nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
+        self.perplexity = {"val": Perplexity(), "test": Perplexity()}  # no modules: half precision must not cast them
         self.config = self._config()
 
     def _config(self) -> PreTrainedConfig:
@@ -94,28 +94,41 @@ class PrunableLM(LightningModule):
             input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
         ).logits
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the mean next-token cross entropy of a batch (nats), padding left out."""
         assert self.model is not None
         mask = batch.get("attention_mask")
-        labels = batch["input_ids"] if mask is None else batch["input_ids"].masked_fill(mask == 0, -100)
+        labels = batch["input_ids"]
+        if mask is not None:  # a prediction counts where the token and the one before it are attended to
+            labels = labels.masked_fill(mask == 0, -100)
+            labels[:, 1:] = labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
         loss = self.model(input_ids=batch["input_ids"], attention_mask=mask, labels=labels, use_cache=False).loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to `val/perplexity`."""
-        self._evaluate("val", batch)
+        self._update("val", batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/perplexity`."""
+        self._log_perplexity("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to `test/perplexity`."""
-        self._evaluate("test", batch)
+        self._update("test", batch)
 
-    def _evaluate(self, part: str, batch: Batch) -> None:
-        metric = self.perplexity[part]
-        assert isinstance(metric, Perplexity)
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/perplexity`."""
+        self._log_perplexity("test")
+
+    def _update(self, part: str, batch: Batch) -> None:
+        metric = self.perplexity[part].to(self.device)
         metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"))
-        self.log(f"{part}/perplexity", metric, prog_bar=True, batch_size=len(batch["input_ids"]))
+
+    def _log_perplexity(self, part: str) -> None:
+        self.log(f"{part}/perplexity", self.perplexity[part].compute(), prog_bar=True)
+        self.perplexity[part].reset()
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW over what is trained, with linear warm-up and a cosine over the whole run."""

@@ -68,7 +68,8 @@ class Recipe:
                 the bounds do not allow.
         """
         blocks = find_blocks(model, targets=self.targets, ignore=self.ignore, blocks=self.blocks)
-        self.allocation.check([block.size for block in blocks], self.sparsity)
+        lower = [max(self.min_rate, _sparsity(block)) for block in blocks]
+        self.allocation.check([block.size for block in blocks], self.sparsity, lower, self.max_rate)
         self.spread([1.0] * len(blocks), blocks, equal=True)
         return blocks
 

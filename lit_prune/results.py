@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune import report as reports
+from lit_prune.allocate import write_plan
 from lit_prune.calibrate import Batch
 from lit_prune.evaluate import measure, parameters, size_bytes, zeros
 from lit_prune.export import export, without_adapter
@@ -19,7 +20,7 @@ from lit_prune.recover import adapter_config
 from lit_prune.report import Report
 from lit_prune.run_folder import RunFolder, write_text, written_aside
 
-REOPENED_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
+REOPENED_TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-2}
 Validation = tuple[Iterable[Batch], str]
 
 
@@ -37,6 +38,7 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any])
         "protocol": done.get("protocol"),
         "sparsity": sparsity | {"achieved_all": zero / total},
         "recipe": done.get("recipe"),
+        "calibration": done.get("calibration"),
         "scores": done.get("scores"),
         "rates": done.get("rates"),
         "achieved": done.get("achieved"),
@@ -78,6 +80,20 @@ def write_results(
     return written
 
 
+def write_scores(folder: Path, report: Report) -> list[Path]:
+    """Writes `plan.yaml`, `blocks.png` and `report.json` of a look at the blocks; returns what was written."""
+    plan, image, numbers = (folder / name for name in ("plan.yaml", "blocks.png", "report.json"))
+    recipe = report["recipe"]
+    header = f"block: share of its weights to remove; mean {recipe['sparsity']:g}, by {recipe['allocation']}\n"
+    header += f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"
+    with written_aside(plan) as draft:
+        write_plan(draft, report["rates"], report["scores"], header)
+    with written_aside(image) as draft:
+        reports.picture(draft, report["scores"], report["rates"], report)
+    write_text(numbers, reports.to_json(report))
+    return [plan, image, numbers]
+
+
 def _reopened(folder: Path, model: PreTrainedModel, report: Report, validation: Validation | None) -> dict[str, Any]:
     """Opens the folder with plain transformers and compares; returns what report.json says of it."""
     opened = AutoModelForCausalLM.from_pretrained(folder).to(model.device)  # type: ignore[arg-type]
@@ -91,7 +107,7 @@ def _reopened(folder: Path, model: PreTrainedModel, report: Report, validation: 
     if validation is not None and last is not None:
         found = measure(opened, *validation, label="Perplexity, exported folder")
         checked["perplexity"] = found.perplexity
-        tolerance = REOPENED_TOLERANCE[found.protocol["dtype"]]
+        tolerance = REOPENED_TOLERANCE.get(found.protocol["dtype"], 1e-3)
         if abs(found.perplexity / last - 1) > tolerance:
             raise RuntimeError(
                 f"the exported model's perplexity is {found.perplexity:.4f}, in memory it is {last:.4f}; not kept."

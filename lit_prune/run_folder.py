@@ -11,6 +11,8 @@ from pathlib import Path
 
 from lit_prune.errors import InputError
 
+MARKS = ("report.json", "config.yaml", "checkpoints")  # one of them is in every folder that a run wrote
+
 
 class RunFolder:
     """Where a run's results go; nothing is created before :meth:`claim`.
@@ -27,6 +29,10 @@ class RunFolder:
         self.overwrite, self.resume = overwrite, resume
         self._replaced: Path | None = None
 
+    def holds(self, checkpoint: str | os.PathLike[str] | None) -> bool:
+        """Returns whether a checkpoint lies in this folder, so that its run may go on here."""
+        return checkpoint is not None and self.path.resolve() in Path(checkpoint).resolve().parents
+
     def check(self) -> None:
         """Asks whether the folder can be made, and makes nothing.
 
@@ -35,12 +41,17 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"`output` must be a folder, {self.path} is a file.")
-        if self.path.is_dir() and any(self.path.iterdir()) and not (self.overwrite or self.resume):
+        replaced = self.path.is_dir() and any(self.path.iterdir()) and not self.resume
+        if replaced and not self.overwrite:
             raise InputError(
                 f"`output` must be a new folder, {self.path} exists: choose another with `--output DIR`, or replace it "
                 "with `--overwrite`."
             )
-        parent = self.path.absolute()
+        if replaced and not any((self.path / mark).exists() for mark in MARKS):
+            raise InputError(f"`overwrite` replaces only what a run wrote, {self.path} has none of {', '.join(MARKS)}.")
+        if replaced and (self.path.is_mount() or self.path.resolve() == Path.cwd()):
+            raise InputError(f"`overwrite` cannot move {self.path} aside, it is in use; choose another `--output DIR`.")
+        parent = self.path.absolute().parent if replaced else self.path.absolute()
         while not parent.exists():
             parent = parent.parent
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or _read_only(parent):

@@ -75,7 +75,7 @@ def test_measure_agrees_with_the_models_own_loss(model: PreTrainedModel, batches
 
 
 def test_measure_of_nothing(model: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(ValueError, match="at least one token, got no batch"):
         measure(model, [], "nothing")
 
 

@@ -37,6 +37,17 @@ def test_names_that_match_nothing(model: PreTrainedModel) -> None:
         find_blocks(model, targets=["q_proj"], ignore=["q_proj"])
 
 
+def test_a_pattern_that_is_none(model: PreTrainedModel) -> None:
+    with pytest.raises(InputError, match=r"`pruning.targets` must be suffixes or regular expressions, '\*_proj'"):
+        find_blocks(model, targets=["*_proj"])
+
+
+def test_blocks_without_linears() -> None:
+    gpt2 = new_model({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64})
+    with pytest.raises(InputError, match="must lead to blocks made of nn.Linear, there is none among .*Conv1D"):
+        find_blocks(gpt2, blocks="transformer.h")
+
+
 def test_a_family_without_an_entry_needs_only_its_blocks() -> None:
     stranger = new_model(
         {"model_type": "stablelm", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}

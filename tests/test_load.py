@@ -61,6 +61,19 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         locate("nobody/nothing")
 
 
+@pytest.mark.parametrize("name", ["my--model", "a..b", "model."])
+def test_a_name_that_no_hub_has(name: str) -> None:
+    with pytest.raises(InputError, match="no model on the hub can be named so"):
+        locate(name)
+
+
+def test_broken_weights(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+
+
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"must be a Hugging Face model folder, got .*it has no config.json"):
         load_config(str(tmp_path))

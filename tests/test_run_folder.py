@@ -31,6 +31,9 @@ def test_what_is_replaced_is_kept_until_the_end(tmp_path: Path) -> None:
     old = tmp_path / "run"
     old.mkdir()
     write_text(old / "x", "old")
+    with pytest.raises(InputError, match=r"`overwrite` replaces only what a run wrote, .* has none of report.json"):
+        RunFolder(old, overwrite=True).check()
+    write_text(old / "report.json", "{}")
     folder = RunFolder(old, overwrite=True)
     folder.claim()
     assert list(old.iterdir()) == []
@@ -39,6 +42,20 @@ def test_what_is_replaced_is_kept_until_the_end(tmp_path: Path) -> None:
     folder.finish()
     assert folder.replaced is None
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_working_directory_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "report.json", "{}")
+    with pytest.raises(InputError, match="it is in use"):
+        RunFolder(".", overwrite=True).claim()
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_a_run_may_go_on_in_the_folder_of_its_checkpoint(tmp_path: Path) -> None:
+    assert RunFolder(tmp_path / "a").holds(tmp_path / "a" / "checkpoints" / "last.ckpt")
+    assert not RunFolder(tmp_path / "a").holds(tmp_path / "b" / "checkpoints" / "last.ckpt")
+    assert not RunFolder(tmp_path / "a").holds(None)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

@@ -40,10 +40,19 @@ class Allocation(ABC):
     def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
         """Returns the paper's rates of removal for a mean of ``sparsity``, before bounds; equal for equal scores."""
 
-    def check(self, sizes: Sequence[int], sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
-        """Raises InputError where the settings cannot fit blocks of these ``sizes`` (prunable weights)."""
+    def check(  # noqa: B027 (most have nothing to check)
+        self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float
+    ) -> None:
+        """Raises InputError where the settings do not fit the model.
 
-    def floor(self, sparsity: float) -> float:  # noqa: ARG002
+        Args:
+            sizes: Prunable weights of each block.
+            sparsity: Target.
+            lower: The rate that each block does not fall below.
+            upper: The rate that no block exceeds.
+        """
+
+    def floor(self, sparsity: float) -> float:
         """Returns the rate that no block falls below."""
         return 0.0
 

@@ -38,7 +38,7 @@ class LayerRedundancy(Allocation):
         if self.base is not None and not 0 <= self.base < 1:
             raise InputError(f"`LayerRedundancy.base` must be in [0, 1) or null, got {self.base}.")
 
-    def check(self, sizes: Sequence[int], sparsity: float) -> None:  # noqa: ARG002
+    def check(self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float) -> None:
         """Raises InputError if the base is above the sparsity."""
         if self.base is not None and self.base > sparsity:
             raise InputError(
@@ -50,7 +50,7 @@ class LayerRedundancy(Allocation):
         """Returns the base."""
         return sparsity / 2 if self.base is None else self.base
 
-    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:  # noqa: ARG002
+    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
         """Returns LR_b."""
         assert observed.cosine is not None
         return observed.cosine

@@ -55,13 +55,19 @@ class Plan(Allocation):
                 )
         return {block: float(rate) for block, rate in content.items()}
 
-    def check(self, sizes: Sequence[int], sparsity: float) -> None:
-        """Raises InputError where the plan's blocks are not the model's, or its mean is not the sparsity."""
+    def check(self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float) -> None:
+        """Raises InputError where the blocks are not the model's, a rate is out of bounds, or the mean is off."""
         planned, blocks = self.rates(), len(sizes)
         if strangers := sorted(set(planned) - set(range(blocks))):
             raise InputError(f"`Plan.path`: the model has blocks 0 to {blocks - 1}, {self.path} names {strangers[0]}.")
         if missing := sorted(set(range(blocks)) - set(planned)):
             raise InputError(f"`Plan.path`: every block must have a rate, {self.path} has none for block {missing[0]}.")
+        for block, low in enumerate(lower):
+            if not low - MEAN_TOLERANCE <= planned[block] <= max(upper, low) + MEAN_TOLERANCE:
+                raise InputError(
+                    f"`Plan.path`: the rate of block {block} must be between {low:.4g} (`pruning.min_rate`, or what is "
+                    f"zero already) and {upper:.4g} (`pruning.max_rate`), got {planned[block]:g} in {self.path}."
+                )
         mean = weighted_mean([planned[block] for block in range(blocks)], sizes)
         if abs(mean - sparsity) > MEAN_TOLERANCE:
             raise InputError(
@@ -69,11 +75,11 @@ class Plan(Allocation):
                 f"edit the plan, or pass `--pruning.sparsity {mean:.6g}`."
             )
 
-    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:  # noqa: ARG002
+    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
         """Returns 1: a plan looks at nothing."""
         return 1.0
 
-    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:  # noqa: ARG002
+    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
         """Returns the planned rates in the order of the blocks."""
         planned = self.rates()
         return [planned[block] for block in range(len(scores))]

@@ -17,7 +17,7 @@ from lit_prune.calibrate import Observed
 class Uniform(Allocation):
     """The same rate for every block; the scores are all 1."""
 
-    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:  # noqa: ARG002
+    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
         """Returns 1."""
         return 1.0
 

@@ -33,7 +33,7 @@ class Magnitude(Method):
         """What is pruned does not hang on what passes through."""
         return "dense"
 
-    def prune(self, weight_OI: Tensor, norm_I: Tensor | None, rate: float) -> Tensor:  # noqa: ARG002
+    def prune(self, weight_OI: Tensor, norm_I: Tensor | None, rate: float) -> Tensor:
         """Returns ``weight_OI`` with its smallest magnitudes set to 0."""
         assert self.pattern is not None
         score_OI = weight_OI.float().abs().masked_fill(weight_OI == 0, -1)

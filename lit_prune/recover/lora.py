@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
@@ -49,9 +50,14 @@ class LoRA(Recovery):
             target_modules=self.target_modules or "all-linear",
             task_type="CAUSAL_LM",
         )
-        try:
-            add_adapter(model, config)
-        except ValueError as error:
-            raise InputError(
-                f"`LoRA.target_modules` must match linears of the model, got {self.target_modules}: {error}"
-            ) from error
+        add_adapter(model, config)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises InputError for target modules that match no linear."""
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        for target in self.target_modules or []:
+            if not any(name == target or name.endswith(f".{target}") for name in linears):
+                known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+                raise InputError(
+                    f"`LoRA.target_modules` must match linears of the model, got {target!r}; there are {known}."
+                )

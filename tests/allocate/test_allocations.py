@@ -67,7 +67,7 @@ def test_layer_redundancy_never_falls_below_its_base() -> None:
 
 def test_layer_redundancy_base_above_the_sparsity_is_refused() -> None:
     with pytest.raises(InputError, match=r"`LayerRedundancy.base` must be at most `pruning.sparsity` \(0.3\), got 0.4"):
-        LayerRedundancy(base=0.4).check([1, 1], 0.3)
+        LayerRedundancy(base=0.4).check([1, 1], 0.3, [0, 0], 0.99)
 
 
 def test_uniform() -> None:
@@ -134,6 +134,8 @@ def test_plan_is_followed(tmp_path: Path) -> None:
     [
         ("0: 0.2\n1: 0.8\n2: 0.5\n", "the model has blocks 0 to 1, .* names 2"),
         ("0: 0.5\n", "has none for block 1"),
+        ("0: 0.05\n1: 0.95\n", r"the rate of block 1 must be between 0.1 .* and 0.9 .*got 0.95"),
+        ("0: 0.95\n1: 0.05\n", r"the rate of block 0 must be between 0 .* and 0.9 .*got 0.95"),
         (
             "0: 0.2\n1: 0.6\n",
             r"mean of 0.4, `pruning.sparsity` is 0.5; edit the plan, or pass `--pruning.sparsity 0.4`",
@@ -142,11 +144,11 @@ def test_plan_is_followed(tmp_path: Path) -> None:
 )
 def test_plan_that_does_not_fit(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        plan(tmp_path, text).check([10, 10], 0.5)
+        plan(tmp_path, text).check([10, 10], 0.5, [0, 0.1], 0.9)
 
 
 def test_plan_mean_is_weighted_by_size(tmp_path: Path) -> None:
-    plan(tmp_path, "0: 0.2\n1: 0.6\n").check([10, 30], 0.5)
+    plan(tmp_path, "0: 0.2\n1: 0.6\n").check([10, 30], 0.5, [0, 0], 0.99)
 
 
 @pytest.mark.parametrize(

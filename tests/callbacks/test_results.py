@@ -43,6 +43,7 @@ def test_it_needs_the_other_callback(tmp_path: Path) -> None:
 def test_a_run_that_fails_leaves_the_earlier_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").write_text("x")
+    (tmp_path / "run" / "report.json").write_text("{}")
 
     class Broken(Foreign):
         def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:

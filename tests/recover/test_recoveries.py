@@ -68,5 +68,6 @@ def test_settings_out_of_range(fields: dict[str, float], message: str) -> None:
 
 
 def test_target_modules_that_match_nothing(model: PreTrainedModel) -> None:
-    with pytest.raises(InputError, match=r"`LoRA.target_modules` must match linears of the model, got \['none'\]"):
-        LoRA(target_modules=["none"]).attach(model)
+    with pytest.raises(InputError, match=r"`LoRA.target_modules` must match .*, got 'none'; there are .*q_proj"):
+        LoRA(target_modules=["q_proj", "none"]).check(model)
+    LoRA(target_modules=["q_proj"]).check(model)
