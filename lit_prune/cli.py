@@ -7,14 +7,16 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that it has no CPU kernels
 
 import datasets  # noqa: E402
 import transformers  # noqa: E402
+from jsonargparse import Namespace  # noqa: E402
+from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
 from lit_prune.callbacks.batches import calibration_batches, check_processes, validation_data  # noqa: E402
@@ -26,10 +28,12 @@ from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.families import blocks_path  # noqa: E402
 from lit_prune.module import PrunableLM  # noqa: E402
 from lit_prune.pipeline import recipe_record, score  # noqa: E402
+from lit_prune.progress import say  # noqa: E402
 from lit_prune.report import block_table, versions  # noqa: E402
 from lit_prune.results import summary, write_scores  # noqa: E402
 
 Found = TypeVar("Found", bound=Callback)
+ONCE = ("ckpt_path", "weights_only", "verbose")  # settings that only some verbs have, and no configuration keeps
 DESCRIPTION = "Prune a large language model while it is being fine-tuned, and heal it in the same run."
 
 
@@ -122,6 +126,9 @@ class LitPruneCLI(LightningCLI):
         own = {"model", "datamodule"}
         return {name: verbs[name] for name in ("fit", "validate", "test")} | {"prune": own, "score": own}
 
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the configuration as the user gave it: our checkpoints hold no hyper-parameters to put over it."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the group `pruning`, with its defaults, and `output`."""
         parser.add_argument("--output", default="runs/lit_prune", help="Folder to write the results to.")
@@ -143,9 +150,7 @@ class LitPruneCLI(LightningCLI):
         if DynamicPruningCallback.__name__ in str(config.trainer.callbacks):
             raise InputError("`trainer.callbacks` must not hold a DynamicPruningCallback: `pruning` is one already.")
         output = Path(config.output)
-        results = ResultsCallback(
-            str(output), config.overwrite, self._parser(self.subcommand).dump(config, skip_unset=False), csv_log=True
-        )
+        results = ResultsCallback(str(output), config.overwrite, self._saved(config), csv_log=True)
         self.trainer_defaults["callbacks"] = [results]
         if config.get("ckpt_path"):
             config.ckpt_path = _checkpoint(config.ckpt_path, output)
@@ -158,10 +163,31 @@ class LitPruneCLI(LightningCLI):
             config.trainer.logger = False  # results.csv_log stands in for it
         if self.subcommand != "fit":
             return
+        if config.trainer.enable_progress_bar is not False and "ProgressBar" not in str(config.trainer.callbacks):
+            self.trainer_defaults["callbacks"].append(TQDMProgressBar())  # the rich one counts epochs to -2
         if config.trainer.enable_checkpointing is not False:
             self.trainer_defaults["callbacks"].append(
                 ModelCheckpoint(output / "checkpoints", save_last=True, save_on_exception=True)
             )
+
+    def _saved(self, config: Namespace) -> str:
+        """Returns the configuration as YAML, for any verb to take: without what was meant for this one run."""
+        kept = config.clone()
+        kept.overwrite = False
+        text = self._parser(self.subcommand).dump(kept, skip_unset=False)
+        return "".join(line for line in text.splitlines(keepends=True) if line.split(":")[0] not in ONCE)
+
+    def after_validate(self) -> None:
+        """Says what the perplexity was measured on."""
+        self._say_protocol("val")
+
+    def after_test(self) -> None:
+        """Says what the perplexity was measured on."""
+        self._say_protocol("test")
+
+    def _say_protocol(self, part: Literal["val", "test"]) -> None:
+        windows = getattr(self.datamodule, f"{part}_dataloader")().dataset.windows_NT
+        say(f"{self.datamodule.describe(part)}; {windows.shape[0]} windows of {windows.shape[1]} tokens")
 
     def fit(
         self,
@@ -208,7 +234,7 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advice.addFilter(lambda record: "litlogger" not in record.getMessage())
+    advice.addFilter(lambda record: "Tip:" not in record.getMessage())
     for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*Checkpoint directory.*"):
         warnings.filterwarnings("ignore", message)
 
@@ -220,6 +246,8 @@ def main(args: list[str] | None = None) -> None:
         LitPruneCLI(args)
     except InputError as error:
         _fail(str(error))
+    except MisconfigurationException as error:
+        _fail(str(error).splitlines()[0])
     except ValueError as error:  # jsonargparse wraps what a class raises where a field may be of several types
         wrapped = re.search(r"^\s*- (`.+)$", str(error), re.MULTILINE)
         if wrapped is None or "Union subtypes" not in str(error):

@@ -32,6 +32,8 @@ def explain(message: str, parser: Any) -> str:
         (r"[Uu]nrecogni[sz]ed (?:keys?|options?|settings?)[^\w]*([\w.]+)", _key),
         (r"Expected a dot import path string: (\S+)", _class),
         (r"No import path.*?'(\S+)'|Unexpected import path format: (\S+)", _class),
+        (r"File does not exist: '?([^'\n]+)'?", _file),
+        (r"Unexpected config:\s*$", _empty),
         (r"Problem with given class_path '([\w.]+)':\s+the following arguments are required: (\S+)", _required),
         (r"argument subcommand: invalid choice: '(\S+)'|expected \"subcommand\" to be one of", _verb),
     ):
@@ -66,6 +68,10 @@ def _key(found: re.Match[str], message: str, parser: Any) -> str:
     where = _where(message)
     full = inner if not where or inner.startswith(where) else f"{where}.{inner}"
     known = [option.removeprefix("--") for option in _options(parser)]
+    group = full.split(".")[0]
+    groups = sorted({option.split(".")[0] for option in known})
+    if group not in groups:
+        return _not_known(f"`{full}` is not a setting: there is no group `{group}`", group, groups)
     return _not_known(f"`{full}` is not a setting", full, known, "see --help")
 
 
@@ -87,6 +93,14 @@ def _class(found: re.Match[str], message: str, parser: Any) -> str:
         word,
         choices,
     )
+
+
+def _file(found: re.Match[str], message: str, parser: Any) -> str:
+    return f"`--{_where(message) or 'config'}` must be a file that is there, got {found.group(1)}."
+
+
+def _empty(found: re.Match[str], message: str, parser: Any) -> str:
+    return "`--config` must be a YAML file of settings, got an empty one."
 
 
 def _leaves(base: type) -> list[type]:
@@ -118,4 +132,5 @@ def _shortened(message: str) -> str:
     where = _where(message)
     if not told or not where:
         return " ".join(line for line in lines if line)[:500]
-    return f"`{where}`: " + "; ".join(dict.fromkeys(told))[:400]
+    text = "; ".join(dict.fromkeys(told)).replace("typing.Literal", "one of ")
+    return f"`{where}`: " + re.sub(r"<class '([\w.]+)'>", r"\1", text)[:400]

@@ -9,16 +9,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import datasets
 import torch
 from datasets import Dataset, load_dataset
+from huggingface_hub import HfApi
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from lit_prune.calibrate import Windows, draw_windows
-from lit_prune.errors import InputError
-from lit_prune.load import Tokenizer, load_tokenizer
-from lit_prune.python_docs import python_docs
+from lit_prune.errors import InputError, near_misses
+from lit_prune.load import HUB_TIMEOUT_SECONDS, Tokenizer, load_tokenizer
+from lit_prune.progress import say
+from lit_prune.python_docs import SHARED_CHARACTERS, python_docs
 
 BUILDERS = {".txt": "text", ".raw": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 Part = Literal["train", "val", "test"]
@@ -136,10 +139,10 @@ class TextDataModule(LightningDataModule):
     def stream(self, part: Part) -> torch.Tensor:
         """Returns all tokens of a part in order, shape (tokens,) int32; a part's text is read once."""
         if part not in self._streams:
-            documents = self._documents(part)
+            rows = self._rows(part)
             if part == "train":
-                documents = self._without_validation(documents)
-            stream = self._tokenise(documents)
+                rows = self._without_validation(rows)
+            stream = self._tokenise(self._joined(rows))
             field = "seq_length" if part == "train" else "val_seq_length"
             if stream.numel() < getattr(self, field):
                 raise InputError(
@@ -203,8 +206,8 @@ class TextDataModule(LightningDataModule):
         ):
             raise InputError(f"`data.train_split` and `data.val_split` must differ, both are {self.splits['train']!r}.")
 
-    def _documents(self, part: Part) -> Dataset:
-        """Returns a data set with one row a document, its text in the column `text`."""
+    def _rows(self, part: Part) -> Dataset:
+        """Returns the text of a part as it comes: a row a file, a row of the data set, or a document."""
         if self._local():
             return self._from_files(part)
         if self.source == "python-docs":
@@ -236,12 +239,18 @@ class TextDataModule(LightningDataModule):
             raise InputError(
                 f"`data.source` must be python-docs or a hub id; for {self.source} use `data.train_files`."
             )
+        if "/" not in self.source and near_misses(self.source, ["python-docs"]):
+            raise InputError(f"`data.source`: there is no data set {self.source!r}. Did you mean python-docs?")
+        try:
+            HfApi().dataset_info(self.source, timeout=HUB_TIMEOUT_SECONDS)
+        except Exception:  # away, or offline on purpose: what is in the cache is to be had without five retries
+            datasets.config.HF_HUB_OFFLINE = True
         try:
             return load_dataset(self.source, self.name, split=self.splits[part])
         except Exception as error:  # what datasets raises depends on the hub's answer and the data set's kind
             raise InputError(
                 f"`data.source` {self.source!r} (name {self.name}, split {self.splits[part]}) cannot be loaded: "
-                f"{_root_cause(error)} For local text use `data.train_files` and `data.val_files`."
+                f"{_root_cause(error).rstrip('.')}. For local text use `data.train_files` and `data.val_files`."
             ) from error
 
     def _one_column(self, rows: Dataset, where: str) -> Dataset:
@@ -253,16 +262,39 @@ class TextDataModule(LightningDataModule):
         if self.text_column != "text":
             rows = rows.select_columns(self.text_column).rename_column(self.text_column, "text")
         rows = rows.select_columns("text")
-        return rows if self.separator is None else Dataset.from_dict({"text": [self.separator.join(rows["text"])]})
+        if rows.features["text"].dtype not in ("string", "large_string"):
+            raise InputError(
+                f"`data.text_column` must be a column of text, {self.text_column!r} of {where} holds "
+                f"{rows.features['text'].dtype}."
+            )
+        if missing := rows.data.column("text").null_count:
+            raise InputError(f"`data.text_column`: {missing} rows of {where} have no text; leave them out of the file.")
+        return rows
 
-    def _without_validation(self, documents: Dataset) -> Dataset:
-        """Drops training documents whose text stands in the validation part too."""
+    def _joined(self, rows: Dataset) -> Dataset:
+        """Returns rows as the documents they are tokenised as: all joined where there is a `separator`."""
+        if self.separator is None or len(rows) == 1:
+            return rows
+        return Dataset.from_dict({"text": [self.separator.join(rows["text"])]})
+
+    def _without_validation(self, rows: Dataset) -> Dataset:
+        """Drops the lines of training text, of some length, that stand in the validation part too."""
         if self._local() and not self.files["val"]:
-            return documents
+            return rows
         if not self._local() and self.source == "python-docs":
-            return documents  # its parts are disjoint by construction
-        held_out = {text.strip() for text in self._documents("val")["text"]}
-        kept = documents.filter(lambda row: not row["text"].strip() or row["text"].strip() not in held_out)
+            return rows  # its parts are disjoint by construction
+        held_out = {line.strip() for text in self._rows("val")["text"] for line in text.splitlines()}
+        held_out = {line for line in held_out if len(line) >= SHARED_CHARACTERS}
+
+        def fresh(row: dict[str, str]) -> dict[str, Any]:
+            lines = row["text"].splitlines(keepends=True)
+            kept = [line for line in lines if line.strip() not in held_out]
+            return {"text": "".join(kept), "dropped": len(lines) - len(kept)}
+
+        cleaned = rows.map(fresh, desc="Comparing with validation")
+        if dropped := sum(cleaned["dropped"]):
+            say(f"{dropped} lines of training text stand in the validation text too, and are left out.")
+        kept = cleaned.filter(lambda row: row["text"] or not row["dropped"]).remove_columns("dropped")
         if len(kept) == 0:
             raise InputError("`data`: training and validation text must not be the same.")
         return kept

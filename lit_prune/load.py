@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, near_misses
 
 EMBEDDED = Path(__file__).parent / "embedded"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -134,6 +134,8 @@ def _check_hub(repo: str) -> None:
             f"`model.pretrained` must be a folder, a .gguf file or a hub id: there is no folder {repo!r} here, and no "
             "model on the hub can be named so."
         ) from error
+    if "/" not in repo and near_misses(repo, ["embedded"]):
+        raise InputError(f"`model.pretrained`: there is no model {repo!r} here. Did you mean embedded?")
     remedy = "pass a local folder or a .gguf file, or run once with a connection so that the hub's cache has it"
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"`model.pretrained`: {repo!r} is not in the hub's cache and HF_HUB_OFFLINE is set; {remedy}.")

@@ -12,6 +12,11 @@ Item = TypeVar("Item")
 console = Console(stderr=True)
 
 
+def say(text: str) -> None:
+    """Prints a line beside the progress bars."""
+    console.print(text, highlight=False)
+
+
 def track(items: Iterable[Item], label: str) -> Iterator[Item]:
     """Yields ``items`` under a progress bar on stderr; without a terminal one line tells that the work begins."""
     total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]

@@ -44,10 +44,15 @@ def table(report: Report) -> Table:
         if sparsity.get(name) is not None:
             grid.add_row(f"sparsity {label}", f"{sparsity[name]:.4f}")
     if "parameters" in report:
-        grid.add_row("parameters", f"{report['parameters']:,} ({report['bytes'] / 1e6:,.1f} MB, zeros stored)")
+        grid.add_row("parameters", _size(report))
     seconds = report["seconds"]
     grid.add_row("seconds", ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items()))
     return grid
+
+
+def _size(report: Report) -> str:
+    adapter = f" and {report['adapter_parameters']:,} of the adapter" if report["adapter"] else ""
+    return f"{report['parameters']:,}{adapter}, {report['bytes'] / 1e6:,.1f} MB, zeros stored"
 
 
 def _change(report: Report, name: str) -> str:
@@ -109,8 +114,8 @@ def picture(path: Path, scores: list[float], rates: list[float], report: Report)
     figure.savefig(path, dpi=120, format="png")
 
 
-def model_card(report: Report, base: str) -> str:
-    """Returns the README.md of the exported folder."""
+def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str:
+    """Returns the README.md of the exported folder; ``tokenizer`` says where the tokenizer is."""
     data = ModelCardData(library_name="transformers", tags=["pruning", "sparse", "lit-prune"])
     perplexity = "\n".join(
         f"| {name} | {value:.3f} |" for name, value in report["perplexity"].items() if value is not None
@@ -136,8 +141,8 @@ def model_card(report: Report, base: str) -> str:
 # {base}, {"pruned" if recipe else "trained"} with lit_prune
 
 Made from `{base}`. {done} {sparsity["achieved_linears"]:.2%} of the weights of the linears that were pruned are exactly
-zero, {sparsity["achieved_all"]:.2%} of all parameters. The zeros are stored: the folder is as large as a dense one
-({report["parameters"]:,} parameters, {report["bytes"] / 1e6:,.1f} MB).
+zero, {sparsity["achieved_all"]:.2%} of all parameters. The zeros are stored, so that masks alone make nothing smaller:
+{_size(report)}.
 {adapter}
 | | perplexity |
 | --- | --- |
@@ -149,6 +154,6 @@ Measured on {describe_protocol(report["protocol"]) if report["protocol"] else "n
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this/folder")
-tokenizer = AutoTokenizer.from_pretrained("this/folder")
+tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 ```
 """

@@ -69,7 +69,8 @@ def write_results(
     """
     written = [folder.path / "model"]
     with written_aside(written[0]) as draft:
-        export(model, draft, tokenizer, reports.model_card(report, base))
+        card = reports.model_card(report, base, base if tokenizer is None else "this/folder")
+        export(model, draft, tokenizer, card)
         report["export"] = _reopened(draft, model, report, validation)
     if report["scores"] is not None:
         written.append(folder.path / "blocks.png")

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_prune.cli import main
 from lit_prune.evaluate import measure, zeros
+from lit_prune.module import PrunableLM
 
 SMALL = [
     "--model.dtype=float32",
@@ -34,6 +35,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("train.txt").write_text("Return the number of items in a container, or raise an error.\n" * 200)
     Path("val.txt").write_text("Open the file, read its lines and close it again when that is done.\n" * 100)
+    Path("empty.yaml").write_text("")
+    Path("prunning.yaml").write_text("prunning:\n  sparsity: 0.5\n")
     warnings.simplefilter("ignore")
     return tmp_path
 
@@ -84,7 +87,9 @@ def test_fit_prunes_recovers_and_leaves_a_hugging_face_folder(capsys: pytest.Cap
         "model",
         "report.json",
     ]
-    assert yaml.safe_load(Path("runs/x/config.yaml").read_text())["pruning"]["sparsity"] == 0.7
+    config = yaml.safe_load(Path("runs/x/config.yaml").read_text())
+    assert config["pruning"]["sparsity"] == 0.7
+    assert not config["overwrite"]
     assert "train/loss" in next(Path("runs/x/logs").rglob("metrics.csv")).read_text()
     printed = capsys.readouterr().out
     for line in (
@@ -100,6 +105,7 @@ def test_fit_prunes_recovers_and_leaves_a_hugging_face_folder(capsys: pytest.Cap
 def test_the_written_configuration_gives_the_same_run_again() -> None:
     run("fit", "--output=runs/x")
     main(["fit", "--config=runs/x/config.yaml", "--output=runs/y"])
+    main(["score", "--config=runs/x/config.yaml", "--output=runs/z"])
     first, second = report(), report("runs/y")
     assert first["perplexity"] == pytest.approx(second["perplexity"])
     assert first["rates"] == second["rates"]
@@ -142,19 +148,69 @@ def test_method_null_is_plain_training(capsys: pytest.CaptureFixture[str]) -> No
 def test_validate_and_test_write_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     run("validate")
     run("test", "--data.test_files=val.txt")
-    printed = capsys.readouterr().out
+    told = capsys.readouterr()
+    printed = told.out
+    assert "val.txt; 8 windows of 64 tokens" in told.err
     assert "val/perplexity" in printed
     assert "test/perplexity" in printed
     assert not Path("runs").exists()
     assert not Path("lightning_logs").exists()
 
 
-def test_a_run_resumes_in_its_own_folder() -> None:
+def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: PrunableLM, *args: object) -> None:
+        if self.global_step == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrunableLM, "on_train_batch_end", stop)
+        with pytest.raises(SystemExit):
+            run("fit", "--output=runs/x", "--trainer.max_steps=6")
+    assert not Path("runs/x/model").exists()
+    run("fit", "--output=runs/x", "--ckpt_path=last", "--trainer.max_steps=6")
+    assert torch.load("runs/x/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
+    assert report()["perplexity"]["recovered"] < report()["perplexity"]["pruned"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--pruning.sparsity=0.8"], "`pruning.sparsity` must be what the checkpoint was made with, 0.5, got 0.8"),
+        (["--ckpt_path=dense.ckpt"], "nothing was pruned in dense.ckpt"),
+        (["--ckpt_path=train.txt"], "train.txt cannot be read as one"),
+        (["--output=runs/y"], "`output` must be a new folder"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     run("fit", "--output=runs/x")
-    dense = report()["perplexity"]["dense"]
+    run("prune", "--output=runs/y")
+    torch.save({"lit_prune": {"record": {}, "adapter": None}}, "dense.ckpt")
+    written = Path("runs/x/report.json").read_text()
+    with pytest.raises(SystemExit):
+        run("fit", "--output=runs/z", "--ckpt_path=runs/x/checkpoints/last.ckpt", *args)
+    assert message in capsys.readouterr().err
+    assert Path("runs/x/report.json").read_text() == written
+    assert not Path("runs/z").exists()
+
+
+def test_perplexities_of_different_protocols_do_not_stand_together() -> None:
+    run("fit", "--output=runs/x")
+    run("fit", "--output=runs/x", "--ckpt_path=last", "--trainer.max_steps=3", "--data.val_windows=4")
+    told = report()
+    assert told["protocol"]["windows"] == 4
+    assert told["perplexity"]["dense"] is None
+    assert told["perplexity"]["recovered"] is not None
+
+
+def test_a_run_resumes_in_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    run("fit", "--output=runs/x")
+    first = report()
+    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.prune", None)  # there is no second cut
     run("fit", "--output=runs/x", "--ckpt_path=last", "--trainer.max_steps=4")
     told = report()
-    assert told["perplexity"]["dense"] == dense
+    assert told["perplexity"]["dense"] == first["perplexity"]["dense"]
+    assert told["perplexity"]["recovered"] != first["perplexity"]["recovered"]
+    assert torch.load("runs/x/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
     assert told["sparsity"]["achieved_linears"] == pytest.approx(0.5, abs=1e-3)
     assert len(told["rates"]) == 8
 
@@ -228,7 +284,7 @@ MISTAKES = [
     (["--pruning.recovery=Lora"], r"`pruning.recovery` must be one of LoRA.*Did you mean LoRA"),
     (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
     (["--pruning.allocation.alpha=0.7"], r"`DLP.alpha` must be in \[0, 0.5\], got 0.7"),
-    (["--pruning.allocation.alpha=much"], r"`pruning.allocation.*float.*much"),
+    (["--pruning.allocation.alpha=much"], r"`pruning.allocation`: .*Expected a float.*much"),
     (["--pruning.allocation=Plan"], r"`pruning.allocation.path` must be given: Plan needs it"),
     (
         ["--pruning.allocation=Plan", "--pruning.allocation.path=none.yaml"],
@@ -249,7 +305,23 @@ MISTAKES = [
     (["--ckpt_path=last"], r"`ckpt_path` must be a checkpoint that is there, runs/x/checkpoints/last.ckpt is not"),
     (["--output=train.txt"], r"`output` must be a folder, train.txt is a file"),
     (["--output=/proc/run"], r"`output` must be in a folder that can be written"),
-    (["--config=none.yaml"], r"none.yaml"),
+    (["--config=none.yaml"], r"`--config` must be a file that is there, got .*none.yaml"),
+    (["--config=empty.yaml"], r"`--config` must be a YAML file of settings, got an empty one"),
+    (
+        ["--config=prunning.yaml"],
+        r"`prunning.sparsity` is not a setting: there is no group `prunning`. Did you mean pruning",
+    ),
+    (["--model.pretrained=embeded"], r"there is no model 'embeded' here. Did you mean embedded"),
+    (["--trainer.accelerator=gpu"], r"No supported gpu backend found"),
+    (
+        ["--trainer.max_steps=-1", "--trainer.max_epochs=-1"],
+        r"`trainer.max_steps` or `trainer.max_epochs` must be given",
+    ),
+    (
+        ["--pruning.recovery.target_modules=[qproj]"],
+        r"`LoRA.target_modules` must match linears of the model, got 'qproj'",
+    ),
+    (["--pruning.ignore=['(']"], r"`pruning.ignore` must be suffixes or regular expressions"),
     (["--trainer.devices=2", "--trainer.accelerator=cpu"], r"`pruning` works in one process so far, got 2"),
     (
         [

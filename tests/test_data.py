@@ -88,12 +88,37 @@ def test_validation_is_capped(train: str, val: str) -> None:
     assert [len(batch["input_ids"]) for batch in data.val_dataloader()] == [4, 2]
 
 
-def test_rows_of_validation_are_dropped_from_training(tmp_path: Path) -> None:
-    rows = [{"text": SENTENCE}, {"text": "only in training, and long enough"}]
+@pytest.mark.parametrize("separator", [None, ""])
+def test_rows_of_validation_are_dropped_from_training(tmp_path: Path, separator: str | None) -> None:
+    rows = [{"text": SENTENCE}, {"text": "only in training, and long enough\n"}]
     train = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     val = write(tmp_path / "b.jsonl", json.dumps(rows[0]) + "\n")
-    data = TextDataModule(train_files=train, val_files=val, seq_length=4)
+    data = TextDataModule(train_files=train, val_files=val, seq_length=4, separator=separator)
     assert data.tokenizer.decode(data.stream("train")).startswith("only in training")
+
+
+def test_lines_of_validation_are_dropped_from_a_training_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, own = "a short line stays\n", "only in training, and long enough to be told apart from a phrase\n"
+    train = write(tmp_path / "a.txt", SENTENCE + short + own)
+    val = write(tmp_path / "b.txt", short + SENTENCE)
+    data = TextDataModule(train_files=train, val_files=val, seq_length=4)
+    text = data.tokenizer.decode(data.stream("train"))
+    assert text == short + own
+    assert "1 lines of training text stand in the validation text too" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": 1}\n', "must be a column of text, 'text' of .* holds int64"),
+        ('{"text": "a"}\n{"text": null}\n', "1 rows of .* have no text"),
+    ],
+)
+def test_a_column_that_is_no_text(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TextDataModule(train_files=write(tmp_path / "a.jsonl", content)).stream("train")
 
 
 def test_the_same_text_in_both_is_refused(tmp_path: Path, train: str) -> None:
@@ -155,6 +180,7 @@ def test_files_that_are_not_there() -> None:
         ({"batch_size": 0}, "`data.batch_size` must be at least 1"),
         ({"val_windows": 0}, "`data.val_windows` must be at least 1"),
         ({"source": None}, "`data.source` must be given"),
+        ({"source": "python-doc"}, "Did you mean python-docs"),
         ({"source": "./folder"}, "for ./folder use `data.train_files`"),
     ],
 )

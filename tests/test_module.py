@@ -41,6 +41,16 @@ def test_a_fresh_model_learns_and_logs_its_perplexity(data: TextDataModule) -> N
     assert metrics[0]["val/perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_perplexity_is_summed_in_full_precision_where_the_weights_are_not(data: TextDataModule, precision: str) -> None:
+    module = PrunableLM(architecture=ARCHITECTURE)
+    trainer = Trainer(**TRAINER, enable_model_summary=False, precision=precision)
+    found = trainer.validate(module, data, verbose=False)[0]["val/perplexity"]
+    assert module.model is not None
+    assert found == pytest.approx(measure(module.model, data.val_dataloader(), "val").perplexity, rel=1e-5)
+    assert found == pytest.approx(4096, rel=0.2)
+
+
 def test_configure_model_is_idempotent() -> None:
     module = PrunableLM("embedded")
     assert module.model is None
