@@ -107,6 +107,7 @@ class DynamicPruningCallback(Callback):
         self.cut(model, calibration, validation_data(trainer), trainer.strategy.root_device)
         if self.recovery is not None:
             self.recovery.attach(model)
+            structure.write(model, recovery=repr(self.recovery))
 
     def cut(
         self,
@@ -163,10 +164,12 @@ class DynamicPruningCallback(Callback):
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(structure.KEY)
         except Exception as error:  # torch raises a dozen kinds for a file that is none of its own
             raise InputError(f"`ckpt_path` must be a checkpoint of a fit, {path} cannot be read as one.") from error
-        done, wanted = (stored or {}).get("record", {}).get("recipe"), recipe_record(self.recipe)
-        if done is None:
+        record = (stored or {}).get("record", {})
+        if "recipe" not in record:
             raise InputError(f"`ckpt_path` must be a checkpoint of a pruned model, nothing was pruned in {path}.")
-        for field, value in wanted.items():
+        recovery = self.recovery and repr(self.recovery)
+        done = {**record["recipe"], "recovery": record.get("recovery")}
+        for field, value in {**recipe_record(self.recipe), "recovery": recovery}.items():
             if done[field] != value:
                 raise InputError(
                     f"`pruning.{field}` must be what the checkpoint was made with, {done[field]}, got {value}; "

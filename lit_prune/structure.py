@@ -1,7 +1,7 @@
 """The record of what was done to a model: a small JSON-able dict that travels in the Hugging Face config.
 
 It is in config.json of an exported folder and in every checkpoint; a model is rebuilt from it before weights load.
-Fields: `recipe` (what was asked for) and `rates` (share removed, by block).
+Fields: `recipe` (what was asked for), `rates` (share removed, by block), `recovery` (what was trained after that).
 """
 
 from __future__ import annotations

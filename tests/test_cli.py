@@ -176,6 +176,7 @@ def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
     ("args", "message"),
     [
         (["--pruning.sparsity=0.8"], "`pruning.sparsity` must be what the checkpoint was made with, 0.5, got 0.8"),
+        (["--pruning.recovery.r=4"], "`pruning.recovery` must be what the checkpoint was made with, LoRA(r=8"),
         (["--ckpt_path=dense.ckpt"], "nothing was pruned in dense.ckpt"),
         (["--ckpt_path=train.txt"], "train.txt cannot be read as one"),
         (["--output=runs/y"], "`output` must be a new folder"),
