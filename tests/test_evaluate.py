@@ -49,6 +49,13 @@ def test_finite_on_half_precision_logits_where_softmax_underflows() -> None:
     assert float(metric.compute()) == pytest.approx(math.exp(60), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_summed_in_full_precision(dtype: torch.dtype) -> None:
+    metric = Perplexity()
+    metric.update(torch.zeros(2, 5, 7, dtype=dtype), torch.zeros(2, 5, dtype=torch.long))
+    assert float(metric.compute()) == pytest.approx(7, rel=1e-6)
+
+
 def test_sums_over_batches_not_means_of_means() -> None:
     torch.manual_seed(0)
     logits, ids = torch.randn(3, 8, 5), torch.randint(0, 5, (3, 8))
