@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
@@ -21,6 +21,8 @@ from lit_prune.evaluate import measure
 from lit_prune.report import Report, table
 from lit_prune.results import Validation, summary, write_results
 from lit_prune.run_folder import RunFolder, write_text
+
+Found = TypeVar("Found", bound=Callback)
 
 
 class ResultsCallback(Callback):
@@ -49,7 +51,7 @@ class ResultsCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Asks whether the folder can be made, before anything is done."""
         if stage == "fit":
-            _pruning(trainer)
+            one(trainer, DynamicPruningCallback)
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
             self.folder.check()
 
@@ -75,7 +77,7 @@ class ResultsCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the trained model, exports it, and tells."""
-        pruning = _pruning(trainer)
+        pruning = one(trainer, DynamicPruningCallback)
         model = pruning.find_model(pl_module).to(trainer.strategy.root_device)
         report = summary(model, pruning.recipe, pruning.done)
         report["seconds"]["train"] = self.seconds
@@ -133,11 +135,16 @@ class ResultsCallback(Callback):
         self.seconds = state_dict["seconds"]
 
 
-def _pruning(trainer: Trainer) -> DynamicPruningCallback:
+def one(trainer: Trainer, kind: type[Found]) -> Found:
+    """Returns the Trainer's callback of a kind.
+
+    Raises:
+        InputError: if there is none.
+    """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, DynamicPruningCallback):
+        if isinstance(callback, kind):
             return callback
-    raise InputError("`trainer.callbacks` must hold a DynamicPruningCallback beside the ResultsCallback, got none.")
+    raise InputError(f"`trainer.callbacks` must hold a {kind.__name__} beside the ResultsCallback, got none.")
 
 
 def tell(tables: Sequence[Table], written: Sequence[Path]) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Literal, NoReturn, TypeVar
+from typing import Literal, NoReturn
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that it has no CPU kernels
 
@@ -15,13 +15,13 @@ import datasets  # noqa: E402
 import transformers  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
 from lit_prune.callbacks.batches import calibration_batches, check_processes, validation_data  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
-from lit_prune.callbacks.results import ResultsCallback, tell  # noqa: E402
+from lit_prune.callbacks.results import ResultsCallback, one, tell  # noqa: E402
 from lit_prune.cli_errors import explain  # noqa: E402
 from lit_prune.data import TextDataModule  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
@@ -32,7 +32,6 @@ from lit_prune.progress import say  # noqa: E402
 from lit_prune.report import block_table, versions  # noqa: E402
 from lit_prune.results import summary, write_scores  # noqa: E402
 
-Found = TypeVar("Found", bound=Callback)
 ONCE = ("ckpt_path", "weights_only", "verbose")  # settings that only some verbs have, and no configuration keeps
 DESCRIPTION = "Prune a large language model while it is being fine-tuned, and heal it in the same run."
 
@@ -74,17 +73,13 @@ class PruneTrainer(Trainer):
         self, model: LightningModule, datamodule: LightningDataModule
     ) -> tuple[DynamicPruningCallback, ResultsCallback]:
         """Loads the LLM, attaches the data, and checks the recipe against the LLM."""
-        pruning, results = _one(self, DynamicPruningCallback), _one(self, ResultsCallback)
+        pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
         if pruning.recipe is None:
             raise InputError("`pruning.method` must be a method for this, such as Wanda, got null.")
         self._data_connector.attach_data(model, datamodule=datamodule)
         model.configure_model()
         pruning.recipe.check(pruning.find_model(model))
         return pruning, results
-
-
-def _one(trainer: Trainer, kind: type[Found]) -> Found:
-    return next(callback for callback in trainer.callbacks if isinstance(callback, kind))  # type: ignore[attr-defined]
 
 
 class Parser(LightningArgumentParser):
@@ -203,7 +198,7 @@ class LitPruneCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Checks what hangs on the LLM's config and on the data together."""
-        pruning = _one(self.trainer, DynamicPruningCallback)
+        pruning = one(self.trainer, DynamicPruningCallback)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         lengths = {f"data.{field}": getattr(self.datamodule, field) for field in ("seq_length", "val_seq_length")}
         if pruning.recipe is not None and self.subcommand in ("fit", "prune", "score"):

@@ -13,6 +13,7 @@ import datasets
 import torch
 from datasets import Dataset, load_dataset
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -243,6 +244,8 @@ class TextDataModule(LightningDataModule):
             raise InputError(f"`data.source`: there is no data set {self.source!r}. Did you mean python-docs?")
         try:
             HfApi().dataset_info(self.source, timeout=HUB_TIMEOUT_SECONDS)
+        except HfHubHTTPError:  # it answered; load_dataset says what
+            pass
         except Exception:  # away, or offline on purpose: what is in the cache is to be had without five retries
             datasets.config.HF_HUB_OFFLINE = True
         try:

@@ -60,6 +60,10 @@ class Recipe:
                 f"{self.min_rate} and {self.max_rate}."
             )
 
+    def find(self, model: PreTrainedModel) -> list[Block]:
+        """Returns the blocks of ``model`` with the linears that are to be pruned; see ``families.find_blocks``."""
+        return find_blocks(model, targets=self.targets, ignore=self.ignore, blocks=self.blocks)
+
     def check(self, model: PreTrainedModel) -> list[Block]:
         """Returns the blocks of ``model``, having checked all that can be checked without running it.
 
@@ -67,7 +71,7 @@ class Recipe:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
                 the bounds do not allow.
         """
-        blocks = find_blocks(model, targets=self.targets, ignore=self.ignore, blocks=self.blocks)
+        blocks = self.find(model)
         lower = [max(self.min_rate, _sparsity(block)) for block in blocks]
         self.allocation.check([block.size for block in blocks], self.sparsity, lower, self.max_rate)
         self.spread([1.0] * len(blocks), blocks, equal=True)
@@ -169,7 +173,7 @@ def prune(
     """Prunes ``model`` in place, and returns what was done; arguments and errors as in :func:`score`."""
     batches = list(batches)
     scored = score(model, batches, recipe, device=device)
-    blocks = recipe.check(model)
+    blocks = recipe.find(model)
     begin = time.perf_counter()
     again = bool(recipe.method.needs) and recipe.method.propagate == "pruned"
     with evaluating(model):

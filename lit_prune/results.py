@@ -14,7 +14,6 @@ from lit_prune.allocate import write_plan
 from lit_prune.calibrate import Batch
 from lit_prune.evaluate import measure, parameters, size_bytes, zeros
 from lit_prune.export import export, without_adapter
-from lit_prune.families import find_blocks
 from lit_prune.pipeline import Recipe
 from lit_prune.recover import adapter_config
 from lit_prune.report import Report
@@ -29,8 +28,7 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any])
     plain = without_adapter(model)
     sparsity: dict[str, float | None] = {"requested": None, "achieved_linears": 0.0}
     if recipe is not None:
-        blocks = find_blocks(plain, targets=recipe.targets, ignore=recipe.ignore, blocks=recipe.blocks)
-        zero, total = zeros(linear.weight for block in blocks for linear in block.linears.values())
+        zero, total = zeros(linear.weight for block in recipe.find(plain) for linear in block.linears.values())
         sparsity = {"requested": recipe.sparsity, "achieved_linears": zero / total}
     zero, total = zeros(plain.parameters())
     return {
@@ -67,32 +65,32 @@ def write_results(
     Raises:
         RuntimeError: if the reopened model is another.
     """
-    written = [folder.path / "model"]
-    with written_aside(written[0]) as draft:
+    exported = folder.path / "model"
+    with written_aside(exported) as draft:
         card = reports.model_card(report, base, base if tokenizer is None else "this/folder")
         export(model, draft, tokenizer, card)
         report["export"] = _reopened(draft, model, report, validation)
-    if report["scores"] is not None:
-        written.append(folder.path / "blocks.png")
-        with written_aside(written[-1]) as draft:
-            reports.picture(draft, report["scores"], report["rates"], report)
-    written.append(folder.path / "report.json")
-    write_text(written[-1], reports.to_json(report))
-    return written
+    return [exported, *_told(folder.path, report)]
 
 
 def write_scores(folder: Path, report: Report) -> list[Path]:
     """Writes `plan.yaml`, `blocks.png` and `report.json` of a look at the blocks; returns what was written."""
-    plan, image, numbers = (folder / name for name in ("plan.yaml", "blocks.png", "report.json"))
-    recipe = report["recipe"]
+    plan, recipe = folder / "plan.yaml", report["recipe"]
     header = f"block: share of its weights to remove; mean {recipe['sparsity']:g}, by {recipe['allocation']}\n"
     header += f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"
     with written_aside(plan) as draft:
         write_plan(draft, report["rates"], report["scores"], header)
-    with written_aside(image) as draft:
-        reports.picture(draft, report["scores"], report["rates"], report)
+    return [plan, *_told(folder, report)]
+
+
+def _told(folder: Path, report: Report) -> list[Path]:
+    """Writes the picture, where there are scores to draw, and then report.json; returns what was written."""
+    image, numbers = folder / "blocks.png", folder / "report.json"
+    if report["scores"] is not None:
+        with written_aside(image) as draft:
+            reports.picture(draft, report["scores"], report["rates"], report)
     write_text(numbers, reports.to_json(report))
-    return [plan, image, numbers]
+    return [numbers] if report["scores"] is None else [image, numbers]
 
 
 def _reopened(folder: Path, model: PreTrainedModel, report: Report, validation: Validation | None) -> dict[str, Any]:
