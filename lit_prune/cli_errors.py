@@ -6,6 +6,7 @@ that matter are recognised here. What is not recognised is shortened, not hidden
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -104,7 +105,9 @@ def _empty(found: re.Match[str], message: str, parser: Any) -> str:
 
 
 def _leaves(base: type) -> list[type]:
-    return base.__subclasses__()
+    """The concrete classes under ``base``, at any depth."""
+    below = base.__subclasses__()
+    return [kind for kind in below if not inspect.isabstract(kind)] + [leaf for kind in below for leaf in _leaves(kind)]
 
 
 def _required(found: re.Match[str], message: str, parser: Any) -> str:

@@ -18,7 +18,7 @@ from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
 from lit_prune.calibrate import Batch, Observed, Stream, observe, on_device
 from lit_prune.errors import InputError
-from lit_prune.evaluate import evaluating, zeros
+from lit_prune.evaluate import evaluating
 from lit_prune.families import Block, find_blocks
 from lit_prune.progress import track
 from lit_prune.prune import Method, Wanda
@@ -39,7 +39,7 @@ class Recipe:
         blocks: Dotted path of the decoder layers, for a family that is not known.
 
     Raises:
-        InputError: for a number out of its range.
+        InputError: for a number out of its range, or linears chosen for a method that takes from all.
     """
 
     method: Method = field(default_factory=Wanda)
@@ -59,6 +59,11 @@ class Recipe:
                 "`pruning.min_rate` and `pruning.max_rate` must be in [0, 1], the first at most the second, got "
                 f"{self.min_rate} and {self.max_rate}."
             )
+        if not self.method.chooses_linears and (self.targets is not None or self.ignore):
+            raise InputError(
+                f"`pruning.targets` and `pruning.ignore` must be left out for {type(self.method).__name__}: it takes "
+                "from all linears of a block together."
+            )
 
     def find(self, model: PreTrainedModel) -> list[Block]:
         """Returns the blocks of ``model`` with the linears that are to be pruned; see ``families.find_blocks``."""
@@ -71,22 +76,26 @@ class Recipe:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
                 the bounds do not allow.
         """
+        self.method.check(model)
         blocks = self.find(model)
-        lower = [max(self.min_rate, _sparsity(block)) for block in blocks]
-        self.allocation.check([block.size for block in blocks], self.sparsity, lower, self.max_rate)
-        self.spread([1.0] * len(blocks), blocks, equal=True)
+        sizes, most = self.method.sizes(model, blocks), min(self.max_rate, self.method.most(model))
+        lower = [max(self.min_rate, self.method.taken(block)) for block in blocks]
+        self.allocation.check(sizes, self.sparsity, lower, most)
+        self.spread(model, blocks, [1.0] * len(blocks), equal=True)
         return blocks
 
-    def spread(self, scores: Sequence[float], blocks: Sequence[Block], *, equal: bool = False) -> list[float]:
+    def spread(
+        self, model: PreTrainedModel, blocks: Sequence[Block], scores: Sequence[float], *, equal: bool = False
+    ) -> list[float]:
         """Returns the rate of every block; ``equal`` only asks whether the bounds allow any."""
         return allocate(
             Uniform() if equal else self.allocation,
             scores,
             self.sparsity,
-            sizes=[block.size for block in blocks],
-            present=[_sparsity(block) for block in blocks],
+            sizes=self.method.sizes(model, blocks),
+            present=[self.method.taken(block) for block in blocks],
             min_rate=self.min_rate,
-            max_rate=self.max_rate,
+            max_rate=min(self.max_rate, self.method.most(model)),
         )
 
 
@@ -97,7 +106,7 @@ class Scored:
     Attributes:
         scores: One score a block, as the allocation defines it.
         rates: The share that each block is to give.
-        sizes: Prunable weights of each block.
+        sizes: What each block has to give: its prunable weights, for slices its dimensions.
         seconds: How long it took.
         observed: What passed through each block, where statistics were taken.
     """
@@ -116,9 +125,9 @@ class Pruned:
     Attributes:
         scores: One score a block.
         rates: The share that each block was to give.
-        achieved: The share of each block's prunable weights that is exactly 0 now.
+        achieved: The share that each block has given: of weights that are exactly 0 now, or of dimensions.
         sparsity: The same over all blocks.
-        sizes: Prunable weights of each block.
+        sizes: What each block had to give: its prunable weights, for slices its dimensions.
         seconds: How long scoring and pruning took, by phase.
     """
 
@@ -159,8 +168,8 @@ def score(
                 seen = observe(stream, block, needs, advance=block is not blocks[-1]) if stream else Observed()
                 scores.append(recipe.allocation.score(_weights(block), seen))
             observed.append(seen)
-    rates = recipe.spread(scores, blocks)
-    return Scored(scores, rates, [block.size for block in blocks], time.perf_counter() - begin, observed)
+    rates = recipe.spread(model, blocks, scores)
+    return Scored(scores, rates, recipe.method.sizes(model, blocks), time.perf_counter() - begin, observed)
 
 
 def prune(
@@ -175,18 +184,15 @@ def prune(
     scored = score(model, batches, recipe, device=device)
     blocks = recipe.find(model)
     begin = time.perf_counter()
-    again = bool(recipe.method.needs) and recipe.method.propagate == "pruned"
     with evaluating(model):
-        stream = _stream(model, blocks, batches, device) if again else None
-        for block in track(blocks, "Pruning blocks"):
-            with on_device(block, torch.device(device or model.device)):
-                seen = scored.observed[block.index]
-                if stream is not None:
-                    seen = observe(stream, block, recipe.method.needs, advance=False)
-                _prune_block(block, seen, recipe.method, scored.rates[block.index])
-                if stream is not None and block is not blocks[-1]:
-                    stream.run(block)
-    achieved = [_sparsity(block) for block in blocks]
+        achieved = recipe.method.apply(
+            model,
+            blocks,
+            rates=scored.rates,
+            observed=scored.observed,
+            device=torch.device(device or model.device),
+            stream=lambda: _stream(model, blocks, batches, device),
+        )
     total = sum(share * size for share, size in zip(achieved, scored.sizes, strict=True)) / sum(scored.sizes)
     structure.write(model, recipe=recipe_record(recipe), rates=scored.rates)
     seconds = {"score": scored.seconds, "prune": time.perf_counter() - begin}
@@ -207,19 +213,8 @@ def recipe_record(recipe: Recipe) -> dict[str, object]:
     }
 
 
-@torch.no_grad()
-def _prune_block(block: Block, observed: Observed, method: Method, rate: float) -> None:
-    for name, linear in block.linears.items():
-        linear.weight.copy_(method.prune(linear.weight, observed.norms.get(name), rate))
-
-
 def _weights(block: Block) -> dict[str, Tensor]:
     return {name: linear.weight.detach() for name, linear in block.linears.items()}
-
-
-def _sparsity(block: Block) -> float:
-    zero, total = zeros(linear.weight for linear in block.linears.values())
-    return zero / total
 
 
 def _stream(

@@ -9,7 +9,7 @@ from lit_prune.errors import InputError
 from lit_prune.evaluate import zeros
 from lit_prune.families import find_blocks
 from lit_prune.pipeline import Recipe, prune, score
-from lit_prune.prune import Magnitude, Method, Wanda
+from lit_prune.prune import Magnitude, MaskMethod, Wanda
 from tests.conftest import small_model
 
 RECIPES = [
@@ -79,7 +79,7 @@ def test_batch_size_does_not_matter(batches: list[torch.Tensor], batch_size: int
 def test_pruned_statistics_see_the_pruned_blocks_before(batches: list[torch.Tensor]) -> None:
     seen: dict[str, list[torch.Tensor]] = {"dense": [], "pruned": []}
 
-    class Spy(Method):
+    class Spy(MaskMethod):
         needs = Wanda.needs
 
         def __init__(self, propagate: str) -> None:

@@ -101,7 +101,7 @@ def meet_budget(
     if not least - TOLERANCE <= target <= most + TOLERANCE:
         raise InputError(
             f"`pruning.sparsity` must be between {least:.4g} and {most:.4g}, which is what `pruning.min_rate`, "
-            f"`pruning.max_rate`, the allocation's floor and the zeros already there allow, got {target:.4g}."
+            f"`pruning.max_rate`, the method, the allocation's floor and what is gone already allow, got {target:.4g}."
         )
 
     def clipped(shift: float) -> list[float]:

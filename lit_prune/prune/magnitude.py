@@ -8,13 +8,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lit_prune.prune.base import Method, Propagate
+from lit_prune.prune.base import MaskMethod, Propagate
 from lit_prune.prune.patterns import Pattern, Unstructured
 
 
 @final
 @dataclass(frozen=True)
-class Magnitude(Method):
+class Magnitude(MaskMethod):
     """Removes the smallest |W| of each whole matrix; looks at no activations.
 
     Half of [[1, -2, 3], [4, -5, 6]] leaves [[0, 0, 0], [4, -5, 6]].

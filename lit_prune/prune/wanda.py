@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from lit_prune.calibrate import INPUTS
-from lit_prune.prune.base import Method, Propagate
+from lit_prune.prune.base import MaskMethod, Propagate
 from lit_prune.prune.patterns import Pattern, Unstructured
 
 
 @final
 @dataclass(frozen=True)
-class Wanda(Method):
+class Wanda(MaskMethod):
     """Removes the smallest |W_ij| * ||X_j|| within each output row (section 3, equation 1).
 
     Half of [[1, 2, 3], [4, 5, 6]] under norms [9, 1, 1] has scores [[9, 2, 3], [36, 5, 6]] and leaves

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lit_prune.calibrate import INPUTS
-from lit_prune.prune import Magnitude, Method, Wanda
+from lit_prune.prune import Magnitude, MaskMethod, Wanda
 
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0], [4.0, -5.0, 6.0]])
-METHODS = [leaf for leaf in Method.__subclasses__() if leaf.__module__.startswith("lit_prune.")]
+METHODS = [leaf for leaf in MaskMethod.__subclasses__() if leaf.__module__.startswith("lit_prune.")]
 
 
 def test_magnitude_by_hand() -> None:
@@ -29,7 +29,7 @@ def test_wanda_looks_at_activations_and_magnitude_does_not() -> None:
 @pytest.mark.parametrize("leaf", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rate", [0.0, 0.37, 0.5, 0.99])
-def test_contract(leaf: type[Method], dtype: torch.dtype, rate: float) -> None:
+def test_contract(leaf: type[MaskMethod], dtype: torch.dtype, rate: float) -> None:
     random = torch.Generator().manual_seed(0)
     weight_OI = torch.randn(13, 21, generator=random).to(dtype)
     norm_I = torch.rand(21, generator=random) if INPUTS in leaf.needs else None
