@@ -106,7 +106,7 @@ def _empty(found: re.Match[str], message: str, parser: Any) -> str:
 
 def _leaves(base: type) -> list[type]:
     """The concrete classes under ``base``, at any depth."""
-    below = base.__subclasses__()
+    below: list[type] = base.__subclasses__()
     return [kind for kind in below if not inspect.isabstract(kind)] + [leaf for kind in below for leaf in _leaves(kind)]
 
 
