@@ -8,9 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may look fo
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedModel
 
 from lit_prune.load import load_model, new_model
+
+settings.register_profile("lit_prune", deadline=None, derandomize=True, database=None)
+settings.load_profile("lit_prune")
 
 SMALL = {
     "vocab_size": 64,

@@ -3,7 +3,8 @@
 from lit_prune.allocate.base import Allocation, allocate
 from lit_prune.allocate.dlp import DLP
 from lit_prune.allocate.layer_redundancy import LayerRedundancy
+from lit_prune.allocate.owl import OWL
 from lit_prune.allocate.plan import Plan, write_plan
 from lit_prune.allocate.uniform import Uniform
 
-__all__ = ["DLP", "Allocation", "LayerRedundancy", "Plan", "Uniform", "allocate", "write_plan"]
+__all__ = ["DLP", "OWL", "Allocation", "LayerRedundancy", "Plan", "Uniform", "allocate", "write_plan"]

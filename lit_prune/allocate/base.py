@@ -7,7 +7,7 @@ An allocation looks at one block at a time (:meth:`Allocation.score`), then turn
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor
@@ -39,6 +39,13 @@ class Allocation(ABC):
     @abstractmethod
     def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
         """Returns the paper's rates of removal for a mean of ``sparsity``, before bounds; equal for equal scores."""
+
+    def moved(self, raw: Sequence[float], amount: float) -> list[float]:
+        """Returns ``raw`` moved toward the budget: an ``amount`` of 0 changes nothing, a larger one raises the rates.
+
+        A constant is added; a rule whose paper scales its rates multiplies.
+        """
+        return [rate + amount for rate in raw]
 
     def check(  # noqa: B027 (most have nothing to check)
         self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float
@@ -81,17 +88,29 @@ def allocate(
     Raises:
         InputError: if no rates within the bounds have that mean.
     """
-    floor = max(min_rate, allocation.floor(sparsity))
+    floor, raw = max(min_rate, allocation.floor(sparsity)), allocation.raw(scores, sparsity)
     lower = [max(floor, zero) for zero in present or [0.0] * len(scores)]
-    return meet_budget(allocation.raw(scores, sparsity), sparsity, sizes=sizes, lower=lower, upper=max_rate)
+    return meet_budget(lambda by: allocation.moved(raw, by), sparsity, sizes=sizes, lower=lower, upper=max_rate)
 
 
 def meet_budget(
-    raw: Sequence[float], target: float, *, sizes: Sequence[int], lower: Sequence[float], upper: float
+    moved: Callable[[float], Sequence[float]],
+    target: float,
+    *,
+    sizes: Sequence[int],
+    lower: Sequence[float],
+    upper: float,
 ) -> list[float]:
-    """Returns ``clip(raw + c, lower, upper)`` with the constant c, found by bisection, that makes the mean ``target``.
+    """Returns ``clip(moved(amount), lower, upper)`` with the amount, found by bisection, whose mean is ``target``.
 
-    ``[0.2, 1.2]`` for a target of 0.7 and an upper bound of 0.9 gives ``[0.5, 0.9]``.
+    Adding to ``[0.2, 1.2]`` for a target of 0.7 and an upper bound of 0.9 gives ``[0.5, 0.9]``.
+
+    Args:
+        moved: The rates moved by an amount; none falls when the amount rises.
+        target: The mean, weighted by ``sizes``.
+        sizes: Prunable weights of each block.
+        lower: The rate that each block does not fall below.
+        upper: The rate that no block exceeds, unless its lower bound does.
 
     Raises:
         InputError: if the bounds leave no such rates.
@@ -104,17 +123,28 @@ def meet_budget(
             f"`pruning.max_rate`, the method, the allocation's floor and what is gone already allow, got {target:.4g}."
         )
 
-    def clipped(shift: float) -> list[float]:
-        return [min(max(r + shift, low), up) for r, low, up in zip(raw, lower, upper_by_block, strict=True)]
+    def clipped(amount: float) -> list[float]:
+        return [min(max(r, low), up) for r, low, up in zip(moved(amount), lower, upper_by_block, strict=True)]
 
-    below, above = min(lower) - max(raw), max(upper_by_block) - min(raw)
+    def mean(amount: float) -> float:
+        return weighted_mean(clipped(amount), sizes)
+
+    return clipped(_where(mean, min(max(target, least), most)))
+
+
+def _where(mean: Callable[[float], float], target: float) -> float:
+    """The amount at which ``mean``, which rises from below ``target`` to above it, is there."""
+    reach = 1.0
+    while mean(-reach) > target or mean(reach) < target:
+        reach *= 2
+    below, above = -reach, reach
     for _ in range(100):
         middle = (below + above) / 2
-        if weighted_mean(clipped(middle), sizes) < target:
+        if mean(middle) < target:
             below = middle
         else:
             above = middle
-    return clipped(above)
+    return above
 
 
 def weighted_mean(values: Sequence[float], sizes: Sequence[int]) -> float:
@@ -126,3 +156,8 @@ def min_max(values: Sequence[float]) -> list[float]:
     """Returns ``values`` mapped linearly to [0, 1]; equal values all give 0."""
     low, high = min(values), max(values)
     return [(value - low) / (high - low) if high > low else 0.0 for value in values]
+
+
+def rates_of(keep: Sequence[float], sparsity: float) -> list[float]:
+    """Returns 1 - ``keep``, shifted so that the mean is ``sparsity``; [0.3, 0.1] at 0.5 gives [0.4, 0.6]."""
+    return [sparsity + sum(keep) / len(keep) - share for share in keep]

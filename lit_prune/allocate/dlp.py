@@ -9,7 +9,8 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, min_max
+from lit_prune.allocate.base import Allocation, min_max, rates_of
+from lit_prune.allocate.metric import metric_of
 from lit_prune.calibrate import INPUTS, Observed
 from lit_prune.errors import InputError
 
@@ -44,7 +45,7 @@ class DLP(Allocation):
 
     def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
         """Returns U_b over the weights that are still there; 0 for a block without any."""
-        metric = _metric(weights, observed.norms)
+        metric = metric_of(weights, observed.norms)
         gone = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights.values())
         if gone == metric.numel():
             return 0.0
@@ -63,20 +64,7 @@ class DLP(Allocation):
                 "other text, or use Uniform."
             )
         keep = [2 * self.alpha * share for share in min_max([1 - score / total for score in scores])]
-        return [sparsity + sum(keep) / len(keep) - share for share in keep]
-
-
-@torch.no_grad()
-def _metric(weights: dict[str, Tensor], norms: dict[str, Tensor]) -> Tensor:
-    """A = |W| * ||X|| of all entries, flat, in one buffer."""
-    first = next(iter(weights.values()))
-    metric = torch.empty(sum(weight.numel() for weight in weights.values()), device=first.device)
-    begin = 0
-    for name, weight_OI in weights.items():
-        part = metric[begin : begin + weight_OI.numel()].view_as(weight_OI)
-        part.copy_(weight_OI).mul_(norms[name].to(metric.device))
-        begin += weight_OI.numel()
-    return metric.abs_()
+        return rates_of(keep, sparsity)
 
 
 def _median_above(values: Tensor, gone: int) -> float:
