@@ -1,5 +1,6 @@
 """How much each block gives. One file an allocation; importing them here makes their short names resolve."""
 
+from lit_prune.allocate.alpha import AlphaPruning
 from lit_prune.allocate.base import Allocation, allocate
 from lit_prune.allocate.dlp import DLP
 from lit_prune.allocate.layer_redundancy import LayerRedundancy
@@ -7,4 +8,4 @@ from lit_prune.allocate.owl import OWL
 from lit_prune.allocate.plan import Plan, write_plan
 from lit_prune.allocate.uniform import Uniform
 
-__all__ = ["DLP", "OWL", "Allocation", "LayerRedundancy", "Plan", "Uniform", "allocate", "write_plan"]
+__all__ = ["DLP", "OWL", "Allocation", "AlphaPruning", "LayerRedundancy", "Plan", "Uniform", "allocate", "write_plan"]

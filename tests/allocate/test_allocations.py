@@ -1,5 +1,6 @@
 """The papers' formulas by hand, and what every allocation must do; a new one is tested without being named."""
 
+import math
 import random
 from pathlib import Path
 
@@ -169,3 +170,19 @@ def test_plan_that_is_none(tmp_path: Path, text: str, message: str) -> None:
 def test_plan_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`Plan.path` must be a file, got .*lit-prune score"):
         Plan(str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_score_is_one_finite_number_and_touches_nothing(leaf: type[Allocation], share: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(12, 16, generator=random, dtype=torch.bfloat16) for name in ("a", "b")}
+    for weight in weights.values():
+        weight[torch.rand(12, 16, generator=random) < share] = 0
+    before = {name: weight.clone() for name, weight in weights.items()}
+    observed = Observed({name: torch.rand(16, generator=random) for name in weights}, cosine=0.9)
+    found = leaf().score(weights, observed)
+    assert isinstance(found, float)
+    assert math.isfinite(found)
+    assert found == leaf().score(weights, observed)
+    assert all(torch.equal(before[name], weight) for name, weight in weights.items())
