@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation
+from lit_prune.budget import Budget
 from lit_prune.calibrate import Batch, Calibration
 from lit_prune.errors import InputError
 from lit_prune.evaluate import measure
@@ -46,6 +47,8 @@ class DynamicPruningCallback(Callback):
         targets: Name suffixes or regular expressions of the linears to prune; null takes all in the blocks.
         ignore: Suffixes or regular expressions of linears to leave alone.
         blocks: Dotted path of the decoder layers in the LLM, for a family that is not known.
+        budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
+            of the LLM, tied weights counted once, of which the linears then give more than that share.
         target: Dotted path of the LLM in the LightningModule.
         measure: Measure the perplexity on the validation data before and after the cut (as much of it as the Trainer's
             `limit_val_batches` allows).
@@ -67,6 +70,7 @@ class DynamicPruningCallback(Callback):
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] = (),
         blocks: str | None = None,
+        budget: Budget = "linears",
         target: str = "model",
         measure: bool = True,
     ) -> None:
@@ -83,6 +87,7 @@ class DynamicPruningCallback(Callback):
                 targets=targets,
                 ignore=ignore,
                 blocks=blocks,
+                budget=budget,
             )
         self.recovery, self.calibration = recovery, calibration
         self.target, self.measure = target, measure
@@ -137,6 +142,7 @@ class DynamicPruningCallback(Callback):
             "recipe": recipe_record(self.recipe),
             "scores": pruned.scores,
             "rates": pruned.rates,
+            "target": pruned.target,
             "achieved": pruned.achieved,
             "sparsity": pruned.sparsity,
         }

@@ -56,7 +56,12 @@ class PruneTrainer(Trainer):
         batches, settings = calibration_batches(self, pruning.calibration)
         scored = score(pruning.find_model(model), batches, recipe, device=self.strategy.root_device)
         report = {
-            "sparsity": {"requested": recipe.sparsity},
+            "sparsity": {
+                "requested": recipe.sparsity,
+                "budget": recipe.budget,
+                "target": scored.target,
+                "planned": scored.planned,
+            },
             "recipe": recipe_record(recipe),
             "calibration": settings,
             "scores": scored.scores,
@@ -67,7 +72,7 @@ class PruneTrainer(Trainer):
         with results.opened():
             written = write_scores(results.folder.path, report)
         results.folder.finish()
-        tell([block_table(scored.scores, scored.rates)], written)
+        tell([block_table(report)], written)
 
     def _ready(
         self, model: LightningModule, datamodule: LightningDataModule

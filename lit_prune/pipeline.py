@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
+from lit_prune.allocate.base import weighted_mean
+from lit_prune.budget import Budget, Limits, over_linears
 from lit_prune.calibrate import Batch, Observed, Stream, observe, on_device
 from lit_prune.errors import InputError
 from lit_prune.evaluate import evaluating
@@ -37,9 +40,12 @@ class Recipe:
         targets: Name suffixes or regular expressions of the linears to prune; None takes all in the blocks.
         ignore: Suffixes or regular expressions of linears to leave alone.
         blocks: Dotted path of the decoder layers, for a family that is not known.
+        budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
+            of the model, tied weights counted once, of which the linears then give more than that share.
 
     Raises:
-        InputError: for a number out of its range, or linears chosen for a method that takes from all.
+        InputError: for a number out of its range, linears chosen for a method that takes from all, or a budget that
+            the method does not know.
     """
 
     method: Method = field(default_factory=Wanda)
@@ -50,6 +56,7 @@ class Recipe:
     targets: Sequence[str] | None = None
     ignore: Sequence[str] = ()
     blocks: str | None = None
+    budget: Budget = "linears"
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -63,6 +70,13 @@ class Recipe:
             raise InputError(
                 f"`pruning.targets` and `pruning.ignore` must be left out for {type(self.method).__name__}: it takes "
                 "from all linears of a block together."
+            )
+        if self.budget not in get_args(Budget):
+            raise InputError(f"`pruning.budget` must be one of {', '.join(get_args(Budget))}, got {self.budget!r}.")
+        if self.budget != "linears" and not self.method.makes_zeros:
+            raise InputError(
+                f"`pruning.budget` must be linears for {type(self.method).__name__}, which sets no weights to zero, "
+                f"got {self.budget}."
             )
 
     def find(self, model: PreTrainedModel) -> list[Block]:
@@ -78,24 +92,32 @@ class Recipe:
         """
         self.method.check(model)
         blocks = self.find(model)
-        sizes, most = self.method.sizes(model, blocks), min(self.max_rate, self.method.most(model))
-        lower = [max(self.min_rate, self.method.taken(block)) for block in blocks]
-        self.allocation.check(sizes, self.sparsity, lower, most)
-        self.spread(model, blocks, [1.0] * len(blocks), equal=True)
+        limits = self.limits(model, blocks)
+        self.allocation.check(limits.sizes, limits.target, limits.lower, limits.upper)
+        self.spread(limits, [1.0] * len(blocks), equal=True)
         return blocks
 
-    def spread(
-        self, model: PreTrainedModel, blocks: Sequence[Block], scores: Sequence[float], *, equal: bool = False
-    ) -> list[float]:
-        """Returns the rate of every block; ``equal`` only asks whether the bounds allow any."""
+    def limits(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Limits:
+        """Returns what bounds the rates of the blocks, and the mean that the sparsity comes to.
+
+        Raises:
+            InputError: if the budget is that of all parameters, and the linears cannot give it.
+        """
+        lower = [max(self.min_rate, self.method.taken(block)) for block in blocks]
+        upper, sizes = min(self.max_rate, self.method.most(model)), self.method.sizes(model, blocks)
+        if self.budget == "linears":
+            return Limits(sizes, lower, upper, self.sparsity)
+        return Limits(sizes, lower, upper, over_linears(self.sparsity, model, blocks, lower=lower, upper=upper))
+
+    def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
+        """Returns the rate of every block; ``equal`` only asks whether the limits allow any."""
         return allocate(
             Uniform() if equal else self.allocation,
             scores,
-            self.sparsity,
-            sizes=self.method.sizes(model, blocks),
-            present=[self.method.taken(block) for block in blocks],
-            min_rate=self.min_rate,
-            max_rate=min(self.max_rate, self.method.most(model)),
+            limits.target,
+            sizes=limits.sizes,
+            present=limits.lower,
+            max_rate=limits.upper,
         )
 
 
@@ -106,6 +128,7 @@ class Scored:
     Attributes:
         scores: One score a block, as the allocation defines it.
         rates: The share that each block is to give.
+        target: The mean that the rates were to have, weighted by ``sizes``.
         sizes: What each block has to give: its prunable weights, for slices its dimensions.
         seconds: How long it took.
         observed: What passed through each block, where statistics were taken.
@@ -113,9 +136,15 @@ class Scored:
 
     scores: list[float]
     rates: list[float]
+    target: float
     sizes: list[int]
     seconds: float
     observed: list[Observed] = field(repr=False)
+
+    @property
+    def planned(self) -> float:
+        """The mean of the rates, weighted by ``sizes``: the target, as nearly as the method's rates allow."""
+        return weighted_mean(self.rates, self.sizes)
 
 
 @dataclass(frozen=True)
@@ -125,6 +154,7 @@ class Pruned:
     Attributes:
         scores: One score a block.
         rates: The share that each block was to give.
+        target: The mean that the rates were to have, weighted by ``sizes``.
         achieved: The share that each block has given: of weights that are exactly 0 now, or of dimensions.
         sparsity: The same over all blocks.
         sizes: What each block had to give: its prunable weights, for slices its dimensions.
@@ -133,6 +163,7 @@ class Pruned:
 
     scores: list[float]
     rates: list[float]
+    target: float
     achieved: list[float]
     sparsity: float
     sizes: list[int]
@@ -168,8 +199,9 @@ def score(
                 seen = observe(stream, block, needs, advance=block is not blocks[-1]) if stream else Observed()
                 scores.append(recipe.allocation.score(_weights(block), seen))
             observed.append(seen)
-    rates = recipe.spread(model, blocks, scores)
-    return Scored(scores, rates, recipe.method.sizes(model, blocks), time.perf_counter() - begin, observed)
+    limits = recipe.limits(model, blocks)
+    rates = recipe.spread(limits, scores)
+    return Scored(scores, rates, limits.target, limits.sizes, time.perf_counter() - begin, observed)
 
 
 def prune(
@@ -193,10 +225,10 @@ def prune(
             device=torch.device(device or model.device),
             stream=lambda: _stream(model, blocks, batches, device),
         )
-    total = sum(share * size for share, size in zip(achieved, scored.sizes, strict=True)) / sum(scored.sizes)
+    total = weighted_mean(achieved, scored.sizes)
     structure.write(model, recipe=recipe_record(recipe), rates=scored.rates)
     seconds = {"score": scored.seconds, "prune": time.perf_counter() - begin}
-    return Pruned(scored.scores, scored.rates, achieved, total, scored.sizes, seconds)
+    return Pruned(scored.scores, scored.rates, scored.target, achieved, total, scored.sizes, seconds)
 
 
 def recipe_record(recipe: Recipe) -> dict[str, object]:
@@ -210,6 +242,7 @@ def recipe_record(recipe: Recipe) -> dict[str, object]:
         "targets": None if recipe.targets is None else list(recipe.targets),
         "ignore": list(recipe.ignore),
         "blocks": recipe.blocks,
+        "budget": recipe.budget,
     }
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "torchmetrics", "datasets")
 Report = dict[str, Any]
+SHOWN = 5e-5
 
 
 def versions() -> dict[str, str]:
@@ -37,17 +38,28 @@ def table(report: Report) -> Table:
         grid.add_row("protocol", describe_protocol(report["protocol"]))
     sparsity = report.get("sparsity", {})
     for name, label in {
-        "requested": "requested, mean over blocks",
+        "requested": f"requested, {_requested_of(sparsity)}",
         "achieved_linears": "achieved over the linears",
         "achieved_all": "achieved over all parameters",
     }.items():
         if sparsity.get(name) is not None:
-            grid.add_row(f"sparsity {label}", f"{sparsity[name]:.4f}")
+            missed = _missed(sparsity) if name == "achieved_linears" else ""
+            grid.add_row(f"sparsity {label}", f"{sparsity[name]:.4f}{missed}")
     if "parameters" in report:
         grid.add_row("parameters", _size(report))
     seconds = report["seconds"]
     grid.add_row("seconds", ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items()))
     return grid
+
+
+def _requested_of(sparsity: dict[str, Any]) -> str:
+    return "share of all parameters" if sparsity.get("budget") == "parameters" else "mean over blocks"
+
+
+def _missed(sparsity: dict[str, Any]) -> str:
+    """By how much the budget was missed, where that shows in four digits."""
+    missed = sparsity.get("missed", 0.0)
+    return f"  (missed by {missed:+.4f}: {sparsity['target']:.4f} were to go)" if abs(missed) >= SHOWN else ""
 
 
 def _size(report: Report) -> str:
@@ -75,13 +87,17 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
     )
 
 
-def block_table(scores: list[float], rates: list[float]) -> Table:
-    """Returns the table of every block's score and rate."""
-    grid = Table(title="blocks", title_justify="left")
+def block_table(report: Report) -> Table:
+    """Returns the table of every block's score and rate, and below it their mean and what it was to be."""
+    sparsity = report["sparsity"]
+    told = f"mean {sparsity['planned']:.4f}, asked for {sparsity['requested']:.4f}, {_requested_of(sparsity)}"
+    if abs(sparsity["planned"] - sparsity["target"]) >= SHOWN:
+        told += f"; missed by {sparsity['planned'] - sparsity['target']:+.4f}"
+    grid = Table(title="blocks", title_justify="left", caption=told, caption_justify="left")
     for name in ("block", "score", "rate"):
         grid.add_column(name, justify="right")
     grid.add_column("")
-    for block, (score, rate) in enumerate(zip(scores, rates, strict=True)):
+    for block, (score, rate) in enumerate(zip(report["scores"], report["rates"], strict=True)):
         grid.add_row(str(block), f"{score:.6g}", f"{rate:.4f}", "█" * round(rate * 40))
     return grid
 
@@ -96,7 +112,7 @@ def picture(path: Path, scores: list[float], rates: list[float], report: Report)
     axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     blocks = range(len(rates))
     axes[0].bar(blocks, rates, color="#4c78a8", label="share removed (left)")
-    axes[0].axhline(report["sparsity"]["requested"], color="#4c78a8", linestyle=":", label="mean asked for (left)")
+    axes[0].axhline(report["sparsity"]["target"], color="#4c78a8", linestyle=":", label="mean asked for (left)")
     axes[0].set(xlabel="block", ylabel="share of weights removed", ylim=(0, 1))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     other = axes[0].twinx()
@@ -122,8 +138,8 @@ def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str
     )
     sparsity, recipe = report["sparsity"], report.get("recipe")
     done = (
-        f"Pruned with {recipe['method']} at a mean sparsity of {sparsity['requested']:g}, spread over the blocks by "
-        f"{recipe['allocation']}."
+        f"Pruned with {recipe['method']} at a sparsity of {sparsity['requested']:g} ({_requested_of(sparsity)}), "
+        f"spread over the blocks by {recipe['allocation']}."
         if recipe
         else "Not pruned."
     )

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune import report as reports
 from lit_prune.allocate import write_plan
+from lit_prune.allocate.plan import MEAN_TOLERANCE
 from lit_prune.calibrate import Batch
 from lit_prune.evaluate import measure, parameters, size_bytes, zeros
 from lit_prune.export import export, without_adapter
@@ -26,10 +27,17 @@ Validation = tuple[Iterable[Batch], str]
 def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) -> Report:
     """Returns the report of what ``model`` is now, and of what was ``done`` to it (see DynamicPruningCallback)."""
     plain = without_adapter(model)
-    sparsity: dict[str, float | None] = {"requested": None, "achieved_linears": 0.0}
+    sparsity: dict[str, Any] = {"requested": None, "achieved_linears": 0.0}
     if recipe is not None:
         zero, total = zeros(linear.weight for block in recipe.find(plain) for linear in block.linears.values())
-        sparsity = {"requested": recipe.sparsity, "achieved_linears": zero / total}
+        target = done.get("target", recipe.sparsity)
+        sparsity = {
+            "requested": recipe.sparsity,
+            "budget": recipe.budget,
+            "target": target,
+            "achieved_linears": zero / total,
+            "missed": zero / total - target,
+        }
     zero, total = zeros(plain.parameters())
     return {
         "perplexity": {"dense": None, "pruned": None, "recovered": None} | done.get("perplexity", {}),
@@ -75,9 +83,11 @@ def write_results(
 
 def write_scores(folder: Path, report: Report) -> list[Path]:
     """Writes `plan.yaml`, `blocks.png` and `report.json` of a look at the blocks; returns what was written."""
-    plan, recipe = folder / "plan.yaml", report["recipe"]
-    header = f"block: share of its weights to remove; mean {recipe['sparsity']:g}, by {recipe['allocation']}\n"
+    plan, mean = folder / "plan.yaml", report["sparsity"]["planned"]
+    header = f"block: share of its weights to remove; mean {mean:.6g}, by {report['recipe']['allocation']}\n"
     header += f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"
+    if abs(mean - report["sparsity"]["requested"]) > MEAN_TOLERANCE:
+        header += f" --pruning.sparsity {mean:.6g} --pruning.budget linears"
     with written_aside(plan) as draft:
         write_plan(draft, report["rates"], report["scores"], header)
     return [plan, *_told(folder, report)]

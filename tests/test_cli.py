@@ -1,6 +1,7 @@
 """The command, from its arguments to what it leaves in the folder."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -136,6 +137,25 @@ def test_score_writes_a_plan_that_prune_and_fit_accept(capsys: pytest.CaptureFix
     assert report("runs/y")["achieved"] == pytest.approx([0.7, 0.3] * 4, abs=1e-3)
 
 
+def test_a_share_of_all_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    all_of_it = ["--pruning.budget=parameters", "--pruning.sparsity=0.4"]
+    run("prune", "--output=runs/x", *all_of_it)
+    told = report()["sparsity"]
+    assert (told["requested"], told["budget"]) == (0.4, "parameters")
+    assert told["achieved_all"] == pytest.approx(0.4, abs=1e-3)
+    assert told["achieved_linears"] == pytest.approx(told["target"], abs=1e-3)
+    assert told["target"] > 0.45
+    assert "sparsity requested, share of all parameters" in capsys.readouterr().out
+    assert "at a sparsity of 0.4 (share of all parameters)" in Path("runs/x/model/README.md").read_text()
+    run("score", "--output=runs/score", *all_of_it)
+    plan = ["--pruning.allocation=Plan", "--pruning.allocation.path=runs/score/plan.yaml"]
+    run("prune", "--output=runs/y", *plan, *all_of_it)
+    of_linears = re.search(r"--pruning.sparsity \S+ --pruning.budget linears", Path(plan[1][26:]).read_text())
+    run("prune", "--output=runs/z", *plan, *of_linears[0].split())
+    assert report("runs/y")["rates"] == pytest.approx(report()["rates"], abs=1e-5)
+    assert report("runs/z")["rates"] == pytest.approx(report()["rates"], abs=1e-5)
+
+
 def test_method_null_is_plain_training(capsys: pytest.CaptureFixture[str]) -> None:
     run("fit", "--output=runs/x", "--pruning.method=null")
     told = report()
@@ -262,6 +282,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
             "allocation",
             "at_step",
             "blocks",
+            "budget",
             "calibration",
             "ignore",
             "max_rate",
@@ -278,6 +299,8 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
 
 MISTAKES = [
     (["--pruning.sparsity=1.2"], r"`pruning.sparsity` must be in \[0, 1\).*got 1.2"),
+    (["--pruning.budget=weights"], r"`pruning.budget`: .*one of .*'linears', 'parameters'.*weights"),
+    (["--pruning.budget=parameters", "--pruning.sparsity=0.9"], r"must be between 0 and 0.7\d* of all parameters"),
     (["--pruning.sparsity=0.8", "--pruning.max_rate=0.7"], r"`pruning.sparsity` must be between 0 and 0.7"),
     (["--pruning.sparsty=0.5"], r"`--pruning.sparsty` is not an option. Did you mean --pruning.sparsity"),
     (["--pruning.method=Wnda"], r"`pruning.method` must be one of Magnitude, Wanda.*got 'Wnda'. Did you mean Wanda"),
@@ -344,8 +367,6 @@ def test_a_mistake_is_one_clear_line_and_nothing_is_written(
     told = capsys.readouterr().err
     assert ended.value.code == 2
     line = next(line for line in told.splitlines() if line.startswith("lit-prune: error: "))
-    import re
-
     assert re.search(message, line), line
     assert "Traceback" not in told
     assert sorted(here.rglob("*")) == before

@@ -9,7 +9,14 @@ from lit_prune.report import block_table, describe_protocol, model_card, picture
 REPORT = {
     "perplexity": {"dense": 20.0, "pruned": 60.0, "recovered": 30.0},
     "protocol": {"data": "text", "windows": 3, "seq_length": 16, "tokens": 45, "dtype": "float32"},
-    "sparsity": {"requested": 0.5, "achieved_linears": 0.4999, "achieved_all": 0.39},
+    "sparsity": {
+        "requested": 0.5,
+        "budget": "linears",
+        "target": 0.5,
+        "achieved_linears": 0.4999,
+        "achieved_all": 0.39,
+        "missed": -0.0001,
+    },
     "recipe": {"method": "Wanda()", "allocation": "DLP()"},
     "scores": [1.0, 2.0],
     "rates": [0.4, 0.6],
@@ -36,8 +43,24 @@ def test_the_table_tells_everything() -> None:
         assert told in text
 
 
+def test_what_was_requested_and_by_how_much_it_was_missed() -> None:
+    assert "0.4999  (missed by -0.0001: 0.5000 were to go)" in shown(table(REPORT))
+    exact = {**REPORT["sparsity"], "missed": 1e-6}
+    assert "missed" not in shown(table({**REPORT, "sparsity": exact}))
+    assert "sparsity requested, mean over blocks" in shown(table(REPORT))
+    of_all = {**REPORT["sparsity"], "budget": "parameters"}
+    assert "sparsity requested, share of all parameters" in shown(table({**REPORT, "sparsity": of_all}))
+    assert "at a sparsity of 0.5 (share of all parameters)" in model_card({**REPORT, "sparsity": of_all}, "x")
+
+
 def test_the_block_table() -> None:
-    text = shown(block_table([1.0, 2.0], [0.4, 0.6]))
+    sparsity = {"requested": 0.5, "budget": "linears", "target": 0.5, "planned": 0.5}
+    text = shown(block_table({**REPORT, "sparsity": sparsity}))
+    assert "mean 0.5000, asked for 0.5000, mean over blocks" in text
+    assert "missed" not in text
+    missed = {"requested": 0.4, "budget": "parameters", "target": 0.51, "planned": 0.5}
+    text = " ".join(shown(block_table({**REPORT, "sparsity": missed})).split())
+    assert "mean 0.5000, asked for 0.4000, share of all parameters; missed by -0.0100" in text
     assert "0.4000" in text
     assert "█" * 24 in text
 

@@ -42,8 +42,8 @@ class LayerRedundancy(Allocation):
         """Raises InputError if the base is above the sparsity."""
         if self.base is not None and self.base > sparsity:
             raise InputError(
-                f"`LayerRedundancy.base` must be at most `pruning.sparsity` ({sparsity}), got {self.base}; null takes "
-                "half of the sparsity."
+                f"`LayerRedundancy.base` must be at most what `pruning.sparsity` comes to, {sparsity:.4g}, got "
+                f"{self.base}; null takes half of it."
             )
 
     def floor(self, sparsity: float) -> float:

@@ -71,8 +71,8 @@ class Plan(Allocation):
         mean = weighted_mean([planned[block] for block in range(blocks)], sizes)
         if abs(mean - sparsity) > MEAN_TOLERANCE:
             raise InputError(
-                f"`Plan.path`: the rates in {self.path} have a mean of {mean:.6g}, `pruning.sparsity` is {sparsity:g}; "
-                f"edit the plan, or pass `--pruning.sparsity {mean:.6g}`."
+                f"`Plan.path`: the rates in {self.path} have a mean of {mean:.6g}, `pruning.sparsity` comes to "
+                f"{sparsity:.6g}; edit the plan, or pass `--pruning.sparsity {mean:.6g} --pruning.budget linears`."
             )
 
     def score(self, weights: dict[str, Tensor], observed: Observed) -> float:

@@ -26,10 +26,12 @@ class Method(ABC):
         propagate: `dense`: the statistics of the one pass over the unpruned model serve for scoring and pruning alike.
             `pruned`: each block sees what the pruned blocks before it give, which takes more passes.
         chooses_linears: Whether `targets` and `ignore` mean anything to the method.
+        makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     chooses_linears: ClassVar[bool] = True
+    makes_zeros: ClassVar[bool] = False
     propagate: Propagate
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most have nothing to check)
@@ -72,6 +74,8 @@ class Method(ABC):
 
 class MaskMethod(Method):
     """A method that sets weights to zero, one linear at a time."""
+
+    makes_zeros: ClassVar[bool] = True
 
     @abstractmethod
     def prune(self, weight_OI: Tensor, norm_I: Tensor | None, rate: float) -> Tensor:
