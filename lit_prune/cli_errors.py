@@ -32,6 +32,7 @@ def explain(message: str, parser: Any) -> str:
         (r"(?:Option '|does not accept option ')([\w.]+)'", _key),
         (r"[Uu]nrecogni[sz]ed (?:keys?|options?|settings?)[^\w]*([\w.]+)", _key),
         (r"Expected a dot import path string: (\S+)", _class),
+        (r"Expected an instantiatable class, but ([\w.]+) is abstract", _abstract),
         (r"No import path.*?'(\S+)'|Unexpected import path format: (\S+)", _class),
         (r"File does not exist: '?([^'\n]+)'?", _file),
         (r"Unexpected config:\s*$", _empty),
@@ -44,10 +45,13 @@ def explain(message: str, parser: Any) -> str:
     return _shortened(message)
 
 
-def _where(message: str) -> str:
-    """The key that a message is about, as the user types it."""
-    found = re.search(r"[Pp]arser key \"([\w.]+)\"|argument (--[\w.]+)", message)
-    return next((group for group in found.groups() if group), "") if found else ""
+def _where(message: str, end: int | None = None) -> str:
+    """The key that a message is about at ``end``, as the user types it: those that stand around it, by indentation."""
+    around: list[tuple[int, str]] = []
+    for found in re.finditer(r"[Pp]arser key \"([\w.]+)\"|argument (--[\w.]+)", message[:end]):
+        column = found.start() - message.rfind("\n", 0, found.start())
+        around = [outer for outer in around if outer[0] < column] + [(column, found.group(1) or found.group(2))]
+    return ".".join(key for _, key in around)
 
 
 def _options(parser: Any) -> list[str]:
@@ -66,7 +70,7 @@ def _option(found: re.Match[str], message: str, parser: Any) -> str:
 
 def _key(found: re.Match[str], message: str, parser: Any) -> str:
     inner = found.group(1)
-    where = _where(message)
+    where = _where(message, found.start())
     full = inner if not where or inner.startswith(where) else f"{where}.{inner}"
     known = [option.removeprefix("--") for option in _options(parser)]
     group = full.split(".")[0]
@@ -80,20 +84,32 @@ def _class_option(found: re.Match[str], message: str, parser: Any) -> str:
     name, option = found.group(1).rsplit(".", 1)[-1], found.group(2)
     leaves = {leaf.__name__: leaf for base in BASES.values() for leaf in _leaves(base)}
     choices = list(getattr(leaves.get(name), "__dataclass_fields__", {}))
-    return _not_known(f"`{_where(message)}.{option}` is not a setting of {name}", option, choices, ", ".join(choices))
+    return _not_known(
+        f"`{_where(message, found.start())}.{option}` is not a setting of {name}", option, choices, ", ".join(choices)
+    )
 
 
 def _class(found: re.Match[str], message: str, parser: Any) -> str:
-    word, where = next(group for group in found.groups() if group), _where(message)
-    base = BASES.get(where.rsplit(".", 1)[-1])
-    if base is None:
+    word, where = next(group for group in found.groups() if group), _where(message, found.start())
+    if not (choices := _classes(where)):
         return ""
-    choices = sorted(leaf.__name__ for leaf in _leaves(base) if leaf.__module__.startswith("lit_prune."))
     return _not_known(
         f"`{where}` must be one of {', '.join(choices)}, or the dotted path of a class of your own, got {word!r}",
         word,
         choices,
     )
+
+
+def _abstract(found: re.Match[str], message: str, parser: Any) -> str:
+    where = _where(message, found.start())
+    return f"`{where}` must be given before its settings are: one of {', '.join(_classes(where))}."
+
+
+def _classes(where: str) -> list[str]:
+    """The short names of our classes that the key takes."""
+    base = BASES.get(where.rsplit(".", 1)[-1])
+    leaves = [] if base is None else _leaves(base)
+    return sorted(leaf.__name__ for leaf in leaves if leaf.__module__.startswith("lit_prune."))
 
 
 def _file(found: re.Match[str], message: str, parser: Any) -> str:
@@ -112,7 +128,7 @@ def _leaves(base: type) -> list[type]:
 
 def _required(found: re.Match[str], message: str, parser: Any) -> str:
     name, option = found.group(1).rsplit(".", 1)[-1], found.group(2)
-    return f"`{_where(message)}.{option}` must be given: {name} needs it."
+    return f"`{_where(message, found.start())}.{option}` must be given: {name} needs it."
 
 
 def _verb(found: re.Match[str], message: str, parser: Any) -> str:
@@ -131,8 +147,8 @@ def _shortened(message: str) -> str:
     """The key, and the lines that say what was expected and what came."""
     lines = [line.strip(" -") for line in message.splitlines()]
     told = [line for line in lines if re.match(r"Expected|Value|Got|Given value:|Invalid|Unable|Not a|.*No such", line)]
-    told = [line for line in told if "NoneType" not in line and not line.startswith("Expected a path but")]
-    where = _where(message)
+    told = [line for line in told if not re.search("NoneType|NestedArg|^Expected a path but", line)]
+    where = _where(message, message.find(told[0]) if told else None)
     if not told or not where:
         return " ".join(line for line in lines if line)[:500]
     text = "; ".join(dict.fromkeys(told)).replace("typing.Literal", "one of ")

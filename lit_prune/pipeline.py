@@ -93,6 +93,7 @@ class Recipe:
         self.method.check(model)
         blocks = self.find(model)
         limits = self.limits(model, blocks)
+        self.method.check_rates(blocks, self.allocation, limits.target)
         self.allocation.check(limits.sizes, limits.target, limits.lower, limits.upper)
         self.spread(limits, [1.0] * len(blocks), equal=True)
         return blocks
@@ -103,15 +104,15 @@ class Recipe:
         Raises:
             InputError: if the budget is that of all parameters, and the linears cannot give it.
         """
-        lower = [max(self.min_rate, self.method.taken(block)) for block in blocks]
-        upper, sizes = min(self.max_rate, self.method.most(model)), self.method.sizes(model, blocks)
+        least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.most(model)))
+        lower, sizes = [max(least, self.method.taken(block)) for block in blocks], self.method.sizes(model, blocks)
         if self.budget == "linears":
             return Limits(sizes, lower, upper, self.sparsity)
         return Limits(sizes, lower, upper, over_linears(self.sparsity, model, blocks, lower=lower, upper=upper))
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
         """Returns the rate of every block; ``equal`` only asks whether the limits allow any."""
-        return allocate(
+        rates = allocate(
             Uniform() if equal else self.allocation,
             scores,
             limits.target,
@@ -119,6 +120,7 @@ class Recipe:
             present=limits.lower,
             max_rate=limits.upper,
         )
+        return self.method.rates(rates, limits.sizes)
 
 
 @dataclass(frozen=True)

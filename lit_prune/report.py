@@ -59,7 +59,7 @@ def _requested_of(sparsity: dict[str, Any]) -> str:
 def _missed(sparsity: dict[str, Any]) -> str:
     """By how much the budget was missed, where that shows in four digits."""
     missed = sparsity.get("missed", 0.0)
-    return f"  (missed by {missed:+.4f}: {sparsity['target']:.4f} were to go)" if abs(missed) >= SHOWN else ""
+    return f"  (missed by {missed:+.4f})" if abs(missed) >= SHOWN else ""
 
 
 def _size(report: Report) -> str:

@@ -137,6 +137,32 @@ def test_score_writes_a_plan_that_prune_and_fit_accept(capsys: pytest.CaptureFix
     assert report("runs/y")["achieved"] == pytest.approx([0.7, 0.3] * 4, abs=1e-3)
 
 
+def test_n_of_m() -> None:
+    pattern = ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=2", "--pruning.method.pattern.m=4"]
+    run("fit", "--output=runs/x", "--pruning.allocation=Uniform", *pattern)
+    told = report()
+    assert told["recipe"]["method"] == "Wanda(pattern=NofM(n=2, m=4), propagate='dense')"
+    assert told["achieved"] == [0.5] * 8
+    opened = AutoModelForCausalLM.from_pretrained("runs/x/model")
+    linears = [w for name, w in opened.named_parameters() if "_proj" in name and ".lora_" not in name]
+    assert all(((w != 0).unflatten(1, (-1, 4)).sum(-1) == 2).all() for w in linears)
+    main(["prune", "--config=runs/x/config.yaml", "--output=runs/y"])  # the saved configuration has the pattern
+    assert report("runs/y")["recipe"] == told["recipe"]
+
+
+def test_mixed_n_of_m_says_by_how_much_it_misses(capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = ["--pruning.method.pattern=MixedNofM", "--pruning.sparsity=0.45"]
+    run("score", "--output=runs/score", *mixed)
+    assert "missed by +0.0031" in " ".join(capsys.readouterr().out.split())  # 29 of 64 eighths
+    run("prune", "--output=runs/x", *mixed)
+    assert report()["sparsity"]["missed"] == pytest.approx(29 / 64 - 0.45)
+    assert "0.4531  (missed by +0.0031)" in capsys.readouterr().out
+    assert all(rate * 8 == round(rate * 8) for rate in report()["rates"])
+    plan = re.search(r"--pruning.allocation Plan.*", Path("runs/score/plan.yaml").read_text())
+    run("prune", "--output=runs/y", *mixed, *plan[0].split())
+    assert report("runs/y")["rates"] == report()["rates"]
+
+
 def test_a_share_of_all_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     all_of_it = ["--pruning.budget=parameters", "--pruning.sparsity=0.4"]
     run("prune", "--output=runs/x", *all_of_it)
@@ -304,16 +330,42 @@ MISTAKES = [
     (["--pruning.sparsity=0.8", "--pruning.max_rate=0.7"], r"`pruning.sparsity` must be between 0 and 0.7"),
     (["--pruning.sparsty=0.5"], r"`--pruning.sparsty` is not an option. Did you mean --pruning.sparsity"),
     (["--pruning.method=Wnda"], r"`pruning.method` must be one of Magnitude, Wanda.*got 'Wnda'. Did you mean Wanda"),
-    (["--pruning.allocation=DPL"], r"`pruning.allocation` must be one of DLP, .*Did you mean DLP"),
+    (["--pruning.allocation=DPL"], r"`pruning.allocation` must be one of AlphaPruning, DLP, .*Did you mean DLP"),
     (["--pruning.recovery=Lora"], r"`pruning.recovery` must be one of LoRA.*Did you mean LoRA"),
     (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
     (["--pruning.allocation.alpha=0.7"], r"`DLP.alpha` must be in \[0, 0.5\], got 0.7"),
-    (["--pruning.allocation.alpha=much"], r"`pruning.allocation`: .*Expected a float.*much"),
+    (["--pruning.allocation.alpha=much"], r"`pruning.allocation.alpha`: .*Expected a float.*much"),
     (["--pruning.allocation=Plan"], r"`pruning.allocation.path` must be given: Plan needs it"),
     (
         ["--pruning.allocation=Plan", "--pruning.allocation.path=none.yaml"],
         r"`Plan.path` must be a file, got none.yaml",
     ),
+    (["--pruning.method.pattern=NofM"], r"`pruning.allocation` must be Uniform for the pattern NofM, .*MixedNofM"),
+    (
+        ["--pruning.method.pattern=NofM", "--pruning.allocation=Uniform", "--pruning.sparsity=0.75"],
+        r"`pruning.sparsity` must be 0.5 of the linears .*`--pruning.method.pattern.n 1`",
+    ),
+    (
+        ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=5"],
+        r"`NofM.n` must be between 1 and m, 4, .*got 5",
+    ),
+    (
+        ["--pruning.method.pattern=MixedNofM", "--pruning.method.pattern.m=5"],
+        r"`MixedNofM.m` must divide .*got 5: self_attn.q_proj of block 0 has 192",
+    ),
+    (
+        ["--pruning.method.pattern=NofN"],
+        r"`pruning.method.pattern` must be one of MixedNofM, NofM, Unstructured, .*got 'NofN'. Did you mean NofM",
+    ),
+    (
+        ["--pruning.method.pattern=NofM", "--pruning.method.pattern.k=2"],
+        r"`pruning.method.pattern.k` is not a setting of NofM. \(n, m\)",
+    ),
+    (
+        ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=two"],
+        r"`pruning.method.pattern.n`: Expected a int. Got value: two$",
+    ),
+    (["--pruning.method.pattern.n=2"], r"`pruning.method.pattern` must be given before .*: one of MixedNofM, NofM, Un"),
     (["--pruning.calibration.num_samples=100000"], r"`calibration.num_samples` must be at most \d+, .*got 100000"),
     (
         ["--pruning.calibration.seq_length=1024"],

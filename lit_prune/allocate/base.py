@@ -59,6 +59,10 @@ class Allocation(ABC):
             upper: The rate that no block exceeds.
         """
 
+    def even(self) -> bool:
+        """Returns whether every block gets the same rate, whatever its score."""
+        return False
+
     def floor(self, sparsity: float) -> float:
         """Returns the rate that no block falls below."""
         return 0.0

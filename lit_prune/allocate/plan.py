@@ -55,6 +55,10 @@ class Plan(Allocation):
                 )
         return {block: float(rate) for block, rate in content.items()}
 
+    def even(self) -> bool:
+        """Returns whether the planned rates are all the same."""
+        return len(set(self.rates().values())) == 1
+
     def check(self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float) -> None:
         """Raises InputError where the blocks are not the model's, a rate is out of bounds, or the mean is off."""
         planned, blocks = self.rates(), len(sizes)

@@ -17,6 +17,10 @@ from lit_prune.calibrate import Observed
 class Uniform(Allocation):
     """The same rate for every block; the scores are all 1."""
 
+    def even(self) -> bool:
+        """Returns True."""
+        return True
+
     def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
         """Returns 1."""
         return 1.0

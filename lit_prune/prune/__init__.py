@@ -2,7 +2,8 @@
 
 from lit_prune.prune.base import MaskMethod, Method
 from lit_prune.prune.magnitude import Magnitude
+from lit_prune.prune.n_of_m import MixedNofM, NofM
 from lit_prune.prune.patterns import Pattern, Unstructured
 from lit_prune.prune.wanda import Wanda
 
-__all__ = ["Magnitude", "MaskMethod", "Method", "Pattern", "Unstructured", "Wanda"]
+__all__ = ["Magnitude", "MaskMethod", "Method", "MixedNofM", "NofM", "Pattern", "Unstructured", "Wanda"]

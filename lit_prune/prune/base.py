@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_prune.allocate.base import Allocation
 from lit_prune.calibrate import Observed, Stream, observe, on_device
 from lit_prune.evaluate import zeros
 from lit_prune.families import Block
 from lit_prune.progress import track
+from lit_prune.prune.patterns import Pattern
 
 Propagate = Literal["dense", "pruned"]
 
@@ -37,6 +39,11 @@ class Method(ABC):
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most have nothing to check)
         """Raises InputError where the settings do not fit ``model``, before anything is done to it."""
 
+    def check_rates(  # noqa: B027 (most can have any rates)
+        self, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
+        """Raises InputError where the rates that ``allocation`` spreads are not such as the method can have."""
+
     @abstractmethod
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns what each block has to give, in the unit that rates are a share of."""
@@ -48,6 +55,14 @@ class Method(ABC):
     def most(self, model: PreTrainedModel) -> float:
         """Returns the greatest rate that a block of ``model`` can have."""
         return 1.0
+
+    def bounds(self, least: float, most: float) -> tuple[float, float]:
+        """Returns the least and the greatest rate between ``least`` and ``most`` that a block can have."""
+        return least, most
+
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns the rates that will be given, where the method cannot give just those that were allocated."""
+        return list(rates)
 
     @abstractmethod
     def apply(
@@ -73,9 +88,14 @@ class Method(ABC):
 
 
 class MaskMethod(Method):
-    """A method that sets weights to zero, one linear at a time."""
+    """A method that sets weights to zero, one linear at a time.
+
+    Attributes:
+        pattern: How the zeros may lie; None is anyhow.
+    """
 
     makes_zeros: ClassVar[bool] = True
+    pattern: Pattern | None = None
 
     @abstractmethod
     def prune(self, weight_OI: Tensor, norm_I: Tensor | None, rate: float) -> Tensor:
@@ -86,6 +106,24 @@ class MaskMethod(Method):
             norm_I: ||X_j||, root mean square of each input channel, fp32; None where ``needs`` does not ask for it.
             rate: Share to remove, in [0, 1].
         """
+
+    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+        """Raises InputError where the pattern cannot have such rates, or does not fit a linear."""
+        if self.pattern is not None:
+            columns = {
+                f"{name} of block {block.index}": linear.in_features
+                for block in blocks
+                for name, linear in block.linears.items()
+            }
+            self.pattern.check(allocation, sparsity, columns)
+
+    def bounds(self, least: float, most: float) -> tuple[float, float]:
+        """Returns the bounds that the pattern can have."""
+        return (least, most) if self.pattern is None else self.pattern.bounds(least, most)
+
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns the rates that the pattern can have."""
+        return list(rates) if self.pattern is None else self.pattern.rates(rates, sizes)
 
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of prunable weights of each block."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -11,9 +12,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_prune.allocate.base import Allocation
+
 
 class Pattern(ABC):
-    """How removals may lie within a weight."""
+    """How removals may lie within a weight, and which rates that allows."""
+
+    def check(self, allocation: Allocation, sparsity: float, columns: Mapping[str, int]) -> None:  # noqa: B027
+        """Raises InputError where what is asked for cannot lie so, before anything is done.
+
+        Args:
+            allocation: What spreads the sparsity over the blocks.
+            sparsity: The mean rate.
+            columns: Input columns of every linear that is to be pruned, by what an error should call it.
+        """
+
+    def bounds(self, least: float, most: float) -> tuple[float, float]:
+        """Returns the least and the greatest rate between ``least`` and ``most`` that the pattern can have."""
+        return least, most
+
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns the rates that will be cut: ``rates``, one a block, as nearly as the pattern allows.
+
+        Args:
+            rates: As allocated.
+            sizes: Prunable weights of each block.
+        """
+        return list(rates)
 
     @abstractmethod
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:

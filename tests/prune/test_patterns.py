@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from lit_prune.prune import Unstructured
+from lit_prune.prune import Pattern, Unstructured
+
+PATTERNS = [leaf for leaf in Pattern.__subclasses__() if leaf.__module__.startswith("lit_prune.")]
 
 
 def keep(scores: list[list[float]], rate: float, by_row: bool) -> list[list[int]]:
@@ -42,3 +44,21 @@ def test_what_is_gone_stays_gone_and_counts(by_row: bool) -> None:
 def test_more_gone_than_asked_for_removes_nothing_more() -> None:
     scores = torch.tensor([[-1.0, -1.0, -1.0, 4.0]])
     assert Unstructured().keep(scores, 0.25, by_row=True).tolist() == [[False, False, False, True]]
+
+
+@pytest.mark.parametrize("leaf", PATTERNS)
+@pytest.mark.parametrize("by_row", [True, False])
+def test_contract(leaf: type[Pattern], by_row: bool) -> None:
+    pattern = leaf()
+    (rate,) = pattern.rates([0.5], [96])
+    least, most = pattern.bounds(0.0, 0.99)
+    assert 0 <= least <= rate <= most <= 0.99
+    scores = torch.rand(6, 16, generator=torch.Generator().manual_seed(0))
+    before = scores.clone()
+    kept = pattern.keep(scores, rate, by_row=by_row)
+    assert torch.equal(scores, before)
+    assert (kept.dtype, kept.shape) == (torch.bool, scores.shape)
+    assert (~kept).sum() == round(96 * rate)
+    assert torch.equal(kept, pattern.keep(scores, rate, by_row=by_row))
+    scores[0, :12] = -1
+    assert not pattern.keep(scores, rate, by_row=by_row)[scores < 0].any()

@@ -1,0 +1,171 @@
+"""N of M: of every M consecutive input columns N stay, the same N everywhere or one for each block.
+
+2 of 4 is what NVIDIA's sparse tensor cores compute (arXiv 2104.08378); N of 8 by block is the mixed N:M of OWL (arXiv
+2310.05175) and DLP (arXiv 2505.23807).
+Suffixes: O out, I in, G groups of a row, M columns of a group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lit_prune.allocate.base import Allocation
+from lit_prune.errors import InputError
+from lit_prune.prune.patterns import Pattern
+
+TOLERANCE = 1e-6
+FITS = 1e-4
+
+
+@final
+@dataclass(frozen=True)
+class NofM(Pattern):
+    """Of every ``m`` consecutive input columns exactly ``n`` stay, the largest scores of the group.
+
+    2 of 4 of [[1, 2, 3, 4, 8, 7, 6, 5]] leaves [[0, 0, 3, 4, 8, 7, 0, 0]]; the sparsity is 1 - n / m everywhere.
+    A group that has fewer than ``n`` weights left keeps those.
+
+    Args:
+        n: How many of each group stay.
+        m: Columns of a group.
+
+    Raises:
+        InputError: if `m` is below 2, or `n` not in 1 to m; before work, for a sparsity that is not 1 - n / m, for an
+            allocation that gives blocks rates of their own, and for a linear whose columns `m` does not divide.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        _check_group("NofM", self.m)
+        if not 1 <= self.n <= self.m:
+            raise InputError(f"`NofM.n` must be between 1 and m, {self.m}, the number that stays, got {self.n}.")
+
+    @property
+    def rate(self) -> float:
+        """The share that goes."""
+        return 1 - self.n / self.m
+
+    def check(self, allocation: Allocation, sparsity: float, columns: Mapping[str, int]) -> None:
+        """Raises InputError where something else than ``n`` of ``m`` is asked for, or ``m`` does not divide."""
+        if not allocation.even():
+            name = type(allocation).__name__
+            raise InputError(
+                f"`pruning.allocation` must be Uniform for the pattern NofM, which keeps {self.n} of {self.m} in every "
+                f"block, got {name}: pass `--pruning.allocation Uniform`, or `--pruning.method.pattern MixedNofM`, "
+                f"where {name} decides how many of every M each block keeps."
+            )
+        if abs(sparsity - self.rate) > FITS:
+            raise InputError(
+                f"`pruning.sparsity` must be {self.rate:.6g} of the linears for the pattern NofM, which keeps "
+                f"{self.n} of every {self.m}, got {sparsity:.6g}: pass `--pruning.sparsity {self.rate:.6g}`"
+                f"{self._other(sparsity)}."
+            )
+        _check_columns("NofM", self.m, columns)
+
+    def _other(self, sparsity: float) -> str:
+        """The n that would give the sparsity, where there is one."""
+        n = round(self.m * (1 - sparsity))
+        fits = 1 <= n <= self.m and abs(1 - n / self.m - sparsity) <= FITS
+        return f", or `--pruning.method.pattern.n {n}`" if fits else ""
+
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns 1 - n / m for every block."""
+        return [self.rate] * len(rates)
+
+    def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
+        """Returns the mask; see :class:`NofM`. ``by_row`` makes no difference: scores compare within their group."""
+        if abs(rate - self.rate) > FITS:
+            raise InputError(f"`rate` must be {self.rate:.6g} for {self}, got {rate}.")
+        return _keep(score_OI, self.n, self.m)
+
+
+@final
+@dataclass(frozen=True)
+class MixedNofM(Pattern):
+    """Of every ``m`` consecutive input columns N stay, and the rates choose N for each block.
+
+    Rates [0.3, 0.45, 0.75] with m = 8 are 2.4, 3.6 and 6 of 8 that go: rounded to [2, 4, 6] of 8, with no miss.
+
+    Args:
+        m: Columns of a group.
+
+    Raises:
+        InputError: if `m` is below 2; before work, if no N keeps to the bounds of the rates, and for a linear whose
+            columns `m` does not divide.
+    """
+
+    m: int = 8
+
+    def __post_init__(self) -> None:
+        _check_group("MixedNofM", self.m)
+
+    def check(self, allocation: Allocation, sparsity: float, columns: Mapping[str, int]) -> None:
+        """Raises InputError if ``m`` does not divide a linear's columns."""
+        _check_columns("MixedNofM", self.m, columns)
+
+    def bounds(self, least: float, most: float) -> tuple[float, float]:
+        """Returns the least and the greatest multiple of 1 / m within the bounds.
+
+        Raises:
+            InputError: if there is none.
+        """
+        low, high = math.ceil(least * self.m - TOLERANCE), math.floor(most * self.m + TOLERANCE)
+        if low > high:
+            raise InputError(
+                f"`pruning.min_rate` and `pruning.max_rate` must have a multiple of 1/{self.m} between them for the "
+                f"pattern {self}, got {least:g} and {most:g}."
+            )
+        return low / self.m, high / self.m
+
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns multiples of 1 / m: ``rates`` rounded so that their mean stays as near as that allows.
+
+        All are rounded down; then, largest remainder first, a block is rounded up instead where that brings the mean,
+        weighted by ``sizes``, nearer. The mean is missed by half a step of the largest block at most. No block is
+        rounded up to losing all.
+        """
+        gone = [math.floor(rate * self.m + TOLERANCE) for rate in rates]
+        rest = [rate * self.m - count for rate, count in zip(rates, gone, strict=True)]
+        missing = sum(part * size for part, size in zip(rest, sizes, strict=True))
+        for block in sorted(range(len(rates)), key=lambda block: -rest[block]):
+            if rest[block] > TOLERANCE and gone[block] + 1 < self.m and sizes[block] < 2 * missing:
+                gone[block] += 1
+                missing -= sizes[block]
+        return [count / self.m for count in gone]
+
+    def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
+        """Returns the mask; see :class:`MixedNofM`. ``by_row`` makes no difference."""
+        n = round(self.m * (1 - rate))
+        if abs(1 - n / self.m - rate) > TOLERANCE:
+            raise InputError(f"`rate` must be a multiple of 1/{self.m} for {self}, got {rate}.")
+        return _keep(score_OI, n, self.m)
+
+
+def _keep(score_OI: Tensor, n: int, m: int) -> Tensor:
+    """True for the ``n`` largest scores of every ``m``, but for what is gone."""
+    score_OGM = score_OI.unflatten(1, (-1, m))
+    largest_OGN = score_OGM.topk(n, sorted=False).indices
+    keep_OGM = torch.zeros_like(score_OGM, dtype=torch.bool).scatter_(-1, largest_OGN, True)
+    return (keep_OGM & (score_OGM >= 0)).flatten(1)
+
+
+def _check_group(name: str, m: int) -> None:
+    if m < 2:
+        raise InputError(f"`{name}.m` must be at least 2, the columns of a group, got {m}.")
+
+
+def _check_columns(name: str, m: int, columns: Mapping[str, int]) -> None:
+    for linear, count in columns.items():
+        if count % m:
+            raise InputError(
+                f"`{name}.m` must divide the columns of every linear, got {m}: {linear} has {count}; choose another m, "
+                "or leave such linears out by `pruning.ignore`."
+            )
