@@ -35,9 +35,9 @@ class DynamicPruningCallback(Callback):
 
     Args:
         method: How weights are chosen within a linear, such as Wanda or Magnitude; null switches pruning off.
-        sparsity: Share of the linears' weights to remove, mean over the blocks, in [0, 1).
-        allocation: How blocks are scored and the sparsity is spread over them: DLP, LayerRedundancy, Uniform, or a Plan
-            from a file; null is DLP.
+        sparsity: Share of the linears' weights to remove, mean over the blocks, in [0, 1); see `budget`.
+        allocation: How blocks are scored and the sparsity is spread over them: DLP, OWL, AlphaPruning, LayerRedundancy,
+            Uniform, or a Plan from a file; null is DLP.
         at_step: Optimizer step before which the cut comes; 0 is the only one so far.
         recovery: What is trained after the cut, such as LoRA; null trains what the LightningModule leaves trainable,
             which must not be the pruned weights.

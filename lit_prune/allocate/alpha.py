@@ -32,6 +32,9 @@ class AlphaPruning(Allocation):
     mapped linearly from min..max to [1 - epsilon, 1 + epsilon].
     alpha = [2, 3, 4] at a sparsity of 0.5 and epsilon 0.3 gives rates [0.35, 0.5, 0.65].
 
+    The exponent of a small matrix is noise: on the embedded model (192 eigenvalues a linear) Wanda at 0.5 gives a
+    perplexity of 22.7 with AlphaPruning and 16.2 with Uniform.
+
     Where weights are gone the spectrum is that of what is left; a linear without a spectrum to fit (all zero, or all
     singular values equal) is left out of its block's mean.
 
