@@ -179,7 +179,7 @@ class DynamicPruningCallback(Callback):
 
     def _check_trained(self, blocks: Sequence[Block]) -> None:
         """Refuses a fit that would train pruned weights away from zero."""
-        trained = any(linear.weight.requires_grad for block in blocks for linear in block.linears.values())
+        trained = any(linear.parameter.requires_grad for block in blocks for linear in block.linears.values())
         if self.recovery is None and trained:
             raise InputError(
                 "`pruning.recovery` must be given where pruned weights are trained, or training fills the zeros: use "
