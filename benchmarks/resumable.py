@@ -69,7 +69,6 @@ class Protocol:
             "parameters": parameters(model),
             "sparsity": 0.0 if pruned is None else pruned.sparsity,
             "seconds": 0.0 if pruned is None else sum(pruned.seconds.values()),
-            "scores": None if pruned is None else pruned.scores,
             "sizes": getattr(model.config, "slice_sizes", None),
             "protocol": found.protocol,
         }

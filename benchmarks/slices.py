@@ -2,61 +2,92 @@
 
     python benchmarks/slices.py --pretrained FOLDER --train_files TEXT --val_files RAW --results FILE.jsonl
 
-Every line of the results file is one case. At equal size, a dynamic pattern is sliced more, by as much as gives it the
-parameters of the constant one: the width of the first block is that of the embedding too, so that a pattern which
-spares the first block makes a bigger model at the same mean.
+Every line of the results file is one case. Scores are taken once for each rule, and the slices of a case are made from
+them by a plan. At equal size, a dynamic pattern is sliced more, by as much as gives it the parameters of the constant
+one: the width of the first block is that of the embedding too, so that a pattern which spares the first block makes a
+bigger model at the same mean.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
-from resumable import Protocol, Row, arguments
+from resumable import Protocol, Results, Row, arguments
 
-from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Uniform, allocate
-from lit_prune.load import load_config
-from lit_prune.pipeline import Recipe
+from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Plan, Uniform, allocate, write_plan
+from lit_prune.load import load_config, load_model
+from lit_prune.pipeline import Recipe, score
 from lit_prune.slice import Slicing, sizes_from_rates, sliced_parameters
 
 MEANS = (0.20, 0.25, 0.30)
-BELOW = (0.05, 0.10, 0.15)  # how far the base of LayerRedundancy lies below the mean
+PATTERNS = ("LayerRedundancy, base 0.05 below", "LayerRedundancy, base 0.10 below", "DLP")
 
 
-def patterns(mean: float) -> dict[str, Allocation]:
-    """Returns the dynamic patterns that are tried at a mean slice, by their names."""
-    redundancy = {f"LayerRedundancy, base -{below:.2f}": LayerRedundancy(round(mean - below, 3)) for below in BELOW}
-    return redundancy | {"DLP, alpha 0.15": DLP(), "DLP, alpha 0.05": DLP(alpha=0.05)}
+def rule(pattern: str, mean: float) -> Allocation:
+    """Returns the allocation of a pattern at a mean slice."""
+    if pattern == "constant":
+        return Uniform()
+    return DLP() if pattern == "DLP" else LayerRedundancy(round(mean - float(pattern.split()[2]), 3))
 
 
-def at_size(pattern: str, scores: Sequence[float], parameters: int, protocol: Protocol) -> tuple[float, Allocation]:
-    """Returns the mean slice at which a pattern gives a model of at most ``parameters``, and the pattern there."""
-    config, mean = load_config(protocol.pretrained), MEANS[0]
-    while True:
-        allocation = patterns(mean)[pattern]
-        rates = allocate(allocation, scores, mean, sizes=[config.hidden_size] * len(scores))
-        sizes = sizes_from_rates(rates, config.hidden_size, Slicing().multiple)
-        if sliced_parameters(config, [*sizes, config.hidden_size]) <= parameters:
-            return mean, allocation
-        mean = round(mean + 0.001, 3)
+class Slices:
+    """The cases over one protocol."""
 
+    def __init__(self, protocol: Protocol, results: Results) -> None:
+        self.protocol, self.results = protocol, results
+        self.config = load_config(protocol.pretrained)
 
-def main() -> None:
-    """Runs the cases that the results file has not, and prints all as a table."""
-    protocol, results = arguments(__doc__, "runs/slices.jsonl", num_samples=16, val_windows=6)
+    def scores(self, pattern: str) -> list[float]:
+        """Returns one score a block, taken once for each rule."""
+        if pattern == "constant":
+            return [1.0] * self.config.num_hidden_layers
+        allocation = rule(pattern, MEANS[0])
 
-    def once(name: str, mean: float, allocation: Allocation) -> Row:
-        return results.once(name, partial(protocol.run, Recipe(Slicing(), mean, allocation)))
+        def taken() -> Row:
+            model = load_model(self.protocol.pretrained, "float32")
+            scored = score(model, self.protocol.batches(), Recipe(Slicing(), MEANS[0], allocation))
+            return {"scores": scored.scores, "seconds": scored.seconds}
 
-    rows = [results.once("dense", partial(protocol.run, None))]
-    for mean in MEANS:
-        constant = once(f"constant, mean {mean:.2f}", mean, Uniform())
-        dynamic = {name: once(f"{name}, mean {mean:.2f}", mean, rule) for name, rule in patterns(mean).items()}
-        rows += [constant, *dynamic.values()]
-        for name, row in dynamic.items():
-            sliced, rule = at_size(name, row["scores"], constant["parameters"], protocol)
-            rows.append(once(f"{name}, size of constant {mean:.2f}", sliced, rule))
-    tell(rows)
+        return self.results.once(f"scores of {type(allocation).__name__}", taken)["scores"]
+
+    def rates(self, pattern: str, mean: float) -> list[float]:
+        """Returns the slices of a pattern."""
+        scores = self.scores(pattern)
+        return allocate(rule(pattern, mean), scores, mean, sizes=[self.config.hidden_size] * len(scores))
+
+    def row(self, case: str, pattern: str, mean: float) -> Row:
+        """Returns the row of a pattern at a mean slice."""
+
+        def run() -> Row:
+            with tempfile.TemporaryDirectory() as folder:
+                plan = Path(folder) / "plan.yaml"
+                write_plan(plan, self.rates(pattern, mean), self.scores(pattern), case)
+                return self.protocol.run(Recipe(Slicing(), mean, Plan(str(plan))))
+
+        return self.results.once(case, run)
+
+    def at_size(self, pattern: str, parameters: int) -> float:
+        """Returns the least mean slice, in steps of 0.001, at which a pattern has at most so many parameters."""
+        full, mean = self.config.hidden_size, MEANS[0]
+        while True:
+            sizes = sizes_from_rates(self.rates(pattern, mean), full, Slicing().multiple)
+            if sliced_parameters(self.config, [*sizes, full]) <= parameters:
+                return mean
+            mean = round(mean + 0.001, 3)
+
+    def rows(self) -> list[Row]:
+        """Returns all rows, in the order of the table."""
+        rows = [self.results.once("dense", partial(self.protocol.run, None))]
+        for mean in MEANS:
+            constant = self.row(f"constant, {mean:.2f}", "constant", mean)
+            rows += [constant, *(self.row(f"{pattern}, {mean:.2f}", pattern, mean) for pattern in PATTERNS)]
+            for pattern in PATTERNS:
+                case = f"{pattern}, size of constant {mean:.2f}"
+                rows.append(self.row(case, pattern, self.at_size(pattern, constant["parameters"])))
+        return rows
 
 
 def tell(rows: Sequence[Row]) -> None:
@@ -68,6 +99,12 @@ def tell(rows: Sequence[Row]) -> None:
             f"| {row['case']} | {row['sparsity']:.3f} | {row['perplexity']:.2f} | {row['parameters'] / 1e6:.2f} M "
             f"| {row['seconds']:.0f} |"
         )
+
+
+def main() -> None:
+    """Runs the cases that the results file has not, and prints all as a table."""
+    protocol, results = arguments(__doc__, "runs/slices.jsonl", num_samples=16, val_windows=6)
+    tell(Slices(protocol, results).rows())
 
 
 if __name__ == "__main__":

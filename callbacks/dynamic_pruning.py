@@ -190,7 +190,7 @@ class DynamicPruningCallback(Callback):
         assert self.recipe is not None
         if not isinstance(self.recipe.method, MaskMethod):
             return
-        trained = any(linear.weight.requires_grad for block in blocks for linear in block.linears.values())
+        trained = any(linear.parameter.requires_grad for block in blocks for linear in block.linears.values())
         if self.recovery is None and trained:
             raise InputError(
                 "`pruning.recovery` must be given where pruned weights are trained, or training fills the zeros: use "

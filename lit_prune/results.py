@@ -32,7 +32,7 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any])
     plain = without_adapter(model)
     sparsity: dict[str, float | None] = {"requested": None, "achieved_linears": 0.0}
     if recipe is not None and isinstance(recipe.method, MaskMethod):
-        zero, total = zeros(linear.weight for block in recipe.find(plain) for linear in block.linears.values())
+        zero, total = zeros(linear.weight_OI for block in recipe.find(plain) for linear in block.linears.values())
         sparsity = {"requested": recipe.sparsity, "achieved_linears": zero / total}
     zero, total = zeros(plain.parameters())
     return {
