@@ -94,9 +94,9 @@ def lively_model(family: str, **fields: object) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
             around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-            parameter.data = torch.randn(parameter.shape, generator=random) * 0.3 + around
+            parameter.data = torch.randn(parameter.shape, generator=random) * 0.1 + around
         else:
-            parameter.data.mul_(3)
+            parameter.data.mul_(10 if family == "opt" else 3)  # OPT's positions drown its tokens otherwise
     return model
 
 

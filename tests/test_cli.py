@@ -280,7 +280,10 @@ MISTAKES = [
     (["--pruning.sparsity=1.2"], r"`pruning.sparsity` must be in \[0, 1\).*got 1.2"),
     (["--pruning.sparsity=0.8", "--pruning.max_rate=0.7"], r"`pruning.sparsity` must be between 0 and 0.7"),
     (["--pruning.sparsty=0.5"], r"`--pruning.sparsty` is not an option. Did you mean --pruning.sparsity"),
-    (["--pruning.method=Wnda"], r"`pruning.method` must be one of Magnitude, Slicing, Wanda.*got 'Wnda'. Did you mean Wanda"),
+    (
+        ["--pruning.method=Wnda"],
+        r"`pruning.method` must be one of Magnitude, Slicing, Wanda.*got 'Wnda'. Did you mean Wanda",
+    ),
     (["--pruning.allocation=DPL"], r"`pruning.allocation` must be one of DLP, .*Did you mean DLP"),
     (["--pruning.recovery=Lora"], r"`pruning.recovery` must be one of LoRA.*Did you mean LoRA"),
     (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
