@@ -33,7 +33,7 @@ class DynamicPruningCallback(Callback):
     known only after the cut, which is then done once more before the checkpoint's weights load.
 
     Args:
-        method: How weights are chosen within a linear, such as Wanda or Magnitude; null switches pruning off.
+        method: How weights are chosen within a linear, such as Wanda or SparseGPT; null switches pruning off.
         sparsity: Share of the linears' weights to remove, mean over the blocks, in [0, 1).
         allocation: How blocks are scored and the sparsity is spread over them: DLP, LayerRedundancy, Uniform, or a Plan
             from a file; null is DLP.

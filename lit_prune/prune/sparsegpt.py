@@ -40,7 +40,7 @@ class SparseGPT(MaskMethod):
         propagate: `pruned` takes the Gram matrices X X^T behind pruned blocks, as the paper does, and holds those of
             one block. `dense` takes those of the unpruned model from the pass that scores the blocks, two passes less,
             and keeps those of all blocks where the model is: 4 bytes * the square of every input's width, 0.4 GB for
-            SmolLM2-135M and 22 GB for Llama-2-7B, 1.5 and 1.6 times their weights in bfloat16.
+            SmolLM2-135M and 22 GB for Llama-2-7B, 1.5 and 1.6 times their weights in bfloat16. null is pruned.
         damping: Share of the mean diagonal that is added to the diagonal; raised tenfold, with a line that says so,
             until H can be factorised.
         span: Columns that are decided and solved together; the paper's is 128.
@@ -50,7 +50,7 @@ class SparseGPT(MaskMethod):
     """
 
     pattern: Pattern | None = None
-    propagate: Propagate = "pruned"
+    propagate: Propagate | None = None  # type: ignore[assignment]  # null: another method's default is not carried over
     damping: float = 0.01
     span: int = 128
 
@@ -62,6 +62,7 @@ class SparseGPT(MaskMethod):
         if self.span < 1:
             raise InputError(f"`SparseGPT.span` must be at least 1, got {self.span}; the paper's is 128.")
         object.__setattr__(self, "pattern", self.pattern or Unstructured())
+        object.__setattr__(self, "propagate", self.propagate or "pruned")
 
     def prune(self, weights: Sequence[Tensor], seen: Seen, rate: float) -> list[Tensor]:
         """Returns the weights with what costs least set to 0, and the rest adjusted."""
