@@ -15,11 +15,12 @@ from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation
 from lit_prune.calibrate import Batch, Calibration
 from lit_prune.errors import InputError
-from lit_prune.evaluate import measure
+from lit_prune.evaluate import measure, parameters, size_bytes
 from lit_prune.families import Block
 from lit_prune.pipeline import Recipe, prune, recipe_record
-from lit_prune.prune import Method
+from lit_prune.prune import MaskMethod, Method
 from lit_prune.recover import Recovery, rebuild, snapshot
+from lit_prune.speed import tokens_per_second
 
 
 class DynamicPruningCallback(Callback):
@@ -33,22 +34,25 @@ class DynamicPruningCallback(Callback):
     known only after the cut, which is then done once more before the checkpoint's weights load.
 
     Args:
-        method: How weights are chosen within a linear, such as Wanda or SparseGPT; null switches pruning off.
-        sparsity: Share of the linears' weights to remove, mean over the blocks, in [0, 1).
+        method: How the blocks become smaller: by masks, such as Wanda or SparseGPT, or by Slicing; null switches
+            pruning off.
+        sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights; for Slicing, of the
+            dimensions of the residual stream.
         allocation: How blocks are scored and the sparsity is spread over them: DLP, LayerRedundancy, Uniform, or a Plan
             from a file; null is DLP.
         at_step: Optimizer step before which the cut comes; 0 is the only one so far.
         recovery: What is trained after the cut, such as LoRA; null trains what the LightningModule leaves trainable,
-            which must not be the pruned weights.
+            which must not be weights under a mask.
         calibration: How much text the statistics are taken over.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
-        targets: Name suffixes or regular expressions of the linears to prune; null takes all in the blocks.
+        targets: Name suffixes or regular expressions of the linears to prune; null takes all in the blocks, and Slicing
+            can do nothing else.
         ignore: Suffixes or regular expressions of linears to leave alone.
         blocks: Dotted path of the decoder layers in the LLM, for a family that is not known.
         target: Dotted path of the LLM in the LightningModule.
         measure: Measure the perplexity on the validation data before and after the cut (as much of it as the Trainer's
-            `limit_val_batches` allows).
+            `limit_val_batches` allows); for Slicing the tokens per second, too.
 
     Raises:
         InputError: for settings that cannot be; before anything is touched.
@@ -119,7 +123,7 @@ class DynamicPruningCallback(Callback):
         """Measures, prunes ``model`` and measures again; keeps the numbers in ``done``."""
         assert self.recipe is not None
         batches, settings = calibration
-        done: dict[str, Any] = {"perplexity": {}, "seconds": {}, "protocol": None, "calibration": settings}
+        done: dict[str, Any] = {"perplexity": {}, "seconds": {}, "protocol": None, "calibration": settings, "size": {}}
 
         def measured(name: str) -> None:
             if self.measure and validation is not None:
@@ -128,6 +132,10 @@ class DynamicPruningCallback(Callback):
                 done["perplexity"][name] = measurement.perplexity
                 done["seconds"][f"perplexity_{name}"] = measurement.seconds
                 done["protocol"] = measurement.protocol
+            if self.recipe is not None and self.recipe.method.changes_shapes:
+                model.to(device)  # type: ignore[arg-type]
+                speed = tokens_per_second(model) if self.measure else None
+                done["size"][name] = {"parameters": parameters(model), "bytes": size_bytes(model), "speed": speed}
 
         measured("dense")
         pruned = prune(model, batches, self.recipe, device=device)
@@ -179,6 +187,9 @@ class DynamicPruningCallback(Callback):
 
     def _check_trained(self, blocks: Sequence[Block]) -> None:
         """Refuses a fit that would train pruned weights away from zero."""
+        assert self.recipe is not None
+        if not isinstance(self.recipe.method, MaskMethod):
+            return
         trained = any(linear.parameter.requires_grad for block in blocks for linear in block.linears.values())
         if self.recovery is None and trained:
             raise InputError(

@@ -6,7 +6,7 @@ Suffixes: N windows, B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -185,15 +185,43 @@ class Stream:
             if observer is not None:
                 observer.mask_BT = None if mask_BT is None else mask_BT.to(self.device)
             y_BTD = unwrap(block.module(x_BTD, *args, **kwargs))
-            if not torch.isfinite(y_BTD.sum(dtype=torch.float32)):
-                raise InputError(
-                    f"`calibration`: block {block.index} gives NaN or infinity on calibration batch {index}; the "
-                    "weights are broken, or `model.dtype` is too small for them (try float32 or bfloat16)."
-                )
+            _check_finite(y_BTD, block, index)
             if observer is not None:
                 observer.see_block(x_BTD, y_BTD)
             if advance:
                 self.hidden[index] = y_BTD.to(self.home)
+
+    @torch.no_grad()
+    def map(self, work: Callable[..., Tensor], block: Block | None = None) -> None:
+        """Puts what ``work`` makes of every batch's hidden states in their place.
+
+        Args:
+            work: Is given the batch's index, its hidden states on the stream's device and, by keyword, the arguments
+                that ``block`` is called with.
+            block: The block that the stream stands before.
+
+        Raises:
+            InputError: if NaN or infinity comes out of a block.
+        """
+        for index, x_BTD in enumerate(self.hidden):
+            kwargs = {} if block is None else self.arguments[index][block.index][1]
+            y_BTD = work(index, x_BTD.to(self.device), **move_data_to_device(kwargs, self.device))
+            if block is not None:
+                _check_finite(y_BTD, block, index)
+            self.hidden[index] = y_BTD.to(self.home)
+
+    def counted(self, index: int, x_BTD: Tensor) -> Tensor:
+        """Returns the positions of batch ``index`` that count, (P, D)."""
+        mask_BT = self.masks[index]
+        return x_BTD.flatten(0, -2) if mask_BT is None else x_BTD[mask_BT.to(x_BTD.device)]
+
+
+def _check_finite(y_BTD: Tensor, block: Block, index: int) -> None:
+    if not torch.isfinite(y_BTD.sum(dtype=torch.float32)):
+        raise InputError(
+            f"`calibration`: block {block.index} gives NaN or infinity on calibration batch {index}; the weights are "
+            "broken, or `model.dtype` is too small for them (try float32 or bfloat16)."
+        )
 
 
 def observe(stream: Stream, block: Block, wanted: frozenset[str], *, advance: bool = True) -> Observed:

@@ -64,8 +64,9 @@ def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:
     """
     if blocks is not None:
         return blocks
-    if config.model_type in FAMILIES:
-        return FAMILIES[config.model_type].blocks
+    family = config.model_type.removeprefix("sliced_")
+    if family in FAMILIES:
+        return FAMILIES[family].blocks
     raise InputError(
         f"`pruning.blocks` must be given for the family {config.model_type!r}, which is not one of "
         f"{', '.join(sorted(FAMILIES))}: masks need only the dotted path of the decoder layers, such as model.layers."

@@ -29,8 +29,8 @@ class Recipe:
     """What is to be removed, and how.
 
     Args:
-        method: How weights are chosen within a linear.
-        sparsity: Share of the linears' weights to remove, mean over the blocks, in [0, 1).
+        method: How the blocks become smaller: by masks, or by slices.
+        sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights, or of the dimensions.
         allocation: How blocks are scored, and how the sparsity is spread over them.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
@@ -76,7 +76,7 @@ class Recipe:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
                 the bounds do not allow.
         """
-        self.method.check(model)
+        self.method.check(model, self.sparsity)
         blocks = self.find(model)
         sizes, most = self.method.sizes(model, blocks), min(self.max_rate, self.method.most(model))
         lower = [max(self.min_rate, self.method.taken(block)) for block in blocks]

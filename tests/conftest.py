@@ -87,6 +87,19 @@ def small_model(family: str = "llama", **fields: object) -> PreTrainedModel:
     return model
 
 
+def lively_model(family: str, **fields: object) -> PreTrainedModel:
+    """The same with norms and biases that do something, and weights large enough for tokens to differ."""
+    model = small_model(family, **fields)
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.data = torch.randn(parameter.shape, generator=random) * 0.3 + around
+        else:
+            parameter.data.mul_(3)
+    return model
+
+
 def blocks_of(model: PreTrainedModel) -> Iterable[nn.Module]:
     return model.get_submodule(blocks_path(model.config)).children()
 

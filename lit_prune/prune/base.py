@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_prune import structure
 from lit_prune.calibrate import Observed, Seen, Stream, observe, on_device
 from lit_prune.evaluate import zeros
 from lit_prune.families import Block
@@ -27,14 +28,16 @@ class Method(ABC):
         propagate: `dense`: the statistics of the one pass over the unpruned model serve for scoring and pruning alike.
             `pruned`: each block sees what the pruned blocks before it give, which takes more passes.
         chooses_linears: Whether `targets` and `ignore` mean anything to the method.
+        changes_shapes: Whether weights become smaller, so that the model's parameters and its speed change.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     chooses_linears: ClassVar[bool] = True
+    changes_shapes: ClassVar[bool] = False
     propagate: Propagate
 
-    def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most have nothing to check)
-        """Raises InputError where the settings do not fit ``model``, before anything is done to it."""
+    def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
+        """Raises InputError where the method cannot take ``sparsity`` from ``model``, before anything is done to it."""
 
     @abstractmethod
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
@@ -112,6 +115,7 @@ class MaskMethod(Method):
                 self._prune_next(walk, block, observed[block.index], rate)
                 if walk is not None and block is not blocks[-1]:
                     walk.run(block)
+        structure.write(model, masked=True)
         return [self.taken(block) for block in blocks]
 
     @torch.no_grad()
