@@ -34,7 +34,7 @@ class DynamicPruningCallback(Callback):
     known only after the cut, which is then done once more before the checkpoint's weights load.
 
     Args:
-        method: How the blocks become smaller: by masks, such as Wanda or Magnitude, or by Slicing; null switches
+        method: How the blocks become smaller: by masks, such as Wanda or SparseGPT, or by Slicing; null switches
             pruning off.
         sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights; for Slicing, of the
             dimensions of the residual stream.

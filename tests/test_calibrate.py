@@ -156,7 +156,7 @@ def test_padding_counts_in_no_statistic(any_model: PreTrainedModel) -> None:
         one, two = observe(plain, block, BOTH), observe(with_padding, block, BOTH)
         assert two.cosine == pytest.approx(one.cosine, abs=1e-5)
         for name in one.norms:
-            torch.testing.assert_close(one.norms[name], two.norms[name], rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(one.norms[name], two.norms[name], rtol=1e-4, atol=1e-5)
 
 
 def test_input_squares_by_hand() -> None:

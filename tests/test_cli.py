@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_prune.cli import main
 from lit_prune.evaluate import measure, zeros
 from lit_prune.module import PrunableLM
+from lit_prune.prune import SparseGPT
 
 SMALL = [
     "--model.dtype=float32",
@@ -225,6 +226,14 @@ def test_overwrite_replaces_the_folder() -> None:
     assert [path.name for path in Path("runs").iterdir()] == ["x"]
 
 
+def test_a_method_that_replaces_the_default_one_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--pruning.method", "SparseGPT", "--print_config"])
+    method = yaml.safe_load(capsys.readouterr().out)["pruning"]["method"]
+    assert method["class_path"] == "lit_prune.prune.SparseGPT"
+    assert SparseGPT(**method["init_args"]).propagate == "pruned"
+
+
 def test_print_config_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--print_config"])
@@ -282,7 +291,7 @@ MISTAKES = [
     (["--pruning.sparsty=0.5"], r"`--pruning.sparsty` is not an option. Did you mean --pruning.sparsity"),
     (
         ["--pruning.method=Wnda"],
-        r"`pruning.method` must be one of Magnitude, Slicing, Wanda.*got 'Wnda'. Did you mean Wanda",
+        r"`pruning.method` must be one of Magnitude, Slicing, .*Wanda.*got 'Wnda'. Did you mean Wanda",
     ),
     (["--pruning.allocation=DPL"], r"`pruning.allocation` must be one of DLP, .*Did you mean DLP"),
     (["--pruning.recovery=Lora"], r"`pruning.recovery` must be one of LoRA.*Did you mean LoRA"),

@@ -3,6 +3,7 @@
 from lit_prune.prune.base import MaskMethod, Method, ScoredMethod
 from lit_prune.prune.magnitude import Magnitude
 from lit_prune.prune.patterns import Pattern, Unstructured
+from lit_prune.prune.sparsegpt import SparseGPT
 from lit_prune.prune.wanda import Wanda
 
-__all__ = ["Magnitude", "MaskMethod", "Method", "Pattern", "ScoredMethod", "Unstructured", "Wanda"]
+__all__ = ["Magnitude", "MaskMethod", "Method", "Pattern", "ScoredMethod", "SparseGPT", "Unstructured", "Wanda"]

@@ -15,6 +15,11 @@ from torch import Tensor
 class Pattern(ABC):
     """How removals may lie within a weight."""
 
+    @property
+    def columns(self) -> int | None:
+        """How many columns side by side are decided apart from all others; None where any may be decided together."""
+        return None
+
     @abstractmethod
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
         """Returns keep_OI, bool: True where the weight stays.

@@ -23,19 +23,20 @@ class Wanda(ScoredMethod):
     Args:
         pattern: How the removals may lie; null is Unstructured.
         propagate: `dense` takes the norms of the unpruned model, from the pass that scores the blocks; `pruned` takes
-            those behind pruned blocks, as the papers do, in two passes more. Measured on SmolLM2-135M, dense is better
-            with DLP (perplexity 43.65 against 44.11 at 0.5, 280 against 328 at 0.7), pruned with Uniform (44.45 against
-            44.20, 1051 against 1006): benchmarks/quality.py.
+            those behind pruned blocks, as the papers do, in two passes more; null is dense. Measured on SmolLM2-135M,
+            dense is better with DLP (perplexity 43.65 against 44.11 at 0.5, 280 against 328 at 0.7), pruned with
+            Uniform (44.45 against 44.20, 1051 against 1006): benchmarks/quality.py.
     """
 
     pattern: Pattern | None = None
-    propagate: Propagate = "dense"
+    propagate: Propagate | None = None  # type: ignore[assignment]  # null: another method's default is not carried over
 
     needs: ClassVar[frozenset[str]] = frozenset({INPUTS})
     by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", self.pattern or Unstructured())
+        object.__setattr__(self, "propagate", self.propagate or "dense")
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         """Returns |W| * ||X||; |W| for an expert that no token reached, where ||X|| would tell nothing apart."""

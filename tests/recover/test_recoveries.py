@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -72,19 +74,26 @@ def test_lora_changes_nothing_before_it_is_trained(model: PreTrainedModel, batch
     torch.testing.assert_close(model(batches[0]).logits, before)
 
 
-def test_snapshot_rebuilds_what_the_weights_need(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("llama", ["q_proj", "up_proj"]), ("llama", None), ("gpt2", None), ("mixtral", None), ("qwen3_moe", ["q_proj"])],
+)
+def test_snapshot_rebuilds_what_the_weights_need(
+    family: str, targets: list[str] | None, batches: list[torch.Tensor]
+) -> None:
+    model = small_model(family)
     prune(model, batches, Recipe())
-    LoRA(r=3, alpha=5, dropout=0.1, target_modules=["q_proj", "up_proj"]).attach(model)
+    LoRA(r=3, alpha=5, dropout=0.1, target_modules=targets).attach(model)
     for parameter in model.parameters():
         parameter.data.add_(0.01)
-    fresh = small_model()
-    stored = snapshot(model)
+    fresh = small_model(family)
+    stored = json.loads(json.dumps(snapshot(model)))
     rebuild(fresh, stored)
     rebuild(fresh, stored)
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(fresh(batches[0]).logits, model.eval()(batches[0]).logits)
     assert snapshot(fresh) == stored
-    assert adapter_config(small_model()) is None
+    assert adapter_config(small_model(family)) is None
 
 
 @pytest.mark.parametrize(
