@@ -16,11 +16,12 @@ from lit_prune.allocate import DLP, Allocation
 from lit_prune.budget import Budget
 from lit_prune.calibrate import Batch, Calibration
 from lit_prune.errors import InputError
-from lit_prune.evaluate import measure
+from lit_prune.evaluate import measure, parameters, size_bytes
 from lit_prune.families import Block
 from lit_prune.pipeline import Recipe, prune, recipe_record
 from lit_prune.prune import Method
 from lit_prune.recover import Recovery, rebuild, snapshot
+from lit_prune.speed import tokens_per_second
 
 
 class DynamicPruningCallback(Callback):
@@ -34,24 +35,27 @@ class DynamicPruningCallback(Callback):
     known only after the cut, which is then done once more before the checkpoint's weights load.
 
     Args:
-        method: How weights are chosen within a linear, such as Wanda or Magnitude; null switches pruning off.
-        sparsity: Share of the linears' weights to remove, mean over the blocks, in [0, 1); see `budget`.
+        method: How the blocks become smaller: by masks, such as Wanda or SparseGPT, or by Slicing; null switches
+            pruning off.
+        sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights (see `budget`); for Slicing,
+            of the dimensions of the residual stream.
         allocation: How blocks are scored and the sparsity is spread over them: DLP, OWL, AlphaPruning, LayerRedundancy,
             Uniform, or a Plan from a file; null is DLP.
         at_step: Optimizer step before which the cut comes; 0 is the only one so far.
         recovery: What is trained after the cut, such as LoRA; null trains what the LightningModule leaves trainable,
-            which must not be the pruned weights.
+            which must not be weights under a mask.
         calibration: How much text the statistics are taken over.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
-        targets: Name suffixes or regular expressions of the linears to prune; null takes all in the blocks.
+        targets: Name suffixes or regular expressions of the linears to prune; null takes all in the blocks, and Slicing
+            can do nothing else.
         ignore: Suffixes or regular expressions of linears to leave alone.
         blocks: Dotted path of the decoder layers in the LLM, for a family that is not known.
         budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
             of the LLM, tied weights counted once, of which the linears then give more than that share.
         target: Dotted path of the LLM in the LightningModule.
         measure: Measure the perplexity on the validation data before and after the cut (as much of it as the Trainer's
-            `limit_val_batches` allows).
+            `limit_val_batches` allows); for Slicing the tokens per second, too.
 
     Raises:
         InputError: for settings that cannot be; before anything is touched.
@@ -124,7 +128,7 @@ class DynamicPruningCallback(Callback):
         """Measures, prunes ``model`` and measures again; keeps the numbers in ``done``."""
         assert self.recipe is not None
         batches, settings = calibration
-        done: dict[str, Any] = {"perplexity": {}, "seconds": {}, "protocol": None, "calibration": settings}
+        done: dict[str, Any] = {"perplexity": {}, "seconds": {}, "protocol": None, "calibration": settings, "size": {}}
 
         def measured(name: str) -> None:
             if self.measure and validation is not None:
@@ -133,6 +137,10 @@ class DynamicPruningCallback(Callback):
                 done["perplexity"][name] = measurement.perplexity
                 done["seconds"][f"perplexity_{name}"] = measurement.seconds
                 done["protocol"] = measurement.protocol
+            if self.recipe is not None and self.recipe.method.changes_shapes:
+                model.to(device)  # type: ignore[arg-type]
+                speed = tokens_per_second(model) if self.measure else None
+                done["size"][name] = {"parameters": parameters(model), "bytes": size_bytes(model), "speed": speed}
 
         measured("dense")
         pruned = prune(model, batches, self.recipe, device=device)
@@ -174,7 +182,8 @@ class DynamicPruningCallback(Callback):
         if "recipe" not in record:
             raise InputError(f"`ckpt_path` must be a checkpoint of a pruned model, nothing was pruned in {path}.")
         recovery = self.recovery and repr(self.recovery)
-        done = {**record["recipe"], "recovery": record.get("recovery")}
+        defaults = recipe_record(Recipe())  # an older record lacks settings that there were none of
+        done = {**defaults, **record["recipe"], "recovery": record.get("recovery")}
         for field, value in {**recipe_record(self.recipe), "recovery": recovery}.items():
             if done[field] != value:
                 raise InputError(
@@ -185,7 +194,10 @@ class DynamicPruningCallback(Callback):
 
     def _check_trained(self, blocks: Sequence[Block]) -> None:
         """Refuses a fit that would train pruned weights away from zero."""
-        trained = any(linear.weight.requires_grad for block in blocks for linear in block.linears.values())
+        assert self.recipe is not None
+        if not self.recipe.method.makes_zeros:
+            return
+        trained = any(linear.parameter.requires_grad for block in blocks for linear in block.linears.values())
         if self.recovery is None and trained:
             raise InputError(
                 "`pruning.recovery` must be given where pruned weights are trained, or training fills the zeros: use "

@@ -53,7 +53,7 @@ def over_linears(
         InputError: if no rates within the bounds give that share.
     """
     zero, total = zeros(model.parameters())
-    zero_within, within = zeros(linear.weight for block in blocks for linear in block.linears.values())
+    zero_within, within = zeros(linear.weight_OI for block in blocks for linear in block.linears.values())
     outside = zero - zero_within
     least = (sum(low * block.size for low, block in zip(lower, blocks, strict=True)) + outside) / total
     most = (sum(max(low, upper) * block.size for low, block in zip(lower, blocks, strict=True)) + outside) / total

@@ -1,29 +1,49 @@
-"""Runs calibration windows through a model one block at a time, and takes the statistics that are asked for.
+"""Runs calibration windows through a model one block at a time; ``statistics.py`` has what is taken on the way.
 
-At any time one block, one batch and the statistics are on the accelerator; the rest stays where it was. Positions
-whose attention mask is 0 are left out of every statistic.
-Suffixes: N windows, B batch, T tokens, D hidden size, I input channels, P positions that count.
+At any time one block, one batch and the statistics are on the accelerator; the rest stays where it was.
+Suffixes: N windows, B batch, T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
 from lit_prune.families import Block
+from lit_prune.linears import standing_in
+from lit_prune.statistics import COSINE, GRAM, INPUTS, InputGram, InputSquares, Observed, Observer, Seen
 
-INPUTS = "inputs"
-COSINE = "cosine"
+__all__ = [
+    "COSINE",
+    "GRAM",
+    "INPUTS",
+    "Batch",
+    "Calibration",
+    "InputGram",
+    "InputSquares",
+    "Observed",
+    "Observer",
+    "Seen",
+    "Stream",
+    "Windows",
+    "batches_of",
+    "draw_windows",
+    "first_batches",
+    "observe",
+    "on_device",
+    "unwrap",
+]
+
 Batch = dict[str, Tensor]
+Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -116,93 +136,6 @@ def first_batches(loader: Iterable[Any], calibration: Calibration) -> list[Batch
     )
 
 
-@dataclass
-class Observed:
-    """What passed through one block: root mean square of every linear's input channels, and the block's cosine.
-
-    Attributes:
-        norms: ||X_j|| by linear, shape (I,), fp32: the root mean square over the tokens that the linear saw.
-        cosine: mean over tokens of cos(block's input, block's output); None if it was not asked for.
-    """
-
-    norms: dict[str, Tensor] = field(default_factory=dict)
-    cosine: float | None = None
-
-
-class InputSquares:
-    """Sum of squares of every input channel of one linear, over the positions that count."""
-
-    def __init__(self) -> None:
-        self.sum_I: Tensor | None = None
-        self.tokens = 0
-
-    def update(self, x_PI: Tensor) -> None:
-        """Adds positions, in fp32."""
-        sum_I = x_PI.float().square().sum(0)
-        self.sum_I = sum_I if self.sum_I is None else self.sum_I + sum_I
-        self.tokens += len(x_PI)
-
-    def norm(self) -> Tensor:
-        """Returns the root mean square, shape (I,); channels [3, 4] seen in one token give [3, 4]."""
-        assert self.sum_I is not None
-        return (self.sum_I / max(self.tokens, 1)).sqrt()
-
-
-class Observer:
-    """Takes the wanted statistics of one block while batches run through it.
-
-    Linears that are given the same tensor (q, k, v; gate, up) share one statistic: on the first batch they are told
-    apart by the identity of what they are given.
-    """
-
-    def __init__(self, block: Block, wanted: frozenset[str]) -> None:
-        self.wanted = wanted
-        self.mask_BT: Tensor | None = None
-        self._linears = block.linears if INPUTS in wanted else {}
-        self._leader: dict[str, str] = {}
-        self._squares: dict[str, InputSquares] = {}
-        self._seen: dict[int, tuple[str, Tensor]] = {}
-        self._cosine, self._tokens = 0.0, 0
-
-    @contextmanager
-    def watching(self) -> Iterator[Observer]:
-        """Hooks the linears for as long as the context lasts."""
-        handles = [
-            linear.register_forward_pre_hook(lambda _module, args, name=name: self._see(name, args[0]))
-            for name, linear in self._linears.items()
-        ]
-        try:
-            yield self
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _see(self, name: str, x_BTI: Tensor) -> None:
-        if name not in self._leader:
-            leader, _ = self._seen.setdefault(id(x_BTI), (name, x_BTI))  # holding x keeps its id from being reused
-            self._leader[name] = leader
-            self._squares.setdefault(leader, InputSquares())
-        if self._leader[name] == name:
-            self._squares[name].update(self._counted(x_BTI))
-
-    def see_block(self, x_BTD: Tensor, y_BTD: Tensor) -> None:
-        """Adds the cosine of a block's input and output, and forgets what told the linears of a batch apart."""
-        self._seen.clear()
-        if COSINE in self.wanted:
-            cosine_P = F.cosine_similarity(self._counted(x_BTD).float(), self._counted(y_BTD).float(), dim=-1)
-            self._cosine += float(cosine_P.cpu().double().sum())
-            self._tokens += len(cosine_P)
-
-    def _counted(self, x_BTD: Tensor) -> Tensor:
-        return x_BTD.flatten(0, -2) if self.mask_BT is None else x_BTD[self.mask_BT]
-
-    def observed(self) -> Observed:
-        """Returns the statistics over everything that was seen."""
-        shared = {leader: squares.norm() for leader, squares in self._squares.items()}
-        norms = {name: shared[leader] for name, leader in self._leader.items()}
-        return Observed(norms, self._cosine / self._tokens if self._tokens else None)
-
-
 class Stream:
     """The residual stream of all calibration batches, standing between two blocks of a model.
 
@@ -223,14 +156,14 @@ class Stream:
         self.home = model.device
         self.masks: list[Tensor | None] = [_mask(batch) for batch in batches]
         self.hidden: list[Tensor] = []
-        self.arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        modules = [block.module for block in blocks]
+        self.arguments: list[Arguments] = []
+        capture = _Capture(model, [block.module for block in blocks])
         for batch in batches:
-            inputs, arguments = _capture(model, modules, {k: v.to(self.home) for k, v in batch.items()})
+            inputs, arguments = capture({key: value.to(self.home) for key, value in batch.items()})
             self.hidden.append(inputs)
             self.arguments.append([_share(now, before) for now, before in self._beside_last(arguments)])
 
-    def _beside_last(self, arguments: list[Any]) -> Iterable[tuple[Any, Any]]:
+    def _beside_last(self, arguments: Arguments) -> Iterable[tuple[Any, Any]]:
         return zip(arguments, self.arguments[-1] if self.arguments else [None] * len(arguments), strict=True)
 
     @torch.no_grad()
@@ -252,15 +185,43 @@ class Stream:
             if observer is not None:
                 observer.mask_BT = None if mask_BT is None else mask_BT.to(self.device)
             y_BTD = unwrap(block.module(x_BTD, *args, **kwargs))
-            if not torch.isfinite(y_BTD.sum(dtype=torch.float32)):
-                raise InputError(
-                    f"`calibration`: block {block.index} gives NaN or infinity on calibration batch {index}; the "
-                    "weights are broken, or `model.dtype` is too small for them (try float32 or bfloat16)."
-                )
+            _check_finite(y_BTD, block, index)
             if observer is not None:
                 observer.see_block(x_BTD, y_BTD)
             if advance:
                 self.hidden[index] = y_BTD.to(self.home)
+
+    @torch.no_grad()
+    def map(self, work: Callable[..., Tensor], block: Block | None = None) -> None:
+        """Puts what ``work`` makes of every batch's hidden states in their place.
+
+        Args:
+            work: Is given the batch's index, its hidden states on the stream's device and, by keyword, the arguments
+                that ``block`` is called with.
+            block: The block that the stream stands before.
+
+        Raises:
+            InputError: if NaN or infinity comes out of a block.
+        """
+        for index, x_BTD in enumerate(self.hidden):
+            kwargs = {} if block is None else self.arguments[index][block.index][1]
+            y_BTD = work(index, x_BTD.to(self.device), **move_data_to_device(kwargs, self.device))
+            if block is not None:
+                _check_finite(y_BTD, block, index)
+            self.hidden[index] = y_BTD.to(self.home)
+
+    def counted(self, index: int, x_BTD: Tensor) -> Tensor:
+        """Returns the positions of batch ``index`` that count, (P, D)."""
+        mask_BT = self.masks[index]
+        return x_BTD.flatten(0, -2) if mask_BT is None else x_BTD[mask_BT.to(x_BTD.device)]
+
+
+def _check_finite(y_BTD: Tensor, block: Block, index: int) -> None:
+    if not torch.isfinite(y_BTD.sum(dtype=torch.float32)):
+        raise InputError(
+            f"`calibration`: block {block.index} gives NaN or infinity on calibration batch {index}; the weights are "
+            "broken, or `model.dtype` is too small for them (try float32 or bfloat16)."
+        )
 
 
 def observe(stream: Stream, block: Block, wanted: frozenset[str], *, advance: bool = True) -> Observed:
@@ -291,30 +252,35 @@ def _mask(batch: Batch) -> Tensor | None:
     return None if mask is None or bool(mask.all()) else mask.bool()
 
 
-@torch.no_grad()
-def _capture(
-    model: PreTrainedModel, modules: Sequence[nn.Module], batch: Batch
-) -> tuple[Tensor, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Embeds a batch with every block short-circuited; returns block 0's input and every block's other arguments."""
-    hidden: list[Tensor] = []
-    arguments = []
+class _Capture:
+    """Embeds batches with every block short-circuited; returns block 0's input and every block's other arguments.
 
-    def recorder(x_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
-        hidden.append(x_BTD)
-        arguments.append((args, kwargs))
-        return x_BTD
+    What stands in for a block gives what the block would give, a tensor or a tuple. Nothing but the block itself can
+    tell which, so that the first one runs once: Falcon takes ``outputs[0]``, which of a tensor is its first row.
+    """
 
-    own = [module.__dict__.get("forward") for module in modules]
-    for module in modules:
-        module.forward = recorder
-    try:
-        model.base_model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
-    finally:
-        for module, forward in zip(modules, own, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-    return hidden[0], arguments
+    def __init__(self, model: PreTrainedModel, modules: Sequence[nn.Module]) -> None:
+        self.model, self.modules = model, modules
+        self.first = modules[0].forward
+        self.wraps: bool | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[Tensor, Arguments]:
+        hidden: list[Tensor] = []
+        arguments: Arguments = []
+
+        def recorder(x_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+            if self.wraps is None:
+                self.wraps = isinstance(self.first(x_BTD, *args, **kwargs), tuple)
+            hidden.append(x_BTD)
+            arguments.append((args, kwargs))
+            return (x_BTD, None) if self.wraps else x_BTD
+
+        with standing_in(self.modules, recorder):
+            self.model.base_model(
+                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
+            )
+        return hidden[0], arguments
 
 
 def _share(now: Any, before: Any) -> Any:

@@ -1,25 +1,30 @@
-"""An ordinary Hugging Face folder: pruned weights as they are, the adapter beside them, tokenizer, model card.
+"""An ordinary Hugging Face folder: the weights, an adapter that cannot be merged beside them, tokenizer, model card.
 
-Where there is an adapter, its files lie at the root of the folder in peft's layout, so that a plain ``from_pretrained``
-loads pruned weights and adapter together (where peft is installed). It is not merged: B A is dense and would fill
-every zero.
+The adapter of a model without masks is merged: that is exact. That of a model with masks is not, since B A is dense and
+would fill every zero: its files lie at the root of the folder in peft's layout, so that a plain ``from_pretrained``
+loads pruned weights and adapter together (where peft is installed).
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from lit_prune import structure
 from lit_prune.recover import adapter_config
 
 
-def export(model: PreTrainedModel, folder: Path, tokenizer: Tokenizer | None = None, card: str | None = None) -> None:
-    """Writes ``model`` into ``folder``, which plain ``transformers`` opens.
+def export(
+    model: PreTrainedModel, folder: Path, tokenizer: Tokenizer | None = None, card: str | None = None
+) -> PreTrainedModel:
+    """Writes ``model`` into ``folder``, which plain ``transformers`` opens; returns the model whose weights are there.
 
     Args:
         model: A causal LM, with or without a LoRA adapter; it is left as it is.
@@ -28,14 +33,38 @@ def export(model: PreTrainedModel, folder: Path, tokenizer: Tokenizer | None = N
         card: Text of the model card, README.md.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if adapter_config(model) is not None:
+    if adapter_config(model) is not None and not merges(model):
         model.save_pretrained(folder)  # with an adapter on it, transformers saves the adapter alone
         _name_base(folder / "adapter_config.json")
-    without_adapter(model).save_pretrained(folder)
+    plain = merged(model) if merges(model) else without_adapter(model)
+    plain.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
+    return plain
+
+
+def merges(model: PreTrainedModel) -> bool:
+    """Returns whether the adapter on ``model`` is merged when that is exported."""
+    return adapter_config(model) is not None and not structure.masked(model)
+
+
+@torch.no_grad()
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model without the adapter, whose weights are W + B A; ``model`` is left as it is.
+
+    The sum is taken in float32 at least. Weights without an adapter are shared.
+    """
+    plain = without_adapter(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            adapted: Any = layer
+            weight, delta = adapted.get_base_layer().weight, adapted.get_delta_weight("default")
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            total = weight.to(wide) + delta.to(weight.device, wide)
+            plain.get_submodule(name).weight = nn.Parameter(total.to(weight.dtype))
+    return plain
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:

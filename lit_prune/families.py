@@ -1,4 +1,4 @@
-"""Where each Hugging Face family keeps its blocks; within a block every ``nn.Linear`` is one that may be pruned.
+"""Where each Hugging Face family keeps its blocks; what is a linear within them, ``linears.py`` finds by itself.
 
 A family is one entry of ``FAMILIES``. Masks need nothing but the path of the blocks, so a family that has no entry can
 be pruned by giving that path.
@@ -7,13 +7,14 @@ be pruned by giving that path.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_prune.errors import InputError
+from lit_prune.linears import Linear, linears_of
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,20 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
+    "falcon": Family(blocks="transformer.h"),
+    "gemma2": Family(blocks="model.layers"),
+    "gemma3_text": Family(blocks="model.layers"),
+    "gpt2": Family(blocks="transformer.h"),
+    "gpt_neox": Family(blocks="gpt_neox.layers"),
     "llama": Family(blocks="model.layers"),
     "mistral": Family(blocks="model.layers"),
+    "mixtral": Family(blocks="model.layers"),
+    "opt": Family(blocks="model.decoder.layers"),
+    "phi": Family(blocks="model.layers"),
+    "phi3": Family(blocks="model.layers"),
     "qwen2": Family(blocks="model.layers"),
     "qwen3": Family(blocks="model.layers"),
+    "qwen3_moe": Family(blocks="model.layers"),
 }
 
 
@@ -37,12 +48,12 @@ class Block:
 
     index: int
     module: nn.Module
-    linears: dict[str, nn.Linear]
+    linears: dict[str, Linear]
 
     @property
     def size(self) -> int:
         """Number of prunable weights."""
-        return sum(linear.weight.numel() for linear in self.linears.values())
+        return sum(linear.weight_OI.numel() for linear in self.linears.values())
 
 
 def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:
@@ -53,8 +64,9 @@ def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:
     """
     if blocks is not None:
         return blocks
-    if config.model_type in FAMILIES:
-        return FAMILIES[config.model_type].blocks
+    family = config.model_type.removeprefix("sliced_")
+    if family in FAMILIES:
+        return FAMILIES[family].blocks
     raise InputError(
         f"`pruning.blocks` must be given for the family {config.model_type!r}, which is not one of "
         f"{', '.join(sorted(FAMILIES))}: masks need only the dotted path of the decoder layers, such as model.layers."
@@ -77,8 +89,8 @@ def find_blocks(
         blocks: Dotted path of the blocks, for a family without an entry.
 
     Raises:
-        InputError: for an unknown family, a path that is no list of blocks, names that match nothing, weights that are
-            quantised or hidden under an adapter.
+        InputError: for an unknown family, a path that is no list of blocks, names that match nothing or leave a block
+            without any, weights that are quantised, hidden under an adapter, or fused in an unknown way.
     """
     path = blocks_path(model.config, blocks)
     try:
@@ -89,25 +101,32 @@ def find_blocks(
         raise InputError(
             f"`pruning.blocks` must lead to a list of decoder layers, {path!r} is {type(layers).__name__}."
         )
-    return [Block(index, layer, _linears(layer, targets, ignore)) for index, layer in enumerate(layers)]
+    every = [linears_of(layer) for layer in layers]
+    _check_linears(every, layers)
+    names = dict.fromkeys(name for linears in every for name in linears)  # blocks differ where some have no experts
+    _check_patterns(names, {"targets": targets or [], "ignore": ignore})
+    return [Block(index, layer, _chosen(index, every[index], targets, ignore)) for index, layer in enumerate(layers)]
 
 
-def _linears(layer: nn.Module, targets: Sequence[str] | None, ignore: Sequence[str]) -> dict[str, nn.Linear]:
-    every = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    if hidden := [name for name in every if ".base_layer" in name or "lora_" in name]:
-        raise InputError(
-            f"`model` must be pruned before adapters are attached, {hidden[0]} is under one; merge it first."
-        )
-    for name, linear in every.items():
-        if not linear.weight.is_floating_point():
-            raise InputError(
-                f"`model` must be pruned in full precision, {name} is quantised ({linear.weight.dtype}); load it "
-                "unquantised, prune, and quantise after that."
-            )
-    if not every:
-        kinds = ", ".join(sorted({type(module).__name__ for module in layer.modules()}))
-        raise InputError(f"`pruning.blocks` must lead to blocks made of nn.Linear, there is none among {kinds}.")
-    for field, patterns in {"targets": targets or [], "ignore": ignore}.items():
+def _check_linears(every: Sequence[Mapping[str, Linear]], layers: nn.ModuleList) -> None:
+    for linears, layer in zip(every, layers, strict=True):
+        if not linears:
+            kinds = ", ".join(sorted({type(module).__name__ for module in layer.modules()}))
+            raise InputError(f"`pruning.blocks` must lead to blocks with linears, there is none among {kinds}.")
+        for name, linear in linears.items():
+            if ".base_layer" in name or "lora_" in name:
+                raise InputError(
+                    f"`model` must be pruned before adapters are attached, {name} is under one; merge it first."
+                )
+            if not linear.parameter.is_floating_point():
+                raise InputError(
+                    f"`model` must be pruned in full precision, {name} is quantised ({linear.parameter.dtype}); load "
+                    "it unquantised, prune, and quantise after that."
+                )
+
+
+def _check_patterns(names: Collection[str], chosen_by: Mapping[str, Sequence[str]]) -> None:
+    for field, patterns in chosen_by.items():
         for pattern in patterns:
             try:
                 re.compile(pattern)
@@ -115,10 +134,13 @@ def _linears(layer: nn.Module, targets: Sequence[str] | None, ignore: Sequence[s
                 raise InputError(
                     f"`pruning.{field}` must be suffixes or regular expressions, {pattern!r}: {error}."
                 ) from error
-            if not any(matches(name, pattern) for name in every):
-                raise InputError(
-                    f"`pruning.{field}` must match a linear, got {pattern!r}; there are {', '.join(every)}."
-                )
+            if not any(matches(name, pattern) for name in names):
+                raise InputError(f"`pruning.{field}` must match a linear, got {pattern!r}; there are {_some(names)}.")
+
+
+def _chosen(
+    index: int, every: dict[str, Linear], targets: Sequence[str] | None, ignore: Sequence[str]
+) -> dict[str, Linear]:
     chosen = {
         name: linear
         for name, linear in every.items()
@@ -126,8 +148,15 @@ def _linears(layer: nn.Module, targets: Sequence[str] | None, ignore: Sequence[s
         and not any(matches(name, pattern) for pattern in ignore)
     }
     if not chosen:
-        raise InputError(f"`pruning.targets` and `pruning.ignore` leave nothing to prune of {', '.join(every)}.")
+        raise InputError(
+            f"`pruning.targets` and `pruning.ignore` leave nothing to prune in block {index} of {_some(every)}."
+        )
     return chosen
+
+
+def _some(names: Collection[str]) -> str:
+    """The names in one line, of experts those of the first one."""
+    return ", ".join(name for name in names if re.search(r"\.[1-9]\d*\.", name) is None)
 
 
 def matches(name: str, pattern: str) -> bool:

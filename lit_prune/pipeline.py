@@ -32,8 +32,8 @@ class Recipe:
     """What is to be removed, and how.
 
     Args:
-        method: How weights are chosen within a linear.
-        sparsity: Share of the linears' weights to remove, mean over the blocks, in [0, 1).
+        method: How the blocks become smaller: by masks, or by slices.
+        sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights, or of the dimensions.
         allocation: How blocks are scored, and how the sparsity is spread over them.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
@@ -90,7 +90,7 @@ class Recipe:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
                 the bounds do not allow.
         """
-        self.method.check(model)
+        self.method.check(model, self.sparsity)
         blocks = self.find(model)
         limits = self.limits(model, blocks)
         self.method.check_rates(blocks, self.allocation, limits.target)
@@ -190,20 +190,7 @@ def score(
     Raises:
         InputError: see :meth:`Recipe.check`; also for NaN or infinity in the activations, and for no batches.
     """
-    blocks = recipe.check(model)
-    needs = recipe.allocation.needs | (recipe.method.needs if recipe.method.propagate == "dense" else frozenset())
-    begin = time.perf_counter()
-    with evaluating(model):
-        stream = _stream(model, blocks, batches, device) if needs else None
-        scores, observed = [], []
-        for block in track(blocks, "Scoring blocks"):
-            with on_device(block, stream.device if stream else model.device):
-                seen = observe(stream, block, needs, advance=block is not blocks[-1]) if stream else Observed()
-                scores.append(recipe.allocation.score(_weights(block), seen))
-            observed.append(seen)
-    limits = recipe.limits(model, blocks)
-    rates = recipe.spread(limits, scores)
-    return Scored(scores, rates, limits.target, limits.sizes, time.perf_counter() - begin, observed)
+    return _score(model, batches, recipe, device, recipe.allocation.needs)
 
 
 def prune(
@@ -214,12 +201,13 @@ def prune(
     device: torch.device | str | None = None,
 ) -> Pruned:
     """Prunes ``model`` in place, and returns what was done; arguments and errors as in :func:`score`."""
-    batches = list(batches)
-    scored = score(model, batches, recipe, device=device)
+    batches, method = list(batches), recipe.method
+    needs = recipe.allocation.needs | (method.needs if method.propagate == "dense" else frozenset())
+    scored = _score(model, batches, recipe, device, needs)
     blocks = recipe.find(model)
     begin = time.perf_counter()
     with evaluating(model):
-        achieved = recipe.method.apply(
+        achieved = method.apply(
             model,
             blocks,
             rates=scored.rates,
@@ -248,8 +236,31 @@ def recipe_record(recipe: Recipe) -> dict[str, object]:
     }
 
 
+def _score(
+    model: PreTrainedModel,
+    batches: Iterable[Batch | Tensor],
+    recipe: Recipe,
+    device: torch.device | str | None,
+    needs: frozenset[str],
+) -> Scored:
+    """Scores the blocks, and keeps the statistics that are needed where the model is."""
+    blocks = recipe.check(model)
+    begin = time.perf_counter()
+    with evaluating(model):
+        stream = _stream(model, blocks, batches, device) if needs else None
+        scores, observed = [], []
+        for block in track(blocks, "Scoring blocks"):
+            with on_device(block, stream.device if stream else model.device):
+                seen = observe(stream, block, needs, advance=block is not blocks[-1]) if stream else Observed()
+                scores.append(recipe.allocation.score(_weights(block), seen))
+            observed.append(seen.to(model.device))
+    limits = recipe.limits(model, blocks)
+    rates = recipe.spread(limits, scores)
+    return Scored(scores, rates, limits.target, limits.sizes, time.perf_counter() - begin, observed)
+
+
 def _weights(block: Block) -> dict[str, Tensor]:
-    return {name: linear.weight.detach() for name, linear in block.linears.items()}
+    return {name: linear.weight_OI for name, linear in block.linears.items()}
 
 
 def _stream(

@@ -36,20 +36,42 @@ def table(report: Report) -> Table:
             grid.add_row(f"perplexity, {name}", f"{value:.3f}{_change(report, name)}")
     if report.get("protocol"):
         grid.add_row("protocol", describe_protocol(report["protocol"]))
-    sparsity = report.get("sparsity", {})
-    for name, label in {
-        "requested": f"requested, {_requested_of(sparsity)}",
-        "achieved_linears": "achieved over the linears",
-        "achieved_all": "achieved over all parameters",
-    }.items():
-        if sparsity.get(name) is not None:
-            missed = _missed(sparsity) if name == "achieved_linears" else ""
-            grid.add_row(f"sparsity {label}", f"{sparsity[name]:.4f}{missed}")
+    for label, value in _cut(report).items():
+        grid.add_row(label, value)
     if "parameters" in report:
         grid.add_row("parameters", _size(report))
     seconds = report["seconds"]
     grid.add_row("seconds", ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items()))
     return grid
+
+
+def _cut(report: Report) -> dict[str, str]:
+    """The rows that tell how much was cut."""
+    sliced = report.get("slice")
+    if sliced is None:
+        return _zeros(report.get("sparsity", {}))
+    rows = {f"slice {name}, mean over blocks": f"{sliced[name]:.4f}" for name in ("requested", "achieved")}
+    rows["widths of the blocks"] = f"{min(sliced['sizes'])} to {max(sliced['sizes'])} of {sliced['hidden_size']}"
+    dense, pruned = (sliced.get(name) or {} for name in ("dense", "pruned"))
+    for name in ("prefill", "decode") if dense.get("speed") and pruned.get("speed") else ():
+        before, after = dense["speed"][name], pruned["speed"][name]
+        rows[f"tokens a second, {name}"] = f"{after:,.1f}, dense {before:,.1f}  ({after / before:.2f} x dense)"
+    return rows
+
+
+def _zeros(sparsity: dict[str, Any]) -> dict[str, str]:
+    """The rows that tell how many weights are zero."""
+    labels = {
+        "requested": f"requested, {_requested_of(sparsity)}",
+        "achieved_linears": "achieved over the linears",
+        "achieved_all": "achieved over all parameters",
+    }
+    missed = {"achieved_linears": _missed(sparsity)}
+    return {
+        f"sparsity {label}": f"{sparsity[name]:.4f}{missed.get(name, '')}"
+        for name, label in labels.items()
+        if sparsity.get(name) is not None
+    }
 
 
 def _requested_of(sparsity: dict[str, Any]) -> str:
@@ -63,8 +85,19 @@ def _missed(sparsity: dict[str, Any]) -> str:
 
 
 def _size(report: Report) -> str:
-    adapter = f" and {report['adapter_parameters']:,} of the adapter" if report["adapter"] else ""
-    return f"{report['parameters']:,}{adapter}, {report['bytes'] / 1e6:,.1f} MB, zeros stored"
+    """Parameters and bytes, beside those of the dense model where slicing changed them."""
+    adapter = ""
+    if report["adapter"] and not report["merged"]:
+        adapter = f" and {report['adapter_parameters']:,} of the adapter"
+    text = f"{report['parameters']:,}{adapter}, {report['bytes'] / 1e6:,.1f} MB"
+    if report["slice"] is None:
+        return text + ", zeros stored"
+    dense = report["slice"].get("dense")
+    if dense is None:
+        return text
+    share = report["parameters"] / dense["parameters"] - 1
+    told = f", dense {dense['parameters']:,}, {dense['bytes'] / 1e6:,.1f} MB  ({share:+.1%})"
+    return text + told + (": bigger than the dense model" if share > 0 else "")
 
 
 def _change(report: Report, name: str) -> str:
@@ -103,7 +136,7 @@ def block_table(report: Report) -> Table:
 
 
 def picture(path: Path, scores: list[float], rates: list[float], report: Report) -> None:
-    """Draws every block's score and rate, and the perplexities where there are any, to a PNG file."""
+    """Draws every block's score and its rate or width, and the perplexities where there are any, to a PNG file."""
     from matplotlib.figure import Figure
 
     perplexity = {name: value for name, value in report.get("perplexity", {}).items() if value is not None}
@@ -111,9 +144,12 @@ def picture(path: Path, scores: list[float], rates: list[float], report: Report)
     widths = [3, 1] if len(perplexity) > 1 else [1]
     axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     blocks = range(len(rates))
-    axes[0].bar(blocks, rates, color="#4c78a8", label="share removed (left)")
-    axes[0].axhline(report["sparsity"]["target"], color="#4c78a8", linestyle=":", label="mean asked for (left)")
-    axes[0].set(xlabel="block", ylabel="share of weights removed", ylim=(0, 1))
+    if report.get("slice") is None:
+        axes[0].bar(blocks, rates, color="#4c78a8", label="share removed (left)")
+        axes[0].axhline(report["sparsity"]["target"], color="#4c78a8", linestyle=":", label="mean asked for (left)")
+        axes[0].set(xlabel="block", ylabel="share removed", ylim=(0, 1))
+    else:
+        _draw_widths(axes[0], report["slice"])
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     other = axes[0].twinx()
     other.plot(blocks, scores, color="#e45756", marker="o", markersize=3, label="score (right)")
@@ -130,35 +166,40 @@ def picture(path: Path, scores: list[float], rates: list[float], report: Report)
     figure.savefig(path, dpi=120, format="png")
 
 
+def _draw_widths(axis: Any, sliced: dict[str, Any]) -> None:
+    """Bars of what every block keeps of the stream's dimensions, what it gives above them."""
+    sizes, full = sliced["sizes"], sliced["hidden_size"]
+    blocks = range(len(sizes))
+    axis.bar(blocks, sizes, color="#4c78a8", label="width kept (left)")
+    axis.bar(blocks, [full - size for size in sizes], bottom=sizes, color="#dbe5f0", label="sliced off")
+    mean = sum(sizes) / len(sizes)
+    axis.axhline(mean, color="#1f3b5c", linestyle=":", label=f"mean width, {mean:.0f} of {full}")
+    axis.set(xlabel="block", ylabel="dimensions of the residual stream", ylim=(0, full * 1.3))
+
+
 def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str:
     """Returns the README.md of the exported folder; ``tokenizer`` says where the tokenizer is."""
     data = ModelCardData(library_name="transformers", tags=["pruning", "sparse", "lit-prune"])
     perplexity = "\n".join(
         f"| {name} | {value:.3f} |" for name, value in report["perplexity"].items() if value is not None
     )
-    sparsity, recipe = report["sparsity"], report.get("recipe")
-    done = (
-        f"Pruned with {recipe['method']} at a sparsity of {sparsity['requested']:g} ({_requested_of(sparsity)}), "
-        f"spread over the blocks by {recipe['allocation']}."
-        if recipe
-        else "Not pruned."
-    )
+    recipe = report.get("recipe")
     adapter = (
         "\nThe folder holds the pruned weights and, beside them, the adapter that was trained to heal them. The "
         "adapter is not merged: merging would fill the zeros. `from_pretrained` loads both where peft is installed; "
         "without peft it loads the pruned weights alone, unrecovered.\n"
-        if report.get("adapter")
+        if report.get("adapter") and not report["merged"]
         else ""
     )
+    if report["merged"]:
+        adapter = "\nAn adapter was trained to heal it, and is merged into the weights.\n"
     return f"""---
 {data.to_yaml()}
 ---
 
 # {base}, {"pruned" if recipe else "trained"} with lit_prune
 
-Made from `{base}`. {done} {sparsity["achieved_linears"]:.2%} of the weights of the linears that were pruned are exactly
-zero, {sparsity["achieved_all"]:.2%} of all parameters. The zeros are stored, so that masks alone make nothing smaller:
-{_size(report)}.
+Made from `{base}`. {_done(report)} {_size(report)}.
 {adapter}
 | | perplexity |
 | --- | --- |
@@ -167,9 +208,30 @@ zero, {sparsity["achieved_all"]:.2%} of all parameters. The zeros are stored, so
 Measured on {describe_protocol(report["protocol"]) if report["protocol"] else "nothing"}.
 
 ```python
+{"import lit_prune  # or pass trust_remote_code=True below" + chr(10) if report["slice"] else ""}\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this/folder")
 tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 ```
 """
+
+
+def _done(report: Report) -> str:
+    """What was done to the model, and what that makes of its size."""
+    sparsity, recipe, sliced = report["sparsity"], report.get("recipe"), report["slice"]
+    if not recipe:
+        return "Not pruned."
+    how = f"{recipe['method']}, spread over the blocks by {recipe['allocation']}"
+    if sliced is None:
+        return (
+            f"Pruned with {how}, at a sparsity of {sparsity['requested']:g} ({_requested_of(sparsity)}). "
+            f"{sparsity['achieved_linears']:.2%} of the weights of the linears that were pruned are exactly zero, "
+            f"{sparsity['achieved_all']:.2%} of all parameters. The zeros are stored, so that masks alone make nothing "
+            "smaller:"
+        )
+    return (
+        f"Sliced with {how}: the residual stream has {min(sliced['sizes'])} to {max(sliced['sizes'])} of its "
+        f"{sliced['hidden_size']} dimensions, {sliced['achieved']:.2%} less in the mean. Shortcut matrices "
+        f"({sliced['shortcut_parameters']:,} parameters) and a head of its own are part of it:"
+    )

@@ -10,15 +10,18 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune import report as reports
+from lit_prune import structure
 from lit_prune.allocate import write_plan
 from lit_prune.allocate.plan import MEAN_TOLERANCE
 from lit_prune.calibrate import Batch
 from lit_prune.evaluate import measure, parameters, size_bytes, zeros
-from lit_prune.export import export, without_adapter
+from lit_prune.export import export, merges, without_adapter
+from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.pipeline import Recipe
 from lit_prune.recover import adapter_config
 from lit_prune.report import Report
 from lit_prune.run_folder import RunFolder, write_text, written_aside
+from lit_prune.slice import slices
 
 REOPENED_TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-2}
 Validation = tuple[Iterable[Batch], str]
@@ -28,8 +31,8 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any])
     """Returns the report of what ``model`` is now, and of what was ``done`` to it (see DynamicPruningCallback)."""
     plain = without_adapter(model)
     sparsity: dict[str, Any] = {"requested": None, "achieved_linears": 0.0}
-    if recipe is not None:
-        zero, total = zeros(linear.weight for block in recipe.find(plain) for linear in block.linears.values())
+    if recipe is not None and recipe.method.makes_zeros:
+        zero, total = zeros(linear.weight_OI for block in recipe.find(plain) for linear in block.linears.values())
         target = done.get("target", recipe.sparsity)
         sparsity = {
             "requested": recipe.sparsity,
@@ -50,10 +53,30 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any])
         "achieved": done.get("achieved"),
         "parameters": parameters(plain),
         "adapter": adapter_config(model),
+        "merged": merges(model),
         "adapter_parameters": parameters(model) - parameters(plain),
-        "bytes": size_bytes(model),
+        "bytes": size_bytes(plain if merges(model) else model),
+        "slice": _slice(plain, recipe, done),
         "seconds": dict(done.get("seconds", {})),
         "versions": reports.versions(),
+    }
+
+
+def _slice(plain: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) -> dict[str, Any] | None:
+    """What a sliced model has become, beside what it was."""
+    if recipe is None or not isinstance(plain, SlicedCausalLM):
+        return None
+    sizes, full = plain.config.slice_sizes, plain.config.hidden_size
+    gone = slices(sizes[:-1], full)
+    return {
+        "requested": recipe.sparsity,
+        "achieved": sum(gone) / len(gone),
+        "hidden_size": full,
+        "sizes": sizes[:-1],
+        "head_size": sizes[-1],
+        "shortcut_parameters": sum(p.numel() for name, p in plain.named_parameters() if "shortcut" in name),
+        **structure.record(plain).get("slice", {}),
+        **done.get("size", {}),
     }
 
 
@@ -76,15 +99,15 @@ def write_results(
     exported = folder.path / "model"
     with written_aside(exported) as draft:
         card = reports.model_card(report, base, base if tokenizer is None else "this/folder")
-        export(model, draft, tokenizer, card)
-        report["export"] = _reopened(draft, model, report, validation)
+        written = export(model, draft, tokenizer, card)
+        report["export"] = _reopened(draft, written, report, validation)
     return [exported, *_told(folder.path, report)]
 
 
 def write_scores(folder: Path, report: Report) -> list[Path]:
     """Writes `plan.yaml`, `blocks.png` and `report.json` of a look at the blocks; returns what was written."""
     plan, mean = folder / "plan.yaml", report["sparsity"]["planned"]
-    header = f"block: share of its weights to remove; mean {mean:.6g}, by {report['recipe']['allocation']}\n"
+    header = f"block: share to remove; mean {mean:.6g}, by {report['recipe']['allocation']}\n"
     header += f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"
     if abs(mean - report["sparsity"]["requested"]) > MEAN_TOLERANCE:
         header += f" --pruning.sparsity {mean:.6g} --pruning.budget linears"
@@ -103,14 +126,22 @@ def _told(folder: Path, report: Report) -> list[Path]:
     return [numbers] if report["scores"] is None else [image, numbers]
 
 
-def _reopened(folder: Path, model: PreTrainedModel, report: Report, validation: Validation | None) -> dict[str, Any]:
-    """Opens the folder with plain transformers and compares; returns what report.json says of it."""
-    opened = AutoModelForCausalLM.from_pretrained(folder).to(model.device)  # type: ignore[arg-type]
+def _reopened(folder: Path, plain: PreTrainedModel, report: Report, validation: Validation | None) -> dict[str, Any]:
+    """Opens the folder with transformers and compares; returns what report.json says of it.
+
+    Args:
+        folder: What was exported.
+        plain: The model that was exported, without its adapter.
+        report: The report so far.
+        validation: What the perplexity is measured on.
+    """
+    opened = AutoModelForCausalLM.from_pretrained(folder).to(plain.device)  # type: ignore[arg-type]
+    unmerged = None if not report["adapter"] else "unmerged, at the root of model/"
     checked: dict[str, Any] = {
-        "adapter": "unmerged, at the root of model/" if report["adapter"] else None,
+        "adapter": "merged" if report["merged"] else unmerged,
         "zeros": zeros(without_adapter(opened).parameters())[0],
     }
-    if checked["zeros"] != zeros(without_adapter(model).parameters())[0]:
+    if checked["zeros"] != zeros(plain.parameters())[0]:
         raise RuntimeError(f"the exported model has {checked['zeros']} zeros, which is not what was pruned; not kept.")
     last = _last_perplexity(report)
     if validation is not None and last is not None:

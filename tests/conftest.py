@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may look for a hub
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import nn
 from transformers import PreTrainedModel
 
+from lit_prune.families import Block, blocks_path
+from lit_prune.linears import ExpertSlice
 from lit_prune.load import load_model, new_model
 
 settings.register_profile("lit_prune", deadline=None, derandomize=True, database=None)
@@ -28,15 +33,51 @@ SMALL = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
-FAMILIES = {
+# One entry a case: what it says beside SMALL; `model_type` where the name of the case is another.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "falcon": {"ffn_hidden_size": 48},  # attention and MLP in parallel on one input, blocks that return tuples
+    "falcon-new": {  # two norms, so that attention and MLP see different inputs
+        "model_type": "falcon",
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "ffn_hidden_size": 48,
+    },
+    "falcon-alibi": {  # a positional argument, alibi, that hangs on the mask
+        "model_type": "falcon",
+        "alibi": True,
+        "parallel_attn": False,
+        "multi_query": False,
+        "bias": True,
+        "ffn_hidden_size": 48,
+    },
+    "gemma2": {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},  # window and full by turns
+    "gemma3_text": {  # masks and rotary embeddings both differ by layer type
+        "head_dim": 8,
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gpt2": {"n_inner": 48},  # weights stored (in, out); q, k and v are one matrix
+    "gpt_neox": {},  # attention and MLP in parallel on two norms
     "llama": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": 8, "head_dim": 8},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},  # the MLP is given (batch * tokens, in)
+    "phi": {},  # q, k, v and fc1 share one input
+    "phi3": {},  # q, k and v are one matrix, gate and up another
     "qwen2": {
         "use_sliding_window": True,
         "sliding_window": 8,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     },
     "qwen3": {"head_dim": 8},
+    "qwen3_moe": {  # the middle block is not a mixture, and of another size
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    },
 }
 
 
@@ -44,10 +85,57 @@ def small_model(family: str = "llama", **fields: object) -> PreTrainedModel:
     """A fresh model of three blocks whose weights differ from block to block."""
     torch.manual_seed(0)
     model = new_model({"model_type": family, **SMALL, **FAMILIES[family], **fields}).eval()
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(blocks_of(model)):
         for parameter in layer.parameters():
             parameter.data.mul_(1 + index)
     return model
+
+
+def lively_model(family: str, **fields: object) -> PreTrainedModel:
+    """The same with norms and biases that do something, and weights large enough for tokens to differ."""
+    model = small_model(family, **fields)
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.data = torch.randn(parameter.shape, generator=random) * 0.1 + around
+        else:
+            parameter.data.mul_(10 if family == "opt" else 3)  # OPT's positions drown its tokens otherwise
+    return model
+
+
+def blocks_of(model: PreTrainedModel) -> Iterable[nn.Module]:
+    return model.get_submodule(blocks_path(model.config)).children()
+
+
+@torch.no_grad()
+def inputs_by_linear(model: PreTrainedModel, block: Block, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What every linear of a block is given in plain forwards, (tokens, in); of experts worked out token by token."""
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in block.linears}
+
+    def see_experts(experts: nn.Module, args: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        for x_I, choice_K in zip(args[0], args[1], strict=True):
+            for expert in choice_K.tolist():
+                gate, up = (experts.gate_up_proj[expert] @ x_I).chunk(2)
+                seen[f"mlp.experts.{expert}.gate_up_proj"].append(x_I[None])
+                seen[f"mlp.experts.{expert}.down_proj"].append((experts.act_fn(gate) * up)[None])
+
+    hooks = []
+    for name, linear in block.linears.items():
+        if isinstance(linear, ExpertSlice):
+            continue
+        hooks.append(
+            linear.module.register_forward_pre_hook(
+                lambda _module, args, name=name: seen[name].append(args[0].flatten(0, -2))
+            )
+        )
+    for experts in {linear.module for linear in block.linears.values() if isinstance(linear, ExpertSlice)}:
+        hooks.append(experts.register_forward_pre_hook(see_experts))
+    for batch in batches:
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
 @pytest.fixture(params=FAMILIES)

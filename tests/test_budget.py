@@ -1,7 +1,5 @@
 """A sparsity of all parameters, from the formula to the model."""
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -11,9 +9,10 @@ from lit_prune.allocate import DLP, LayerRedundancy, Uniform
 from lit_prune.budget import over_linears
 from lit_prune.errors import InputError
 from lit_prune.evaluate import parameters, zeros
-from lit_prune.families import Block, find_blocks
+from lit_prune.families import find_blocks
 from lit_prune.pipeline import Recipe, prune
-from lit_prune.prune import Magnitude, Method
+from lit_prune.prune import Magnitude
+from lit_prune.slice import Slicing
 from tests.conftest import small_model
 
 PADDING = 32  # the embedding of the padding token is zero
@@ -49,11 +48,17 @@ def test_that_share_of_all_parameters_is_zero(
     assert structure.record(model)["recipe"]["budget"] == "parameters"
 
 
+def test_of_every_family(any_model: PreTrainedModel) -> None:
+    prune(any_model, [], Recipe(Magnitude(), 0.4, Uniform(), budget="parameters"))
+    zero, every = zeros(any_model.parameters())
+    assert (every, zero / every) == (parameters(any_model), pytest.approx(0.4, abs=1e-3))
+
+
 def test_linears_that_are_left_alone_give_nothing(batches: list[torch.Tensor], model: PreTrainedModel) -> None:
     prune(model, batches, Recipe(Magnitude(), 0.3, Uniform(), ignore=["q_proj"], budget="parameters"))
     zero, every = zeros(model.parameters())
     assert zero / every == pytest.approx(0.3, abs=1e-3)
-    assert zeros(block.linears["self_attn.q_proj"].weight for block in find_blocks(model))[0] == 0
+    assert zeros(block.linears["self_attn.q_proj"].weight_OI for block in find_blocks(model))[0] == 0
 
 
 def test_a_later_cut(batches: list[torch.Tensor], model: PreTrainedModel) -> None:
@@ -74,22 +79,10 @@ def test_a_share_that_cannot_be_reached_says_what_can(batches: list[torch.Tensor
         Recipe(sparsity=0.3, budget="parameters").check(model)
 
 
-class Slices(Method):
-    """A method that sets nothing to zero."""
-
-    propagate = "dense"
-
-    def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
-        return [32] * len(blocks)
-
-    def apply(self, *_: object, **__: object) -> list[float]:  # type: ignore[override]
-        return []
-
-
 def test_only_for_what_sets_weights_to_zero() -> None:
-    assert Recipe(Slices()).budget == "linears"
-    with pytest.raises(InputError, match="`pruning.budget` must be linears for Slices, which sets no weights to zero"):
-        Recipe(Slices(), budget="parameters")
+    assert Recipe(Slicing()).budget == "linears"
+    with pytest.raises(InputError, match="`pruning.budget` must be linears for Slicing, which sets no weights to zero"):
+        Recipe(Slicing(), budget="parameters")
 
 
 def test_an_unknown_budget() -> None:

@@ -5,18 +5,21 @@ from transformers import PreTrainedModel
 
 from lit_prune.calibrate import (
     COSINE,
+    GRAM,
     INPUTS,
     Calibration,
+    InputGram,
     InputSquares,
     Observer,
     Stream,
     draw_windows,
     first_batches,
     observe,
+    unwrap,
 )
 from lit_prune.errors import InputError
 from lit_prune.families import find_blocks
-from tests.conftest import small_model
+from tests.conftest import blocks_of, inputs_by_linear, small_model
 
 BOTH = frozenset({INPUTS, COSINE})
 CPU = torch.device("cpu")
@@ -30,7 +33,8 @@ def hidden_by_block(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> l
     """Input and output of every block in one plain forward."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     hooks = [
-        layer.register_forward_hook(lambda _m, args, out: seen.append((args[0], out))) for layer in model.model.layers
+        layer.register_forward_hook(lambda _m, args, out: seen.append((args[0], unwrap(out))))
+        for layer in blocks_of(model)
     ]
     with torch.no_grad():
         model(**batch, use_cache=False)
@@ -65,21 +69,12 @@ def test_without_advancing_the_stream_stands_still(model: PreTrainedModel, batch
 def test_norms_are_root_mean_squares_of_what_each_linear_sees(
     any_model: PreTrainedModel, batches: list[torch.Tensor]
 ) -> None:
-    block = find_blocks(any_model)[0]
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in block.linears}
-    hooks = [
-        linear.register_forward_pre_hook(lambda _m, args, name=name: seen[name].append(args[0].flatten(0, 1)))
-        for name, linear in block.linears.items()
-    ]
-    with torch.no_grad():
-        for batch in batches:
-            any_model(batch)
-    for hook in hooks:
-        hook.remove()
-    observed = observe(Stream(any_model, [block, *find_blocks(any_model)[1:]], dicts(batches), CPU), block, BOTH)
-    for name, parts in seen.items():
-        expected = torch.cat(parts).square().mean(0).sqrt()
-        torch.testing.assert_close(observed.norms[name], expected)
+    blocks = find_blocks(any_model)
+    observed = observe(Stream(any_model, blocks, dicts(batches), CPU), blocks[0], frozenset({INPUTS, GRAM}))
+    assert observed.norms.keys() == observed.grams.keys() == blocks[0].linears.keys()
+    for name, x_PI in inputs_by_linear(any_model, blocks[0], batches).items():
+        torch.testing.assert_close(observed.norms[name], x_PI.square().mean(0).sqrt())
+        torch.testing.assert_close(observed.grams[name], x_PI.T @ x_PI / len(x_PI))
 
 
 def test_linears_with_one_input_share_one_statistic(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
@@ -87,7 +82,54 @@ def test_linears_with_one_input_share_one_statistic(model: PreTrainedModel, batc
     with Observer(block, BOTH).watching() as observer:
         Stream(model, find_blocks(model), dicts(batches), CPU).run(block, observer)
     assert sorted(observer._squares) == ["mlp.down_proj", "mlp.gate_proj", "self_attn.o_proj", "self_attn.q_proj"]
-    assert observer.observed().norms.keys() == block.linears.keys()
+    observed = observer.observed()
+    assert observed.norms.keys() == block.linears.keys()
+    assert observed.groups(block.linears) == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+
+
+def test_what_is_shared_stays_shared_on_another_device(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    block = find_blocks(model)[0]
+    observed = observe(Stream(model, find_blocks(model), dicts(batches), CPU), block, frozenset({GRAM}))
+    moved = observed.to(torch.device("meta"))
+    assert len({id(gram) for gram in moved.grams.values()}) == 4
+    assert all(gram.is_meta for gram in moved.grams.values())
+    assert not moved.norms
+    assert moved.seen("mlp.up_proj").gram_II is moved.seen("mlp.gate_proj").gram_II
+
+
+@pytest.mark.parametrize(
+    ("family", "shared"),
+    [
+        ("phi", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"]),
+        ("falcon", ["self_attention.query_key_value", "mlp.dense_h_to_4h"]),
+    ],
+)
+def test_parallel_blocks_share_across_attention_and_mlp(
+    family: str, shared: list[str], batches: list[torch.Tensor]
+) -> None:
+    model = small_model(family)
+    blocks = find_blocks(model)
+    observed = observe(Stream(model, blocks, dicts(batches), CPU), blocks[0], BOTH)
+    assert sorted(shared) in [sorted(group) for group in observed.groups(blocks[0].linears)]
+
+
+def test_an_expert_that_no_token_reaches_has_statistics_of_zero() -> None:
+    model = small_model("mixtral")
+    model.model.layers[0].mlp.gate.weight.data[3] = 0  # one token: two of the other three score above 0
+    blocks = find_blocks(model)
+    stream = Stream(model, blocks, [{"input_ids": torch.tensor([[5]])}], CPU)
+    observed = observe(stream, blocks[0], frozenset({INPUTS, GRAM}))
+    reached = {name for name in blocks[0].linears if "experts" in name and observed.norms[name].any()}
+    assert len(reached) == 4
+    for name in blocks[0].linears.keys() - reached:
+        if "experts" in name:
+            assert not observed.norms[name].any()
+            assert not observed.grams[name].any()
 
 
 def test_cosine_is_taken_at_the_blocks_and_not_behind_the_final_norm(
@@ -125,8 +167,17 @@ def test_input_squares_by_hand() -> None:
     torch.testing.assert_close(squares.norm(), torch.tensor([5.0, 8.0]).sqrt())
 
 
-def test_masks_of_all_layer_types_are_kept() -> None:
-    model = small_model("qwen2")
+def test_input_gram_by_hand() -> None:
+    gram = InputGram()
+    gram.update(torch.tensor([[3.0, 4.0]]))
+    assert gram.gram().tolist() == [[9, 12], [12, 16]]
+    gram.update(torch.tensor([[1.0, 0.0]]))
+    assert gram.gram().tolist() == [[5, 6], [6, 8]]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3_text"])
+def test_masks_and_rotary_embeddings_of_all_layer_types_are_kept(family: str) -> None:
+    model = small_model(family)
     long = torch.randint(1, 64, (1, 32), generator=torch.Generator().manual_seed(0))  # longer than the window of 8
     blocks = find_blocks(model)
     stream = Stream(model, blocks, [{"input_ids": long}], CPU)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_prune.cli import main
 from lit_prune.evaluate import measure, zeros
 from lit_prune.module import PrunableLM
+from lit_prune.prune import SparseGPT
 
 SMALL = [
     "--model.dtype=float32",
@@ -271,6 +272,14 @@ def test_overwrite_replaces_the_folder() -> None:
     assert [path.name for path in Path("runs").iterdir()] == ["x"]
 
 
+def test_a_method_that_replaces_the_default_one_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--pruning.method", "SparseGPT", "--print_config"])
+    method = yaml.safe_load(capsys.readouterr().out)["pruning"]["method"]
+    assert method["class_path"] == "lit_prune.prune.SparseGPT"
+    assert SparseGPT(**method["init_args"]).propagate == "pruned"
+
+
 def test_print_config_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--print_config"])
@@ -329,7 +338,10 @@ MISTAKES = [
     (["--pruning.budget=parameters", "--pruning.sparsity=0.9"], r"must be between 0 and 0.7\d* of all parameters"),
     (["--pruning.sparsity=0.8", "--pruning.max_rate=0.7"], r"`pruning.sparsity` must be between 0 and 0.7"),
     (["--pruning.sparsty=0.5"], r"`--pruning.sparsty` is not an option. Did you mean --pruning.sparsity"),
-    (["--pruning.method=Wnda"], r"`pruning.method` must be one of Magnitude, Wanda.*got 'Wnda'. Did you mean Wanda"),
+    (
+        ["--pruning.method=Wnda"],
+        r"`pruning.method` must be one of Magnitude, Slicing, .*Wanda.*got 'Wnda'. Did you mean Wanda",
+    ),
     (["--pruning.allocation=DPL"], r"`pruning.allocation` must be one of AlphaPruning, DLP, .*Did you mean DLP"),
     (["--pruning.recovery=Lora"], r"`pruning.recovery` must be one of LoRA.*Did you mean LoRA"),
     (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
@@ -364,6 +376,10 @@ MISTAKES = [
     (
         ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=two"],
         r"`pruning.method.pattern.n`: Expected a int. Got value: two$",
+    ),
+    (
+        ["--pruning.method=SparseGPT", "--pruning.method.pattern=NofM", "--pruning.method.pattern.m=6"],
+        r"`SparseGPT.span` must be a multiple of 6, .*got 128; pass `--pruning.method.span 126`",
     ),
     (["--pruning.method.pattern.n=2"], r"`pruning.method.pattern` must be given before .*: one of MixedNofM, NofM, Un"),
     (["--pruning.calibration.num_samples=100000"], r"`calibration.num_samples` must be at most \d+, .*got 100000"),

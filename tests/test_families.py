@@ -9,15 +9,36 @@ from tests import conftest
 
 
 def test_every_family_is_tested() -> None:
-    assert conftest.FAMILIES.keys() == FAMILIES.keys()
+    tested = {fields.get("model_type", case) for case, fields in conftest.FAMILIES.items()}
+    assert tested == FAMILIES.keys()
 
 
-def test_blocks_and_linears_of_every_family(any_model: PreTrainedModel) -> None:
+def test_every_matrix_of_every_family_is_a_linear_but_routers(any_model: PreTrainedModel) -> None:
     blocks = find_blocks(any_model)
     assert [block.index for block in blocks] == [0, 1, 2]
     for block in blocks:
-        assert len(block.linears) == 7
-        assert block.size == sum(linear.weight.numel() for linear in block.linears.values())
+        matrices = {
+            name: parameter
+            for name, parameter in block.module.named_parameters()
+            if parameter.ndim > 1 and name != "mlp.gate.weight"
+        }
+        assert block.size == sum(parameter.numel() for parameter in matrices.values())
+        assert {id(linear.parameter) for linear in block.linears.values()} == set(map(id, matrices.values()))
+
+
+def test_blocks_of_a_mixture_may_differ() -> None:
+    model = conftest.small_model("qwen3_moe")
+    assert list(find_blocks(model)[1].linears)[4:] == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    chosen = find_blocks(model, targets=["down_proj"], ignore=[r"mlp\.experts\.[12]\..*"])
+    assert [list(block.linears) for block in chosen] == [
+        ["mlp.experts.0.down_proj", "mlp.experts.3.down_proj"],
+        ["mlp.down_proj"],
+        ["mlp.experts.0.down_proj", "mlp.experts.3.down_proj"],
+    ]
+    with pytest.raises(InputError, match=r"nothing to prune in block 1 of self_attn.q_proj, .*, mlp.down_proj\."):
+        find_blocks(model, targets=["gate_up_proj"])
+    with pytest.raises(InputError, match=r"got 'x'; there are .*, mlp.experts.0.down_proj, mlp.gate_proj"):
+        find_blocks(model, targets=["x"])
 
 
 def test_targets_and_ignore(model: PreTrainedModel) -> None:
@@ -42,10 +63,10 @@ def test_a_pattern_that_is_none(model: PreTrainedModel) -> None:
         find_blocks(model, targets=["*_proj"])
 
 
-def test_blocks_without_linears() -> None:
-    gpt2 = new_model({"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64})
-    with pytest.raises(InputError, match="must lead to blocks made of nn.Linear, there is none among .*Conv1D"):
-        find_blocks(gpt2, blocks="transformer.h")
+def test_blocks_without_linears(model: PreTrainedModel) -> None:
+    model.model.layers = torch.nn.ModuleList([torch.nn.LayerNorm(4)])
+    with pytest.raises(InputError, match="must lead to blocks with linears, there is none among LayerNorm"):
+        find_blocks(model)
 
 
 def test_a_family_without_an_entry_needs_only_its_blocks() -> None:
@@ -53,9 +74,7 @@ def test_a_family_without_an_entry_needs_only_its_blocks() -> None:
         {"model_type": "stablelm", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
         | {"num_attention_heads": 4, "num_key_value_heads": 4}
     )
-    with pytest.raises(
-        InputError, match=r"'stablelm', which is not one of llama, mistral, qwen2, qwen3: masks need only"
-    ):
+    with pytest.raises(InputError, match=r"'stablelm', which is not one of falcon, .*, qwen3_moe: masks need only"):
         find_blocks(stranger)
     assert len(find_blocks(stranger, blocks="model.layers")) == 2
 

@@ -1,24 +1,41 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from lit_prune import structure
-from lit_prune.allocate import DLP, LayerRedundancy, Uniform
-from lit_prune.calibrate import Observed
+from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
+from lit_prune.allocate.base import weighted_mean
+from lit_prune.calibrate import Observed, Seen
 from lit_prune.errors import InputError
-from lit_prune.evaluate import zeros
 from lit_prune.families import find_blocks
 from lit_prune.pipeline import Recipe, prune, score
-from lit_prune.prune import Magnitude, MaskMethod, Wanda
-from tests.conftest import small_model
+from lit_prune.prune import (
+    Magnitude,
+    MaskMethod,
+    MixedNofM,
+    NofM,
+    Pattern,
+    ScoredMethod,
+    SparseGPT,
+    Unstructured,
+    Wanda,
+)
+from tests.conftest import inputs_by_linear, small_model
 
-RECIPES = [
-    Recipe(Magnitude(), 0.5, Uniform()),
+CASES: list[tuple[Pattern, float, Allocation]] = [
+    (Unstructured(), 0.5, DLP()),
+    (NofM(2, 4), 0.5, Uniform()),
+    (MixedNofM(8), 0.55, OWL()),
+]
+RECIPES = [Recipe(method(pattern), *rest) for method in (Magnitude, Wanda, SparseGPT) for pattern, *rest in CASES]
+RECIPES += [
     Recipe(Magnitude(), 0.3, LayerRedundancy()),
-    Recipe(Wanda(), 0.5, Uniform()),
-    Recipe(Wanda(), 0.5, DLP()),
+    Recipe(Magnitude(), 0.4, AlphaPruning()),
     Recipe(Wanda(propagate="pruned"), 0.7, DLP()),
-    Recipe(Wanda(propagate="pruned"), 0.5, Uniform()),
+    Recipe(Wanda(NofM(2, 4), "pruned"), 0.5, Uniform()),
+    Recipe(SparseGPT(propagate="dense"), 0.7, Uniform()),
 ]
 
 
@@ -31,17 +48,23 @@ def test_every_linear_loses_exactly_its_rate(
     any_model: PreTrainedModel, batches: list[torch.Tensor], recipe: Recipe
 ) -> None:
     before = weights(any_model)
-    pruned = prune(any_model, batches, recipe)
+    pruned, pattern = prune(any_model, batches, recipe), recipe.method.pattern
     for block in find_blocks(any_model):
+        rate = pruned.rates[block.index]
         for linear in block.linears.values():
-            assert zeros([linear.weight])[0] == round(linear.weight.numel() * pruned.rates[block.index])
-    assert sum(pruned.rates) / 3 == pytest.approx(recipe.sparsity, abs=1e-6)
-    assert pruned.sparsity == pytest.approx(recipe.sparsity, abs=1e-3)
-    touched = {f"model.layers.{b.index}.{name}.weight" for b in find_blocks(any_model) for name in b.linears}
-    for name, tensor in any_model.state_dict().items():
-        if name not in touched:
+            gone_OI = linear.weight_OI == 0
+            assert gone_OI.sum() == round(gone_OI.numel() * rate)
+            if pattern.columns is not None:
+                assert (gone_OI.unflatten(1, (-1, pattern.columns)).sum(-1) == round(pattern.columns * rate)).all()
+    step = max(pruned.sizes) / sum(pruned.sizes) / 8 if isinstance(pattern, MixedNofM) else 0
+    assert weighted_mean(pruned.rates, pruned.sizes) == pytest.approx(recipe.sparsity, abs=step / 2 + 1e-6)
+    assert pruned.sparsity == pytest.approx(weighted_mean(pruned.rates, pruned.sizes), abs=1e-3)
+    assert torch.isfinite(any_model(batches[0]).logits).all()
+    touched = {id(linear.parameter) for block in find_blocks(any_model) for linear in block.linears.values()}
+    for name, tensor in any_model.named_parameters():
+        if id(tensor) not in touched:
             assert torch.equal(tensor, before[name])
-        else:
+        elif isinstance(recipe.method, ScoredMethod):  # others may adjust the weights that stay
             kept = tensor != 0
             assert torch.equal(tensor[kept], before[name][kept])
 
@@ -54,17 +77,19 @@ def test_scoring_changes_nothing(model: PreTrainedModel, batches: list[torch.Ten
     assert structure.record(model) == {}
 
 
-def test_scores_by_one_plain_forward(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
-    block = find_blocks(model)[1]
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in block.linears}
-    for name, linear in block.linears.items():
-        linear.register_forward_pre_hook(lambda _m, args, name=name: seen[name].append(args[0].flatten(0, 1)))
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    norms = {name: torch.cat(parts).square().mean(0).sqrt() for name, parts in seen.items()}
-    expected = DLP().score({name: linear.weight for name, linear in block.linears.items()}, Observed(norms))
-    assert score(model, batches, Recipe()).scores[1] == pytest.approx(expected, rel=1e-5)
+def test_scores_by_one_plain_forward(any_model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    block = find_blocks(any_model)[1]
+    given = inputs_by_linear(any_model, block, batches)
+    observed = Observed({name: x_PI.square().mean(0).sqrt() for name, x_PI in given.items()})
+    expected = DLP().score({name: linear.weight_OI for name, linear in block.linears.items()}, observed)
+    assert score(any_model, batches, Recipe()).scores[1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_scoring_takes_what_the_allocation_reads_and_no_more(
+    model: PreTrainedModel, batches: list[torch.Tensor]
+) -> None:
+    seen = score(model, batches, Recipe(Wanda(), 0.5, LayerRedundancy())).observed
+    assert all(observed.cosine is not None and not observed.norms for observed in seen)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 6])
@@ -77,7 +102,7 @@ def test_batch_size_does_not_matter(batches: list[torch.Tensor], batch_size: int
 
 
 def test_pruned_statistics_see_the_pruned_blocks_before(batches: list[torch.Tensor]) -> None:
-    seen: dict[str, list[torch.Tensor]] = {"dense": [], "pruned": []}
+    norms: dict[str, list[torch.Tensor]] = {"dense": [], "pruned": []}
 
     class Spy(MaskMethod):
         needs = Wanda.needs
@@ -85,15 +110,15 @@ def test_pruned_statistics_see_the_pruned_blocks_before(batches: list[torch.Tens
         def __init__(self, propagate: str) -> None:
             self.propagate = propagate  # type: ignore[assignment]
 
-        def prune(self, weight_OI: torch.Tensor, norm_I: torch.Tensor | None, rate: float) -> torch.Tensor:
-            assert norm_I is not None
-            seen[self.propagate].append(norm_I)
-            return Wanda().prune(weight_OI, norm_I, rate)
+        def prune(self, weights: Sequence[torch.Tensor], seen: Seen, rate: float) -> list[torch.Tensor]:
+            assert seen.norm_I is not None
+            norms[self.propagate].append(seen.norm_I)
+            return Wanda().prune(weights, seen, rate)
 
-    for propagate in seen:
+    for propagate in norms:
         prune(small_model(), batches, Recipe(Spy(propagate), 0.6, Uniform()))
-    assert torch.equal(seen["dense"][0], seen["pruned"][0])  # nothing is pruned before the first block
-    assert not torch.allclose(seen["dense"][-1], seen["pruned"][-1])
+    assert torch.equal(norms["dense"][0], norms["pruned"][0])  # nothing is pruned before the first block
+    assert not torch.allclose(norms["dense"][-1], norms["pruned"][-1])
 
 
 def test_pruned_stays_pruned_at_a_later_cut(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:

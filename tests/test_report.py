@@ -22,6 +22,8 @@ REPORT = {
     "rates": [0.4, 0.6],
     "parameters": 1_000_000,
     "adapter": {"r": 8},
+    "merged": False,
+    "slice": None,
     "adapter_parameters": 8000,
     "bytes": 4_000_000,
     "seconds": {"score": 1.0, "train": 2.0},

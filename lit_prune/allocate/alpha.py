@@ -89,8 +89,8 @@ def power_law_exponent(eigenvalues_N: np.ndarray) -> float | None:
     """Returns the Hill estimate alpha = 1 + n / sum(log(e_i / xmin)) over the n eigenvalues from xmin up.
 
     xmin is at the peak of the histogram of log eigenvalues: of the eigenvalues from 0.95 to 1.5 times the fullest bin's
-    lower edge, the one whose power law is nearest in Kolmogorov-Smirnov distance. (The authors' code compares
-    eigenvalues with the *logarithm* of the lower limit, which lets xmin fall far below the peak.)
+    lower edge, the one whose power law is nearest in Kolmogorov-Smirnov distance. (The authors' code, lib/esd_utils.py,
+    compares eigenvalues with the *logarithm* of the lower limit, which lets xmin fall far below the peak.)
     [1, 1, e, e^2] has its peak, and xmin, at 1: alpha = 1 + 4 / 3.
 
     Args:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_prune import structure
 from lit_prune.allocate.base import Allocation
-from lit_prune.calibrate import Observed, Stream, observe, on_device
+from lit_prune.calibrate import Observed, Seen, Stream, observe, on_device
 from lit_prune.evaluate import zeros
 from lit_prune.families import Block
 from lit_prune.progress import track
@@ -29,15 +30,17 @@ class Method(ABC):
             `pruned`: each block sees what the pruned blocks before it give, which takes more passes.
         chooses_linears: Whether `targets` and `ignore` mean anything to the method.
         makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
+        changes_shapes: Whether weights become smaller, so that the model's parameters and its speed change.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     chooses_linears: ClassVar[bool] = True
     makes_zeros: ClassVar[bool] = False
+    changes_shapes: ClassVar[bool] = False
     propagate: Propagate
 
-    def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most have nothing to check)
-        """Raises InputError where the settings do not fit ``model``, before anything is done to it."""
+    def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
+        """Raises InputError where the method cannot take ``sparsity`` from ``model``, before anything is done to it."""
 
     def check_rates(  # noqa: B027 (most can have any rates)
         self, blocks: Sequence[Block], allocation: Allocation, sparsity: float
@@ -88,7 +91,7 @@ class Method(ABC):
 
 
 class MaskMethod(Method):
-    """A method that sets weights to zero, one linear at a time.
+    """A method that sets weights to zero, in the linears of one input at a time.
 
     Attributes:
         pattern: How the zeros may lie; None is anyhow.
@@ -98,12 +101,14 @@ class MaskMethod(Method):
     pattern: Pattern | None = None
 
     @abstractmethod
-    def prune(self, weight_OI: Tensor, norm_I: Tensor | None, rate: float) -> Tensor:
-        """Returns a pruned copy of one weight, removed entries exactly 0; the input is left as it is.
+    def prune(self, weights: Sequence[Tensor], seen: Seen, rate: float) -> list[Tensor]:
+        """Returns pruned copies of the weights, removed entries exactly 0; what is given is left as it is.
+
+        Of each weight round(numel * rate) entries go; where a pattern says how many of each group, those.
 
         Args:
-            weight_OI: The weight, (out, in).
-            norm_I: ||X_j||, root mean square of each input channel, fp32; None where ``needs`` does not ask for it.
+            weights: Of linears that share one input (q, k, v; gate, up), each (out, in), contiguous.
+            seen: What is known of that input, as far as ``needs`` asks, on the weights' device.
             rate: Share to remove, in [0, 1].
         """
 
@@ -111,7 +116,7 @@ class MaskMethod(Method):
         """Raises InputError where the pattern cannot have such rates, or does not fit a linear."""
         if self.pattern is not None:
             columns = {
-                f"{name} of block {block.index}": linear.in_features
+                f"{name} of block {block.index}": linear.weight_OI.shape[1]
                 for block in blocks
                 for name, linear in block.linears.items()
             }
@@ -131,7 +136,7 @@ class MaskMethod(Method):
 
     def taken(self, block: Block) -> float:
         """Returns the share of the block's prunable weights that is exactly zero."""
-        zero, total = zeros(linear.weight for linear in block.linears.values())
+        zero, total = zeros(linear.weight_OI for linear in block.linears.values())
         return zero / total
 
     def apply(
@@ -148,13 +153,42 @@ class MaskMethod(Method):
         walk = stream() if self.needs and self.propagate == "pruned" else None
         for block, rate in zip(track(blocks, "Pruning blocks"), rates, strict=True):
             with on_device(block, device):
-                seen = observed[block.index] if walk is None else observe(walk, block, self.needs, advance=False)
-                self._prune_block(block, seen, rate)
+                self._prune_next(walk, block, observed[block.index], rate)
                 if walk is not None and block is not blocks[-1]:
                     walk.run(block)
+        structure.write(model, masked=True)
         return [self.taken(block) for block in blocks]
 
     @torch.no_grad()
-    def _prune_block(self, block: Block, observed: Observed, rate: float) -> None:
-        for name, linear in block.linears.items():
-            linear.weight.copy_(self.prune(linear.weight, observed.norms.get(name), rate))
+    def _prune_next(self, walk: Stream | None, block: Block, observed: Observed, rate: float) -> None:
+        """Prunes the block that ``walk`` stands before; its statistics are gone before the next block's are taken."""
+        if walk is not None:
+            observed = observe(walk, block, self.needs, advance=False)
+        for names in observed.groups(block.linears):
+            weights = [block.linears[name].weight_OI.contiguous() for name in names]
+            seen = observed.seen(names[0]).to(weights[0].device)
+            for name, weight_OI in zip(names, self.prune(weights, seen, rate), strict=True):
+                block.linears[name].write(weight_OI)
+
+
+class ScoredMethod(MaskMethod):
+    """A mask method that gives every weight a score by itself, and removes where scores are smallest.
+
+    Attributes:
+        by_row: Compare scores within each output row, not over the whole matrix.
+    """
+
+    by_row: ClassVar[bool]
+
+    @abstractmethod
+    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+        """Returns the score of every entry, at least 0, fp32; larger is kept."""
+
+    def prune(self, weights: Sequence[Tensor], seen: Seen, rate: float) -> list[Tensor]:
+        """Returns each weight with its smallest scores set to 0; what is gone already goes first."""
+        assert self.pattern is not None
+        pruned = []
+        for weight_OI in weights:
+            score_OI = self.score(weight_OI, seen).masked_fill(weight_OI == 0, -1)
+            pruned.append(torch.where(self.pattern.keep(score_OI, rate, by_row=self.by_row), weight_OI, 0))
+        return pruned

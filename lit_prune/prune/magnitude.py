@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
-from lit_prune.prune.base import MaskMethod, Propagate
+from lit_prune.calibrate import Seen
+from lit_prune.prune.base import Propagate, ScoredMethod
 from lit_prune.prune.patterns import Pattern, Unstructured
 
 
 @final
 @dataclass(frozen=True)
-class Magnitude(MaskMethod):
+class Magnitude(ScoredMethod):
     """Removes the smallest |W| of each whole matrix; looks at no activations.
 
     Half of [[1, -2, 3], [4, -5, 6]] leaves [[0, 0, 0], [4, -5, 6]].
@@ -25,6 +25,8 @@ class Magnitude(MaskMethod):
 
     pattern: Pattern | None = None
 
+    by_row: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", self.pattern or Unstructured())
 
@@ -33,8 +35,6 @@ class Magnitude(MaskMethod):
         """What is pruned does not hang on what passes through."""
         return "dense"
 
-    def prune(self, weight_OI: Tensor, norm_I: Tensor | None, rate: float) -> Tensor:
-        """Returns ``weight_OI`` with its smallest magnitudes set to 0."""
-        assert self.pattern is not None
-        score_OI = weight_OI.float().abs().masked_fill(weight_OI == 0, -1)
-        return torch.where(self.pattern.keep(score_OI, rate, by_row=False), weight_OI, 0)
+    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+        """Returns |W|."""
+        return weight_OI.float().abs()

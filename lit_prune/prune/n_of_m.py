@@ -49,6 +49,11 @@ class NofM(Pattern):
             raise InputError(f"`NofM.n` must be between 1 and m, {self.m}, the number that stays, got {self.n}.")
 
     @property
+    def columns(self) -> int:
+        """The columns of a group."""
+        return self.m
+
+    @property
     def rate(self) -> float:
         """The share that goes."""
         return 1 - self.n / self.m
@@ -106,6 +111,11 @@ class MixedNofM(Pattern):
 
     def __post_init__(self) -> None:
         _check_group("MixedNofM", self.m)
+
+    @property
+    def columns(self) -> int:
+        """The columns of a group."""
+        return self.m
 
     def check(self, allocation: Allocation, sparsity: float, columns: Mapping[str, int]) -> None:
         """Raises InputError if ``m`` does not divide a linear's columns."""

@@ -40,6 +40,11 @@ class Pattern(ABC):
         """
         return list(rates)
 
+    @property
+    def columns(self) -> int | None:
+        """How many columns side by side are decided apart from all others; None where any may be decided together."""
+        return None
+
     @abstractmethod
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
         """Returns keep_OI, bool: True where the weight stays.

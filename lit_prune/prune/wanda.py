@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-import torch
 from torch import Tensor
 
-from lit_prune.calibrate import INPUTS
-from lit_prune.prune.base import MaskMethod, Propagate
+from lit_prune.calibrate import INPUTS, Seen
+from lit_prune.prune.base import Propagate, ScoredMethod
 from lit_prune.prune.patterns import Pattern, Unstructured
 
 
 @final
 @dataclass(frozen=True)
-class Wanda(MaskMethod):
+class Wanda(ScoredMethod):
     """Removes the smallest |W_ij| * ||X_j|| within each output row (section 3, equation 1).
 
     Half of [[1, 2, 3], [4, 5, 6]] under norms [9, 1, 1] has scores [[9, 2, 3], [36, 5, 6]] and leaves
@@ -24,22 +23,22 @@ class Wanda(MaskMethod):
     Args:
         pattern: How the removals may lie; null is Unstructured.
         propagate: `dense` takes the norms of the unpruned model, from the pass that scores the blocks; `pruned` takes
-            those behind pruned blocks, as the papers do, in two passes more. Measured on SmolLM2-135M, dense is better
-            with DLP (perplexity 43.65 against 44.11 at 0.5, 280 against 328 at 0.7), pruned with Uniform (44.45 against
-            44.20, 1051 against 1006): benchmarks/quality.py.
+            those behind pruned blocks, as the papers do, in two passes more; null is dense. Measured on SmolLM2-135M,
+            dense is better with DLP (perplexity 43.65 against 44.11 at 0.5, 280 against 328 at 0.7), pruned with
+            Uniform (44.45 against 44.20, 1051 against 1006): benchmarks/quality.py.
     """
 
     pattern: Pattern | None = None
-    propagate: Propagate = "dense"
+    propagate: Propagate | None = None  # type: ignore[assignment]  # null: another method's default is not carried over
 
     needs: ClassVar[frozenset[str]] = frozenset({INPUTS})
+    by_row: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", self.pattern or Unstructured())
+        object.__setattr__(self, "propagate", self.propagate or "dense")
 
-    def prune(self, weight_OI: Tensor, norm_I: Tensor | None, rate: float) -> Tensor:
-        """Returns ``weight_OI`` with its smallest scores set to 0."""
-        assert norm_I is not None
-        assert self.pattern is not None
-        score_OI = (weight_OI.float().abs() * norm_I.to(weight_OI.device)).masked_fill(weight_OI == 0, -1)
-        return torch.where(self.pattern.keep(score_OI, rate, by_row=True), weight_OI, 0)
+    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+        """Returns |W| * ||X||; |W| for an expert that no token reached, where ||X|| would tell nothing apart."""
+        assert seen.norm_I is not None
+        return weight_OI.float().abs() * (seen.norm_I if seen.norm_I.any() else 1.0)

@@ -10,6 +10,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from transformers import PreTrainedModel
 
 from lit_prune import structure
+from lit_prune.modeling_sliced import SlicedCausalLM, take_shape
 
 
 class Recovery(ABC):
@@ -33,12 +34,18 @@ def adapter_config(model: PreTrainedModel) -> dict[str, Any] | None:
 
 def snapshot(model: PreTrainedModel) -> dict[str, Any]:
     """Returns all that :func:`rebuild` needs to give a fresh copy of the dense model the structure of ``model``."""
-    return {"record": structure.record(model), "adapter": adapter_config(model)}
+    return {
+        "record": structure.record(model),
+        "slice_sizes": getattr(model.config, "slice_sizes", None),
+        "adapter": adapter_config(model),
+    }
 
 
 def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
     """Gives ``model`` the structure that ``stored`` tells, so that a checkpoint's weights fit; twice is as once."""
     structure.write(model, **stored["record"])
+    if stored["slice_sizes"] is not None and not isinstance(model, SlicedCausalLM):
+        take_shape(model, stored["slice_sizes"])
     fields = stored["adapter"]
     if fields is not None and adapter_config(model) is None:
         kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]

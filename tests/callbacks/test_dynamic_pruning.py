@@ -155,6 +155,19 @@ def test_a_checkpoint_resumes_with_masks_adapter_and_numbers(tmp_path: Path, mon
     assert all(bool(same.all()) for same in zero[:4])
 
 
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+def test_a_setting_that_a_record_lacks_had_its_default(tmp_path: Path) -> None:
+    fit(Foreign(), callback(), max_steps=2).save_checkpoint(tmp_path / "half.ckpt")
+    stored = torch.load(tmp_path / "half.ckpt", weights_only=True)
+    del stored[structure.KEY]["record"]["recipe"]["budget"]
+    torch.save(stored, tmp_path / "half.ckpt")
+    with pytest.raises(InputError, match="`pruning.budget` must be what the checkpoint was made with, linears, got"):
+        fit(Foreign(), callback(budget="parameters"), ckpt_path=tmp_path / "half.ckpt")
+    resumed = Foreign()
+    fit(resumed, callback(), max_steps=4, ckpt_path=tmp_path / "half.ckpt")
+    assert sparsity(resumed) == pytest.approx(0.5, abs=1e-3)
+
+
 def test_the_llm_is_found_by_target() -> None:
     module = Foreign()
     module.net = SimpleNamespace(llm=module.model)

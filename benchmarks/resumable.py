@@ -1,0 +1,113 @@
+"""What the quality benchmarks share: one protocol, and cases of which each is run once and kept in a file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from lit_prune.calibrate import Batch, batches_of
+from lit_prune.data import TextDataModule
+from lit_prune.evaluate import measure, parameters
+from lit_prune.load import load_model
+from lit_prune.pipeline import Recipe, prune
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Protocol:
+    """The model, the text that is calibrated on, and the text whose perplexity is told.
+
+    Args:
+        pretrained: Hub id, folder, .gguf file or `embedded`.
+        train_files: Text to calibrate on; null takes Python's documentation.
+        val_files: Text to evaluate on.
+        num_samples: Calibration windows (seed 0).
+        seq_length: Tokens per calibration window.
+        val_windows: Validation windows, the first of the text.
+        val_length: Tokens per validation window.
+    """
+
+    pretrained: str = "embedded"
+    train_files: str | None = None
+    val_files: str | None = None
+    num_samples: int = 32
+    seq_length: int = 1024
+    val_windows: int = 12
+    val_length: int = 2048
+
+    def __post_init__(self) -> None:
+        self.data = TextDataModule(
+            self.pretrained,
+            train_files=self.train_files,
+            val_files=self.val_files,
+            seq_length=self.val_length,
+            batch_size=1,
+            val_windows=self.val_windows,
+        )
+        self._batches: list[Batch] = []
+
+    def batches(self) -> list[Batch]:
+        """Returns the calibration batches, of one window each."""
+        if not self._batches:
+            self._batches = batches_of(self.data.calibration_windows(self.num_samples, self.seq_length, seed=0), 1)
+        return self._batches
+
+    def run(self, recipe: Recipe | None) -> Row:
+        """Returns the row of one recipe, on a fresh copy of the model; None leaves that dense."""
+        model = load_model(self.pretrained, "float32")
+        pruned = None if recipe is None else prune(model, self.batches(), recipe)
+        found = measure(model, self.data.val_dataloader(), self.data.describe("val"))
+        return {
+            "perplexity": found.perplexity,
+            "parameters": parameters(model),
+            "sparsity": 0.0 if pruned is None else pruned.sparsity,
+            "seconds": 0.0 if pruned is None else sum(pruned.seconds.values()),
+            "sizes": getattr(model.config, "slice_sizes", None),
+            "protocol": found.protocol,
+        }
+
+
+class Results:
+    """Rows in a file of JSON lines; a case that is in it is not run again."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.rows: list[Row] = [json.loads(line) for line in lines]
+
+    def once(self, case: str, run: Callable[[], Row]) -> Row:
+        """Returns the row of ``case``, from the file where it is there."""
+        for row in self.rows:
+            if row["case"] == case:
+                return row
+        print(f"{len(self.rows) + 1}: {case}", file=sys.stderr)
+        row = {"case": case} | run()
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+
+def arguments(description: str | None, results: str, **defaults: Any) -> tuple[Protocol, Results]:
+    """Returns what the command line says: the protocol, and the file of results.
+
+    Args:
+        description: Text of `--help`.
+        results: Default of `--results`, a file of JSON lines.
+        defaults: Fields of the protocol that have other defaults here.
+    """
+    parser = ArgumentParser(description=description)
+    parser.add_class_arguments(Protocol, as_group=False)
+    parser.add_argument("--results", default=results, help="File of results, one JSON object a line.")
+    parser.set_defaults(defaults)
+    settings = parser.parse_args()
+    kept = Results(settings.pop("results"))
+    return Protocol(**settings.as_dict()), kept

@@ -1,0 +1,111 @@
+"""Constant against dynamic slicing, at equal mean slice and at equal size; takes up where it was stopped.
+
+    python benchmarks/slices.py --pretrained FOLDER --train_files TEXT --val_files RAW --results FILE.jsonl
+
+Every line of the results file is one case. Scores are taken once for each rule, and the slices of a case are made from
+them by a plan. At equal size, a dynamic pattern is sliced more, by as much as gives it the parameters of the constant
+one: the width of the first block is that of the embedding too, so that a pattern which spares the first block makes a
+bigger model at the same mean.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from resumable import Protocol, Results, Row, arguments
+
+from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Plan, Uniform, allocate, write_plan
+from lit_prune.load import load_config, load_model
+from lit_prune.pipeline import Recipe, score
+from lit_prune.slice import Slicing, sizes_from_rates, sliced_parameters
+
+MEANS = (0.20, 0.25, 0.30)
+PATTERNS = ("LayerRedundancy, base 0.05 below", "LayerRedundancy, base 0.10 below", "DLP")
+
+
+def rule(pattern: str, mean: float) -> Allocation:
+    """Returns the allocation of a pattern at a mean slice."""
+    if pattern == "constant":
+        return Uniform()
+    return DLP() if pattern == "DLP" else LayerRedundancy(round(mean - float(pattern.split()[2]), 3))
+
+
+class Slices:
+    """The cases over one protocol."""
+
+    def __init__(self, protocol: Protocol, results: Results) -> None:
+        self.protocol, self.results = protocol, results
+        self.config = load_config(protocol.pretrained)
+
+    def scores(self, pattern: str) -> list[float]:
+        """Returns one score a block, taken once for each rule."""
+        if pattern == "constant":
+            return [1.0] * self.config.num_hidden_layers
+        allocation = rule(pattern, MEANS[0])
+
+        def taken() -> Row:
+            model = load_model(self.protocol.pretrained, "float32")
+            scored = score(model, self.protocol.batches(), Recipe(Slicing(), MEANS[0], allocation))
+            return {"scores": scored.scores, "seconds": scored.seconds}
+
+        return self.results.once(f"scores of {type(allocation).__name__}", taken)["scores"]
+
+    def rates(self, pattern: str, mean: float) -> list[float]:
+        """Returns the slices of a pattern."""
+        scores = self.scores(pattern)
+        return allocate(rule(pattern, mean), scores, mean, sizes=[self.config.hidden_size] * len(scores))
+
+    def row(self, case: str, pattern: str, mean: float) -> Row:
+        """Returns the row of a pattern at a mean slice."""
+
+        def run() -> Row:
+            with tempfile.TemporaryDirectory() as folder:
+                plan = Path(folder) / "plan.yaml"
+                write_plan(plan, self.rates(pattern, mean), self.scores(pattern), case)
+                return self.protocol.run(Recipe(Slicing(), mean, Plan(str(plan))))
+
+        return self.results.once(case, run)
+
+    def at_size(self, pattern: str, parameters: int) -> float:
+        """Returns the least mean slice, in steps of 0.001, at which a pattern has at most so many parameters."""
+        full, mean = self.config.hidden_size, MEANS[0]
+        while True:
+            sizes = sizes_from_rates(self.rates(pattern, mean), full, Slicing().multiple)
+            if sliced_parameters(self.config, [*sizes, full]) <= parameters:
+                return mean
+            mean = round(mean + 0.001, 3)
+
+    def rows(self) -> list[Row]:
+        """Returns all rows, in the order of the table."""
+        rows = [self.results.once("dense", partial(self.protocol.run, None))]
+        for mean in MEANS:
+            constant = self.row(f"constant, {mean:.2f}", "constant", mean)
+            rows += [constant, *(self.row(f"{pattern}, {mean:.2f}", pattern, mean) for pattern in PATTERNS)]
+            for pattern in PATTERNS:
+                case = f"{pattern}, size of constant {mean:.2f}"
+                rows.append(self.row(case, pattern, self.at_size(pattern, constant["parameters"])))
+        return rows
+
+
+def tell(rows: Sequence[Row]) -> None:
+    """Prints the table."""
+    print(f"\n{rows[0]['protocol']}\n\n| case | mean slice | perplexity | parameters | seconds |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    for row in rows:
+        print(
+            f"| {row['case']} | {row['sparsity']:.3f} | {row['perplexity']:.2f} | {row['parameters'] / 1e6:.2f} M "
+            f"| {row['seconds']:.0f} |"
+        )
+
+
+def main() -> None:
+    """Runs the cases that the results file has not, and prints all as a table."""
+    protocol, results = arguments(__doc__, "runs/slices.jsonl", num_samples=16, val_windows=6)
+    tell(Slices(protocol, results).rows())
+
+
+if __name__ == "__main__":
+    main()

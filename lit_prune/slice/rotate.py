@@ -1,0 +1,118 @@
+"""Fusing norms and rotating weights: what SliceGPT does to a linear (ICLR 2024, arXiv 2401.15024, section 3).
+
+All of it in float64, cast back once. A rotation is given by the columns that are kept: axes_DK, D the width of the
+stream, K of its principal axes, so that a token's x_D becomes x_D @ axes_DK.
+Suffixes: N words, O rows and I columns of a weight, P positions that count, D width, K axes kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lit_prune.modeling_sliced import NormWeights, set_weight
+
+WORDS_AT_ONCE = 8192
+
+
+class Covariance:
+    """The uncentred covariance of a signal, X^T X over all positions, in float64."""
+
+    def __init__(self) -> None:
+        self.sum_DD: Tensor | None = None
+
+    def update(self, x_PD: Tensor) -> None:
+        """Adds positions."""
+        wide_PD = precise(x_PD)
+        sum_DD = wide_PD.T @ wide_PD
+        self.sum_DD = sum_DD if self.sum_DD is None else self.sum_DD.add_(sum_DD)
+
+    def principal_axes(self) -> Tensor:
+        """Returns the eigenvectors as columns, that of the largest eigenvalue first, (D, D) float64.
+
+        An eigenvector's sign is anybody's choice; here its largest entry is positive, so that the same covariance gives
+        the same axes. Positions [[3, 0], [0, -2]] give [[1, 0], [0, 1]].
+        """
+        assert self.sum_DD is not None
+        axes_DD = torch.linalg.eigh(self.sum_DD).eigenvectors.flip(1)
+        largest_1D = axes_DD.abs().argmax(0, keepdim=True)
+        return axes_DD * axes_DD.gather(0, largest_1D).sign()
+
+
+def precise(x: Tensor) -> Tensor:
+    """Returns ``x`` in float64, where it is, or on the CPU where its device has no such numbers."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def centred(x: Tensor) -> Tensor:
+    """Returns ``x`` without the mean over its last dimension: what a LayerNorm takes off; [1, 3] gives [-1, 1]."""
+    return x - x.mean(-1, keepdim=True)
+
+
+def project(x_BTD: Tensor, axes_DK: Tensor) -> Tensor:
+    """Returns the stream in the axes it keeps, in its own data type; computed in float32 at least."""
+    wide = torch.promote_types(x_BTD.dtype, torch.float32)
+    return (x_BTD.to(wide) @ axes_DK.to(x_BTD.device, wide)).to(x_BTD.dtype)
+
+
+@torch.no_grad()
+def read_along(linear: nn.Module, norm: NormWeights, axes_IK: Tensor | None) -> None:
+    """Makes ``linear`` read a stream of other axes, the norm before it fused in, in place.
+
+    W (scale * n(x)) + W shift + b = (W diag(scale) axes) n(x axes) + (W shift + b), for x that lies within the axes.
+
+    Args:
+        linear: W (O, I) and b (O).
+        norm: Scale and shift of the norm that it reads behind.
+        axes_IK: The axes that the stream keeps; None leaves them as they are.
+    """
+    weight_OI, bias_O = _precise(linear)
+    if norm.bias is not None:
+        shift_O = weight_OI @ norm.bias.detach().to(weight_OI)
+        bias_O = shift_O if bias_O is None else bias_O + shift_O
+    if norm.weight is not None:
+        weight_OI = weight_OI * norm.weight.detach().to(weight_OI)
+    if axes_IK is not None:
+        weight_OI = weight_OI @ axes_IK.to(weight_OI)
+    _set(linear, weight_OI, bias_O)
+
+
+@torch.no_grad()
+def write_along(linear: nn.Module, axes_OK: Tensor | None, *, centre: bool) -> None:
+    """Makes ``linear`` write a stream of other axes, in place: axes^T W and axes^T b.
+
+    Args:
+        linear: W (O, I) and b (O).
+        axes_OK: The axes that the stream keeps; None leaves them as they are.
+        centre: First take the mean off what is written, which the LayerNorm behind it did.
+    """
+    weight_OI, bias_O = _precise(linear)
+    if centre:
+        weight_OI, bias_O = centred(weight_OI.T).T, None if bias_O is None else centred(bias_O)
+    if axes_OK is not None:
+        axes_OK = axes_OK.to(weight_OI)
+        weight_OI, bias_O = axes_OK.T @ weight_OI, None if bias_O is None else bias_O @ axes_OK
+    _set(linear, weight_OI, bias_O)
+
+
+@torch.no_grad()
+def embed_along(embedding: nn.Module, axes_DK: Tensor, *, centre: bool) -> None:
+    """Makes an embedding (N, D) write a stream of other axes, in place; some thousand words at a time, where they are.
+
+    See :func:`write_along`.
+    """
+    weight_ND: Tensor = embedding.weight.detach()  # type: ignore[operator]
+    axes_DK = axes_DK.to(precise(weight_ND[:0]).device)
+    parts = (precise(part) for part in weight_ND.split(WORDS_AT_ONCE))
+    rotated = [((centred(part) if centre else part) @ axes_DK).to(weight_ND) for part in parts]
+    set_weight(embedding, torch.cat(rotated))
+
+
+def _precise(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    bias = module.bias
+    return precise(module.weight.detach()), None if bias is None else precise(bias.detach())  # type: ignore[operator]
+
+
+def _set(module: nn.Module, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+    like: Tensor = module.weight  # type: ignore[assignment]
+    set_weight(module, weight_OI.to(like), None if bias_O is None else bias_O.to(like))

@@ -1,0 +1,198 @@
+"""Slicing: SliceGPT (ICLR 2024, arXiv 2401.15024) with a width of its own for every block.
+
+With LayerRedundancy as the allocation it is *Change Is the Only Constant* (EMNLP Findings 2024, arXiv 2411.03513),
+with Uniform it is SliceGPT.
+Suffixes: B batch, T tokens, D full width of the stream, K dimensions kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_prune import structure
+from lit_prune.calibrate import Observed, Stream, on_device
+from lit_prune.errors import InputError
+from lit_prune.evaluate import parameters
+from lit_prune.families import Block
+from lit_prune.modeling_sliced import SlicedLayer, Step, become, replace_norm, sliced_class, untied_head
+from lit_prune.progress import say, track
+from lit_prune.prune.base import Method, Propagate
+from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
+from lit_prune.slice.sizes import check_multiple, sizes_from_rates, slices
+from lit_prune.slice.sliceable import check_sliceable
+
+
+@final
+@dataclass(frozen=True)
+class Slicing(Method):
+    """Rotates the residual stream onto its principal axes, block by block, and drops the last of them.
+
+    A rate is a block's slice: the share of the stream's dimensions that it does not read. A slice of 0.25 is a cut of
+    dimensions, not of parameters: every block gains one or two shortcut matrices, and a tied head becomes untied.
+    Calibration runs every block once: each half of it gives its output in full width, whose axes then are found, and
+    the projection of that output on them is what the next half is given.
+
+    Args:
+        multiple: Every width is a multiple of this; hardware likes 8 and more.
+        slice_head: Slice what the head reads too, by the mean slice.
+
+    Raises:
+        InputError: for a multiple below 1.
+    """
+
+    multiple: int = 8
+    slice_head: bool = False
+
+    chooses_linears: ClassVar[bool] = False
+    changes_shapes: ClassVar[bool] = True
+    propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise InputError(f"`Slicing.multiple` must be at least 1, got {self.multiple}.")
+
+    def check(self, model: PreTrainedModel, sparsity: float) -> None:
+        """Raises InputError for a model that cannot be sliced, and widths that cannot be."""
+        check_sliceable(model)
+        width = model.config.hidden_size
+        check_multiple(self.multiple, width)
+        if sparsity > self.most(model):
+            raise InputError(
+                f"`pruning.sparsity` must be at most {self.most(model):.4g} for Slicing, got {sparsity:g}: every block "
+                f"keeps one `multiple` ({self.multiple}) of {width} dimensions."
+            )
+
+    def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        """Returns the dimensions of each block."""
+        return [model.config.hidden_size] * len(blocks)
+
+    def most(self, model: PreTrainedModel) -> float:
+        """Returns the slice that leaves one multiple."""
+        return 1 - self.multiple / model.config.hidden_size
+
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns the slices that are whole multiples."""
+        return slices(sizes_from_rates(rates, sizes[0], self.multiple), sizes[0])
+
+    @torch.no_grad()
+    def apply(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        rates: Sequence[float],
+        observed: Sequence[Observed],
+        device: torch.device,
+        stream: Callable[[], Stream],
+    ) -> list[float]:
+        """Slices block after block; see :meth:`Method.apply`."""
+        full, before, tied = model.config.hidden_size, parameters(model), model.config.tie_word_embeddings
+        sizes = sizes_from_rates(rates, full, self.multiple)
+        mean = sum(rates) / len(rates)
+        head_size = sizes_from_rates([mean], full, self.multiple)[0] if self.slice_head else full
+        walk = _Walk(model, stream())
+        walk.embed(sizes[0])
+        for block, following in zip(track(blocks, "Slicing blocks"), [*sizes[1:], head_size], strict=True):
+            with on_device(block, device):
+                whole = block is blocks[-1] and not self.slice_head
+                walk.through(block, sizes[block.index], None if whole else following)
+        walk.head()
+        become(model, [*sizes, head_size])
+        structure.write(model, slice={"untied_head": tied})
+        _tell(model, before, tied)
+        return slices(sizes, full)
+
+
+class _Walk:
+    """The way through a model that is being sliced: the calibration stream, and the axes that it keeps by now."""
+
+    def __init__(self, model: PreTrainedModel, stream: Stream) -> None:
+        self.model, self.stream = model, stream
+        self.layer_class = sliced_class(model).layer_class
+        self.layout = self.layer_class.layout
+        self.full: int = model.config.hidden_size
+        self.centre = isinstance(model.get_submodule(self.layout.final_norm), nn.LayerNorm)
+        self.axes_DK: Tensor | None = None
+
+    def embed(self, width: int) -> None:
+        """Rotates and slices the embeddings, and the stream behind them."""
+        covariance = Covariance()
+
+        def seen(index: int, x_BTD: Tensor) -> Tensor:
+            x_BTD = centred(x_BTD) if self.centre else x_BTD
+            covariance.update(self.stream.counted(index, x_BTD))
+            return x_BTD
+
+        self.stream.map(seen)
+        axes_DK = covariance.principal_axes()[:, :width]
+        for name in self.layout.embeddings:
+            embed_along(self.model.get_submodule(name), axes_DK, centre=self.centre)
+        self._keep(axes_DK)
+
+    def through(self, block: Block, width: int, following: int | None) -> None:
+        """Takes the stream through ``block``, which becomes a sliced layer on the way.
+
+        Args:
+            block: The block that the stream stands before, on the stream's device.
+            width: What the block reads.
+            following: What it writes; None writes the whole width, along the axes that it always had.
+        """
+        block.module.__class__ = self.layer_class
+        for step in self.layout.steps:
+            self._take(block, step, following if step is self.layout.steps[-1] else width)
+
+    def _take(self, block: Block, step: Step, width: int | None) -> None:
+        """Reads along the axes of the stream, finds those of what comes out, and writes along them."""
+        layer, axes_DK = block.module, self.axes_DK
+        assert isinstance(layer, SlicedLayer)
+        assert axes_DK is not None
+        norm = replace_norm(layer, step.norm, self.full)
+        for name in step.readers:
+            read_along(layer.get_submodule(name), norm, axes_DK)
+        layer.set_shortcut(step, axes_DK.T)  # back to the whole width, so that all that comes out is seen
+        covariance = Covariance()
+
+        def through(index: int, x_BTK: Tensor, **kwargs: Any) -> Tensor:
+            y_BTD = layer.take(step, x_BTK, **kwargs)
+            y_BTD = centred(y_BTD) if self.centre else y_BTD
+            if width is not None:
+                covariance.update(self.stream.counted(index, y_BTD))
+            return y_BTD
+
+        self.stream.map(through, block)
+        out_DK = None if width is None else covariance.principal_axes()[:, :width]
+        for name in step.writers:
+            write_along(layer.get_submodule(name), out_DK, centre=self.centre)
+        if out_DK is not None:
+            layer.set_shortcut(step, axes_DK.T @ out_DK)
+        self._keep(out_DK)
+
+    def _keep(self, axes_DK: Tensor | None) -> None:
+        """Keeps only these axes of the stream; None keeps it as it is."""
+        self.axes_DK = axes_DK
+        if axes_DK is not None:
+            self.stream.map(lambda _index, x_BTD: project(x_BTD, axes_DK))
+
+    def head(self) -> None:
+        """Fuses the last norm into the head, which gets a weight of its own."""
+        head = untied_head(self.model)
+        read_along(head, replace_norm(self.model, self.layout.final_norm, self.full), self.axes_DK)
+
+
+def _tell(model: PreTrainedModel, before: int, tied: bool) -> None:
+    """Says what became of the head, and whether the model grew."""
+    after, head = parameters(model), model.get_output_embeddings().weight.numel()
+    if tied:
+        say(f"The head was tied to the embedding; a sliced model has a head of its own, {head:,} parameters more.")
+    if after > before:
+        say(
+            f"Warning: slicing made the model bigger, from {before:,} to {after:,} parameters "
+            f"({after / before - 1:+.1%}): its shortcuts and its head weigh more than what was cut. Slice more, or "
+            "use masks."
+        )
