@@ -156,7 +156,7 @@ def picture(path: Path, scores: list[float], rates: list[float], report: Report)
     other.set_ylabel("score")
     other.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     handles = [handle for axis in (axes[0], other) for handle in axis.get_legend_handles_labels()[0]]
-    axes[0].legend(handles=handles, loc="upper left", fontsize=8)
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8)
     axes[0].set_title(f"{report['recipe']['allocation']}\n{report['recipe']['method']}", fontsize=9)
     if len(perplexity) > 1:
         bars = axes[1].bar(list(perplexity), list(perplexity.values()), color=["#54a24b", "#e45756", "#f58518"])
@@ -171,10 +171,10 @@ def _draw_widths(axis: Any, sliced: dict[str, Any]) -> None:
     sizes, full = sliced["sizes"], sliced["hidden_size"]
     blocks = range(len(sizes))
     axis.bar(blocks, sizes, color="#4c78a8", label="width kept (left)")
-    axis.bar(blocks, [full - size for size in sizes], bottom=sizes, color="#dbe5f0", label="sliced off")
+    axis.bar(blocks, [full - size for size in sizes], bottom=sizes, color="#dbe5f0", label="sliced off (left)")
     mean = sum(sizes) / len(sizes)
-    axis.axhline(mean, color="#1f3b5c", linestyle=":", label=f"mean width, {mean:.0f} of {full}")
-    axis.set(xlabel="block", ylabel="dimensions of the residual stream", ylim=(0, full * 1.3))
+    axis.axhline(mean, color="#1f3b5c", linestyle=":", label=f"mean width, {mean:.0f} of {full} (left)")
+    axis.set(xlabel="block", ylabel="dimensions of the residual stream", ylim=(0, full * 1.05))
 
 
 def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str:
@@ -199,8 +199,10 @@ def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str
 
 # {base}, {"pruned" if recipe else "trained"} with lit_prune
 
-Made from `{base}`. {_done(report)} {_size(report)}.
+Made from `{base}`. {_done(report)}
 {adapter}
+Parameters: {_size(report)}.
+
 | | perplexity |
 | --- | --- |
 {perplexity}
@@ -228,10 +230,10 @@ def _done(report: Report) -> str:
             f"Pruned with {how}, at a sparsity of {sparsity['requested']:g} ({_requested_of(sparsity)}). "
             f"{sparsity['achieved_linears']:.2%} of the weights of the linears that were pruned are exactly zero, "
             f"{sparsity['achieved_all']:.2%} of all parameters. The zeros are stored, so that masks alone make nothing "
-            "smaller:"
+            "smaller."
         )
     return (
         f"Sliced with {how}: the residual stream has {min(sliced['sizes'])} to {max(sliced['sizes'])} of its "
         f"{sliced['hidden_size']} dimensions, {sliced['achieved']:.2%} less in the mean. Shortcut matrices "
-        f"({sliced['shortcut_parameters']:,} parameters) and a head of its own are part of it:"
+        f"({sliced['shortcut_parameters']:,} parameters) and a head of its own are part of it."
     )

@@ -16,7 +16,6 @@ from lit_prune.allocate.plan import MEAN_TOLERANCE
 from lit_prune.calibrate import Batch
 from lit_prune.evaluate import measure, parameters, size_bytes, zeros
 from lit_prune.export import export, merges, without_adapter
-from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.pipeline import Recipe
 from lit_prune.recover import adapter_config
 from lit_prune.report import Report
@@ -63,8 +62,8 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any])
 
 
 def _slice(plain: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) -> dict[str, Any] | None:
-    """What a sliced model has become, beside what it was."""
-    if recipe is None or not isinstance(plain, SlicedCausalLM):
+    """What a model that was sliced in this run has become, beside what it was."""
+    if recipe is None or not recipe.method.changes_shapes:
         return None
     sizes, full = plain.config.slice_sizes, plain.config.hidden_size
     gone = slices(sizes[:-1], full)

@@ -3,24 +3,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.evaluate import zeros
-from lit_prune.export import export, without_adapter
+from lit_prune.export import export, merges, without_adapter
 from lit_prune.families import find_blocks
 from lit_prune.pipeline import Recipe, prune
 from lit_prune.recover import LoRA
+from lit_prune.slice import Slicing
+from tests.conftest import small_model
 
 
 def recovered(model: PreTrainedModel, batches: list[torch.Tensor]) -> PreTrainedModel:
     """``model`` pruned, with an adapter that does something."""
     prune(model, batches, Recipe(sparsity=0.5))
+    return with_adapter(model)
+
+
+def with_adapter(model: PreTrainedModel) -> PreTrainedModel:
     LoRA().attach(model)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.05
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.05
+            parameter.data = noise.to(parameter.dtype)
     return model.eval()
 
 
@@ -78,6 +86,42 @@ def test_without_adapter_shares_the_weights(model: PreTrainedModel, batches: lis
     assert plain.lm_head.weight is plain.model.embed_tokens.weight
     model.disable_adapters()
     assert not any(parameter.is_meta for parameter in plain.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_on_a_sliced_model_is_merged_and_the_model_left_as_it_is(
+    dtype: torch.dtype, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    model = small_model().to(dtype)  # type: ignore[arg-type]
+    prune(model, batches, Recipe(Slicing(), 0.25))
+    with_adapter(model)
+    expected, shortcut = model(batches[0]).logits, model.model.layers[1].mlp_shortcut.clone()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert merges(model)
+    plain = export(model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any("lora" in name for name in plain.state_dict())
+    layer = model.model.layers[0].mlp.up_proj
+    total = (
+        layer.base_layer.weight.float() + 2 * layer.lora_B.default.weight.float() @ layer.lora_A.default.weight.float()
+    )
+    torch.testing.assert_close(plain.model.layers[0].mlp.up_proj.weight, total.to(dtype), rtol=1e-3, atol=1e-3)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(opened.model.layers[1].mlp_shortcut, shortcut)
+    if dtype == torch.float32:
+        torch.testing.assert_close(opened(batches[0]).logits, expected)
+
+
+def test_an_adapter_on_a_sliced_model_with_masks_is_not_merged(
+    model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    prune(model, batches, Recipe(Slicing(), 0.25))
+    recovered(model, batches)
+    assert not merges(model)
+    export(model, tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file()
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(opened(batches[0]).logits, model(batches[0]).logits)
 
 
 def test_a_fresh_process_opens_it_without_lit_prune(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lit_prune.report import block_table, describe_protocol, model_card, picture, table, to_json, versions
+from lit_prune.report import _draw_widths, block_table, describe_protocol, model_card, picture, table, to_json, versions
 
 REPORT = {
     "perplexity": {"dense": 20.0, "pruned": 60.0, "recovered": 30.0},
@@ -80,6 +80,61 @@ def test_the_card_says_what_was_done_and_what_it_cost() -> None:
     assert describe_protocol(REPORT["protocol"]) in card
     assert card.startswith("---\n")
     assert "not merged" not in model_card({**REPORT, "adapter": None}, "x")
+
+
+SLICED = {
+    **REPORT,
+    "merged": True,
+    "parameters": 1_100_000,
+    "slice": {
+        "requested": 0.25,
+        "achieved": 0.2512,
+        "hidden_size": 64,
+        "sizes": [56, 40],
+        "head_size": 64,
+        "shortcut_parameters": 5000,
+        "untied_head": True,
+        "dense": {"parameters": 1_000_000, "bytes": 3_000_000, "speed": {"prefill": 100.0, "decode": 10.0}},
+        "pruned": {"parameters": 1_100_000, "bytes": 4_000_000, "speed": {"prefill": 150.0, "decode": 9.0}},
+    },
+}
+
+
+def test_slices_are_told_with_what_they_cost() -> None:
+    text = " ".join(shown(table(SLICED)).replace("│", " ").split())
+    for told in ("slice achieved, mean over blocks 0.2512", "40 to 56 of 64", "150.0, dense 100.0 (1.50 x dense)"):
+        assert told in text
+    for told in ("9.0, dense 10.0 (0.90 x dense)", "1,100,000, 4.0 MB, dense 1,000,000, 3.0 MB (+10.0%): bigger than"):
+        assert told in text
+    assert "adapter" not in text
+    assert "zeros" not in text
+    smaller = {**SLICED, "parameters": 900_000}
+    assert "(-10.0%)" in shown(table(smaller))
+    assert "bigger" not in shown(table(smaller))
+    unmeasured = {**SLICED, "slice": {**SLICED["slice"], "pruned": {"parameters": 1, "bytes": 1, "speed": None}}}
+    assert "tokens a second" not in shown(table(unmeasured))
+
+
+def test_the_picture_of_slices_has_the_widths(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    axis = Figure().subplots()
+    _draw_widths(axis, SLICED["slice"])
+    assert [bar.get_height() for bar in axis.patches] == [56, 40, 8, 24]
+    picture(tmp_path / "blocks.png", [1.0, 2.0], [0.1, 0.4], SLICED)
+    assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_card_of_a_sliced_model() -> None:
+    card = model_card(SLICED, "some/model")
+    for told in (
+        "40 to 56 of its 64 dimensions, 25.12% less",
+        "merged into the weights",
+        "import lit_prune  # or pass",
+    ):
+        assert told in card
+    assert "zero" not in card
+    assert "import lit_prune" not in model_card(REPORT, "x")
 
 
 def test_json_round_trips() -> None:

@@ -11,13 +11,15 @@ from lit_prune.callbacks import DynamicPruningCallback
 from torch.utils.data import DataLoader
 
 from lit_prune import structure
-from lit_prune.allocate import Uniform
+from lit_prune.allocate import LayerRedundancy, Uniform
 from lit_prune.calibrate import Calibration
 from lit_prune.errors import InputError
-from lit_prune.evaluate import measure, zeros
+from lit_prune.evaluate import measure, parameters, zeros
 from lit_prune.families import find_blocks
+from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.prune import Magnitude, Wanda
 from lit_prune.recover import LoRA, adapter_config
+from lit_prune.slice import Slicing
 from tests.conftest import small_model
 
 QUIET = {
@@ -166,6 +168,53 @@ def test_a_setting_that_a_record_lacks_had_its_default(tmp_path: Path) -> None:
     resumed = Foreign()
     fit(resumed, callback(), max_steps=4, ckpt_path=tmp_path / "half.ckpt")
     assert sparsity(resumed) == pytest.approx(0.5, abs=1e-3)
+
+
+def slicing(**fields: Any) -> DynamicPruningCallback:
+    return callback(method=Slicing(), sparsity=0.25, allocation=LayerRedundancy(base=0.2), **fields)
+
+
+def test_slices_before_the_first_step_and_recovers() -> None:
+    module, pruning = Foreign(), slicing()
+    dense = parameters(module.model)
+    fit(module, pruning, loader(1))
+    assert isinstance(module.model, SlicedCausalLM)
+    assert sum(module.model.config.slice_sizes[:3]) == 72
+    assert any(p.abs().sum() > 0 for n, p in module.model.named_parameters() if "lora_B" in n)
+    before, after = pruning.done["size"]["dense"], pruning.done["size"]["pruned"]
+    assert before["parameters"] == dense
+    assert after["parameters"] == sum(p.numel() for n, p in module.model.named_parameters() if ".lora_" not in n)
+    assert after["bytes"] == 4 * after["parameters"]
+    assert all(size["speed"][name] > 0 for size in (before, after) for name in ("prefill", "decode"))
+
+
+def test_speed_is_not_measured_where_nothing_is() -> None:
+    pruning = slicing(measure=False)
+    fit(Foreign(), pruning, loader(1))
+    assert pruning.done["size"]["pruned"]["speed"] is None
+
+
+def test_a_sliced_model_may_be_trained_whole() -> None:
+    module = Foreign()
+    fit(module, slicing(recovery=None), max_steps=2)
+    shortcut = module.model.model.layers[0].attention_shortcut
+    assert shortcut.requires_grad
+    assert shortcut.shape == (24, 24)
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+def test_a_checkpoint_resumes_with_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Foreign()
+    trainer = fit(first, slicing(), max_steps=2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, pruning = Foreign(), slicing()
+    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.prune", None)  # there is no second cut
+    fit(resumed, pruning, max_steps=2, ckpt_path=tmp_path / "half.ckpt")
+    assert resumed.model.config.slice_sizes == first.model.config.slice_sizes
+    assert pruning.done["size"]["dense"]["parameters"] == parameters(small_model())
+    one, other = first.model.state_dict(), resumed.model.state_dict()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_llm_is_found_by_target() -> None:

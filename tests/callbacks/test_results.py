@@ -10,7 +10,7 @@ from lit_prune.callbacks import ResultsCallback
 from transformers import AutoModelForCausalLM
 
 from lit_prune.errors import InputError
-from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader
+from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader, slicing
 
 
 def test_the_folder_of_a_fit(tmp_path: Path) -> None:
@@ -21,6 +21,33 @@ def test_the_folder_of_a_fit(tmp_path: Path) -> None:
     assert report["seconds"]["train"] > 0
     assert (tmp_path / "run" / "config.yaml").read_text() == "a: 1\n"
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    ids = next(iter(loader(1)))["input_ids"]
+    torch.testing.assert_close(opened(ids).logits, module.model.eval()(ids).logits)
+
+
+def test_the_folder_of_a_sliced_fit_has_the_adapter_merged(tmp_path: Path) -> None:
+    module, results = Foreign(), ResultsCallback(str(tmp_path / "run"))
+    fit(module, slicing(), loader(1), callbacks=[results], max_steps=8)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert abs(report["perplexity"]["recovered"] - report["export"]["perplexity"]) < 0.01
+    assert report["export"]["adapter"] == "merged"
+    assert sorted(path.name for path in (tmp_path / "run" / "model").iterdir()) == [
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_sliced.py",
+    ]
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    sliced = report["slice"]
+    assert opened.config.slice_sizes == [*sliced["sizes"], sliced["head_size"]]
+    assert report["parameters"] == sliced["pruned"]["parameters"] == sum(p.numel() for p in opened.parameters())
+    assert report["bytes"] == 4 * report["parameters"]
+    assert sliced["dense"]["parameters"] == 25_312
+    assert sliced["achieved"] == sliced["requested"] == 0.25
+    assert sliced["untied_head"]
+    assert sliced["shortcut_parameters"] == sum(p.numel() for n, p in opened.named_parameters() if "shortcut" in n)
+    assert "import lit_prune" in (tmp_path / "run" / "model" / "README.md").read_text()
     ids = next(iter(loader(1)))["input_ids"]
     torch.testing.assert_close(opened(ids).logits, module.model.eval()(ids).logits)
 
