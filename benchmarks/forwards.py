@@ -1,9 +1,9 @@
-"""Scoring and pruning (DLP + Wanda) against one plain forward of the same windows, in one process.
+"""Scoring and pruning, or slicing, against one plain forward of the same windows, in one process.
 
     python benchmarks/forwards.py --pretrained FOLDER --train_files TEXT
     python benchmarks/forwards.py --num_samples 16 --seq_length 256      # the embedded model
 
-Prints, for both ways of propagating, seconds as a multiple of F (one plain forward of the windows through the decoder,
+Prints, for every piece of work, seconds as a multiple of F (one plain forward of the windows through the decoder,
 without the head; the mean of one before and one after) beside the number of forwards that must be done, and the peak
 of the memory (Linux, glibc) above what the process held when the work began, beside the size of the stored activations.
 """
@@ -26,13 +26,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from lit_prune.allocate import DLP, LayerRedundancy, Uniform
 from lit_prune.calibrate import Batch, batches_of
 from lit_prune.data import TextDataModule
 from lit_prune.load import load_model
 from lit_prune.pipeline import Recipe, prune
 from lit_prune.prune import Wanda
+from lit_prune.slice import Slicing
 
-FLOOR = {"dense": 1, "pruned": 3}
+# What is timed, and the number of forwards that must be done for it.
+WORK: dict[str, tuple[Recipe, int]] = {
+    "DLP + Wanda, propagate: dense": (Recipe(Wanda(propagate="dense"), 0.5, DLP()), 1),
+    "DLP + Wanda, propagate: pruned": (Recipe(Wanda(propagate="pruned"), 0.5, DLP()), 3),
+    "Slicing, constant": (Recipe(Slicing(), 0.25, Uniform()), 1),
+    "Slicing, LayerRedundancy": (Recipe(Slicing(), 0.25, LayerRedundancy()), 2),
+}
 
 
 @dataclass
@@ -104,15 +112,15 @@ def main(
     table = Table(title=f"{num_samples} windows of {seq_length} tokens, {torch.get_num_threads()} threads")
     for column in ("work", "seconds", "multiple of F", "floor", "peak MB", "stored activations MB"):
         table.add_column(column, justify="left" if column == "work" else "right")
-    for propagate, floor in FLOOR.items():
+    for name, (recipe, floor) in WORK.items():
         candidate = copy.deepcopy(model)
         before = measured(lambda: forward(model, batches))
-        work = measured(lambda: prune(candidate, batches, Recipe(Wanda(propagate=propagate), 0.5)))  # noqa: B023
+        work = measured(lambda: prune(candidate, batches, recipe))  # noqa: B023
         after = measured(lambda: forward(model, batches))
         plain = (before.seconds + after.seconds) / 2
         table.add_row("plain forward", f"{plain:.1f}", "1.00", "", f"{before.peak_bytes / 1e6:.0f}", "")
         table.add_row(
-            f"DLP + Wanda, propagate: {propagate}",
+            name,
             f"{work.seconds:.1f}",
             f"{work.seconds / plain:.2f}",
             str(floor),

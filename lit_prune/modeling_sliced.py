@@ -251,7 +251,7 @@ def take_shape(model: PreTrainedModel, sizes: Sequence[int]) -> None:
     layout = layer_class.layout
     for name in layout.embeddings:
         embedding: Any = model.get_submodule(name)
-        set_weight(embedding, embedding.weight[:, : sizes[0]])
+        set_weight(embedding, embedding.weight[:, : sizes[0]].clone())
     layers: Any = model.get_submodule(layout.layers)
     for layer, (width, following) in zip(layers, pairwise(sizes), strict=True):
         _shape_layer(layer, layer_class, hidden_size, width, following)
@@ -274,10 +274,10 @@ def _shape_layer(layer: Any, kind: type[SlicedLayer], hidden_size: int, width: i
 
 
 def _shape_linear(linear: Any, *, rows: int | None = None, columns: int | None = None, biased: bool = False) -> None:
-    bias_O, weight_OI = linear.bias, linear.weight[:rows, :columns]
+    bias_O, weight_OI = linear.bias, linear.weight[:rows, :columns].clone()
     if bias_O is None and biased:
         bias_O = weight_OI.new_zeros(len(weight_OI))
-    set_weight(linear, weight_OI, None if bias_O is None else bias_O[:rows])
+    set_weight(linear, weight_OI, None if bias_O is None else bias_O[:rows].clone())
 
 
 def become(model: PreTrainedModel, sizes: Sequence[int]) -> None:
@@ -323,11 +323,11 @@ def untied_head(model: PreTrainedModel) -> nn.Module:
 def set_weight(module: Any, weight_OI: Tensor, bias_O: Tensor | None = None) -> None:
     """Gives a linear or an embedding another weight, and the sizes that it tells."""
     trained = module.weight.requires_grad
-    module.weight = nn.Parameter(weight_OI.detach().clone(), requires_grad=trained)
+    module.weight = nn.Parameter(weight_OI.detach(), requires_grad=trained)
     if isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight_OI.shape
         return
-    module.bias = None if bias_O is None else nn.Parameter(bias_O.detach().clone(), requires_grad=trained)
+    module.bias = None if bias_O is None else nn.Parameter(bias_O.detach(), requires_grad=trained)
     module.out_features, module.in_features = weight_OI.shape
 
 

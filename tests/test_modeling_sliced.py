@@ -198,7 +198,6 @@ def test_the_modelling_file_needs_nothing_of_this_package() -> None:
 
 
 def test_the_evaluation_harness_takes_it(embedded: PreTrainedModel, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

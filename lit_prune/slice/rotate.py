@@ -7,12 +7,14 @@ Suffixes: N words, O rows and I columns of a weight, P positions that count, D w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lit_prune.modeling_sliced import NormWeights, set_weight
 
-WORDS_AT_ONCE = 8192
+ROWS_AT_ONCE = 8192  # so that an embedding or a head is not held in float64 as a whole
 
 
 class Covariance:
@@ -66,15 +68,21 @@ def read_along(linear: nn.Module, norm: NormWeights, axes_IK: Tensor | None) -> 
         norm: Scale and shift of the norm that it reads behind.
         axes_IK: The axes that the stream keeps; None leaves them as they are.
     """
-    weight_OI, bias_O = _precise(linear)
-    if norm.bias is not None:
-        shift_O = weight_OI @ norm.bias.detach().to(weight_OI)
+    shifts, weights = [], []
+    for part_OI in linear.weight.detach().split(ROWS_AT_ONCE):  # type: ignore[operator]
+        wide_OI = precise(part_OI)
+        if norm.bias is not None:
+            shifts.append(wide_OI @ norm.bias.detach().to(wide_OI))
+        if norm.weight is not None:
+            wide_OI = wide_OI * norm.weight.detach().to(wide_OI)
+        if axes_IK is not None:
+            wide_OI = wide_OI @ axes_IK.to(wide_OI)
+        weights.append(wide_OI.to(part_OI))
+    bias_O: Tensor | None = None if linear.bias is None else precise(linear.bias.detach())  # type: ignore[operator]
+    if shifts:
+        shift_O = torch.cat(shifts)
         bias_O = shift_O if bias_O is None else bias_O + shift_O
-    if norm.weight is not None:
-        weight_OI = weight_OI * norm.weight.detach().to(weight_OI)
-    if axes_IK is not None:
-        weight_OI = weight_OI @ axes_IK.to(weight_OI)
-    _set(linear, weight_OI, bias_O)
+    set_weight(linear, torch.cat(weights), None if bias_O is None else bias_O.to(weights[0]))
 
 
 @torch.no_grad()
@@ -86,33 +94,22 @@ def write_along(linear: nn.Module, axes_OK: Tensor | None, *, centre: bool) -> N
         axes_OK: The axes that the stream keeps; None leaves them as they are.
         centre: First take the mean off what is written, which the LayerNorm behind it did.
     """
-    weight_OI, bias_O = _precise(linear)
+    weight_OI: Tensor = precise(linear.weight.detach())  # type: ignore[operator]
+    bias_O: Tensor | None = None if linear.bias is None else precise(linear.bias.detach())  # type: ignore[operator]
     if centre:
         weight_OI, bias_O = centred(weight_OI.T).T, None if bias_O is None else centred(bias_O)
     if axes_OK is not None:
         axes_OK = axes_OK.to(weight_OI)
         weight_OI, bias_O = axes_OK.T @ weight_OI, None if bias_O is None else bias_O @ axes_OK
-    _set(linear, weight_OI, bias_O)
+    like: Any = linear.weight
+    set_weight(linear, weight_OI.to(like), None if bias_O is None else bias_O.to(like))
 
 
 @torch.no_grad()
 def embed_along(embedding: nn.Module, axes_DK: Tensor, *, centre: bool) -> None:
-    """Makes an embedding (N, D) write a stream of other axes, in place; some thousand words at a time, where they are.
-
-    See :func:`write_along`.
-    """
+    """Makes an embedding (N, D) write a stream of other axes, in place; see :func:`write_along`."""
     weight_ND: Tensor = embedding.weight.detach()  # type: ignore[operator]
     axes_DK = axes_DK.to(precise(weight_ND[:0]).device)
-    parts = (precise(part) for part in weight_ND.split(WORDS_AT_ONCE))
+    parts = (precise(part) for part in weight_ND.split(ROWS_AT_ONCE))
     rotated = [((centred(part) if centre else part) @ axes_DK).to(weight_ND) for part in parts]
     set_weight(embedding, torch.cat(rotated))
-
-
-def _precise(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    bias = module.bias
-    return precise(module.weight.detach()), None if bias is None else precise(bias.detach())  # type: ignore[operator]
-
-
-def _set(module: nn.Module, weight_OI: Tensor, bias_O: Tensor | None) -> None:
-    like: Tensor = module.weight  # type: ignore[assignment]
-    set_weight(module, weight_OI.to(like), None if bias_O is None else bias_O.to(like))

@@ -64,8 +64,12 @@ def test_writing_by_hand() -> None:
     assert (writer.in_features, writer.out_features) == (2, 1)
 
 
-def test_embeddings_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_prune.slice.rotate.WORDS_AT_ONCE", 2)
+@pytest.fixture(autouse=True)
+def few_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_prune.slice.rotate.ROWS_AT_ONCE", 1)
+
+
+def test_embeddings_by_hand() -> None:
     embedding = nn.Embedding(3, 2, dtype=torch.bfloat16)
     embedding.weight.data = torch.tensor([[1.0, 3.0], [2.0, 2.0], [0.0, 8.0]], dtype=torch.bfloat16)
     embed_along(embedding, SWAP[:, :1], centre=True)
