@@ -210,7 +210,7 @@ Parameters: {_size(report)}.
 Measured on {describe_protocol(report["protocol"]) if report["protocol"] else "nothing"}.
 
 ```python
-{"import lit_prune  # or pass trust_remote_code=True below" + chr(10) if report["slice"] else ""}\
+{"import lit_prune  # or pass trust_remote_code=True below" + chr(10) if report["sliced"] else ""}\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this/folder")

@@ -16,6 +16,7 @@ from lit_prune.allocate.plan import MEAN_TOLERANCE
 from lit_prune.calibrate import Batch
 from lit_prune.evaluate import measure, parameters, size_bytes, zeros
 from lit_prune.export import export, merges, without_adapter
+from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.pipeline import Recipe
 from lit_prune.recover import adapter_config
 from lit_prune.report import Report
@@ -56,6 +57,7 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any])
         "adapter_parameters": parameters(model) - parameters(plain),
         "bytes": size_bytes(plain if merges(model) else model),
         "slice": _slice(plain, recipe, done),
+        "sliced": isinstance(plain, SlicedCausalLM),
         "seconds": dict(done.get("seconds", {})),
         "versions": reports.versions(),
     }

@@ -24,6 +24,7 @@ REPORT = {
     "adapter": {"r": 8},
     "merged": False,
     "slice": None,
+    "sliced": False,
     "adapter_parameters": 8000,
     "bytes": 4_000_000,
     "seconds": {"score": 1.0, "train": 2.0},
@@ -85,6 +86,7 @@ def test_the_card_says_what_was_done_and_what_it_cost() -> None:
 SLICED = {
     **REPORT,
     "merged": True,
+    "sliced": True,
     "parameters": 1_100_000,
     "slice": {
         "requested": 0.25,
@@ -135,6 +137,7 @@ def test_the_card_of_a_sliced_model() -> None:
         assert told in card
     assert "zero" not in card
     assert "import lit_prune" not in model_card(REPORT, "x")
+    assert "import lit_prune" in model_card({**REPORT, "sliced": True}, "sliced in an earlier run")
 
 
 def test_json_round_trips() -> None:

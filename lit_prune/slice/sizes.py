@@ -21,7 +21,8 @@ def sizes_from_rates(rates: Sequence[float], hidden_size: int, multiple: int) ->
     Rates [0.3, 0.4] of 32 are owed 22.4 and 19.2; in multiples of 8 that is 24 and 16, 40 together.
 
     Args:
-        rates: Share of ``hidden_size`` that each block gives.
+        rates: Share of ``hidden_size`` that each block gives, at most 1 - ``multiple`` / ``hidden_size``. Equal rates
+            may give widths that differ by one multiple; the first blocks then get the wider ones.
         hidden_size: Width of the stream before it is sliced; a multiple of ``multiple``.
         multiple: What every width is a multiple of.
     """

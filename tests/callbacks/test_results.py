@@ -9,7 +9,10 @@ from lightning.pytorch import Trainer
 from lit_prune.callbacks import ResultsCallback
 from transformers import AutoModelForCausalLM
 
+from lit_prune.allocate import Uniform
 from lit_prune.errors import InputError
+from lit_prune.pipeline import Recipe, prune
+from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader, slicing
 
 
@@ -50,6 +53,16 @@ def test_the_folder_of_a_sliced_fit_has_the_adapter_merged(tmp_path: Path) -> No
     assert "import lit_prune" in (tmp_path / "run" / "model" / "README.md").read_text()
     ids = next(iter(loader(1)))["input_ids"]
     torch.testing.assert_close(opened(ids).logits, module.model.eval()(ids).logits)
+
+
+def test_the_card_of_a_sliced_model_that_is_masked_says_how_it_opens(tmp_path: Path) -> None:
+    module = Foreign()
+    prune(module.model, [torch.randint(1, 64, (2, 16))], Recipe(Slicing(), 0.25, Uniform()))
+    fit(module, callback(), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))])
+    assert "import lit_prune" in (tmp_path / "run" / "model" / "README.md").read_text()
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["sliced"]
+    assert report["slice"] is None
 
 
 def test_an_existing_folder_is_refused_before_the_cut(tmp_path: Path) -> None:
