@@ -42,8 +42,8 @@ class DynamicPruningCallback(Callback):
         allocation: How blocks are scored and the sparsity is spread over them: DLP, OWL, AlphaPruning, LayerRedundancy,
             Uniform, or a Plan from a file; null is DLP.
         at_step: Optimizer step before which the cut comes; 0 is the only one so far.
-        recovery: What is trained after the cut, such as LoRA; null trains what the LightningModule leaves trainable,
-            which must not be weights under a mask.
+        recovery: What is trained after the cut: LoRA, MaskedLoRA or FullFineTuning; null trains what the
+            LightningModule leaves trainable, which must not be weights under a mask.
         calibration: How much text the statistics are taken over.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
@@ -201,7 +201,8 @@ class DynamicPruningCallback(Callback):
         if self.recovery is None and trained:
             raise InputError(
                 "`pruning.recovery` must be given where pruned weights are trained, or training fills the zeros: use "
-                "LoRA, freeze the LLM yourself, or prune without training by `lit-prune prune`."
+                "MaskedLoRA, FullFineTuning or LoRA, freeze the LLM yourself, or prune without training by `lit-prune "
+                "prune`."
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
