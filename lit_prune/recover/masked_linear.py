@@ -89,8 +89,8 @@ class MaskedLinear(Linear):
     @property
     def weight_OI(self) -> Tensor:
         """The weight under the adapter, (out, in)."""
-        weight: Tensor = self.get_base_layer().weight
-        return weight.T if self.fan_in_fan_out else weight
+        base: Any = self.get_base_layer()
+        return base.weight.T if self.fan_in_fan_out else base.weight
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -100,8 +100,8 @@ class MaskedLinear(Linear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Returns W' - W, which peft adds to the weight when it merges by itself."""
-        weight: Tensor = self.get_base_layer().weight
-        return super().get_delta_weight(adapter).masked_fill(weight == 0, 0)
+        base: Any = self.get_base_layer()
+        return super().get_delta_weight(adapter).masked_fill(base.weight == 0, 0)
 
     @property
     def _name(self) -> str:
