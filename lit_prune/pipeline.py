@@ -22,15 +22,17 @@ from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
-from lit_prune.allocate.base import weighted_mean
+from lit_prune.allocate.base import TOLERANCE, weighted_mean
 from lit_prune.budget import Budget, Limits, over_linears
 from lit_prune.calibrate import COSINE, INPUTS, Batch, Observed, Stream, observe, on_device
 from lit_prune.errors import InputError
 from lit_prune.evaluate import evaluating
 from lit_prune.families import Block, find_blocks
-from lit_prune.progress import track
+from lit_prune.progress import say, track
 from lit_prune.prune import Method, Wanda
 from lit_prune.stored import Stored, key_of
+
+TOLD = 1e-3  # share of zeros that is no accident of a weight's data type
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,16 @@ class Recipe:
 
         Raises:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
-                the bounds do not allow.
+                the bounds do not allow, or that is below what is gone already.
         """
         self.method.check(model, self.sparsity)
         blocks = self.find(model)
         limits = self.limits(model, blocks)
+        if limits.target < limits.gone - TOLERANCE:
+            raise InputError(
+                f"`pruning.sparsity` must be at least what is gone already, {limits.gone:.4g} of the linears: it stays "
+                f"pruned, and counts; got {limits.target:.4g}."
+            )
         self.method.check_rates(blocks, self.allocation, limits.target)
         self.allocation.check(limits.sizes, limits.target, limits.lower, limits.upper)
         self.spread(limits, [1.0] * len(blocks), equal=True)
@@ -111,10 +118,11 @@ class Recipe:
             InputError: if the budget is that of all parameters, and the linears cannot give it.
         """
         least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.most(model)))
-        lower, sizes = [max(least, self.method.taken(block)) for block in blocks], self.method.sizes(model, blocks)
-        if self.budget == "linears":
-            return Limits(sizes, lower, upper, self.sparsity)
-        return Limits(sizes, lower, upper, over_linears(self.sparsity, model, blocks, lower=lower, upper=upper))
+        taken, sizes = [self.method.taken(block) for block in blocks], self.method.sizes(model, blocks)
+        lower, target = [max(least, gone) for gone in taken], self.sparsity
+        if self.budget == "parameters":
+            target = over_linears(self.sparsity, model, blocks, lower=lower, upper=upper)
+        return Limits(sizes, lower, upper, target, weighted_mean(taken, sizes))
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
         """Returns the rate of every block; ``equal`` only asks whether the limits allow any."""
@@ -313,6 +321,8 @@ def _score(
                 scores.append(known[block.index] if known else recipe.allocation.score(_weights(block), seen))
             observed.append(seen.to(model.device))
     limits = recipe.limits(model, blocks)
+    if limits.gone >= TOLD:
+        say(f"{limits.gone:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
     rates = recipe.spread(limits, scores)
     return Scored(scores, rates, limits.target, limits.sizes, time.perf_counter() - begin, observed)
 
