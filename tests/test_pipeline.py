@@ -131,7 +131,7 @@ def test_pruned_stays_pruned_at_a_later_cut(
     assert "40.0% of what is to be pruned is gone already: it stays so, and counts" in capsys.readouterr().err
     assert second.sparsity == pytest.approx(0.6, abs=1e-3)
     assert all((model.state_dict()[name][where] == 0).all() for name, where in gone.items())
-    with pytest.raises(InputError, match=r"must be at least what is gone already, 0.(59\d*|6) of the .*, got 0.3"):
+    with pytest.raises(InputError, match=r"must be at least what is gone already, 0.(59\d*|6) of the .*; got 0.3"):
         prune(model, batches, Recipe(sparsity=0.3))
 
 
