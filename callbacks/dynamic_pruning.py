@@ -110,7 +110,7 @@ class DynamicPruningCallback(Callback):
         pl_module.configure_model()
         model = self.find_model(pl_module)
         if trainer.ckpt_path:
-            rebuild(model, self._stored(str(trainer.ckpt_path)))
+            rebuild(model, self.checkpointed(str(trainer.ckpt_path)))
             return
         if isinstance(trainer.precision_plugin, HalfPrecision):
             trainer.precision_plugin.convert_module(model)
@@ -182,8 +182,12 @@ class DynamicPruningCallback(Callback):
             )
         return found
 
-    def _stored(self, path: str) -> dict[str, Any]:
-        """What a checkpoint says was done to the LLM, which must be what this run would do."""
+    def checkpointed(self, path: str) -> dict[str, Any]:
+        """Returns what a checkpoint says was done to the LLM.
+
+        Raises:
+            InputError: if it is no checkpoint of a fit, or not what this run would do was done.
+        """
         assert self.recipe is not None
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(structure.KEY)

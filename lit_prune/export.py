@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -17,9 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lit_prune import structure
 from lit_prune.errors import InputError
-from lit_prune.recover import adapter_config, has_masked_adapter, merged_weight
+from lit_prune.recover import adapter_config, merged_weight, snapshot
 
 
 def export(
@@ -48,12 +48,24 @@ def export(
 
 def merges(model: PreTrainedModel) -> bool:
     """Returns whether the adapter on ``model`` is merged when that is exported: wherever that fills no zeros."""
-    return adapter_config(model) is not None and (has_masked_adapter(model) or not structure.masked(model))
+    return _mergeable(snapshot(model))
 
 
-def check_merge(model: PreTrainedModel) -> None:
-    """Raises InputError where the adapter on ``model`` would fill zeros if it were merged."""
-    if adapter_config(model) is not None and not merges(model):
+def _mergeable(stored: dict[str, Any]) -> bool:
+    fills = stored["record"].get("masked") and not stored.get("masked_adapter")
+    return stored["adapter"] is not None and not fills
+
+
+def check_merge(stored: dict[str, Any]) -> None:
+    """Asks whether a model has no adapter, or one that can be merged.
+
+    Args:
+        stored: The model's snapshot, such as a checkpoint has.
+
+    Raises:
+        InputError: if the adapter would fill zeros.
+    """
+    if stored["adapter"] is not None and not _mergeable(stored):
         raise InputError(
             "`merge` must be left out for LoRA over masks, whose B A is dense and would fill every zero: export the "
             "adapter beside the weights, or train with `--pruning.recovery MaskedLoRA`."

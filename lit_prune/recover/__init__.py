@@ -1,6 +1,6 @@
 """What heals the model after the cut. One file a recovery; importing them here makes their short names resolve."""
 
-from lit_prune.recover.adapter import adapter_config, has_masked_adapter, merged_weight
+from lit_prune.recover.adapter import adapter_config, merged_weight
 from lit_prune.recover.base import Recovery
 from lit_prune.recover.full import FullFineTuning
 from lit_prune.recover.lora import LoRA
@@ -13,7 +13,6 @@ __all__ = [
     "MaskedLoRA",
     "Recovery",
     "adapter_config",
-    "has_masked_adapter",
     "merged_weight",
     "rebuild",
     "snapshot",
