@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
-from lit_prune.allocate.base import weighted_mean
+from lit_prune.allocate.base import Refined, weighted_mean
 from lit_prune.budget import Budget, Limits, over_linears
 from lit_prune.calibrate import COSINE, INPUTS, Batch, Observed, Stream, observe, on_device
 from lit_prune.errors import InputError
@@ -140,6 +140,7 @@ class Scored:
         sizes: What each block has to give: its prunable weights, for slices its dimensions.
         seconds: How long it took.
         observed: What passed through each block, where statistics were taken.
+        search: What an allocation that tries rates out tells of it, see ``allocate.base.Refined``.
     """
 
     scores: list[float]
@@ -148,6 +149,7 @@ class Scored:
     sizes: list[int]
     seconds: float
     observed: list[Observed] = field(repr=False)
+    search: dict[str, Any] = field(default_factory=dict)
 
     @property
     def planned(self) -> float:
@@ -167,6 +169,7 @@ class Pruned:
         sparsity: The same over all blocks.
         sizes: What each block had to give: its prunable weights, for slices its dimensions.
         seconds: How long scoring and pruning took, by phase.
+        search: What an allocation that tries rates out tells of it.
     """
 
     scores: list[float]
@@ -176,6 +179,7 @@ class Pruned:
     sparsity: float
     sizes: list[int]
     seconds: dict[str, float]
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 def score(
@@ -199,7 +203,7 @@ def score(
         InputError: see :meth:`Recipe.check`; also for NaN or infinity in the activations, for no batches, and for
             statistics that were taken of something else.
     """
-    return _score(model, list(batches), recipe, device, recipe.allocation.needs, stored)
+    return _score(model, list(batches), recipe, device, _looks(recipe), stored)
 
 
 def look(
@@ -248,7 +252,7 @@ def prune(
     total = weighted_mean(achieved, scored.sizes)
     structure.write(model, recipe=recipe_record(recipe), rates=scored.rates)
     seconds = {"score": scored.seconds, "prune": time.perf_counter() - begin}
-    return Pruned(scored.scores, scored.rates, scored.target, achieved, total, scored.sizes, seconds)
+    return Pruned(scored.scores, scored.rates, scored.target, achieved, total, scored.sizes, seconds, scored.search)
 
 
 def recipe_record(recipe: Recipe) -> dict[str, object]:
@@ -283,8 +287,12 @@ def check_stored(
 
 def _needs(recipe: Recipe) -> frozenset[str]:
     """The statistics of the unpruned model that a cut reads."""
-    method = recipe.method
-    return recipe.allocation.needs | (method.needs if method.propagate == "dense" else frozenset())
+    return _looks(recipe) | (recipe.method.needs if recipe.method.propagate == "dense" else frozenset())
+
+
+def _looks(recipe: Recipe) -> frozenset[str]:
+    """The statistics of the unpruned model that the rates hang on."""
+    return recipe.allocation.needs | (recipe.method.needs if recipe.allocation.refines else frozenset())
 
 
 def _score(
@@ -312,9 +320,32 @@ def _score(
                 seen = seen.to(next(block.module.parameters()).device)
                 scores.append(known[block.index] if known else recipe.allocation.score(_weights(block), seen))
             observed.append(seen.to(model.device))
-    limits = recipe.limits(model, blocks)
+        limits = recipe.limits(model, blocks)
+        refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, observed=observed)
+    seconds = time.perf_counter() - begin
+    return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, observed, refined.told)
+
+
+def _refine(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch | Tensor],
+    recipe: Recipe,
+    device: torch.device | str | None,
+    *,
+    limits: Limits,
+    scores: Sequence[float],
+    observed: Sequence[Observed],
+) -> Refined:
+    """Spreads the budget by the scores, and tries other rates where the allocation does."""
     rates = recipe.spread(limits, scores)
-    return Scored(scores, rates, limits.target, limits.sizes, time.perf_counter() - begin, observed)
+    if not recipe.allocation.refines:
+        return Refined(rates)
+    recorded = {name: value for name, value in recipe_record(recipe).items() if name != "allocation"}
+    key, dicts = vars(key_of(model, batches)) | recorded, _dicts(model, batches)
+    place = torch.device(device or model.device)
+    with recipe.method.trial(model, blocks, observed=observed, device=place, batches=dicts) as trial:
+        return recipe.allocation.refine(rates, limits, trial=trial, key=key)
 
 
 def _weights(block: Block) -> dict[str, Tensor]:
@@ -327,6 +358,11 @@ def _stream(
     batches: Iterable[Batch | Tensor],
     device: torch.device | str | None,
 ) -> Stream:
+    return Stream(model, blocks, _dicts(model, batches), torch.device(device or model.device))
+
+
+def _dicts(model: PreTrainedModel, batches: Iterable[Batch | Tensor]) -> list[Batch]:
+    """The batches as dicts, where the model can take them."""
     dicts = [{"input_ids": batch} if isinstance(batch, Tensor) else batch for batch in batches]
     if not dicts:
         raise InputError("`calibration` must have at least one batch, got none.")
@@ -334,4 +370,4 @@ def _stream(
     longest = max(batch["input_ids"].shape[-1] for batch in dicts)
     if limit is not None and longest > limit:
         raise InputError(f"`calibration.seq_length` must be at most {limit}, the model's limit, got {longest}.")
-    return Stream(model, blocks, dicts, torch.device(device or model.device))
+    return dicts
