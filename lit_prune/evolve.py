@@ -16,7 +16,7 @@ from dataclasses import dataclass
 Moved = tuple[int, ...]
 Loss = Callable[[Moved, Sequence[int]], float]
 TOLERANCE = 1e-9
-CONTENDERS = 3  # of a tournament
+CONTENDERS = 3  # of a tournament, and at most half of the blocks
 LEARNED = 0.5  # share of an estimate's error that one measurement corrects
 ATTEMPTS = 1000  # at offspring that the bounds allow
 
@@ -156,8 +156,7 @@ class Evolution:
         return moved
 
     def _drawn(self, blocks: Iterable[int]) -> list[int]:
-        candidates = list(blocks)
-        return self.draw.sample(candidates, min(CONTENDERS, len(candidates)))
+        return self.draw.sample(list(blocks), max(min(CONTENDERS, len(self.best) // 2), 1))
 
     def _learn(self, child: Moved, rise: float) -> None:
         """Corrects the costs by what a child did to the loss of its parent."""

@@ -95,7 +95,9 @@ def _rebuilt(stored: Weights, name: str, dense_OI: Tensor) -> Tensor:
     bits_N = np.unpackbits(stored[f"keep.{name}"].numpy(), count=dense_OI.numel())
     keep_OI = torch.from_numpy(bits_N).bool().view_as(dense_OI)
     new_K = stored.get(f"new.{name}")
-    return dense_OI.masked_fill(~keep_OI, 0) if new_K is None else torch.zeros_like(dense_OI).masked_scatter(keep_OI, new_K)
+    if new_K is None:
+        return dense_OI.masked_fill(~keep_OI, 0)
+    return torch.zeros_like(dense_OI).masked_scatter(keep_OI, new_K)
 
 
 class MaskedTrial(Trial):

@@ -16,6 +16,7 @@ from lit_prune.run_folder import write_text
 
 Moved = tuple[int, ...]
 DIGEST = 64  # letters of a SHA-256, which tells people nothing
+CHANGE = "choose another file by `--pruning.allocation.state FILE`"
 
 
 class Measured:
@@ -38,7 +39,9 @@ class Measured:
         if self.path.exists():
             self._read(self.path)
         elif not self.path.absolute().parent.is_dir():
-            raise InputError(f"`Search.state` must be a file in a folder that is there, got {path}: make it, or {_CHANGE}.")
+            raise InputError(
+                f"`Search.state` must be a file in a folder that is there, got {path}: make it, or {CHANGE}."
+            )
 
     def _read(self, path: Path) -> None:
         try:
@@ -46,7 +49,7 @@ class Measured:
             losses = {(tuple(moved), window): loss for window, loss, moved in content["losses"]}
             self.key, self.losses = dict(content["key"]), losses
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"`Search.state` must be a file that a search wrote, {path} is none; {_CHANGE}.") from error
+            raise InputError(f"`Search.state` must be a file that a search wrote, {path} is none; {CHANGE}.") from error
         self._saved = len(self.losses)
 
     def fit(self, key: Mapping[str, Any]) -> None:
@@ -62,7 +65,7 @@ class Measured:
         if found := [told for told in differing if told]:
             raise InputError(
                 f"`Search.state` must be of the same search, {self.path} is of another: {'; '.join(found)}. Change it "
-                f"back, {_CHANGE}."
+                f"back, {CHANGE}."
             )
 
     def save(self, key: Mapping[str, Any], rates: list[float]) -> None:
@@ -75,15 +78,12 @@ class Measured:
         self._saved = len(self.losses)
 
 
-_CHANGE = "choose another file by `--pruning.allocation.state FILE`"
-
-
 def _differs(name: str, then: Any, now: Any) -> str:
     """How a value was another, in words; nothing where it was not."""
     if then == now:
         return ""
     if isinstance(now, dict) and isinstance(then, dict):
         return "; ".join(filter(None, (_differs(f"{name} {part}", then.get(part), now.get(part)) for part in now)))
-    if isinstance(now, str) and len(now) == DIGEST or isinstance(now, list):
+    if (isinstance(now, str) and len(now) == DIGEST) or isinstance(now, list):
         return f"other {name}"
     return f"`{name}` {then}, now {now}"

@@ -47,7 +47,9 @@ class Trial(ABC):
     def loss(self, rates: Sequence[float], window: int) -> float:
         """Returns the mean cross entropy of the next token over one window, in nats; infinity where it is none."""
         self.take(rates)
-        ids_1T, mask_1T = (None if part is None else part.to(self.model.device) for part in self._rows[window])
+        ids_1T, mask_1T = self._rows[window]
+        ids_1T = ids_1T.to(self.model.device)
+        mask_1T = None if mask_1T is None else mask_1T.to(self.model.device)
         logits_1TV = self.model(input_ids=ids_1T, attention_mask=mask_1T, use_cache=False).logits
         nll, tokens = negative_log_likelihood(logits_1TV, ids_1T, mask_1T)
         mean = float(nll) / tokens
