@@ -22,15 +22,17 @@ from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
-from lit_prune.allocate.base import Refined, weighted_mean
+from lit_prune.allocate.base import TOLERANCE, Refined, weighted_mean
 from lit_prune.budget import Budget, Limits, over_linears
 from lit_prune.calibrate import COSINE, INPUTS, Batch, Observed, Stream, observe, on_device
 from lit_prune.errors import InputError
 from lit_prune.evaluate import evaluating
 from lit_prune.families import Block, find_blocks
-from lit_prune.progress import track
+from lit_prune.progress import say, track
 from lit_prune.prune import Method, Wanda
 from lit_prune.stored import Stored, key_of
+
+TOLD = 1e-3  # share of zeros that is no accident of a weight's data type
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Recipe:
             of the model, tied weights counted once, of which the linears then give more than that share.
 
     Raises:
-        InputError: for a number out of its range, linears chosen for a method that takes from all, or a budget that
-            the method does not know.
+        InputError: for a number out of its range, linears chosen for a method that takes from all, a search by a
+            method that cannot try rates, or a budget that the method does not know.
     """
 
     method: Method = field(default_factory=Wanda)
@@ -77,6 +79,11 @@ class Recipe:
                 f"`pruning.targets` and `pruning.ignore` must be left out for {type(self.method).__name__}: it takes "
                 "from all linears of a block together."
             )
+        if self.allocation.refines and not self.method.tries:
+            raise InputError(
+                f"`pruning.allocation` must not be {type(self.allocation).__name__} for {type(self.method).__name__}, "
+                "which offers no trial of rates."
+            )
         if self.budget not in get_args(Budget):
             raise InputError(f"`pruning.budget` must be one of {', '.join(get_args(Budget))}, got {self.budget!r}.")
         if self.budget != "linears" and not self.method.makes_zeros:
@@ -94,11 +101,16 @@ class Recipe:
 
         Raises:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
-                the bounds do not allow.
+                the bounds do not allow, or that is below what is gone already.
         """
         self.method.check(model, self.sparsity)
         blocks = self.find(model)
         limits = self.limits(model, blocks)
+        if limits.target < limits.gone - TOLERANCE:
+            raise InputError(
+                f"`pruning.sparsity` must be at least what is gone already, {limits.gone:.4g} of the linears: it stays "
+                f"pruned, and counts; got {limits.target:.4g}."
+            )
         self.method.check_rates(blocks, self.allocation, limits.target)
         self.allocation.check(limits.sizes, limits.target, limits.lower, limits.upper)
         self.spread(limits, [1.0] * len(blocks), equal=True)
@@ -111,10 +123,11 @@ class Recipe:
             InputError: if the budget is that of all parameters, and the linears cannot give it.
         """
         least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.most(model)))
-        lower, sizes = [max(least, self.method.taken(block)) for block in blocks], self.method.sizes(model, blocks)
-        if self.budget == "linears":
-            return Limits(sizes, lower, upper, self.sparsity)
-        return Limits(sizes, lower, upper, over_linears(self.sparsity, model, blocks, lower=lower, upper=upper))
+        taken, sizes = [self.method.taken(block) for block in blocks], self.method.sizes(model, blocks)
+        lower, target = [max(least, gone) for gone in taken], self.sparsity
+        if self.budget == "parameters":
+            target = over_linears(self.sparsity, model, blocks, lower=lower, upper=upper)
+        return Limits(sizes, lower, upper, target, weighted_mean(taken, sizes))
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
         """Returns the rate of every block; ``equal`` only asks whether the limits allow any."""
@@ -320,8 +333,10 @@ def _score(
                 seen = seen.to(next(block.module.parameters()).device)
                 scores.append(known[block.index] if known else recipe.allocation.score(_weights(block), seen))
             observed.append(seen.to(model.device))
-        limits = recipe.limits(model, blocks)
-        refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, observed=observed)
+    limits = recipe.limits(model, blocks)
+    if limits.gone >= TOLD:
+        say(f"{limits.gone:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
+    refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, observed=observed)
     seconds = time.perf_counter() - begin
     return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, observed, refined.told)
 
@@ -344,7 +359,8 @@ def _refine(
     recorded = {name: value for name, value in recipe_record(recipe).items() if name != "allocation"}
     key, dicts = vars(key_of(model, batches)) | recorded, _dicts(model, batches)
     place = torch.device(device or model.device)
-    with recipe.method.trial(model, blocks, observed=observed, device=place, batches=dicts) as trial:
+    trying = recipe.method.trial(model, blocks, observed=observed, device=place, batches=dicts)
+    with evaluating(model), trying as trial:
         return recipe.allocation.refine(rates, limits, trial=trial, key=key)
 
 

@@ -34,12 +34,14 @@ class Method(ABC):
         chooses_linears: Whether `targets` and `ignore` mean anything to the method.
         makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
         changes_shapes: Whether weights become smaller, so that the model's parameters and its speed change.
+        tries: Whether there is a :meth:`trial`, which an allocation that searches needs.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     chooses_linears: ClassVar[bool] = True
     makes_zeros: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = False
+    tries: ClassVar[bool] = False
     propagate: Propagate
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
@@ -92,7 +94,6 @@ class Method(ABC):
             stream: Gives the calibration batches standing before the first block.
         """
 
-    @abstractmethod
     def trial(
         self,
         model: PreTrainedModel,
@@ -111,6 +112,7 @@ class Method(ABC):
             device: Where the trial runs.
             batches: The calibration batches.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no trial, and `tries` is {self.tries}")
 
 
 class MaskMethod(Method):
@@ -121,6 +123,7 @@ class MaskMethod(Method):
     """
 
     makes_zeros: ClassVar[bool] = True
+    tries: ClassVar[bool] = True
     pattern: Pattern | None = None
 
     @abstractmethod

@@ -202,6 +202,16 @@ def test_n_of_m_is_refused(batches: list[torch.Tensor]) -> None:
         prune(small_model(), batches, Recipe(Wanda(NofM()), 0.5, Search(Uniform())))
 
 
+def test_a_method_without_a_trial_is_refused() -> None:
+    class Own(Method):
+        propagate = "dense"  # type: ignore[assignment]
+        sizes = apply = None  # type: ignore[assignment]
+
+    with pytest.raises(InputError, match="`pruning.allocation` must not be Search for Own, which offers no trial"):
+        Recipe(Own(), 0.5, Search())
+    Recipe(Own(), 0.5, DLP())
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("method", [Magnitude(), Wanda(), SparseGPT(), Wanda(MixedNofM(8))], ids=str)
 def test_every_method_of_masks(family: str, method: Method, batches: list[torch.Tensor]) -> None:
