@@ -27,6 +27,7 @@ from lit_prune.data import TextDataModule  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.families import blocks_path  # noqa: E402
 from lit_prune.module import PrunableLM  # noqa: E402
+from lit_prune.on_disk import working  # noqa: E402
 from lit_prune.pipeline import recipe_record, score  # noqa: E402
 from lit_prune.progress import say  # noqa: E402
 from lit_prune.report import block_table, versions  # noqa: E402
@@ -44,9 +45,10 @@ class PruneTrainer(Trainer):
         pruning, results = self._ready(model, datamodule)
         llm, device = pruning.find_model(model), self.strategy.root_device
         validation = validation_data(self) if pruning.measure else None
-        pruning.cut(llm, calibration_batches(self, pruning.calibration), validation, device)
-        with results.opened():
-            results.write(self, model, llm, summary(llm, pruning.recipe, pruning.done), validation)
+        with working(llm, results.folder.path):
+            pruning.cut(llm, calibration_batches(self, pruning.calibration), validation, device)
+            with results.opened():
+                results.write(self, model, llm, summary(llm, pruning.recipe, pruning.done), validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Look before you cut: a table and a picture of the blocks' scores and rates, and a plan file to edit."""

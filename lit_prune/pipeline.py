@@ -23,6 +23,7 @@ from lit_prune.calibrate import Batch, Observed, Stream, observe, on_device
 from lit_prune.errors import InputError
 from lit_prune.evaluate import evaluating
 from lit_prune.families import Block, find_blocks
+from lit_prune.on_disk import check_working
 from lit_prune.progress import track
 from lit_prune.prune import Method, Wanda
 
@@ -201,6 +202,7 @@ def prune(
     device: torch.device | str | None = None,
 ) -> Pruned:
     """Prunes ``model`` in place, and returns what was done; arguments and errors as in :func:`score`."""
+    check_working(model)
     batches, method = list(batches), recipe.method
     needs = recipe.allocation.needs | (method.needs if method.propagate == "dense" else frozenset())
     scored = _score(model, batches, recipe, device, needs)

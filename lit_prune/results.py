@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -17,6 +18,7 @@ from lit_prune.calibrate import Batch
 from lit_prune.evaluate import measure, parameters, size_bytes, zeros
 from lit_prune.export import export, merges, without_adapter
 from lit_prune.modeling_sliced import SlicedCausalLM
+from lit_prune.on_disk import keep_on_disk, on_disk
 from lit_prune.pipeline import Recipe
 from lit_prune.recover import adapter_config
 from lit_prune.report import Report
@@ -89,6 +91,7 @@ def write_results(
     base: str,
     tokenizer: Tokenizer | None,
     validation: Validation | None,
+    device: torch.device | None = None,
 ) -> list[Path]:
     """Writes `model/`, `report.json` and `blocks.png` into ``folder``; returns what was written.
 
@@ -101,7 +104,7 @@ def write_results(
     with written_aside(exported) as draft:
         card = reports.model_card(report, base, base if tokenizer is None else "this/folder")
         written = export(model, draft, tokenizer, card)
-        report["export"] = _reopened(draft, written, report, validation)
+        report["export"] = _reopened(draft, written, report, validation, device)
     return [exported, *_told(folder.path, report)]
 
 
@@ -127,7 +130,9 @@ def _told(folder: Path, report: Report) -> list[Path]:
     return [numbers] if report["scores"] is None else [image, numbers]
 
 
-def _reopened(folder: Path, plain: PreTrainedModel, report: Report, validation: Validation | None) -> dict[str, Any]:
+def _reopened(
+    folder: Path, plain: PreTrainedModel, report: Report, validation: Validation | None, device: torch.device | None
+) -> dict[str, Any]:
     """Opens the folder with transformers and compares; returns what report.json says of it.
 
     Args:
@@ -135,8 +140,11 @@ def _reopened(folder: Path, plain: PreTrainedModel, report: Report, validation: 
         plain: The model that was exported, without its adapter.
         report: The report so far.
         validation: What the perplexity is measured on.
+        device: Where the blocks of a model on disk compute.
     """
     opened = AutoModelForCausalLM.from_pretrained(folder).to(plain.device)  # type: ignore[arg-type]
+    if on_disk(plain) is not None:
+        keep_on_disk(opened)
     unmerged = None if not report["adapter"] else "unmerged, at the root of model/"
     checked: dict[str, Any] = {
         "adapter": "merged" if report["merged"] else unmerged,
@@ -146,7 +154,7 @@ def _reopened(folder: Path, plain: PreTrainedModel, report: Report, validation: 
         raise RuntimeError(f"the exported model has {checked['zeros']} zeros, which is not what was pruned; not kept.")
     last = _last_perplexity(report)
     if validation is not None and last is not None:
-        found = measure(opened, *validation, label="Perplexity, exported folder")
+        found = measure(opened, *validation, label="Perplexity, exported folder", device=device)
         checked["perplexity"] = found.perplexity
         tolerance = REOPENED_TOLERANCE.get(found.protocol["dtype"], 1e-3)
         if abs(found.perplexity / last - 1) > tolerance:

@@ -99,7 +99,7 @@ class Slicing(Method):
         walk = _Walk(model, stream())
         walk.embed(sizes[0])
         for block, following in zip(track(blocks, "Slicing blocks"), [*sizes[1:], head_size], strict=True):
-            with on_device(block, device):
+            with on_device(block, device, changes=True):
                 whole = block is blocks[-1] and not self.slice_head
                 walk.through(block, sizes[block.index], None if whole else following)
         walk.head()
