@@ -11,8 +11,9 @@ Anonymous memory is at most
 
 constant: Python and its libraries, and what the measuring of perplexity takes: the logits of one window.
 scoring: one block in float32 (what DLP and OWL rank), beside its statistics.
-pruning: one block as it is stored, beside five times the largest group of linears of one input in float32: scores,
-their ranking, the mask and the result (Wanda, Magnitude), or the Gram matrix, its factor and the work (SparseGPT).
+pruning: one block as it is stored, beside the work on the largest group of linears of one input: its result, and of
+its largest linear 16 bytes a weight, scores and their ranking (Wanda; Magnitude takes 28), or of the group 12 bytes a
+weight and of its input 28 bytes a channel squared, the Gram matrix and its factor (SparseGPT).
 activations: calibration tokens * hidden size, as they are stored. 128 windows of 2048 tokens for a width of 4096 are
 2.1 GB in bfloat16.
 """

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.memory import limit_bytes, pruned, random_llama
 from lit_prune.allocate import DLP, OWL, AlphaPruning, LayerRedundancy, Uniform
 from lit_prune.calibrate import on_device
 from lit_prune.errors import InputError
@@ -55,18 +57,19 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 def private_bytes(model: PreTrainedModel) -> int:
-    """How much of the memory that the weights of a model lie in belongs to no file."""
-    mappings = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, _, _, inode, *_ = line.split()
-        if inode != "0":
-            begin, end = (int(part, 16) for part in span.split("-"))
-            mappings.append((begin, end))
-    return sum(
-        parameter.nbytes
-        for parameter in model.parameters()
-        if not any(begin <= parameter.data_ptr() < end for begin, end in mappings)
-    )
+    """How much of the memory that the weights of a model lie in belongs to no file: other memory, or written pages."""
+    mappings: list[tuple[range, int]] = []
+    in_file = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if header := re.match(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)", line):
+            span, in_file = range(int(header[1], 16), int(header[2], 16)), header[3] != "0"
+        elif in_file and line.startswith("Anonymous:"):
+            mappings.append((span, int(line.split()[1]) * 1024))
+    written = 0
+    for parameter in model.parameters():
+        pages = [anonymous for span, anonymous in mappings if parameter.data_ptr() in span]
+        written += pages[0] if pages else parameter.nbytes
+    return written
 
 
 @pytest.mark.parametrize("family", MAPPED)
@@ -207,6 +210,17 @@ def test_a_failure_leaves_nothing_behind_and_the_block_as_it_was(
     assert changed == [0]
 
 
+def test_memory_that_is_written_to_is_seen(tmp_path: Path) -> None:
+    folder = stored(tmp_path)
+    loaded = load_model(folder)
+    weight = loaded.model.layers[0].mlp.up_proj.weight
+    assert private_bytes(loaded) == 0
+    weight.data.mul_(2)
+    assert private_bytes(loaded) >= weight.nbytes
+    weight.data = weight.data.clone()
+    assert private_bytes(loaded) >= weight.nbytes
+
+
 def test_scoring_copies_nothing(batches: list[torch.Tensor], tmp_path: Path) -> None:
     folder = stored(tmp_path)
     mapped, loaded = load_model(folder, on_disk=True), load_model(folder)
@@ -328,3 +342,21 @@ def test_slicing_on_disk(batches: list[torch.Tensor], tmp_path: Path) -> None:
         prune(mapped, batches, Recipe(Slicing(), 0.25))
         export(mapped, tmp_path / "target")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "target").state_dict(), loaded.state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_billion_parameters_within_one_block_and_a_constant(tmp_path: Path) -> None:
+    """In processes of their own, with glibc told to give back what is freed (see benchmarks/memory.py)."""
+    model = str(random_llama(tmp_path / "random"))
+    assert sum(file.stat().st_size for file in (tmp_path / "random").glob("*.safetensors")) > 2e9
+    constant = pruned("embedded", tmp_path / "constant", on_disk=True)
+    limit = constant.peak_bytes + limit_bytes(model, "Wanda", 4 * 64)
+    assert limit < 1.1e9
+    run = pruned(model, tmp_path / "on_disk", on_disk=True)
+    assert run.peak_bytes < limit
+    report = json.loads((tmp_path / "on_disk" / "report.json").read_text())
+    assert report["parameters"] > 1e9
+    assert report["sparsity"]["achieved_linears"] == pytest.approx(0.5, abs=1e-4)
+    assert len(list((tmp_path / "on_disk" / "model").glob("*.safetensors"))) == 23
+    assert pruned(model, tmp_path / "in_memory", on_disk=False, at_most=limit).stopped
