@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
-from lit_prune.callbacks.batches import calibration_batches, check_processes, validation_data
+from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data
 from transformers import PreTrainedModel
 
 from lit_prune import structure
@@ -19,10 +19,11 @@ from lit_prune.errors import InputError
 from lit_prune.evaluate import measure, parameters, size_bytes
 from lit_prune.families import Block
 from lit_prune.on_disk import placed
-from lit_prune.pipeline import Recipe, prune, recipe_record
+from lit_prune.pipeline import Recipe, check_stored, prune, recipe_record
 from lit_prune.prune import Method
 from lit_prune.recover import Recovery, rebuild, snapshot
 from lit_prune.speed import tokens_per_second
+from lit_prune.stored import read_stored
 
 
 class DynamicPruningCallback(Callback):
@@ -54,6 +55,8 @@ class DynamicPruningCallback(Callback):
         blocks: Dotted path of the decoder layers in the LLM, for a family that is not known.
         budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
             of the LLM, tied weights counted once, of which the linears then give more than that share.
+        statistics: Folder or file that `lit-prune score` wrote for the same model and calibration text: the cut reads
+            its statistics in place of a pass of its own. What differs is refused.
         target: Dotted path of the LLM in the LightningModule.
         measure: Measure the perplexity on the validation data before and after the cut (as much of it as the Trainer's
             `limit_val_batches` allows); for Slicing the tokens per second, too.
@@ -76,6 +79,7 @@ class DynamicPruningCallback(Callback):
         ignore: Sequence[str] = (),
         blocks: str | None = None,
         budget: Budget = "linears",
+        statistics: str | None = None,
         target: str = "model",
         measure: bool = True,
     ) -> None:
@@ -95,6 +99,7 @@ class DynamicPruningCallback(Callback):
                 budget=budget,
             )
         self.recovery, self.calibration = recovery, calibration
+        self.stored = None if statistics is None else read_stored(statistics)
         self.target, self.measure = target, measure
         self.done: dict[str, Any] = {}
 
@@ -114,10 +119,16 @@ class DynamicPruningCallback(Callback):
         if self.recovery is not None:
             self.recovery.check(model)
         calibration = calibration_batches(trainer, self.calibration)
+        self.check_statistics(model, *calibration)
         self.cut(model, calibration, validation_data(trainer), trainer.strategy.root_device)
         if self.recovery is not None:
             self.recovery.attach(model)
             structure.write(model, recovery=repr(self.recovery))
+
+    def check_statistics(self, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:
+        """Raises InputError where the statistics that were stored are not those of this model and this text."""
+        if self.stored is not None and self.recipe is not None:
+            check_stored(self.stored, model, batches, self.recipe, named(settings, model))
 
     def cut(
         self,
@@ -142,7 +153,7 @@ class DynamicPruningCallback(Callback):
                 done["size"][name] = {"parameters": parameters(model), "bytes": size_bytes(model), "speed": speed}
 
         measured("dense")
-        pruned = prune(model, batches, self.recipe, device=device)
+        pruned = prune(model, batches, self.recipe, device=device, stored=self.stored)
         done["seconds"] |= pruned.seconds
         measured("pruned")
         self.done = done | {

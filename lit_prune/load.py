@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.errors import InputError, near_misses
-from lit_prune.on_disk import keep_on_disk
 from lit_prune.mappable import check_mappable
+from lit_prune.on_disk import keep_on_disk
 
 EMBEDDED = Path(__file__).parent / "embedded"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -17,21 +17,21 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from lit_prune.errors import InputError
 
 
-class Stored(NamedTuple):
+class Header(NamedTuple):
     """The shape and the type of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-def stored_tensors(source: str) -> dict[str, Stored]:
+def headers(source: str) -> dict[str, Header]:
     """Returns what the safetensors of a folder or hub id hold, by name; empty where there are none."""
     found = {}
     for file in _files(source):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 tensor = opened.get_tensor(name)  # a view of the mapped file: nothing is read
-                found[name] = Stored(tuple(tensor.shape), tensor.dtype)
+                found[name] = Header(tuple(tensor.shape), tensor.dtype)
     return found
 
 
@@ -57,7 +57,7 @@ def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | N
     Raises:
         InputError: where transformers would convert matrices as it loads, which takes memory.
     """
-    stored = stored_tensors(source)
+    stored = headers(source)
     if not stored:
         raise InputError(
             f"`model.on_disk` must be false for {source!r}, which has no safetensors: load it in memory once, and "
@@ -84,7 +84,7 @@ def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | N
             )
 
 
-def _renamed(stored: dict[str, Stored], model: PreTrainedModel) -> dict[str, Stored]:
+def _renamed(stored: dict[str, Header], model: PreTrainedModel) -> dict[str, Header]:
     """What is stored, by the names that transformers gives it; without what it makes other tensors from."""
     transforms, known = get_model_conversion_mapping(model), model.state_dict()
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
