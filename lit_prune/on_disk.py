@@ -58,7 +58,7 @@ class OnDisk:
     def lent(self, path: str, module: nn.Module, device: torch.device, *, changes: bool) -> Iterator[None]:
         """Has the block at ``path`` on ``device``; what is changed there is written to a file of the block's own.
 
-        After an exception the block is as it was. Where nothing changes and nothing moves, nothing is copied.
+        After an exception its weights are what they were. Where nothing changes and nothing moves, nothing is copied.
         """
         mapped = {parameter: parameter.data for parameter in module.parameters()}
         try:
