@@ -164,6 +164,8 @@ class PrunableLM(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuilds what was done to the LLM, before the weights load."""
+        if self.on_disk:
+            raise InputError("`model.on_disk` must be false where a checkpoint is loaded, whose weights are in memory.")
         self.configure_model()
         assert self.model is not None
         rebuild(self.model, checkpoint[structure.KEY])
