@@ -18,6 +18,7 @@ from lit_prune.calibrate import Batch, Calibration
 from lit_prune.errors import InputError
 from lit_prune.evaluate import measure, parameters, size_bytes
 from lit_prune.families import Block
+from lit_prune.on_disk import placed
 from lit_prune.pipeline import Recipe, check_stored, prune, recipe_record
 from lit_prune.prune import Method
 from lit_prune.recover import Recovery, rebuild, snapshot
@@ -143,14 +144,12 @@ class DynamicPruningCallback(Callback):
 
         def measured(name: str) -> None:
             if self.measure and validation is not None:
-                model.to(device)  # type: ignore[arg-type]
-                measurement = measure(model, *validation, label=f"Perplexity, {name}")
+                measurement = measure(placed(model, device), *validation, label=f"Perplexity, {name}", device=device)
                 done["perplexity"][name] = measurement.perplexity
                 done["seconds"][f"perplexity_{name}"] = measurement.seconds
                 done["protocol"] = measurement.protocol
             if self.recipe is not None and self.recipe.method.changes_shapes:
-                model.to(device)  # type: ignore[arg-type]
-                speed = tokens_per_second(model) if self.measure else None
+                speed = tokens_per_second(placed(model, device)) if self.measure else None
                 done["size"][name] = {"parameters": parameters(model), "bytes": size_bytes(model), "speed": speed}
 
         measured("dense")

@@ -121,7 +121,15 @@ class ResultsCallback(Callback):
         """Exports ``model``, writes and prints what the report says; sends the folder to the hub where asked to."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         base = Path(getattr(pl_module, "pretrained", type(model).__name__)).name
-        written = write_results(self.folder, model, report, base=base, tokenizer=tokenizer, validation=validation)
+        written = write_results(
+            self.folder,
+            model,
+            report,
+            base=base,
+            tokenizer=tokenizer,
+            validation=validation,
+            device=trainer.strategy.root_device,
+        )
         self.folder.finish()
         config = [] if self.config is None else [self.folder.path / "config.yaml"]
         tell([table(report)], written + config)

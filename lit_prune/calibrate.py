@@ -147,6 +147,10 @@ class Stream:
         blocks: Its blocks.
         batches: Dicts of `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
         device: Where a block computes.
+
+    Attributes:
+        hidden: The residual stream of every batch.
+        wraps: Whether the model's blocks give tuples.
     """
 
     def __init__(
@@ -162,21 +166,23 @@ class Stream:
             inputs, arguments = capture({key: value.to(self.home) for key, value in batch.items()})
             self.hidden.append(inputs)
             self.arguments.append([_share(now, before) for now, before in self._beside_last(arguments)])
+        self.wraps = bool(capture.wraps)
 
     def _beside_last(self, arguments: Arguments) -> Iterable[tuple[Any, Any]]:
         return zip(arguments, self.arguments[-1] if self.arguments else [None] * len(arguments), strict=True)
 
     @torch.no_grad()
-    def run(self, block: Block, observer: Observer | None = None, *, advance: bool = True) -> None:
+    def run(self, block: Block, observer: Observer | None = None, *, advance: bool = True, finite: bool = True) -> None:
         """Runs every batch through ``block``, which must be on the stream's device.
 
         Args:
             block: The block that the stream stands before.
             observer: Takes statistics on the way.
             advance: Put the block's outputs in the place of its inputs.
+            finite: Ask whether they are numbers.
 
         Raises:
-            InputError: if the block gives NaN or infinity.
+            InputError: if the block gives NaN or infinity, where that is asked.
         """
         for index, x_BTD in enumerate(self.hidden):
             args, kwargs = move_data_to_device(self.arguments[index][block.index], self.device)
@@ -185,7 +191,8 @@ class Stream:
             if observer is not None:
                 observer.mask_BT = None if mask_BT is None else mask_BT.to(self.device)
             y_BTD = unwrap(block.module(x_BTD, *args, **kwargs))
-            _check_finite(y_BTD, block, index)
+            if finite:
+                _check_finite(y_BTD, block, index)
             if observer is not None:
                 observer.see_block(x_BTD, y_BTD)
             if advance:
@@ -232,8 +239,18 @@ def observe(stream: Stream, block: Block, wanted: frozenset[str], *, advance: bo
 
 
 @contextmanager
-def on_device(block: Block, device: torch.device) -> Iterator[Block]:
-    """Moves one block to the accelerator, and back where it was."""
+def on_device(block: Block, device: torch.device, *, changes: bool = False) -> Iterator[Block]:
+    """Moves one block to the accelerator, and back where it was.
+
+    Args:
+        block: The block.
+        device: Where it computes.
+        changes: Whether its weights are changed there, which a block on disk has to know.
+    """
+    if block.home is not None:
+        with block.home.lent(block.path, block.module, device, changes=changes):
+            yield block
+        return
     home = next(block.module.parameters()).device
     block.module.to(device)
     try:

@@ -31,6 +31,7 @@ from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.export import check_merge  # noqa: E402
 from lit_prune.families import blocks_path  # noqa: E402
 from lit_prune.module import PrunableLM  # noqa: E402
+from lit_prune.on_disk import working  # noqa: E402
 from lit_prune.pipeline import look, recipe_record  # noqa: E402
 from lit_prune.progress import say  # noqa: E402
 from lit_prune.report import block_table, versions  # noqa: E402
@@ -51,9 +52,10 @@ class PruneTrainer(Trainer):
         validation = validation_data(self) if pruning.measure else None
         calibration = calibration_batches(self, pruning.calibration)
         pruning.check_statistics(llm, *calibration)
-        pruning.cut(llm, calibration, validation, device)
-        with results.opened():
-            results.write(self, model, llm, summary(llm, pruning.recipe, pruning.done), validation)
+        with working(llm, results.folder.path):
+            pruning.cut(llm, calibration, validation, device)
+            with results.opened():
+                results.write(self, model, llm, summary(llm, pruning.recipe, pruning.done), validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Look before you cut: table and picture of the scores and rates, a plan to edit, and statistics to reuse."""

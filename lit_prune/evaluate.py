@@ -20,7 +20,10 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
+from lit_prune.families import is_known
+from lit_prune.on_disk import on_disk
 from lit_prune.progress import track
+from lit_prune.streamed import streamed_logits
 
 CHUNK_TOKENS = 1024
 
@@ -105,25 +108,31 @@ class Measurement:
 
 @torch.no_grad()
 def measure(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], data: str, *, label: str = "Perplexity"
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    data: str,
+    *,
+    label: str = "Perplexity",
+    device: torch.device | None = None,
 ) -> Measurement:
     """Returns the perplexity of ``model``, where it is and as it is, in eval mode.
+
+    A model on disk goes through its blocks once, with all batches.
 
     Args:
         model: A causal LM.
         batches: Dicts with `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
         data: What the batches are, for the protocol.
         label: What the progress bar says.
+        device: Where the blocks of a model on disk compute; None means where the model is.
 
     Raises:
         ValueError: if the batches predict no token.
     """
     metric, windows, longest, begin = Perplexity().to(model.device), 0, 0, time.perf_counter()
     with evaluating(model):
-        for batch in track(batches, label):
-            ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
-            mask = None if mask is None else mask.to(model.device)
-            metric.update(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids, mask)
+        for ids, mask, logits in _logits(model, batches, device or model.device, label):
+            metric.update(logits, ids, mask)
             windows, longest = windows + ids.shape[0], max(longest, ids.shape[1])
     if windows == 0:
         raise ValueError("`batches` must predict at least one token, got no batch.")
@@ -135,6 +144,21 @@ def measure(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     return Measurement(float(metric.compute()), protocol, time.perf_counter() - begin)
+
+
+def _logits(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], device: torch.device, label: str
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Gives ids, attention mask and logits of every batch, where the model is."""
+    if on_disk(model) is not None and is_known(model.config):
+        kept = [dict(batch) for batch in batches]
+        for held, logits in zip(kept, streamed_logits(model, kept, device, label), strict=True):
+            yield held["input_ids"], held.get("attention_mask"), logits
+        return
+    for batch in track(batches, label):
+        ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
+        mask = None if mask is None else mask.to(model.device)
+        yield ids, mask, model(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 
 @contextmanager

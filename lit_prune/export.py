@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.errors import InputError
+from lit_prune.on_disk import save
 from lit_prune.recover import adapter_config, merged_weight, snapshot
 
 
@@ -38,7 +39,7 @@ def export(
         model.save_pretrained(folder)  # with an adapter on it, transformers saves the adapter alone
         _name_base(folder / "adapter_config.json")
     plain = merged(model) if merges(model) else without_adapter(model)
-    plain.save_pretrained(folder)
+    save(plain, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if card is not None:

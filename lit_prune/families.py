@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_prune.errors import InputError
 from lit_prune.linears import Linear, linears_of
+from lit_prune.on_disk import OnDisk, on_disk
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,31 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer and the linears in it that are to be pruned, by their name within the block."""
+    """One decoder layer and the linears in it that are to be pruned, by their name within the block.
+
+    Attributes:
+        index: Its number.
+        module: The layer.
+        linears: By name within the block.
+        path: Dotted path of the layer in the model.
+        home: Where the layer is while it does not compute, if that is on disk.
+    """
 
     index: int
     module: nn.Module
     linears: dict[str, Linear]
+    path: str = ""
+    home: OnDisk | None = None
 
     @property
     def size(self) -> int:
         """Number of prunable weights."""
         return sum(linear.weight_OI.numel() for linear in self.linears.values())
+
+
+def is_known(config: PreTrainedConfig) -> bool:
+    """Returns whether the family of a model with this config has an entry."""
+    return config.model_type.removeprefix("sliced_") in FAMILIES
 
 
 def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:
@@ -64,9 +80,8 @@ def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:
     """
     if blocks is not None:
         return blocks
-    family = config.model_type.removeprefix("sliced_")
-    if family in FAMILIES:
-        return FAMILIES[family].blocks
+    if is_known(config):
+        return FAMILIES[config.model_type.removeprefix("sliced_")].blocks
     raise InputError(
         f"`pruning.blocks` must be given for the family {config.model_type!r}, which is not one of "
         f"{', '.join(sorted(FAMILIES))}: masks need only the dotted path of the decoder layers, such as model.layers."
@@ -105,7 +120,10 @@ def find_blocks(
     _check_linears(every, layers)
     names = dict.fromkeys(name for linears in every for name in linears)  # blocks differ where some have no experts
     _check_patterns(names, {"targets": targets or [], "ignore": ignore})
-    return [Block(index, layer, _chosen(index, every[index], targets, ignore)) for index, layer in enumerate(layers)]
+    return [
+        Block(index, layer, _chosen(index, every[index], targets, ignore), f"{path}.{index}", on_disk(model))
+        for index, layer in enumerate(layers)
+    ]
 
 
 def _check_linears(every: Sequence[Mapping[str, Linear]], layers: nn.ModuleList) -> None:

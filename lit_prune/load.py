@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.errors import InputError, near_misses
+from lit_prune.mappable import check_mappable
+from lit_prune.on_disk import keep_on_disk
 
 EMBEDDED = Path(__file__).parent / "embedded"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -34,25 +36,46 @@ def load_config(pretrained: str) -> PreTrainedConfig:
     return _checked(AutoConfig.from_pretrained, source, "config.json", extra)
 
 
-def load_model(pretrained: str, dtype: Dtype = "auto", attn_implementation: str | None = None) -> PreTrainedModel:
+def load_model(
+    pretrained: str, dtype: Dtype = "auto", attn_implementation: str | None = None, on_disk: bool = False
+) -> PreTrainedModel:
     """Returns the causal LM ``pretrained`` on the CPU, in eval mode.
 
     Args:
         pretrained: A hub id, a folder, a .gguf file (dequantised, so that it can be trained and saved), or `embedded`.
         dtype: Data type of the weights; `auto` takes the one they are stored in.
         attn_implementation: `sdpa`, `eager`, ...; None takes transformers' choice.
+        on_disk: Leave the weights in their files, as ``lit_prune.on_disk`` tells.
 
     Raises:
-        InputError: if ``pretrained`` is not there, is no model, or the hub cannot be reached.
+        InputError: if ``pretrained`` is not there, is no model, or the hub cannot be reached; with ``on_disk``, if the
+            weights are not stored as they are needed.
     """
     source, extra = locate(pretrained)
+    if on_disk:
+        _check_on_disk(pretrained, source, extra, dtype)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     if extra:
         wanted = torch.float32 if dtype == "auto" else wanted
     if attn_implementation is not None:
         extra = {**extra, "attn_implementation": attn_implementation}
     model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", {**extra, "dtype": wanted})
+    if on_disk:
+        return keep_on_disk(model)
     return _plain(model) if "gguf_file" in extra else model
+
+
+def _check_on_disk(pretrained: str, source: str, extra: dict[str, Any], dtype: Dtype) -> None:
+    if extra:
+        raise InputError(
+            f"`model.on_disk` must be false for the .gguf file {pretrained}, which is dequantised in memory: write it "
+            "as safetensors first, by `save_pretrained`."
+        )
+    config = load_config(pretrained)
+    try:
+        check_mappable(source, config, None if dtype == "auto" else getattr(torch, dtype))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"`model.pretrained` {source!r} cannot be loaded: {_first_line(error)}") from error
 
 
 def load_tokenizer(name: str) -> Tokenizer:

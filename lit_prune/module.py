@@ -34,6 +34,8 @@ class PrunableLM(LightningModule):
             random weights; `pretrained` then only names the tokenizer.
         dtype: Data type of the weights; `auto` takes the one they are stored in.
         attn_implementation: `sdpa`, `eager`, ...; null takes transformers' choice.
+        on_disk: Leave the weights in the safetensors of `pretrained`, one block at a time in memory, for models that
+            are bigger than it; for the verbs that do not train.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         lr: Peak learning rate of AdamW.
         weight_decay: Weight decay of matrices; vectors (norms, biases) have none.
@@ -51,6 +53,7 @@ class PrunableLM(LightningModule):
         architecture: dict[str, Any] | None = None,
         dtype: Dtype = "auto",
         attn_implementation: str | None = None,
+        on_disk: bool = False,
         gradient_checkpointing: bool = False,
         lr: float = 2e-4,
         weight_decay: float = 0.0,
@@ -63,8 +66,11 @@ class PrunableLM(LightningModule):
             raise InputError(f"`model.lr` must be above 0, got {lr}.")
         if warmup_steps < 0:
             raise InputError(f"`model.warmup_steps` must be at least 0, got {warmup_steps}.")
+        if on_disk and architecture is not None:
+            raise InputError("`model.on_disk` must be false with `model.architecture`, whose weights are in no file.")
         self.pretrained, self.architecture, self.dtype_of_weights = pretrained, architecture, dtype
         self.attn_implementation, self.gradient_checkpointing = attn_implementation, gradient_checkpointing
+        self.on_disk = on_disk
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_steps, self.min_lr_share = warmup_steps, min_lr_share
         self.model: PreTrainedModel | None = None
@@ -79,8 +85,13 @@ class PrunableLM(LightningModule):
         """Loads the LLM, or makes a fresh one; a second call does nothing."""
         if self.model is not None:
             return
+        if self.on_disk and self._trainer is not None and self.trainer.state.fn == "fit":
+            raise InputError(
+                "`model.on_disk` must be false for fit, training keeps all weights in memory: prune first by "
+                "`lit-prune prune --model.on_disk true`, and train what that writes."
+            )
         if self.architecture is None:
-            self.model = load_model(self.pretrained, self.dtype_of_weights, self.attn_implementation)
+            self.model = load_model(self.pretrained, self.dtype_of_weights, self.attn_implementation, self.on_disk)
         else:
             self.model = new_model(self.architecture, self.dtype_of_weights)
         self.model.train()
@@ -153,6 +164,8 @@ class PrunableLM(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuilds what was done to the LLM, before the weights load."""
+        if self.on_disk:
+            raise InputError("`model.on_disk` must be false where a checkpoint is loaded, whose weights are in memory.")
         self.configure_model()
         assert self.model is not None
         rebuild(self.model, checkpoint[structure.KEY])

@@ -28,6 +28,7 @@ from lit_prune.calibrate import COSINE, INPUTS, Batch, Observed, Stream, observe
 from lit_prune.errors import InputError
 from lit_prune.evaluate import evaluating
 from lit_prune.families import Block, find_blocks
+from lit_prune.on_disk import check_working, on_disk
 from lit_prune.progress import say, track
 from lit_prune.prune import Method, Wanda
 from lit_prune.stored import Stored, key_of
@@ -104,6 +105,11 @@ class Recipe:
                 the bounds do not allow, or that is below what is gone already.
         """
         self.method.check(model, self.sparsity)
+        if self.allocation.refines and on_disk(model) is not None:
+            raise InputError(
+                f"`pruning.allocation` must not be {type(self.allocation).__name__} with `model.on_disk`, every try "
+                "runs the whole model: search in memory, and use the plan that `lit-prune score` writes."
+            )
         blocks = self.find(model)
         limits = self.limits(model, blocks)
         if limits.target < limits.gone - TOLERANCE:
@@ -249,6 +255,7 @@ def prune(
     stored: Stored | None = None,
 ) -> Pruned:
     """Prunes ``model`` in place, and returns what was done; arguments and errors as in :func:`score`."""
+    check_working(model)
     batches, method = list(batches), recipe.method
     scored = _score(model, batches, recipe, device, _needs(recipe), stored)
     blocks = recipe.find(model)

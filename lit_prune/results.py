@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -88,6 +89,7 @@ def write_results(
     base: str,
     tokenizer: Tokenizer | None,
     validation: Validation | None,
+    device: torch.device | None = None,
 ) -> list[Path]:
     """Writes `model/`, `report.json` and `blocks.png` into ``folder``; returns what was written.
 
@@ -100,7 +102,7 @@ def write_results(
     with written_aside(exported) as draft:
         card = reports.model_card(report, base, base if tokenizer is None else "this/folder")
         written = export(model, draft, tokenizer, card)
-        report["export"] = verify(draft, model, written, report, validation)
+        report["export"] = verify(draft, model, written, report, validation, device)
     return [exported, *_told(folder.path, report)]
 
 

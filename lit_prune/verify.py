@@ -19,6 +19,7 @@ from lit_prune.calibrate import Batch
 from lit_prune.evaluate import evaluating, measure, zeros
 from lit_prune.export import without_adapter
 from lit_prune.families import Block, find_blocks
+from lit_prune.on_disk import keep_on_disk, on_disk
 from lit_prune.report import Report
 
 Validation = tuple[Iterable[Batch], str]
@@ -29,7 +30,12 @@ LOGIT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
 def verify(
-    folder: Path, model: PreTrainedModel, written: PreTrainedModel, report: Report, validation: Validation | None
+    folder: Path,
+    model: PreTrainedModel,
+    written: PreTrainedModel,
+    report: Report,
+    validation: Validation | None,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Opens ``folder`` with transformers and compares; returns what report.json says of it.
 
@@ -39,11 +45,14 @@ def verify(
         written: The model whose weights were exported, without an adapter.
         report: The report so far.
         validation: What the perplexity is measured on.
+        device: Where the blocks of a model on disk compute.
 
     Raises:
         RuntimeError: if the folder holds another model.
     """
     opened = AutoModelForCausalLM.from_pretrained(folder).to(written.device)  # type: ignore[arg-type]
+    if on_disk(written) is not None:
+        keep_on_disk(opened)
     _compare_weights(written, without_adapter(opened))
     unmerged = None if not report["adapter"] else "unmerged, at the root of model/"
     return {
@@ -52,7 +61,7 @@ def verify(
         "adapter": "merged" if report["merged"] else unmerged,
         **_compare_zeros(model, without_adapter(opened), report),
         "max_logit_difference": _compare_logits(model, opened, validation),
-        **_compare_perplexity(opened, report, validation),
+        **_compare_perplexity(opened, report, validation, device),
     }
 
 
@@ -118,12 +127,14 @@ def _window(model: PreTrainedModel, validation: Validation | None) -> Tensor:
     return torch.arange(min(WINDOW_TOKENS, limit), device=model.device)[None] % model.config.vocab_size
 
 
-def _compare_perplexity(opened: PreTrainedModel, report: Report, validation: Validation | None) -> dict[str, float]:
+def _compare_perplexity(
+    opened: PreTrainedModel, report: Report, validation: Validation | None, device: torch.device | None
+) -> dict[str, float]:
     """The perplexity of the folder, where there is one in memory to compare it with."""
     values = [value for value in report["perplexity"].values() if value is not None]
     if validation is None or not values:
         return {}
-    found = measure(opened, *validation, label="Perplexity, exported folder").perplexity
+    found = measure(opened, *validation, label="Perplexity, exported folder", device=device).perplexity
     if abs(found / values[-1] - 1) > PERPLEXITY_TOLERANCE.get(opened.dtype, TOLERANCE):
         raise RuntimeError(
             f"the exported model's perplexity is {found:.4f}, in memory it is {values[-1]:.4f}; not kept."

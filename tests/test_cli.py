@@ -676,3 +676,44 @@ def test_an_output_that_exists_is_refused_before_any_work(capsys: pytest.Capture
         assert ended.value.code == 2
         assert "`--overwrite`" in capsys.readouterr().err
     assert [path.name for path in Path("runs/x").iterdir()] == ["mine"]
+
+
+def test_prune_on_disk_writes_what_prune_in_memory_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    stored = "--model.dtype=bfloat16"  # as the embedded model is stored
+    run("prune", "--output=runs/x", stored)
+    run("prune", "--output=runs/y", stored, "--model.on_disk=true")
+    expected, found = report(), report("runs/y")
+    for field in ("perplexity", "protocol", "sparsity", "rates", "achieved", "parameters", "bytes", "export"):
+        assert found[field] == expected[field], field
+    in_memory, on_disk = (AutoModelForCausalLM.from_pretrained(f"runs/{name}/model").state_dict() for name in "xy")
+    assert all(torch.equal(tensor, on_disk[name]) for name, tensor in in_memory.items())
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["x", "y"]
+    assert len(list(Path("runs/y/model").glob("model-*-of-00009.safetensors"))) == 9
+    again = ["--model.pretrained=runs/y/model", stored, "--model.on_disk=true", "--pruning.sparsity=0.7"]
+    run("prune", "--output=runs/z", *again)
+    assert report("runs/z")["sparsity"]["achieved_linears"] == pytest.approx(0.7, abs=1e-3)
+    run("validate", "--model.pretrained=runs/y/model", stored, "--model.on_disk=true")
+    assert "val/perplexity" in capsys.readouterr().out
+
+
+def test_on_disk_is_refused_where_it_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, args, told in (
+        ("fit", ["--model.dtype=auto"], "`model.on_disk` must be false for fit, training keeps all weights in memory"),
+        ("prune", [], "`model.dtype` must be bfloat16 with `model.on_disk`"),
+        ("prune", ["--model.architecture={'model_type': 'llama'}"], "`model.on_disk` must be false with `model.arch"),
+    ):
+        with pytest.raises(SystemExit):
+            run(verb, "--output=runs/x", "--model.on_disk=true", *args)
+        assert told in (message := capsys.readouterr().err)
+        assert len(message.strip().splitlines()) == 1
+        assert not Path("runs").exists()
+
+
+def test_a_prune_on_disk_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr("lit_prune.prune.Wanda.score", broken)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run("prune", "--output=runs/x", "--model.dtype=auto", "--model.on_disk=true")
+    assert sorted(path.name for path in Path().iterdir()) == ["empty.yaml", "prunning.yaml", "train.txt", "val.txt"]

@@ -120,3 +120,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 def test_settings_that_cannot_be(fields: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         PrunableLM(**fields)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_and_weights_on_disk_are_refused_together() -> None:
+    with pytest.raises(InputError, match="`model.on_disk` must be false where a checkpoint is loaded"):
+        PrunableLM(on_disk=True).on_load_checkpoint({})

@@ -178,7 +178,7 @@ class MaskMethod(Method):
         """Prunes block after block; see :meth:`Method.apply`."""
         walk = stream() if self.needs and self.propagate == "pruned" else None
         for block, rate in zip(track(blocks, "Pruning blocks"), rates, strict=True):
-            with on_device(block, device):
+            with on_device(block, device, changes=True):
                 self._prune_next(walk, block, observed[block.index], rate)
                 if walk is not None and block is not blocks[-1]:
                     walk.run(block)

@@ -140,7 +140,7 @@ class Slicing(Method):
         walk = _Walk(model, stream)
         walk.embed(widths[0])
         for block, width, following in zip(track(blocks, label), widths[:-1], widths[1:], strict=True):
-            with on_device(block, device):
+            with on_device(block, device, changes=True):
                 whole = block is blocks[-1] and not self.slice_head
                 walk.through(block, width, None if whole else following)
         walk.head()
