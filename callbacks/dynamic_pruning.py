@@ -43,8 +43,8 @@ class DynamicPruningCallback(Callback):
         allocation: How blocks are scored and the sparsity is spread over them: DLP, OWL, AlphaPruning, LayerRedundancy,
             Uniform, a Plan from a file, or a Search that tries rates out; null is DLP.
         at_step: Optimizer step before which the cut comes; 0 is the only one so far.
-        recovery: What is trained after the cut, such as LoRA; null trains what the LightningModule leaves trainable,
-            which must not be weights under a mask.
+        recovery: What is trained after the cut: LoRA, MaskedLoRA or FullFineTuning; null trains what the
+            LightningModule leaves trainable, which must not be weights under a mask.
         calibration: How much text the statistics are taken over.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
@@ -110,7 +110,7 @@ class DynamicPruningCallback(Callback):
         pl_module.configure_model()
         model = self.find_model(pl_module)
         if trainer.ckpt_path:
-            rebuild(model, self._stored(str(trainer.ckpt_path)))
+            rebuild(model, self.checkpointed(str(trainer.ckpt_path)))
             return
         if isinstance(trainer.precision_plugin, HalfPrecision):
             trainer.precision_plugin.convert_module(model)
@@ -183,8 +183,12 @@ class DynamicPruningCallback(Callback):
             )
         return found
 
-    def _stored(self, path: str) -> dict[str, Any]:
-        """What a checkpoint says was done to the LLM, which must be what this run would do."""
+    def checkpointed(self, path: str) -> dict[str, Any]:
+        """Returns what a checkpoint says was done to the LLM.
+
+        Raises:
+            InputError: if it is no checkpoint of a fit, or not what this run would do was done.
+        """
         assert self.recipe is not None
         try:
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(structure.KEY)
@@ -213,7 +217,8 @@ class DynamicPruningCallback(Callback):
         if self.recovery is None and trained:
             raise InputError(
                 "`pruning.recovery` must be given where pruned weights are trained, or training fills the zeros: use "
-                "LoRA, freeze the LLM yourself, or prune without training by `lit-prune prune`."
+                "MaskedLoRA, FullFineTuning or LoRA, freeze the LLM yourself, or prune without training by `lit-prune "
+                "prune`."
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -1,10 +1,23 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+from huggingface_hub import ModelCard
 from rich.console import Console
 
-from lit_prune.report import _draw_widths, block_table, describe_protocol, model_card, picture, table, to_json, versions
+from lit_prune.report import (
+    _draw_widths,
+    _title,
+    block_table,
+    describe_protocol,
+    model_card,
+    picture,
+    table,
+    to_json,
+    versions,
+)
 
 REPORT = {
     "perplexity": {"dense": 20.0, "pruned": 60.0, "recovered": 30.0},
@@ -68,6 +81,18 @@ def test_the_block_table() -> None:
     assert "█" * 24 in text
 
 
+def test_a_search_is_told(tmp_path: Path) -> None:
+    search = {"evaluations": 399, "generations": 33, "windows": 2, "loss_start": 4.25, "loss_end": 3.75}
+    report = {**REPORT, "search": search, "sparsity": {**REPORT["sparsity"], "planned": 0.5}}
+    told = "399 evaluations of a calibration window in 33 generations; loss 4.2500 at the start, 3.7500 at the end"
+    assert told in " ".join(shown(block_table(report)).split())
+    assert told in " ".join(shown(table(report)).replace("│", " ").split())
+    lines = _title({**report, "recipe": {"method": "Wanda()", "allocation": "Search(" + "seed=0, " * 30}}).split("\n")
+    assert told in " ".join(lines)
+    assert max(map(len, lines)) <= 100
+    picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], report)
+
+
 def test_the_picture_is_a_png(tmp_path: Path) -> None:
     # the line across the rates is what their mean was to be, not what was requested of all parameters
     picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], {**REPORT, "sparsity": {"target": 0.5}})
@@ -81,6 +106,32 @@ def test_the_card_says_what_was_done_and_what_it_cost() -> None:
     assert describe_protocol(REPORT["protocol"]) in card
     assert card.startswith("---\n")
     assert "not merged" not in model_card({**REPORT, "adapter": None}, "x")
+
+
+def test_the_card_is_one_that_the_hub_reads() -> None:
+    card = ModelCard(model_card(REPORT, "some/model"))
+    assert card.data.tags == ["pruning", "sparse", "lit-prune"]
+    assert card.data.library_name == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"recovery": "LoRA()"}, "Healed by LoRA(). The folder holds the pruned weights and, beside them, the adapter"),
+        ({"recovery": "MaskedLoRA()", "merged": True}, "an adapter was trained, and is merged into the weights, which"),
+        ({"recovery": "FullFineTuning()", "adapter": None}, "its own weights were trained, and those that were pruned"),
+        (
+            {"recovery": None, "merged": True, "recipe": None},
+            "Healed: an adapter was trained, and is merged into the w",
+        ),
+    ],
+)
+def test_the_card_says_what_was_trained_and_where_that_is(fields: dict[str, Any], told: str) -> None:
+    assert told in model_card({**REPORT, **fields}, "x")
+
+
+def test_the_card_of_a_model_that_was_not_healed() -> None:
+    assert "Healed" not in model_card({**REPORT, "recovery": None, "adapter": None}, "x")
 
 
 SLICED = {

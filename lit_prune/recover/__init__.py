@@ -1,6 +1,19 @@
 """What heals the model after the cut. One file a recovery; importing them here makes their short names resolve."""
 
-from lit_prune.recover.base import Recovery, adapter_config, rebuild, snapshot
+from lit_prune.recover.adapter import adapter_config, merged_weight
+from lit_prune.recover.base import Recovery
+from lit_prune.recover.full import FullFineTuning
 from lit_prune.recover.lora import LoRA
+from lit_prune.recover.masked_lora import MaskedLoRA
+from lit_prune.recover.rebuild import rebuild, snapshot
 
-__all__ = ["LoRA", "Recovery", "adapter_config", "rebuild", "snapshot"]
+__all__ = [
+    "FullFineTuning",
+    "LoRA",
+    "MaskedLoRA",
+    "Recovery",
+    "adapter_config",
+    "merged_weight",
+    "rebuild",
+    "snapshot",
+]
