@@ -42,7 +42,7 @@ class DynamicPruningCallback(Callback):
         sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights (see `budget`); for Slicing,
             of the dimensions of the residual stream.
         allocation: How blocks are scored and the sparsity is spread over them: DLP, OWL, AlphaPruning, LayerRedundancy,
-            Uniform, or a Plan from a file; null is DLP.
+            Uniform, a Plan from a file, or a Search that tries rates out; null is DLP.
         at_step: Optimizer step before which the cut comes; 0 is the only one so far.
         recovery: What is trained after the cut: LoRA, MaskedLoRA or FullFineTuning; null trains what the
             LightningModule leaves trainable, which must not be weights under a mask.
@@ -163,6 +163,7 @@ class DynamicPruningCallback(Callback):
             "target": pruned.target,
             "achieved": pruned.achieved,
             "sparsity": pruned.sparsity,
+            "search": pruned.search,
         }
 
     def find_model(self, pl_module: LightningModule) -> PreTrainedModel:

@@ -15,7 +15,13 @@ from lit_prune.errors import near_misses
 from lit_prune.prune import Method, Pattern
 from lit_prune.recover import Recovery
 
-BASES: dict[str, type] = {"method": Method, "allocation": Allocation, "recovery": Recovery, "pattern": Pattern}
+BASES: dict[str, type] = {
+    "method": Method,
+    "allocation": Allocation,
+    "start": Allocation,
+    "recovery": Recovery,
+    "pattern": Pattern,
+}
 
 
 def explain(message: str, parser: Any) -> str:

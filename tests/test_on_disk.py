@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.memory import limit_bytes, pruned, random_llama
-from lit_prune.allocate import DLP, OWL, AlphaPruning, LayerRedundancy, Uniform
+from lit_prune.allocate import DLP, OWL, AlphaPruning, LayerRedundancy, Search, Uniform
 from lit_prune.calibrate import on_device
 from lit_prune.errors import InputError
 from lit_prune.evaluate import measure
@@ -332,6 +332,12 @@ def test_nowhere_to_write_is_refused_before_anything_runs(tmp_path: Path) -> Non
     mapped = load_model(stored(tmp_path), on_disk=True)
     with pytest.raises(InputError, match=r"`model.on_disk` must be false where nothing says .*lit_prune.on_disk.worki"):
         prune(mapped, [])
+
+
+def test_a_search_is_refused(tmp_path: Path) -> None:
+    mapped = load_model(stored(tmp_path), on_disk=True)
+    with pytest.raises(InputError, match="must not be Search with `model.on_disk`.*prune by the Plan that it writes"):
+        Recipe(Wanda(), 0.5, Search()).check(mapped)
 
 
 def test_slicing_on_disk(batches: list[torch.Tensor], tmp_path: Path) -> None:
