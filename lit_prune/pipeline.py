@@ -104,12 +104,12 @@ class Recipe:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
                 the bounds do not allow, or that is below what is gone already, a search on a model that stays on disk.
         """
+        self.method.check(model, self.sparsity)
         if self.allocation.refines and on_disk(model) is not None:
             raise InputError(
-                f"`pruning.allocation` must not be {type(self.allocation).__name__} with `model.on_disk`: it tries "
-                "rates with the whole model in memory. Search where there is memory, and prune by the Plan that it writes."
+                f"`pruning.allocation` must not be {type(self.allocation).__name__} with `model.on_disk`, every try "
+                "runs the whole model: search in memory, and use the plan that `lit-prune score` writes."
             )
-        self.method.check(model, self.sparsity)
         blocks = self.find(model)
         limits = self.limits(model, blocks)
         if limits.target < limits.gone - TOLERANCE:

@@ -334,10 +334,10 @@ def test_nowhere_to_write_is_refused_before_anything_runs(tmp_path: Path) -> Non
         prune(mapped, [])
 
 
-def test_a_search_is_refused(tmp_path: Path) -> None:
-    mapped = load_model(stored(tmp_path), on_disk=True)
-    with pytest.raises(InputError, match="must not be Search with `model.on_disk`.*prune by the Plan that it writes"):
-        Recipe(Wanda(), 0.5, Search()).check(mapped)
+def test_search_on_disk_is_refused(batches: list[torch.Tensor], tmp_path: Path) -> None:
+    model = load_model(stored(tmp_path / "source"), on_disk=True)
+    with pytest.raises(InputError, match="`pruning.allocation` must not be Search with `model.on_disk`, .*plan"):
+        score(model, batches, Recipe(allocation=Search()))
 
 
 def test_slicing_on_disk(batches: list[torch.Tensor], tmp_path: Path) -> None:

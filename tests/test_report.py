@@ -7,7 +7,17 @@ import pytest
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from lit_prune.report import _draw_widths, block_table, describe_protocol, model_card, picture, table, to_json, versions
+from lit_prune.report import (
+    _draw_widths,
+    _title,
+    block_table,
+    describe_protocol,
+    model_card,
+    picture,
+    table,
+    to_json,
+    versions,
+)
 
 REPORT = {
     "perplexity": {"dense": 20.0, "pruned": 60.0, "recovered": 30.0},
@@ -69,6 +79,18 @@ def test_the_block_table() -> None:
     assert "mean 0.5000, asked for 0.4000, share of all parameters; missed by -0.0100" in text
     assert "0.4000" in text
     assert "█" * 24 in text
+
+
+def test_a_search_is_told(tmp_path: Path) -> None:
+    search = {"evaluations": 399, "generations": 33, "windows": 2, "loss_start": 4.25, "loss_end": 3.75}
+    report = {**REPORT, "search": search, "sparsity": {**REPORT["sparsity"], "planned": 0.5}}
+    told = "399 evaluations of a calibration window in 33 generations; loss 4.2500 at the start, 3.7500 at the end"
+    assert told in " ".join(shown(block_table(report)).split())
+    assert told in " ".join(shown(table(report)).replace("│", " ").split())
+    lines = _title({**report, "recipe": {"method": "Wanda()", "allocation": "Search(" + "seed=0, " * 30}}).split("\n")
+    assert told in " ".join(lines)
+    assert max(map(len, lines)) <= 100
+    picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], report)
 
 
 def test_the_picture_is_a_png(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""What searching the rates gains over its start, with moves that learn and with blocks drawn evenly; three seeds.
+
+    python benchmarks/search.py
+    python benchmarks/search.py --pretrained FOLDER --train_files TEXT --val_files RAW --seq_length 1024 \\
+        --val_windows 6 --val_length 2048 --sparsity 0.7 --results FILE.jsonl
+
+Every line of the results file is one case. A search keeps its state beside the results, so that it takes up where it
+was stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest import mock
+
+from jsonargparse import ArgumentParser
+from resumable import Protocol, Results, Row
+
+from lit_prune import evolve
+from lit_prune.allocate import DLP, Allocation, Search, Uniform
+from lit_prune.pipeline import Recipe
+from lit_prune.prune import Wanda
+
+
+def cases(evaluations: int, seeds: int, results: Results) -> Iterator[tuple[str, Allocation, int]]:
+    """Yields a name, an allocation, and how many blocks contend for a move: 1 draws them evenly, as EvoPress does."""
+    yield "Uniform", Uniform(), 1
+    yield "DLP", DLP(), 1
+    for contenders, moves in ((evolve.CONTENDERS, "learned"), (1, "drawn evenly")):
+        for seed in range(seeds):
+            state = results.path.with_suffix(f".{moves.split()[0]}{seed}.json")
+            yield (
+                f"Search, moves {moves}, seed {seed}",
+                Search(evaluations=evaluations, seed=seed, state=str(state)),
+                contenders,
+            )
+
+
+def main() -> None:
+    """Runs the cases that the results file has not, and prints all as a table."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_class_arguments(Protocol, as_group=False)
+    parser.add_argument("--results", default="runs/search.jsonl", help="File of results, one JSON object a line.")
+    parser.add_argument("--sparsity", type=float, default=0.6)
+    parser.add_argument("--evaluations", type=int, default=120)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.set_defaults(num_samples=16, seq_length=256, val_windows=24, val_length=256)
+    settings = parser.parse_args()
+    results, sparsity = Results(settings.pop("results")), settings.pop("sparsity")
+    evaluations, seeds = settings.pop("evaluations"), settings.pop("seeds")
+    protocol = Protocol(**settings.as_dict())
+
+    def run(allocation: Allocation, contenders: int) -> Row:
+        with mock.patch.object(evolve, "CONTENDERS", contenders):
+            return protocol.run(Recipe(Wanda(), sparsity, allocation))
+
+    print("| case | perplexity | seconds |\n| --- | ---: | ---: |")
+    for name, allocation, contenders in cases(evaluations, seeds, results):
+        row = results.once(name, lambda allocation=allocation, contenders=contenders: run(allocation, contenders))
+        print(f"| {name} | {row['perplexity']:.2f} | {row['seconds']:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
