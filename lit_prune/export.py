@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune import structure
-from lit_prune.recover import adapter_config
+from lit_prune.recover import adapted_layers, adapter_config, merged_weight
 
 
 def export(
@@ -57,13 +55,8 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     The sum is taken in float32 at least. Weights without an adapter are shared.
     """
     plain = without_adapter(model)
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            adapted: Any = layer
-            weight, delta = adapted.get_base_layer().weight, adapted.get_delta_weight("default")
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            total = weight.to(wide) + delta.to(weight.device, wide)
-            plain.get_submodule(name).weight = nn.Parameter(total.to(weight.dtype))
+    for name, layer in adapted_layers(model).items():
+        plain.get_submodule(name).weight = nn.Parameter(merged_weight(layer))
     return plain
 
 
