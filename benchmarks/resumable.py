@@ -16,6 +16,7 @@ from lit_prune.data import TextDataModule
 from lit_prune.evaluate import measure, parameters
 from lit_prune.load import load_model
 from lit_prune.pipeline import Recipe, prune
+from lit_prune.stored import Stored
 
 Row = dict[str, Any]
 
@@ -59,10 +60,10 @@ class Protocol:
             self._batches = batches_of(self.data.calibration_windows(self.num_samples, self.seq_length, seed=0), 1)
         return self._batches
 
-    def run(self, recipe: Recipe | None) -> Row:
+    def run(self, recipe: Recipe | None, stored: Stored | None = None) -> Row:
         """Returns the row of one recipe, on a fresh copy of the model; None leaves that dense."""
         model = load_model(self.pretrained, "float32")
-        pruned = None if recipe is None else prune(model, self.batches(), recipe)
+        pruned = None if recipe is None else prune(model, self.batches(), recipe, stored=stored)
         found = measure(model, self.data.val_dataloader(), self.data.describe("val"))
         return {
             "perplexity": found.perplexity,

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
+from transformers import PreTrainedModel
 
 from lit_prune.calibrate import Batch, Calibration, batches_of, first_batches
 from lit_prune.errors import InputError
@@ -22,13 +23,22 @@ def check_processes(trainer: Trainer) -> None:
 def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[list[Batch], dict[str, Any]]:
     """Returns windows of the data module's training text, or the first batches of the training dataloader.
 
-    Beside them, what the report says of them: the settings, and where in the training text the windows begin.
+    Beside them, what the report says of them: the settings, which text and tokenizer, and where in the text the windows
+    begin.
     """
     datamodule, settings = getattr(trainer, "datamodule", None), asdict(calibration)
+    described = getattr(datamodule, "describe", lambda _part: "training dataloader")("train")
+    settings |= {"text": described, "tokenizer": getattr(datamodule, "tokenizer_name", None), "positions": None}
     if datamodule is not None and hasattr(datamodule, "calibration_windows"):
         windows = datamodule.calibration_windows(calibration.num_samples, calibration.seq_length, calibration.seed)
         return batches_of(windows, calibration.batch_size), settings | {"positions": windows.positions}
-    return first_batches(_first_loader(trainer.fit_loop._data_source), calibration), settings | {"positions": None}
+    return first_batches(_first_loader(trainer.fit_loop._data_source), calibration), settings
+
+
+def named(settings: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Returns what of ``settings`` says which windows they are, and the model's name, for the key of statistics."""
+    kept = {name: value for name, value in settings.items() if name not in ("positions", "batch_size")}
+    return {"model": model.name_or_path} | {f"calibration.{name}": value for name, value in kept.items()}
 
 
 def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:

@@ -12,6 +12,7 @@ from lit_prune.calibrate import Batch
 from lit_prune.evaluate import measure, parameters, size_bytes
 from lit_prune.pipeline import Recipe, prune, recipe_record
 from lit_prune.speed import tokens_per_second
+from lit_prune.stored import Stored
 
 Done = dict[str, Any]
 
@@ -25,6 +26,7 @@ def cut(
     *,
     measured: bool = True,
     step: int = 0,
+    stored: Stored | None = None,
 ) -> Done:
     """Prunes ``model`` in place; returns what was done, in plain types.
 
@@ -36,12 +38,13 @@ def cut(
         device: Where blocks compute, and where the model is measured.
         measured: Whether to measure at all.
         step: The optimizer step before which the cut comes.
+        stored: Statistics of the model and the batches, which are read in place of a pass.
     """
     batches, settings = calibration
     done: Done = {"step": step, "perplexity": {}, "seconds": {}, "protocol": None, "calibration": settings, "size": {}}
     given = validation if measured else None
     _look(model, "before", done, recipe, given, device, measured)
-    pruned = prune(model, batches, recipe, device=device)
+    pruned = prune(model, batches, recipe, device=device, stored=stored)
     done["seconds"] |= pruned.seconds
     _look(model, "after", done, recipe, given, device, measured)
     return done | {

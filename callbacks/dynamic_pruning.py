@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
-from lit_prune.callbacks.batches import calibration_batches, check_processes, validation_data
+from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data
 from lit_prune.callbacks.best_scores import reset_best_scores
 from lit_prune.callbacks.cut import Done, cut
 from lit_prune.callbacks.resume import Settings, check_settings, run_settings, stored_run
@@ -19,16 +19,17 @@ from transformers import PreTrainedModel
 from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation, Plan
 from lit_prune.budget import Budget
-from lit_prune.calibrate import Calibration
+from lit_prune.calibrate import Batch, Calibration
 from lit_prune.checkpoint import Source, fill
 from lit_prune.errors import InputError
 from lit_prune.families import Block
-from lit_prune.pipeline import Recipe, recipe_record
+from lit_prune.pipeline import Recipe, check_stored, recipe_record
 from lit_prune.progress import say
 from lit_prune.prune import Method
 from lit_prune.random_states import random_states, restore_random_states
 from lit_prune.recover import Recovery, rebuild, snapshot
 from lit_prune.schedule import Cut, Schedule, cuts
+from lit_prune.stored import read_stored
 
 
 class DynamicPruningCallback(Callback):
@@ -67,6 +68,8 @@ class DynamicPruningCallback(Callback):
         blocks: Dotted path of the decoder layers in the LLM, for a family that is not known.
         budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
             of the LLM, tied weights counted once, of which the linears then give more than that share.
+        statistics: Folder or file that `lit-prune score` wrote for the same model and calibration text: a cut at step
+            0 reads its statistics in place of a pass of its own. What differs is refused.
         target: Dotted path of the LLM in the LightningModule.
         measure: Measure the perplexity on the validation data before and after each cut (as much of it as the Trainer's
             `limit_val_batches` allows); for Slicing the tokens per second, too.
@@ -93,6 +96,7 @@ class DynamicPruningCallback(Callback):
         ignore: Sequence[str] = (),
         blocks: str | None = None,
         budget: Budget = "linears",
+        statistics: str | None = None,
         target: str = "model",
         measure: bool = True,
         full_checkpoint: bool = False,
@@ -113,6 +117,7 @@ class DynamicPruningCallback(Callback):
                 budget=budget,
             )
         self.before, self.recovery, self.calibration = before, recovery, calibration
+        self.stored = None if statistics is None else read_stored(statistics)
         self.target, self.measure, self.full_checkpoint = target, measure, full_checkpoint
         self.done: list[Done] = []
         self.source: Source | None = None
@@ -183,16 +188,31 @@ class DynamicPruningCallback(Callback):
                 parameter.requires_grad_(name in self._trainable)
         recipe = replace(self.recipe, sparsity=sparsity)
         calibration = calibration_batches(trainer, self.calibration)
+        self.check_statistics(model, *calibration)
         validation, device = validation_data(trainer), trainer.strategy.root_device
         if recipe.method.changes_shapes:
             self.source = None
         noted = self.source and self.source.through_cut(model, keeps_values=recipe.method.keeps_values)
         with noted or nullcontext():
-            done = cut(model, recipe, calibration, validation, device, measured=self.measure, step=step)
+            done = cut(
+                model,
+                recipe,
+                calibration,
+                validation,
+                device,
+                measured=self.measure,
+                step=step,
+                stored=self.stored,
+            )
         self.done.append(done)
         if self.recovery is not None:
             self.recovery.attach(model)
             structure.write(model, recovery=repr(self.recovery))
+
+    def check_statistics(self, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:
+        """Raises InputError where the statistics that were stored are not those of this model and this text."""
+        if self.stored is not None and self.recipe is not None:
+            check_stored(self.stored, model, batches, self.recipe, named(settings, model))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the random numbers back where a checkpoint was taken; logs a cut that came before."""
@@ -261,6 +281,11 @@ class DynamicPruningCallback(Callback):
             raise InputError(
                 "`pruning.before` must be null where the first cut comes at step 0, nothing is trained before it, got "
                 f"{self.before}; give a later `pruning.at_step`, or use `pruning.recovery`."
+            )
+        if self.stored is not None and self.cuts[-1].step > 0:
+            raise InputError(
+                "`pruning.statistics` must be null for cuts after step 0, the model is another by then, got cuts at "
+                f"{', '.join(str(step) for step, _ in self.cuts)}."
             )
         if count == 1:
             return

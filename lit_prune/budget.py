@@ -26,12 +26,14 @@ class Limits:
         lower: The rate that each block does not fall below.
         upper: The rate that no block exceeds, unless its lower bound does.
         target: The mean, weighted by ``sizes``.
+        gone: The mean of what the blocks have given already.
     """
 
     sizes: list[int]
     lower: list[float]
     upper: float
     target: float
+    gone: float = 0.0
 
 
 def over_linears(

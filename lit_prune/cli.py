@@ -19,7 +19,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # n
 from lightning.pytorch.callbacks import TQDMProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 
-from lit_prune.callbacks.batches import calibration_batches, check_processes, validation_data  # noqa: E402
+from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data  # noqa: E402
 from lit_prune.callbacks.cut import cut  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, one, tell  # noqa: E402
@@ -29,7 +29,7 @@ from lit_prune.data import TextDataModule  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.families import blocks_path  # noqa: E402
 from lit_prune.module import PrunableLM  # noqa: E402
-from lit_prune.pipeline import recipe_record, score  # noqa: E402
+from lit_prune.pipeline import look, recipe_record  # noqa: E402
 from lit_prune.progress import say  # noqa: E402
 from lit_prune.report import block_table, versions  # noqa: E402
 from lit_prune.results import summary, write_scores  # noqa: E402
@@ -48,17 +48,21 @@ class PruneTrainer(Trainer):
         validation = validation_data(self) if pruning.measure else None
         assert pruning.recipe is not None
         calibration = calibration_batches(self, pruning.calibration)
-        done = cut(llm, pruning.recipe, calibration, validation, device, measured=pruning.measure)
+        pruning.check_statistics(llm, *calibration)
+        measured, stored = pruning.measure, pruning.stored
+        done = cut(llm, pruning.recipe, calibration, validation, device, measured=measured, stored=stored)
         with results.opened():
             results.write(self, model, llm, summary(llm, pruning.recipe, [done]), validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Look before you cut: a table and a picture of the blocks' scores and rates, and a plan file to edit."""
+        """Look before you cut: table and picture of the scores and rates, a plan to edit, and statistics to reuse."""
         pruning, results = self._ready(model, datamodule)
         recipe = pruning.recipe
         assert recipe is not None
-        batches, settings = calibration_batches(self, pruning.calibration)
-        scored = score(pruning.find_model(model), batches, recipe, device=self.strategy.root_device)
+        llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.calibration)
+        pruning.check_statistics(llm, batches, settings)
+        device, names = self.strategy.root_device, named(settings, llm)
+        scored, stored = look(llm, batches, recipe, device=device, settings=names, stored=pruning.stored)
         report = {
             "sparsity": {
                 "requested": recipe.sparsity,
@@ -74,7 +78,7 @@ class PruneTrainer(Trainer):
             "versions": versions(),
         }
         with results.opened():
-            written = write_scores(results.folder.path, report)
+            written = write_scores(results.folder.path, report, stored)
         results.folder.finish()
         tell([block_table(report)], written)
 

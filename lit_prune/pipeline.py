@@ -2,14 +2,19 @@
 
 scores = score(model, batches, recipe)     # look, change nothing
 pruned = prune(model, batches, recipe)     # score, spread the budget over the blocks, remove weights in place
+
+Calibrate once, and try many recipes on copies of the model:
+
+scored, stored = look(model, batches, recipe)
+pruned = prune(copy, batches, other_recipe, stored=stored)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,14 +22,17 @@ from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
-from lit_prune.allocate.base import weighted_mean
+from lit_prune.allocate.base import TOLERANCE, weighted_mean
 from lit_prune.budget import Budget, Limits, over_linears
-from lit_prune.calibrate import Batch, Observed, Stream, observe, on_device
+from lit_prune.calibrate import COSINE, INPUTS, Batch, Observed, Stream, observe, on_device
 from lit_prune.errors import InputError
 from lit_prune.evaluate import evaluating
 from lit_prune.families import Block, find_blocks
-from lit_prune.progress import track
+from lit_prune.progress import say, track
 from lit_prune.prune import Method, Wanda
+from lit_prune.stored import Stored, key_of
+
+TOLD = 1e-3  # share of zeros that is no accident of a weight's data type
 
 
 @dataclass(frozen=True)
@@ -88,11 +96,16 @@ class Recipe:
 
         Raises:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
-                the bounds do not allow.
+                the bounds do not allow, or that is below what is gone already.
         """
         self.method.check(model, self.sparsity)
         blocks = self.find(model)
         limits = self.limits(model, blocks)
+        if limits.target < limits.gone - TOLERANCE:
+            raise InputError(
+                f"`pruning.sparsity` must be at least what is gone already, {limits.gone:.4g} of the linears: it stays "
+                f"pruned, and counts; got {limits.target:.4g}."
+            )
         self.method.check_rates(blocks, self.allocation, limits.target)
         self.allocation.check(limits.sizes, limits.target, limits.lower, limits.upper)
         self.spread(limits, [1.0] * len(blocks), equal=True)
@@ -105,10 +118,11 @@ class Recipe:
             InputError: if the budget is that of all parameters, and the linears cannot give it.
         """
         least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.most(model)))
-        lower, sizes = [max(least, self.method.taken(block)) for block in blocks], self.method.sizes(model, blocks)
-        if self.budget == "linears":
-            return Limits(sizes, lower, upper, self.sparsity)
-        return Limits(sizes, lower, upper, over_linears(self.sparsity, model, blocks, lower=lower, upper=upper))
+        taken, sizes = [self.method.taken(block) for block in blocks], self.method.sizes(model, blocks)
+        lower, target = [max(least, gone) for gone in taken], self.sparsity
+        if self.budget == "parameters":
+            target = over_linears(self.sparsity, model, blocks, lower=lower, upper=upper)
+        return Limits(sizes, lower, upper, target, weighted_mean(taken, sizes))
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
         """Returns the rate of every block; ``equal`` only asks whether the limits allow any."""
@@ -178,6 +192,7 @@ def score(
     recipe: Recipe = Recipe(),
     *,
     device: torch.device | str | None = None,
+    stored: Stored | None = None,
 ) -> Scored:
     """Returns each block's score and the rate that it would give, and changes nothing.
 
@@ -186,11 +201,34 @@ def score(
         batches: Token ids (batch, tokens), or dicts of `input_ids` and, where there is padding, `attention_mask`.
         recipe: What is to be removed, and how.
         device: Where blocks compute, one at a time; None means where the model is.
+        stored: Statistics that :func:`look` took of this model over these batches: nothing runs then.
 
     Raises:
-        InputError: see :meth:`Recipe.check`; also for NaN or infinity in the activations, and for no batches.
+        InputError: see :meth:`Recipe.check`; also for NaN or infinity in the activations, for no batches, and for
+            statistics that were taken of something else.
     """
-    return _score(model, batches, recipe, device, recipe.allocation.needs)
+    return _score(model, list(batches), recipe, device, recipe.allocation.needs, stored)
+
+
+def look(
+    model: PreTrainedModel,
+    batches: Iterable[Batch | Tensor],
+    recipe: Recipe = Recipe(),
+    *,
+    device: torch.device | str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    stored: Stored | None = None,
+) -> tuple[Scored, Stored]:
+    """Returns what :func:`score` does, and the statistics to be kept for other recipes and sparsities.
+
+    Norms and cosines are taken whatever the recipe, and the Gram matrices where its method reads them unpruned, so that
+    they serve every allocation; statistics that were ``stored`` are handed on, with the new scores beside theirs.
+    Arguments and errors as in :func:`score`; ``settings`` as in ``stored.Key``.
+    """
+    batches, needs = list(batches), frozenset({INPUTS, COSINE}) | _needs(recipe)
+    scored = _score(model, batches, recipe, device, needs, stored)
+    taken = stored or Stored(key_of(model, batches, settings), needs, scored.observed, {})
+    return scored, replace(taken, scores=taken.scores | {repr(recipe.allocation): scored.scores})
 
 
 def prune(
@@ -199,11 +237,11 @@ def prune(
     recipe: Recipe = Recipe(),
     *,
     device: torch.device | str | None = None,
+    stored: Stored | None = None,
 ) -> Pruned:
     """Prunes ``model`` in place, and returns what was done; arguments and errors as in :func:`score`."""
     batches, method = list(batches), recipe.method
-    needs = recipe.allocation.needs | (method.needs if method.propagate == "dense" else frozenset())
-    scored = _score(model, batches, recipe, device, needs)
+    scored = _score(model, batches, recipe, device, _needs(recipe), stored)
     blocks = recipe.find(model)
     begin = time.perf_counter()
     with evaluating(model):
@@ -236,25 +274,55 @@ def recipe_record(recipe: Recipe) -> dict[str, object]:
     }
 
 
-def _score(
+def check_stored(
+    stored: Stored,
     model: PreTrainedModel,
     batches: Iterable[Batch | Tensor],
     recipe: Recipe,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Asks whether ``stored`` serves a cut of ``model`` by ``recipe``.
+
+    Raises:
+        InputError: if not, saying what differs.
+    """
+    stored.check(key_of(model, batches, settings), recipe.find(model), _needs(recipe))
+
+
+def _needs(recipe: Recipe) -> frozenset[str]:
+    """The statistics of the unpruned model that a cut reads."""
+    method = recipe.method
+    return recipe.allocation.needs | (method.needs if method.propagate == "dense" else frozenset())
+
+
+def _score(
+    model: PreTrainedModel,
+    batches: Sequence[Batch | Tensor],
+    recipe: Recipe,
     device: torch.device | str | None,
     needs: frozenset[str],
+    stored: Stored | None = None,
 ) -> Scored:
     """Scores the blocks, and keeps the statistics that are needed where the model is."""
     blocks = recipe.check(model)
+    if stored is not None:
+        stored.check(key_of(model, batches), blocks, needs)
     begin = time.perf_counter()
+    known = stored.scores_of(recipe.allocation, blocks) if stored else None
     with evaluating(model):
-        stream = _stream(model, blocks, batches, device) if needs else None
+        stream = _stream(model, blocks, batches, device) if needs and not stored else None
         scores, observed = [], []
         for block in track(blocks, "Scoring blocks"):
-            with on_device(block, stream.device if stream else model.device):
-                seen = observe(stream, block, needs, advance=block is not blocks[-1]) if stream else Observed()
-                scores.append(recipe.allocation.score(_weights(block), seen))
+            seen = stored.observed[block.index] if stored else Observed()
+            with on_device(block, torch.device(device or model.device)):
+                if stream is not None:
+                    seen = observe(stream, block, needs, advance=block is not blocks[-1])
+                seen = seen.to(next(block.module.parameters()).device)
+                scores.append(known[block.index] if known else recipe.allocation.score(_weights(block), seen))
             observed.append(seen.to(model.device))
     limits = recipe.limits(model, blocks)
+    if limits.gone >= TOLD:
+        say(f"{limits.gone:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
     rates = recipe.spread(limits, scores)
     return Scored(scores, rates, limits.target, limits.sizes, time.perf_counter() - begin, observed)
 

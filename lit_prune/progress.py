@@ -14,7 +14,7 @@ console = Console(stderr=True)
 
 def say(text: str) -> None:
     """Prints a line beside the progress bars."""
-    console.print(text, highlight=False)
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def track(items: Iterable[Item], label: str) -> Iterator[Item]:

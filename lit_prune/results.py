@@ -22,6 +22,7 @@ from lit_prune.recover import adapter_config
 from lit_prune.report import Report
 from lit_prune.run_folder import RunFolder, write_text, written_aside
 from lit_prune.slice import slices
+from lit_prune.stored import FILE, Stored, write_stored
 
 REOPENED_TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-2}
 Validation = tuple[Iterable[Batch], str]
@@ -136,8 +137,8 @@ def write_results(
     return [exported, *_told(folder.path, report)]
 
 
-def write_scores(folder: Path, report: Report) -> list[Path]:
-    """Writes `plan.yaml`, `blocks.png` and `report.json` of a look at the blocks; returns what was written."""
+def write_scores(folder: Path, report: Report, stored: Stored) -> list[Path]:
+    """Writes plan, statistics, picture and report.json of a look at the blocks; returns what was written."""
     plan, mean = folder / "plan.yaml", report["sparsity"]["planned"]
     header = f"block: share to remove; mean {mean:.6g}, by {report['recipe']['allocation']}\n"
     header += f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"
@@ -145,7 +146,9 @@ def write_scores(folder: Path, report: Report) -> list[Path]:
         header += f" --pruning.sparsity {mean:.6g} --pruning.budget linears"
     with written_aside(plan) as draft:
         write_plan(draft, report["rates"], report["scores"], header)
-    return [plan, *_told(folder, report)]
+    with written_aside(folder / FILE) as draft:
+        write_stored(draft, stored)
+    return [plan, folder / FILE, *_told(folder, report)]
 
 
 def _told(folder: Path, report: Report) -> list[Path]:

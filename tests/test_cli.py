@@ -138,6 +138,36 @@ def test_score_writes_a_plan_that_prune_and_fit_accept(capsys: pytest.CaptureFix
     assert report("runs/y")["achieved"] == pytest.approx([0.7, 0.3] * 4, abs=1e-3)
 
 
+def test_score_once_sweep_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("score", "--output=runs/look")
+    told = json.loads(Path("runs/look/report.json").read_text())["calibration"]
+    assert (told["text"], told["tokenizer"]) == ("train.txt", "embedded")
+    stored = "--pruning.statistics=runs/look"
+    run("prune", "--output=runs/plain", "--pruning.allocation=OWL", "--pruning.sparsity=0.6")
+    with pytest.raises(SystemExit):
+        run(
+            "prune",
+            "--output=runs/other",
+            stored,
+            "--pruning.calibration.num_samples=3",
+            "--data.train_files=val.txt",
+            "--data.val_files=train.txt",
+        )
+    assert re.search(
+        r"`pruning.statistics` must be of this model and this calibration text, runs/look/statistics.safetensors is of "
+        r"others: other calibration tokens; `calibration.num_samples` 4, now 3; `calibration.text` train.txt, now val",
+        capsys.readouterr().err,
+    )
+    assert not Path("runs/other").exists()
+    monkeypatch.setattr("lit_prune.pipeline.Stream", lambda *_: pytest.fail("the model ran"))
+    run("prune", "--output=runs/swept", "--pruning.allocation=OWL", "--pruning.sparsity=0.6", stored)
+    assert report("runs/swept")["rates"] == report("runs/plain")["rates"]
+    assert report("runs/swept")["perplexity"] == report("runs/plain")["perplexity"]
+    run("score", "--output=runs/again", "--pruning.allocation=LayerRedundancy", stored)
+    run("fit", "--output=runs/fit", "--pruning.allocation=LayerRedundancy", "--pruning.statistics=runs/again")
+    assert report("runs/fit")["rates"] == pytest.approx(report("runs/again")["rates"])
+
+
 def test_n_of_m() -> None:
     pattern = ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=2", "--pruning.method.pattern.m=4"]
     run("fit", "--output=runs/x", "--pruning.allocation=Uniform", *pattern)
@@ -326,6 +356,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
             "min_rate",
             "recovery",
             "sparsity",
+            "statistics",
             "target",
             "targets",
         ]
@@ -392,6 +423,7 @@ MISTAKES = [
     (["--data.val_files=null"], r"`data.val_files` must be given"),
     (["--model.pretrained=./none"], r"`model.pretrained` must be there, got './none': no such file or folder"),
     (["--model.pretrained=nobody/nothing"], r"`model.pretrained`: .*pass a local folder"),
+    (["--pruning.statistics=runs/none"], r"`pruning.statistics` must be there, runs/none is not; `lit-prune score`"),
     (["--pruning.targets=[qproj]"], r"`pruning.targets` must match a linear, got 'qproj'"),
     (["--pruning.blocks=model.leyers"], r"`pruning.blocks` must be a path in the model, got 'model.leyers'"),
     (["--ckpt_path=last"], r"`ckpt_path` must be a checkpoint that is there, runs/x/checkpoints/last.ckpt is not"),

@@ -121,13 +121,17 @@ def test_pruned_statistics_see_the_pruned_blocks_before(batches: list[torch.Tens
     assert not torch.allclose(norms["dense"][-1], norms["pruned"][-1])
 
 
-def test_pruned_stays_pruned_at_a_later_cut(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+def test_pruned_stays_pruned_at_a_later_cut(
+    model: PreTrainedModel, batches: list[torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
     prune(model, batches, Recipe(sparsity=0.4))
     gone = {name: tensor == 0 for name, tensor in weights(model).items()}
+    capsys.readouterr()
     second = prune(model, batches, Recipe(sparsity=0.6))
+    assert "40.0% of what is to be pruned is gone already: it stays so, and counts" in capsys.readouterr().err
     assert second.sparsity == pytest.approx(0.6, abs=1e-3)
     assert all((model.state_dict()[name][where] == 0).all() for name, where in gone.items())
-    with pytest.raises(InputError, match=r"`pruning.sparsity` must be between 0.(59|6)"):
+    with pytest.raises(InputError, match=r"must be at least what is gone already, 0.(59\d*|6) of the .*; got 0.3"):
         prune(model, batches, Recipe(sparsity=0.3))
 
 

@@ -1,0 +1,123 @@
+"""The papers' comparison on one model: methods x allocations x sparsities, patterns, and both ways of propagating.
+
+    python benchmarks/papers.py --pretrained FOLDER --train_files TEXT --val_files RAW
+
+Statistics are taken once and kept beside the results (see --results), a file of JSON lines of which every line is one
+case; what is in it is not run again. Seconds are those of scoring and pruning after that one look, evaluation left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from resumable import Protocol, Results, Row, arguments
+from rich.progress import track
+
+from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
+from lit_prune.load import load_model
+from lit_prune.pipeline import Recipe, look
+from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
+from lit_prune.stored import Stored, read_stored, write_stored
+
+Method = Magnitude | Wanda | SparseGPT
+ALLOCATIONS: Sequence[Allocation] = (Uniform(), OWL(), AlphaPruning(), DLP(), LayerRedundancy())
+SPARSITIES = (0.7, 0.5)
+
+
+def method_cases() -> Iterator[tuple[str, Recipe]]:
+    """Yields a name and a recipe for every method, allocation and sparsity."""
+    for method in (Wanda(), Magnitude(), SparseGPT()):
+        for sparsity in SPARSITIES:
+            for allocation in ALLOCATIONS:
+                yield _name(method, allocation, sparsity), Recipe(method, sparsity, allocation)
+
+
+def pattern_cases() -> Iterator[tuple[str, Recipe]]:
+    """Yields 2:4, 4:8 and the mixed N:8 of the allocations that pick N, all at one half."""
+    for kind in (Wanda, Magnitude, SparseGPT):
+        for pattern in (NofM(2, 4), NofM(4, 8)):
+            yield f"{kind.__name__}, {pattern.n}:{pattern.m}", Recipe(kind(pattern), 0.5, Uniform())
+        for allocation in (OWL(), DLP()):
+            yield f"{kind.__name__}, N:8 by {type(allocation).__name__}", Recipe(kind(MixedNofM(8)), 0.5, allocation)
+
+
+def propagate_cases() -> Iterator[tuple[str, Recipe]]:
+    """Yields both ways of propagating; those that are a method's default are cases of the first table."""
+    for kind in (Wanda, SparseGPT):
+        for sparsity in SPARSITIES:
+            for allocation in (Uniform(), DLP()):
+                for propagate in ("dense", "pruned"):
+                    method: Method = kind(propagate=propagate)  # type: ignore[arg-type]
+                    yield _name(method, allocation, sparsity), Recipe(method, sparsity, allocation)
+
+
+def _name(method: Method, allocation: Allocation, sparsity: float) -> str:
+    default = method.propagate == type(method)().propagate
+    how = "" if default else f" (propagate: {method.propagate})"
+    return f"{type(method).__name__}{how}, {type(allocation).__name__}, {sparsity}"
+
+
+class Cases:
+    """Runs the cases that the results file has not, all from one look at the model."""
+
+    def __init__(self, protocol: Protocol, results: Results) -> None:
+        self.protocol, self.results = protocol, results
+        self.file = results.path.with_suffix(".safetensors")
+        self.stored: Stored | None = None
+
+    def run(self, recipe: Recipe) -> Row:
+        """Returns the row of one recipe; its scores are kept for the next one."""
+        model, batches = load_model(self.protocol.pretrained, "float32"), self.protocol.batches()
+        if self.stored is None and self.file.exists():
+            self.stored = read_stored(self.file)
+        looked = Recipe(SparseGPT(propagate="dense"), recipe.sparsity, recipe.allocation)  # for the Gram matrices
+        known = self.stored is not None and repr(recipe.allocation) in self.stored.scores
+        if not known:
+            scored, self.stored = look(model, batches, looked, stored=self.stored)
+            draft = self.file.with_suffix(".partial")
+            write_stored(draft, self.stored)
+            draft.replace(self.file)
+        row = self.protocol.run(recipe, self.stored)
+        return row | {"look_seconds": 0.0 if known else scored.seconds}
+
+    def rows(self, cases: Iterator[tuple[str, Recipe]]) -> list[Row]:
+        """Returns the rows of ``cases``, under a progress bar."""
+        return [self.results.once(name, partial(self.run, recipe)) for name, recipe in track(list(cases), "Cases")]
+
+
+def tell(title: str, rows: Sequence[Row]) -> None:
+    """Prints a table."""
+    print(f"\n{title}\n\n| case | perplexity | sparsity | seconds |\n| --- | ---: | ---: | ---: |")
+    for row in rows:
+        print(f"| {row['case']} | {row['perplexity']:.2f} | {row['sparsity']:.4f} | {row['seconds']:.0f} |")
+
+
+def grid(rows: Sequence[Row]) -> None:
+    """Prints the perplexities of methods x allocations, a line for every method and sparsity."""
+    found = {row["case"]: row["perplexity"] for row in rows}
+    names = [type(allocation).__name__ for allocation in ALLOCATIONS]
+    print(f"\n| sparsity | method | {' | '.join(names)} |\n| ---: | --- |{' ---: |' * len(names)}")
+    for sparsity in reversed(SPARSITIES):
+        for method in ("Magnitude", "Wanda", "SparseGPT"):
+            values = [found[f"{method}, {name}, {sparsity}"] for name in names]
+            marked = [f"**{value:.2f}**" if value == min(values) else f"{value:.2f}" for value in values]
+            print(f"| {sparsity} | {method} | {' | '.join(marked)} |")
+
+
+def main() -> None:
+    """Runs what the results file has not, and prints the tables."""
+    protocol, results = arguments(__doc__, "runs/papers/results.jsonl", num_samples=16, val_windows=6)
+    cases = Cases(protocol, results)
+    dense = results.once("dense", partial(protocol.run, None))
+    by_method, by_pattern = cases.rows(method_cases()), cases.rows(pattern_cases())
+    by_propagation = cases.rows(propagate_cases())
+    print(f"\n{dense['protocol']}\n\ndense: {dense['perplexity']:.2f}")
+    grid(by_method)
+    tell("All of them", by_method)
+    tell("Patterns, 50%", by_pattern)
+    tell("Statistics of the unpruned model, or behind pruned blocks", by_propagation)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The worked example of CONTRIBUTING.md, as a newcomer would have it: the file, its test, the contract, the command."""
+
+import importlib
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from lit_prune.calibrate import Seen
+from lit_prune.cli import main
+from tests.prune.test_methods import test_contract as contract
+
+BLOCKS = re.findall(r"```python\n(.*?)```", Path(__file__).parent.parent.joinpath("CONTRIBUTING.md").read_text(), re.S)
+
+
+@pytest.fixture
+def ria(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example's file as a module of its own, outside of the package."""
+    (tmp_path / "my_ria.py").write_text(BLOCKS[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_ria", raising=False)
+    return importlib.import_module("my_ria")
+
+
+def test_its_own_test_passes(ria: ModuleType) -> None:
+    space: dict[str, Any] = {"RIA": ria.RIA, "Seen": Seen, "torch": torch}
+    exec(BLOCKS[1], space)
+    space["test_ria_by_hand"]()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.37, 0.99])
+def test_it_keeps_the_contract(ria: ModuleType, rate: float) -> None:
+    contract(ria.RIA, torch.float32, rate)
+
+
+def test_the_command_takes_it_by_its_path(ria: ModuleType) -> None:
+    warnings.simplefilter("ignore")
+    Path("train.txt").write_text("Return the number of items in a container, or raise an error.\n" * 100)
+    Path("val.txt").write_text("Open the file, read its lines and close it again when that is done.\n" * 100)
+    method = ["--pruning.method=my_ria.RIA", "--pruning.method.power=0.7", "--pruning.calibration.num_samples=4"]
+    data = ["--data.train_files=train.txt", "--data.val_files=val.txt", "--data.seq_length=64", "--data.val_windows=4"]
+    main(["prune", *method, *data, "--pruning.calibration.seq_length=64", "--output=run"])
+    report = json.loads(Path("run/report.json").read_text())
+    assert report["recipe"]["method"] == "RIA(pattern=Unstructured(), propagate='dense', power=0.7)"
+    assert report["sparsity"]["achieved_linears"] == pytest.approx(0.5, abs=1e-3)
