@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_prune.cli import main
 from lit_prune.evaluate import measure, zeros
+from lit_prune.load import EMBEDDED, load_model
 from lit_prune.module import PrunableLM
 from lit_prune.prune import SparseGPT
 
@@ -254,7 +255,15 @@ def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--pruning.sparsity=0.8"], "`pruning.sparsity` must be what the checkpoint was made with, 0.5, got 0.8"),
         (["--pruning.recovery.r=4"], "`pruning.recovery` must be what the checkpoint was made with, LoRA(r=8"),
-        (["--ckpt_path=dense.ckpt"], "nothing was pruned in dense.ckpt"),
+        (["--pruning.at_step=1"], "`pruning.at_step` must be what the checkpoint was made with, 0, got 1"),
+        (["--pruning.method=null"], "`pruning.method` must be what the checkpoint was made with, Wanda("),
+        (["--data.seed=1"], "`data.seed` must be what the checkpoint was made with, 0, got 1"),
+        (["--data.batch_size=2"], "`data.batch_size` must be what the checkpoint was made with, 4, got 2"),
+        (["--data.seq_length=32"], "`data.seq_length` must be what the checkpoint was made with, 64, got 32"),
+        (["--data.train_files=other.txt"], "`data.train_files (or data.source)` must be what the checkpoint was made"),
+        (["--model.lr=1"], "`model.lr` must be what the checkpoint was made with, 0.001, got 1.0"),
+        (["--model.pretrained=other"], "`model.pretrained` must be the model that the checkpoint was made from, its"),
+        (["--ckpt_path=dense.ckpt"], "whole checkpoint of a fit with a DynamicPruningCallback, dense.ckpt is none"),
         (["--ckpt_path=train.txt"], "train.txt cannot be read as one"),
         (["--output=runs/y"], "`output` must be a new folder"),
     ],
@@ -263,6 +272,11 @@ def test_a_checkpoint_that_does_not_fit(args: list[str], message: str, capsys: p
     run("fit", "--output=runs/x")
     run("prune", "--output=runs/y")
     torch.save({"lit_prune": {"record": {}, "adapter": None}}, "dense.ckpt")
+    Path("other.txt").write_text(Path("train.txt").read_text() * 2)
+    other = load_model("embedded")
+    other.model.norm.weight.data[0] += 1
+    other.save_pretrained("other")
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained("other")
     written = Path("runs/x/report.json").read_text()
     with pytest.raises(SystemExit):
         run("fit", "--output=runs/z", "--ckpt_path=runs/x/checkpoints/last.ckpt", *args)
@@ -283,7 +297,7 @@ def test_perplexities_of_different_protocols_do_not_stand_together() -> None:
 def test_a_run_resumes_in_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     run("fit", "--output=runs/x")
     first = report()
-    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.prune", None)  # there is no second cut
+    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
     run("fit", "--output=runs/x", "--ckpt_path=last", "--trainer.max_steps=4")
     told = report()
     assert told["perplexity"]["dense"] == first["perplexity"]["dense"]
@@ -332,6 +346,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         main(["fit", "--print_config"])
     config = yaml.safe_load(capsys.readouterr().out)
     assert sorted(config) == [
+        "checkpoint_every",
         "data",
         "model",
         "output",
@@ -340,21 +355,35 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         "seed_everything",
         "trainer",
     ] or sorted(config) == sorted(
-        ["ckpt_path", "data", "model", "output", "overwrite", "pruning", "seed_everything", "trainer", "weights_only"]
+        [
+            "checkpoint_every",
+            "ckpt_path",
+            "data",
+            "model",
+            "output",
+            "overwrite",
+            "pruning",
+            "seed_everything",
+            "trainer",
+            "weights_only",
+        ]
     )
     assert sorted(config["pruning"]) == sorted(
         [
             "allocation",
             "at_step",
+            "before",
             "blocks",
             "budget",
             "calibration",
+            "full_checkpoint",
             "ignore",
             "max_rate",
             "measure",
             "method",
             "min_rate",
             "recovery",
+            "schedule",
             "sparsity",
             "statistics",
             "target",

@@ -51,6 +51,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
         "record": structure.record(model),
         "slice_sizes": getattr(model.config, "slice_sizes", None),
         "adapter": adapter_config(model),
+        "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
     }
 
 
@@ -63,6 +64,8 @@ def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
     if fields is not None and adapter_config(model) is None:
         kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]
         add_adapter(model, kind(**{key: value for key, value in fields.items() if key != "peft_type"}))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in stored["trained"])
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig) -> None:
