@@ -27,7 +27,7 @@ from lit_prune.pipeline import Recipe, check_stored, recipe_record
 from lit_prune.progress import say
 from lit_prune.prune import Method
 from lit_prune.random_states import random_states, restore_random_states
-from lit_prune.recover import Recovery, rebuild, snapshot
+from lit_prune.recover import Recovery, held_masks, hold_masks, rebuild, snapshot
 from lit_prune.schedule import Cut, Schedule, cuts
 from lit_prune.stored import read_stored
 
@@ -57,8 +57,8 @@ class DynamicPruningCallback(Callback):
         schedule: How sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for several.
         before: What is trained before the first cut, where that comes later than step 0, such as LoRA; null trains
             what the LightningModule leaves trainable, which for PrunableLM is everything.
-        recovery: What is trained after a cut, such as LoRA; null trains what the LightningModule leaves trainable,
-            which must not be weights under a mask.
+        recovery: What is trained after a cut: LoRA, MaskedLoRA or FullFineTuning; null trains what the
+            LightningModule leaves trainable, which must not be weights under a mask.
         calibration: How much text the statistics are taken over, at every cut.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
@@ -139,7 +139,7 @@ class DynamicPruningCallback(Callback):
             check_processes(trainer)
             self._check_steps(trainer)
         self._settings = self.settings(trainer, pl_module)
-        stored = stored_run(str(trainer.ckpt_path)) if trainer.ckpt_path else None
+        stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None
         if stored is not None:
             check_settings(self._settings, stored["settings"])
         if self.recipe is None:
@@ -266,11 +266,25 @@ class DynamicPruningCallback(Callback):
 
     def settings(self, trainer: Trainer, pl_module: LightningModule) -> Settings:
         """Returns the settings that a resumed run must have in common with the first."""
+        return self._pruning_settings() | run_settings(trainer, pl_module)
+
+    def _pruning_settings(self) -> Settings:
         recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
         made: Settings = {"at_step": [step for step, _ in self.cuts], "sparsity": [share for _, share in self.cuts]}
         objects = {"before": self.before, "recovery": self.recovery, "calibration": self.calibration}
         told = {name: None if value is None else repr(value) for name, value in objects.items()}
-        return run_settings(trainer, pl_module, recipe | {name: _one(value) for name, value in made.items()} | told)
+        fields = recipe | {name: _one(value) for name, value in made.items()} | told
+        return {f"pruning.{field}": value for field, value in fields.items()}
+
+    def checkpointed(self, path: str) -> dict[str, Any]:
+        """Returns what a checkpoint says was done to the LLM.
+
+        Raises:
+            InputError: if it is no checkpoint of a fit, or not what this run would do was done.
+        """
+        stored = stored_run(path)
+        check_settings(self._pruning_settings(), stored["settings"])
+        return stored
 
     def _check_cuts(self) -> None:
         """Refuses several cuts where the parts allow one, and adapters that would be lost at a cut."""
@@ -340,7 +354,8 @@ class DynamicPruningCallback(Callback):
         if self.recovery is None and trained:
             raise InputError(
                 "`pruning.recovery` must be given where pruned weights are trained, or training fills the zeros: use "
-                "LoRA, freeze the LLM yourself, or prune without training by `lit-prune prune`."
+                "MaskedLoRA, FullFineTuning or LoRA, freeze the LLM yourself, or prune without training by `lit-prune "
+                "prune`."
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -348,10 +363,16 @@ class DynamicPruningCallback(Callback):
         stored: dict[str, Any] = {"settings": self._settings, "left_out": None}
         if self.recipe is not None:
             model = self.find_model(pl_module)
-            stored |= snapshot(model)
+            stored |= snapshot(model) | {"held": held_masks(model)}
             if self.source is not None:
                 stored["left_out"] = self.source.strip(model, checkpoint["state_dict"], f"{self.target}.")
         checkpoint[structure.KEY] = stored
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes up which weights training holds at zero; the weights are loaded by now."""
+        held = checkpoint.get(structure.KEY, {}).get("held")
+        if held:
+            hold_masks(self.find_model(pl_module), held)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has been done, and the states of the random numbers."""

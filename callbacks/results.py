@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
 from lit_prune.evaluate import measure
+from lit_prune.hub import check_repository, push
+from lit_prune.progress import say
 from lit_prune.report import Report, table
 from lit_prune.results import Validation, summary, write_results
 from lit_prune.run_folder import RunFolder, write_text
@@ -37,14 +39,24 @@ class ResultsCallback(Callback):
         config: Text of the run's configuration, written as config.yaml.
         csv_log: Log metrics to `logs/` in the folder where the Trainer has no logger. (A logger given to the Trainer
             writes before anything was checked.)
+        push_to_hub: Repository on the Hugging Face hub that the model folder is sent to once it is written.
 
     Raises:
-        InputError: if the folder exists and may not be replaced, or cannot be written.
+        InputError: if the folder exists and may not be replaced, or cannot be written; for a repository that cannot be.
     """
 
-    def __init__(self, output: str, overwrite: bool = False, config: str | None = None, csv_log: bool = False) -> None:
+    def __init__(
+        self,
+        output: str,
+        overwrite: bool = False,
+        config: str | None = None,
+        csv_log: bool = False,
+        push_to_hub: str | None = None,
+    ) -> None:
+        if push_to_hub is not None:
+            check_repository(push_to_hub)
         self.folder = RunFolder(output, overwrite=overwrite)
-        self.config, self.csv_log = config, csv_log
+        self.config, self.csv_log, self.push_to_hub = config, csv_log, push_to_hub
         self.seconds = 0.0
         self._begin = 0.0
 
@@ -77,6 +89,12 @@ class ResultsCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the trained model, exports it, and tells."""
+        self.write(trainer, pl_module, *self.measured(trainer, pl_module))
+
+    def measured(
+        self, trainer: Trainer, pl_module: LightningModule
+    ) -> tuple[PreTrainedModel, Report, Validation | None]:
+        """Returns the trained model, the report with its perplexity, and what that was measured on."""
         pruning = one(trainer, DynamicPruningCallback)
         model = pruning.find_model(pl_module).to(trainer.strategy.root_device)
         report = summary(model, pruning.recipe, pruning.done)
@@ -90,7 +108,7 @@ class ResultsCallback(Callback):
             report["perplexity"][name] = measured.perplexity
             report["protocol"] = measured.protocol
             report["seconds"][f"perplexity_{name}"] = measured.seconds
-        self.write(trainer, pl_module, model, report, validation)
+        return model, report, validation
 
     def write(
         self,
@@ -100,13 +118,15 @@ class ResultsCallback(Callback):
         report: Report,
         validation: Validation | None,
     ) -> None:
-        """Exports ``model``, writes what the report says, and prints its table and the paths."""
+        """Exports ``model``, writes and prints what the report says; sends the folder to the hub where asked to."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         base = Path(getattr(pl_module, "pretrained", type(model).__name__)).name
         written = write_results(self.folder, model, report, base=base, tokenizer=tokenizer, validation=validation)
         self.folder.finish()
         config = [] if self.config is None else [self.folder.path / "config.yaml"]
         tell([table(report)], written + config)
+        if self.push_to_hub is not None:
+            say(f"Sent to {push(self.folder.path / 'model', self.push_to_hub)}")
 
     @contextmanager
     def opened(self) -> Iterator[None]:

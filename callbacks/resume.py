@@ -13,14 +13,15 @@ from lit_prune.errors import InputError
 Settings = dict[str, Any]
 
 
-def run_settings(trainer: Trainer, pl_module: LightningModule, pruning: Settings) -> Settings:
-    """Returns the settings of a run by field, as JSON can hold them: what is pruned, how it is trained, what is read.
+def run_settings(trainer: Trainer, pl_module: LightningModule) -> Settings:
+    """Returns the settings of a run's training by field, as JSON can hold them: how it is trained, what is read.
 
     A LightningModule and a data module may have settings of their own to say, by ``resume_settings()``.
     """
-    settings = {f"pruning.{field}": value for field, value in pruning.items()}
-    settings["trainer.accumulate_grad_batches"] = trainer.accumulate_grad_batches
-    settings["trainer.precision"] = str(trainer.precision)
+    settings: Settings = {
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.precision": str(trainer.precision),
+    }
     for part in (pl_module, getattr(trainer, "datamodule", None)):
         settings |= getattr(part, "resume_settings", dict)()
     return settings

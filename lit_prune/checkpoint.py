@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lit_prune.bits import packed, unpacked
 from lit_prune.errors import InputError
 
 LeftOut = dict[str, dict[str, Any]]
@@ -128,7 +128,7 @@ def _had(tensor: Tensor, known: dict[str, Any], name: str) -> Tensor:
 
 def _another_model(name: str) -> InputError:
     return InputError(
-        f"`model.pretrained` must be the model that the checkpoint was made from, its weight {name} is another. "
+        f"`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit: {name} is another. "
         "Checkpoints leave out what the source has, unless `pruning.full_checkpoint` is true."
     )
 
@@ -139,16 +139,6 @@ def digest(tensor: Tensor) -> str:
     begin = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     begin.update(flat.view(torch.uint8).numpy().data)
     return begin.hexdigest()
-
-
-def packed(keep: Tensor) -> Tensor:
-    """Returns a mask as uint8, eight entries a byte, the first in the highest bit: [1, 0, 1] is 160."""
-    return torch.from_numpy(np.packbits(keep.cpu().numpy().reshape(-1)))
-
-
-def unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
-    """Returns the mask of that shape which :func:`packed` packed."""
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()).astype(bool)).reshape(shape)
 
 
 def _plain(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The `lit-prune` command: fit, validate and test as in any LightningCLI, and our own verbs prune and score."""
+"""The `lit-prune` command: fit, validate and test as in any LightningCLI, and our own verbs prune, score and export."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import logging
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that it has no CPU kernels
 
 import datasets  # noqa: E402
+import torch  # noqa: E402
 import transformers  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer  # noqa: E402
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer  # noqa: E402
 from lightning.pytorch.callbacks import TQDMProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
+from lightning.pytorch.plugins.precision import HalfPrecision  # noqa: E402
 
 from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data  # noqa: E402
 from lit_prune.callbacks.cut import cut  # noqa: E402
@@ -27,6 +30,7 @@ from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from lit_prune.cli_errors import explain  # noqa: E402
 from lit_prune.data import TextDataModule  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
+from lit_prune.export import check_merge  # noqa: E402
 from lit_prune.families import blocks_path  # noqa: E402
 from lit_prune.module import PrunableLM  # noqa: E402
 from lit_prune.pipeline import look, recipe_record  # noqa: E402
@@ -34,12 +38,13 @@ from lit_prune.progress import say  # noqa: E402
 from lit_prune.report import block_table, versions  # noqa: E402
 from lit_prune.results import summary, write_scores  # noqa: E402
 
-ONCE = ("ckpt_path", "weights_only", "verbose")  # settings that only some verbs have, and no configuration keeps
+ONCE = ("ckpt_path", "weights_only", "verbose", "merge", "push_to_hub")  # what no configuration keeps
+WRITES = ("fit", "prune", "export")  # verbs that leave a model
 DESCRIPTION = "Prune a large language model while it is being fine-tuned, and heal it in the same run."
 
 
 class PruneTrainer(Trainer):
-    """A Lightning Trainer that can also prune without training, and look without pruning."""
+    """A Lightning Trainer that can also prune without training, look without pruning, and export a checkpoint."""
 
     def prune(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Prune in one shot, without training; writes the same folder as fit, with the pruned model."""
@@ -82,6 +87,30 @@ class PruneTrainer(Trainer):
         results.folder.finish()
         tell([block_table(report)], written)
 
+    def export(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str, merge: bool = False
+    ) -> None:
+        """Make the Hugging Face folder, as fit leaves it, of a checkpoint of a fit.
+
+        Args:
+            ckpt_path: The checkpoint, or `last`, the last one in the output folder. Settings come from the config.yaml
+                of the run that it lies in, unless `--config` is given.
+            merge: Refuse to leave an adapter beside the weights. MaskedLoRA is merged always, LoRA where nothing is
+                masked.
+        """
+        pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
+        stored = pruning.checkpointed(ckpt_path)
+        if merge:
+            check_merge(stored)
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        model.configure_model()
+        if isinstance(self.precision_plugin, HalfPrecision):
+            self.precision_plugin.convert_module(pruning.find_model(model))
+        _load(ckpt_path, model, [pruning, results])
+        written = results.measured(self, model)
+        with results.opened():
+            results.write(self, model, *written)
+
     def _ready(
         self, model: LightningModule, datamodule: LightningDataModule
     ) -> tuple[DynamicPruningCallback, ResultsCallback]:
@@ -93,6 +122,21 @@ class PruneTrainer(Trainer):
         model.configure_model()
         pruning.recipe.check(pruning.find_model(model))
         return pruning, results
+
+
+def _load(path: str, model: LightningModule, callbacks: Sequence[Callback]) -> None:
+    """Puts a checkpoint's weights into ``model``, rebuilt to hold them, and the numbers into the callbacks."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    model.on_load_checkpoint(checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise InputError(
+            f"`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit: {path}."
+        ) from error
+    for callback in callbacks:
+        if callback.state_key in checkpoint["callbacks"]:
+            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
 
 
 class Parser(LightningArgumentParser):
@@ -132,7 +176,12 @@ class LitPruneCLI(LightningCLI):
         """Returns the verbs, each with the arguments that do not come from the command line."""
         verbs = LightningCLI.subcommands()
         own = {"model", "datamodule"}
-        return {name: verbs[name] for name in ("fit", "validate", "test")} | {"prune": own, "score": own}
+        ours = dict.fromkeys(("prune", "score", "export"), own)
+        return {name: verbs[name] for name in ("fit", "validate", "test")} | ours
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
+        """Parses the command line; what is exported has the settings of its run."""
+        self.config = parser.parse_args(_of_export(sys.argv[1:] if args is None else args))
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration as the user gave it: our checkpoints hold no hyper-parameters to put over it."""
@@ -146,6 +195,12 @@ class LitPruneCLI(LightningCLI):
             type=int,
             default=50,
             help="Optimizer steps between checkpoints; a run that is killed goes on from the last one.",
+        )
+        parser.add_argument(
+            "--push_to_hub",
+            type=str | None,
+            default=None,
+            help="Repository on the Hugging Face hub that the model folder is sent to once it is written.",
         )
         parser.add_lightning_class_args(DynamicPruningCallback, "pruning")
         parser.set_defaults(
@@ -164,15 +219,24 @@ class LitPruneCLI(LightningCLI):
         if DynamicPruningCallback.__name__ in str(config.trainer.callbacks):
             raise InputError("`trainer.callbacks` must not hold a DynamicPruningCallback: `pruning` is one already.")
         output = Path(config.output)
-        results = ResultsCallback(str(output), config.overwrite, self._saved(config), csv_log=True)
+        if config.push_to_hub is not None and self.subcommand not in WRITES:
+            raise InputError(f"`push_to_hub` must be left out for {self.subcommand}, which writes no model.")
+        saved = self._saved(config)
+        results = ResultsCallback(str(output), config.overwrite, saved, csv_log=True, push_to_hub=config.push_to_hub)
         self.trainer_defaults["callbacks"] = [results]
         if config.get("ckpt_path"):
             config.ckpt_path = _checkpoint(config.ckpt_path, output)
-        if self.subcommand in ("fit", "prune", "score"):
+        if self.subcommand in (*WRITES, "score"):
             results.folder.resume = results.folder.holds(config.get("ckpt_path"))
             results.folder.check()
-            if config.trainer.max_steps == -1 and config.trainer.max_epochs == -1:
-                raise InputError("`trainer.max_steps` or `trainer.max_epochs` must be given: the cosine needs an end.")
+            if self.subcommand == "export" and (output / "model").exists() and not config.overwrite:
+                raise InputError(
+                    f"`output` has a model already, {output / 'model'}: choose another with `--output DIR`, or replace "
+                    "it with `--overwrite`."
+                )
+        endless = config.trainer.max_steps == -1 and config.trainer.max_epochs == -1
+        if endless and self.subcommand in ("fit", "prune", "score"):
+            raise InputError("`trainer.max_steps` or `trainer.max_epochs` must be given: the cosine needs an end.")
         if config.trainer.logger is None:
             config.trainer.logger = False  # results.csv_log stands in for it
         if self.subcommand != "fit":
@@ -226,6 +290,22 @@ class LitPruneCLI(LightningCLI):
         for field, length in lengths.items():
             if limit is not None and length > limit:
                 raise InputError(f"`{field}` must be at most {limit}, the model's limit, got {length}.")
+
+
+def _of_export(args: list[str]) -> list[str]:
+    """Returns the arguments with what `export` may leave out: the value of --merge, and its run's config.yaml."""
+    if args[:1] != ["export"]:
+        return args
+    given = {}
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        option, is_set, value = arg.partition("=")
+        given[option] = value if is_set else following
+    args = ["--merge=true" if arg == "--merge" and given[arg][:2] in ("", "--") else arg for arg in args]
+    last = given.get("--ckpt_path") == "last"
+    run = Path(given.get("--output", "")) if last else Path(given.get("--ckpt_path", "")).parent.parent
+    if {"--config", "-c"} & given.keys() or not (run / "config.yaml").is_file():
+        return args
+    return ["export", f"--config={run / 'config.yaml'}", *args[1:]]
 
 
 def _checkpoint(path: str, output: Path) -> str:

@@ -1,22 +1,25 @@
 """An ordinary Hugging Face folder: the weights, an adapter that cannot be merged beside them, tokenizer, model card.
 
-The adapter of a model without masks is merged: that is exact. That of a model with masks is not, since B A is dense and
-would fill every zero: its files lie at the root of the folder in peft's layout, so that a plain ``from_pretrained``
-loads pruned weights and adapter together (where peft is installed).
+A masked adapter is merged always: the zeros stay, and plain peft would take it for one that is not masked. The adapter
+of a model without masks is merged too. Plain LoRA over masks is not, since B A is dense and would fill every zero: its
+files lie at the root of the folder in peft's layout, so that a plain ``from_pretrained`` loads pruned weights and
+adapter together (where peft is installed).
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lit_prune import structure
-from lit_prune.recover import adapted_layers, adapter_config, merged_weight
+from lit_prune.errors import InputError
+from lit_prune.recover import adapter_config, merged_weight, snapshot
 
 
 def export(
@@ -44,19 +47,41 @@ def export(
 
 
 def merges(model: PreTrainedModel) -> bool:
-    """Returns whether the adapter on ``model`` is merged when that is exported."""
-    return adapter_config(model) is not None and not structure.masked(model)
+    """Returns whether the adapter on ``model`` is merged when that is exported: wherever that fills no zeros."""
+    return _mergeable(snapshot(model))
+
+
+def _mergeable(stored: dict[str, Any]) -> bool:
+    fills = stored["record"].get("masked") and not stored.get("masked_adapter")
+    return stored["adapter"] is not None and not fills
+
+
+def check_merge(stored: dict[str, Any]) -> None:
+    """Asks whether a model has no adapter, or one that can be merged.
+
+    Args:
+        stored: The model's snapshot, such as a checkpoint has.
+
+    Raises:
+        InputError: if the adapter would fill zeros.
+    """
+    if stored["adapter"] is not None and not _mergeable(stored):
+        raise InputError(
+            "`merge` must be left out for LoRA over masks, whose B A is dense and would fill every zero: export the "
+            "adapter beside the weights, or train with `--pruning.recovery MaskedLoRA`."
+        )
 
 
 @torch.no_grad()
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a model without the adapter, whose weights are W + B A; ``model`` is left as it is.
+    """Returns a model without the adapter, whose weights have it merged in; ``model`` is left as it is.
 
-    The sum is taken in float32 at least. Weights without an adapter are shared.
+    Weights without an adapter are shared.
     """
     plain = without_adapter(model)
-    for name, layer in adapted_layers(model).items():
-        plain.get_submodule(name).weight = nn.Parameter(merged_weight(layer))
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            plain.get_submodule(name).weight = nn.Parameter(merged_weight(layer))
     return plain
 
 

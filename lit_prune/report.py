@@ -184,15 +184,6 @@ def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str
         f"| {name} | {value:.3f} |" for name, value in report["perplexity"].items() if value is not None
     )
     recipe = report.get("recipe")
-    adapter = (
-        "\nThe folder holds the pruned weights and, beside them, the adapter that was trained to heal them. The "
-        "adapter is not merged: merging would fill the zeros. `from_pretrained` loads both where peft is installed; "
-        "without peft it loads the pruned weights alone, unrecovered.\n"
-        if report.get("adapter") and not report["merged"]
-        else ""
-    )
-    if report["merged"]:
-        adapter = "\nAn adapter was trained to heal it, and is merged into the weights.\n"
     return f"""---
 {data.to_yaml()}
 ---
@@ -200,7 +191,7 @@ def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str
 # {base}, {"pruned" if recipe else "trained"} with lit_prune
 
 Made from `{base}`. {_done(report)}
-{adapter}
+{_healed(report)}
 Parameters: {_size(report)}.
 
 | | perplexity |
@@ -217,6 +208,29 @@ model = AutoModelForCausalLM.from_pretrained("this/folder")
 tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 ```
 """
+
+
+def _healed(report: Report) -> str:
+    """What was trained after the cut, and where that is in the folder."""
+    recovery = report.get("recovery")
+    if recovery is None and not report["adapter"]:
+        return ""
+    by = "" if recovery is None else f" by {recovery}"
+    if not report["adapter"]:
+        return f"\nHealed{by}: its own weights were trained, and those that were pruned stayed zero.\n"
+    if report["merged"]:
+        kept = ", which kept the zeros" if _has_zeros(report) else ""
+        return f"\nHealed{by}: an adapter was trained, and is merged into the weights{kept}.\n"
+    return (
+        f"\nHealed{by}. The folder holds the pruned weights and, beside them, the adapter that was trained. It is not "
+        "merged: merging would fill the zeros. `from_pretrained` loads both where peft is installed; without peft it "
+        "loads the pruned weights alone, unrecovered.\n"
+    )
+
+
+def _has_zeros(report: Report) -> bool:
+    """Whether weights of the model are masked."""
+    return bool(report.get("recipe")) and report["slice"] is None
 
 
 def _done(report: Report) -> str:

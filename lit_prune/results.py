@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune import report as reports
 from lit_prune import structure
 from lit_prune.allocate import write_plan
 from lit_prune.allocate.plan import MEAN_TOLERANCE
-from lit_prune.calibrate import Batch
-from lit_prune.evaluate import measure, parameters, size_bytes, zeros
+from lit_prune.evaluate import parameters, size_bytes, zeros
 from lit_prune.export import export, merges, without_adapter
 from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.pipeline import Recipe
@@ -23,9 +22,7 @@ from lit_prune.report import Report
 from lit_prune.run_folder import RunFolder, write_text, written_aside
 from lit_prune.slice import slices
 from lit_prune.stored import FILE, Stored, write_stored
-
-REOPENED_TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-2}
-Validation = tuple[Iterable[Batch], str]
+from lit_prune.verify import Validation, verify
 
 
 def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[str, Any]]) -> Report:
@@ -56,6 +53,7 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[s
         "rates": done.get("rates"),
         "achieved": done.get("achieved"),
         "parameters": parameters(plain),
+        "recovery": structure.record(model).get("recovery"),
         "adapter": adapter_config(model),
         "merged": merges(model),
         "adapter_parameters": parameters(model) - parameters(plain),
@@ -124,7 +122,7 @@ def write_results(
 ) -> list[Path]:
     """Writes `model/`, `report.json` and `blocks.png` into ``folder``; returns what was written.
 
-    The exported folder is reopened before it gets its name: it must have the zeros and the perplexity of ``model``.
+    The exported folder is reopened and compared before it gets its name; see ``verify``.
 
     Raises:
         RuntimeError: if the reopened model is another.
@@ -133,7 +131,7 @@ def write_results(
     with written_aside(exported) as draft:
         card = reports.model_card(report, base, base if tokenizer is None else "this/folder")
         written = export(model, draft, tokenizer, card)
-        report["export"] = _reopened(draft, written, report, validation)
+        report["export"] = verify(draft, model, written, report, validation)
     return [exported, *_told(folder.path, report)]
 
 
@@ -159,37 +157,3 @@ def _told(folder: Path, report: Report) -> list[Path]:
             reports.picture(draft, report["scores"], report["rates"], report)
     write_text(numbers, reports.to_json(report))
     return [numbers] if report["scores"] is None else [image, numbers]
-
-
-def _reopened(folder: Path, plain: PreTrainedModel, report: Report, validation: Validation | None) -> dict[str, Any]:
-    """Opens the folder with transformers and compares; returns what report.json says of it.
-
-    Args:
-        folder: What was exported.
-        plain: The model that was exported, without its adapter.
-        report: The report so far.
-        validation: What the perplexity is measured on.
-    """
-    opened = AutoModelForCausalLM.from_pretrained(folder).to(plain.device)  # type: ignore[arg-type]
-    unmerged = None if not report["adapter"] else "unmerged, at the root of model/"
-    checked: dict[str, Any] = {
-        "adapter": "merged" if report["merged"] else unmerged,
-        "zeros": zeros(without_adapter(opened).parameters())[0],
-    }
-    if checked["zeros"] != zeros(plain.parameters())[0]:
-        raise RuntimeError(f"the exported model has {checked['zeros']} zeros, which is not what was pruned; not kept.")
-    last = _last_perplexity(report)
-    if validation is not None and last is not None:
-        found = measure(opened, *validation, label="Perplexity, exported folder")
-        checked["perplexity"] = found.perplexity
-        tolerance = REOPENED_TOLERANCE.get(found.protocol["dtype"], 1e-3)
-        if abs(found.perplexity / last - 1) > tolerance:
-            raise RuntimeError(
-                f"the exported model's perplexity is {found.perplexity:.4f}, in memory it is {last:.4f}; not kept."
-            )
-    return checked
-
-
-def _last_perplexity(report: Report) -> float | None:
-    values = [value for value in report["perplexity"].values() if value is not None]
-    return values[-1] if values else None

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_prune.cli import main
 from lit_prune.evaluate import measure, zeros
-from lit_prune.load import EMBEDDED, load_model
+from lit_prune.load import EMBEDDED, load_model, new_model
 from lit_prune.module import PrunableLM
 from lit_prune.prune import SparseGPT
 
@@ -285,6 +286,124 @@ def test_a_checkpoint_that_does_not_fit(args: list[str], message: str, capsys: p
     assert not Path("runs/z").exists()
 
 
+@pytest.mark.parametrize(("recovery", "lr"), [("MaskedLoRA", 1e-3), ("FullFineTuning", 1e-4)])
+def test_a_recovery_that_keeps_the_zeros_heals_and_resumes_and_exports(recovery: str, lr: float) -> None:
+    healed = [f"--pruning.recovery={recovery}", "--pruning.sparsity=0.7", f"--model.lr={lr}"]
+    run("fit", "--output=runs/x", *healed, "--trainer.max_steps=15")
+    first = report()
+    run("fit", "--output=runs/x", *healed, "--trainer.max_steps=30", "--ckpt_path=last")
+    told = report()
+    perplexity, exported = told["perplexity"], told["export"]
+    assert perplexity["recovered"] < first["perplexity"]["recovered"] < perplexity["pruned"]
+    assert told["recovery"].startswith(recovery)
+    assert not Path("runs/x/model/adapter_config.json").exists()
+    assert exported["verified"]
+    assert exported["merged"] is (recovery == "MaskedLoRA")
+    assert abs(exported["perplexity"] - perplexity["recovered"]) <= 0.01
+    assert exported["zeros_found"] >= exported["zeros_expected"] > 2e6
+    assert exported["zeros_found"] == exported["zeros_expected"] or recovery == "FullFineTuning"
+    opened = AutoModelForCausalLM.from_pretrained("runs/x/model")
+    zero, total = zeros(w for name, w in opened.named_parameters() if "_proj" in name)
+    assert zero / total == pytest.approx(0.7, abs=1e-4)
+
+    main(["export", "--ckpt_path=runs/x/checkpoints/last.ckpt", "--merge", "--output=runs/y"])
+    again = report("runs/y")
+    assert again["export"] == pytest.approx(exported)
+    assert again["perplexity"] == pytest.approx(perplexity)
+    assert again["seconds"]["train"] > 0
+    stored = [Path(run, "model/model.safetensors").read_bytes() for run in ("runs/x", "runs/y")]
+    assert stored[0] == stored[1]
+
+
+def test_export_of_lora_over_masks_leaves_the_adapter_beside_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", "--output=runs/x")
+    first = report()
+    with pytest.raises(SystemExit):
+        main(["export", "--ckpt_path", "last", "--output", "runs/x", "--merge", "--overwrite"])
+    assert "`merge` must be left out for LoRA over masks" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "--ckpt_path", "last", "--output", "runs/x"])
+    assert "`output` has a model already, runs/x/model: choose another" in capsys.readouterr().err
+    Path("runs/x/model").rename("kept")
+    Path("runs/x/report.json").unlink()
+    main(["export", "--ckpt_path", "last", "--output", "runs/x"])  # what fit would have left
+    assert Path("runs/x/model/adapter_model.safetensors").is_file()
+    assert report()["perplexity"] == pytest.approx(first["perplexity"])
+    assert report()["export"]["adapter"] == "unmerged, at the root of model/"
+    main(["export", "--ckpt_path", "last", "--output", "runs/x", "--overwrite"])
+    assert Path("runs/x/checkpoints/last.ckpt").is_file()
+
+
+def test_export_in_half_precision_and_of_slices() -> None:
+    half = ["--model.dtype=bfloat16", "--trainer.precision=bf16-true", "--pruning.recovery=MaskedLoRA"]
+    run("fit", "--output=runs/x", *half)
+    main(["export", "--ckpt_path=runs/x/checkpoints/last.ckpt", "--output=runs/y", "--merge", "true"])
+    assert AutoModelForCausalLM.from_pretrained("runs/y/model").dtype == torch.bfloat16
+    assert report("runs/y")["perplexity"] == pytest.approx(report()["perplexity"])
+    run("fit", "--output=runs/s", "--pruning.method=Slicing", "--pruning.allocation=Uniform", "--pruning.sparsity=0.25")
+    main(["export", "--ckpt_path=runs/s/checkpoints/last.ckpt", "--output=runs/t", "--merge"])
+    assert report("runs/t")["slice"] == report("runs/s")["slice"]
+    assert report("runs/t")["export"]["merged"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "arguments are required: export.ckpt_path"),
+        (["--ckpt_path=last"], "`ckpt_path` must be a checkpoint that is there, runs/lit_prune/checkpoints/last.ckpt"),
+        (["--ckpt_path=train.txt", *SMALL], "`ckpt_path` must be a checkpoint of a fit, train.txt cannot be read"),
+        (["--ckpt_path=runs/x/checkpoints/last.ckpt", "--pruning.sparsity=0.3"], "`pruning.sparsity` must be what"),
+        (
+            ["--ckpt_path=runs/x/checkpoints/last.ckpt", "--model.pretrained=other"],
+            "`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_exported(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "runs/x" in str(args):
+        run("fit", "--output=runs/x")
+        new_model({"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 8}).save_pretrained(
+            "other"
+        )
+        shutil.copy(EMBEDDED / "tokenizer.json", "other")
+        shutil.copy(EMBEDDED / "tokenizer_config.json", "other")
+    output = [] if args[:1] == ["--ckpt_path=last"] else ["--output=runs/y"]
+    with pytest.raises(SystemExit) as ended:
+        main(["export", *args, *output])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("runs/y").exists()
+
+
+def test_push_to_hub_comes_after_the_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    sent: list[list[str]] = []
+
+    class Hub:
+        def create_repo(self, repo: str, **_fields: object) -> str:
+            if repo == "me/unreachable":
+                raise ConnectionError("no route to host")
+            return f"https://hub/{repo}"
+
+        def upload_folder(self, *, folder_path: Path, **_fields: object) -> None:
+            sent.append(sorted(path.name for path in folder_path.iterdir()))
+
+    monkeypatch.setattr("lit_prune.hub.HfApi", Hub)
+    run("prune", "--output=runs/x", "--push_to_hub=me/model")
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(sent[0])
+    assert "Sent to https://hub/me/model" in capsys.readouterr().err
+    assert "push_to_hub" not in Path("runs/x/config.yaml").read_text()
+    with pytest.raises(SystemExit) as ended:
+        run("fit", "--output=runs/y", "--push_to_hub=me/unreachable")
+    assert ended.value.code == 2
+    assert "'me/unreachable' cannot (no route to host). The model is in runs/y/model: send" in capsys.readouterr().err
+    assert AutoModelForCausalLM.from_pretrained("runs/y/model") is not None
+
+
 def test_perplexities_of_different_protocols_do_not_stand_together() -> None:
     run("fit", "--output=runs/x")
     run("fit", "--output=runs/x", "--ckpt_path=last", "--trainer.max_steps=3", "--data.val_windows=4")
@@ -352,6 +471,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         "output",
         "overwrite",
         "pruning",
+        "push_to_hub",
         "seed_everything",
         "trainer",
     ] or sorted(config) == sorted(
@@ -363,6 +483,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
             "output",
             "overwrite",
             "pruning",
+            "push_to_hub",
             "seed_everything",
             "trainer",
             "weights_only",
@@ -393,6 +514,12 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 MISTAKES = [
+    (["--push_to_hub=me/model"], r"`push_to_hub` must be left out where HF_HUB_OFFLINE is set"),
+    (["--push_to_hub=a b"], r"`push_to_hub` must be the id of a repository, such as name/model, got 'a b'"),
+    (
+        ["--pruning.recovery=null"],
+        r"`pruning.recovery` must be given .*: use MaskedLoRA, FullFineTuning or LoRA, freeze",
+    ),
     (["--pruning.sparsity=1.2"], r"`pruning.sparsity` must be in \[0, 1\).*got 1.2"),
     (["--pruning.budget=weights"], r"`pruning.budget`: .*one of .*'linears', 'parameters'.*weights"),
     (["--pruning.budget=parameters", "--pruning.sparsity=0.9"], r"must be between 0 and 0.7\d* of all parameters"),
@@ -403,7 +530,10 @@ MISTAKES = [
         r"`pruning.method` must be one of Magnitude, Slicing, .*Wanda.*got 'Wnda'. Did you mean Wanda",
     ),
     (["--pruning.allocation=DPL"], r"`pruning.allocation` must be one of AlphaPruning, DLP, .*Did you mean DLP"),
-    (["--pruning.recovery=Lora"], r"`pruning.recovery` must be one of LoRA.*Did you mean LoRA"),
+    (
+        ["--pruning.recovery=Lora"],
+        r"`pruning.recovery` must be one of FullFineTuning, LoRA, MaskedLoRA, .*Did you mean LoRA",
+    ),
     (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
     (["--pruning.allocation.alpha=0.7"], r"`DLP.alpha` must be in \[0, 0.5\], got 0.7"),
     (["--pruning.allocation.alpha=much"], r"`pruning.allocation.alpha`: .*Expected a float.*much"),
@@ -513,7 +643,7 @@ def test_a_misspelt_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["prone"])
     assert ended.value.code == 2
-    assert "fit, validate, test, prune, score" in capsys.readouterr().err
+    assert "fit, validate, test, prune, score, export" in capsys.readouterr().err
 
 
 def test_an_output_that_exists_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune import structure
+from lit_prune.errors import InputError
 from lit_prune.evaluate import zeros
-from lit_prune.export import export, merges, without_adapter
+from lit_prune.export import check_merge, export, merges, without_adapter
 from lit_prune.families import find_blocks
 from lit_prune.pipeline import Recipe, prune
-from lit_prune.recover import LoRA
+from lit_prune.recover import LoRA, MaskedLoRA, snapshot
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
 
@@ -122,6 +123,39 @@ def test_an_adapter_on_a_sliced_model_with_masks_is_not_merged(
     assert (tmp_path / "adapter_config.json").is_file()
     opened = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(opened(batches[0]).logits, model(batches[0]).logits)
+
+
+def test_a_masked_adapter_is_merged_and_the_model_left_as_it_is(
+    any_model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    prune(any_model, batches, Recipe())
+    MaskedLoRA().attach(any_model)
+    for name, parameter in any_model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    expected, before = any_model(batches[0]).logits, {n: t.clone() for n, t in any_model.state_dict().items()}
+    assert merges(any_model)
+    export(any_model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in any_model.state_dict().items())
+    assert not (tmp_path / "adapter_config.json").exists()
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(opened(batches[0]).logits, expected, rtol=1e-4, atol=1e-5)
+    pairs = zip(find_blocks(without_adapter(any_model)), find_blocks(opened), strict=True)
+    for one, other in pairs:
+        for name, linear in one.linears.items():
+            assert torch.equal(linear.weight_OI == 0, other.linears[name].weight_OI == 0)
+
+
+def test_a_merge_that_would_fill_zeros_is_refused(batches: list[torch.Tensor]) -> None:
+    model, sliced = small_model(), small_model()
+    prune(model, batches, Recipe())
+    check_merge(snapshot(model))
+    prune(sliced, batches, Recipe(Slicing(), 0.25))
+    for leaf, one in ((LoRA, model), (LoRA, sliced), (MaskedLoRA, small_model())):
+        leaf().attach(one)
+    with pytest.raises(InputError, match="`merge` must be left out for LoRA over masks, .*or train with .*MaskedLoRA"):
+        check_merge(snapshot(model))
+    check_merge(snapshot(sliced))
 
 
 def test_a_fresh_process_opens_it_without_lit_prune(

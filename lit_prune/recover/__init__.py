@@ -1,6 +1,22 @@
 """What heals the model after the cut. One file a recovery; importing them here makes their short names resolve."""
 
-from lit_prune.recover.base import Recovery, adapted_layers, adapter_config, merged_weight, rebuild, snapshot
+from lit_prune.recover.adapter import adapter_config, merged_weight
+from lit_prune.recover.base import Recovery
+from lit_prune.recover.full import FullFineTuning
+from lit_prune.recover.held import held_masks, hold_masks
 from lit_prune.recover.lora import LoRA
+from lit_prune.recover.masked_lora import MaskedLoRA
+from lit_prune.recover.rebuild import rebuild, snapshot
 
-__all__ = ["LoRA", "Recovery", "adapted_layers", "adapter_config", "merged_weight", "rebuild", "snapshot"]
+__all__ = [
+    "FullFineTuning",
+    "LoRA",
+    "MaskedLoRA",
+    "Recovery",
+    "adapter_config",
+    "held_masks",
+    "hold_masks",
+    "merged_weight",
+    "rebuild",
+    "snapshot",
+]

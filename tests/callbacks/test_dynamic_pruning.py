@@ -18,7 +18,7 @@ from lit_prune.evaluate import measure, parameters, zeros
 from lit_prune.families import find_blocks
 from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.prune import Magnitude, Wanda
-from lit_prune.recover import LoRA, adapter_config
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery, adapter_config
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
 
@@ -127,7 +127,7 @@ def test_switched_off() -> None:
 
 def test_pruned_weights_that_would_be_trained_are_refused_before_anything_is_done() -> None:
     module = Foreign()
-    with pytest.raises(InputError, match="`pruning.recovery` must be given where pruned weights are trained"):
+    with pytest.raises(InputError, match="`pruning.recovery` must be given where .*: use MaskedLoRA, FullFine"):
         fit(module, callback(recovery=None))
     assert sparsity(module) == 0
 
@@ -155,6 +155,30 @@ def test_a_checkpoint_resumes_with_masks_adapter_and_numbers(tmp_path: Path, mon
     assert sparsity(resumed) == pytest.approx(0.5, abs=1e-3)
     zero = [(a == 0) == (b == 0) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True) if a.ndim == 2]
     assert all(bool(same.all()) for same in zero[:4])
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
+@pytest.mark.parametrize("recovery", [MaskedLoRA(), FullFineTuning()])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_foreign_module_and_its_optimizer_keep_the_zeros_and_resume(
+    recovery: Recovery, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields: dict[str, Any] = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    first, pruning = Foreign(), callback(recovery=recovery)
+    fit(first, pruning, max_steps=2, **fields).save_checkpoint(tmp_path / "half.ckpt")
+    assert sparsity(first) == pytest.approx(0.5, abs=1e-3)
+    resumed = Foreign()
+    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
+    fit(resumed, callback(recovery=recovery), max_steps=4, ckpt_path=tmp_path / "half.ckpt", **fields)
+    assert first.model.state_dict().keys() == resumed.model.state_dict().keys()
+    before = dict(first.model.named_parameters())
+    moved = 0
+    for name, parameter in resumed.model.named_parameters():
+        if "_proj" in name and ".lora_" not in name:
+            gone = before[name] == 0
+            assert (parameter[gone] == 0).all()
+        moved += int((parameter != before[name]).sum())
+    assert moved > 1000
 
 
 def slicing(**fields: Any) -> DynamicPruningCallback:

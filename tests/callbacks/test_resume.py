@@ -1,35 +1,22 @@
 """A run that was stopped and resumed ends with the weights of one that was not, bit for bit."""
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_prune.callbacks import DynamicPruningCallback, RunCheckpoint
-from transformers import PreTrainedModel
 
 from lit_prune.calibrate import Calibration
 from lit_prune.data import TextDataModule
 from lit_prune.module import PrunableLM
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
-from lit_prune.recover import LoRA, Recovery
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA
 from lit_prune.slice import Slicing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty")
 STEPS = 8  # two epochs of five batches, but for the last two
-
-
-@dataclass(frozen=True)
-class Norms(Recovery):
-    """Trains vectors alone, which no mask touches."""
-
-    folds_under_masks: ClassVar[bool] = True
-
-    def attach(self, model: PreTrainedModel) -> None:
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.ndim == 1)
 
 
 class Killed(RuntimeError):
@@ -59,7 +46,13 @@ CASES: dict[str, dict[str, Any]] = {
     "masks at 0, dropout": {"method": Wanda(), "recovery": LoRA(r=4, dropout=0.2)},
     "masks at 3, LoRA before": {"method": Wanda(), "at_step": 3, "before": LoRA(r=2, dropout=0.2), "recovery": LoRA()},
     "masks at 3, full before": {"method": SparseGPT(), "at_step": 3, "recovery": LoRA(r=4)},
-    "gradual": {"method": Magnitude(), "at_step": [0, 3, 6], "sparsity": 0.6, "recovery": Norms()},
+    "gradual, MaskedLoRA": {
+        "method": Wanda(),
+        "at_step": [0, 3, 6],
+        "sparsity": 0.6,
+        "recovery": MaskedLoRA(dropout=0.2),
+    },
+    "gradual, full": {"method": Magnitude(), "at_step": [1, 6], "sparsity": [0.3, 0.6], "recovery": FullFineTuning()},
     "slices at 3": {"method": Slicing(), "at_step": 3, "before": LoRA(r=2), "recovery": LoRA(r=4, dropout=0.1)},
     "slices at 3, full": {"method": Slicing(), "at_step": 3, "sparsity": 0.25},
     "not pruned": {"method": None},

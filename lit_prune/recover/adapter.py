@@ -1,0 +1,151 @@
+"""Adapters of low rank, put on by peft: which linears get one, how it is told, added and merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lit_prune import structure
+from lit_prune.errors import InputError
+from lit_prune.linears import has_fused_experts
+from lit_prune.recover.masked_linear import MaskedLinear
+
+
+class Settings(Protocol):
+    """What a recovery by an adapter of low rank is asked for; see LoRA."""
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+
+    @property
+    def alpha(self) -> int:
+        """Numerator of the scale alpha / r."""
+
+    @property
+    def dropout(self) -> float:
+        """Share that is dropped, in [0, 1)."""
+
+    @property
+    def target_modules(self) -> list[str] | None:
+        """Name suffixes of the linears that get an adapter; None takes all that can have one."""
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises InputError for a rank below 1 or a dropout outside [0, 1)."""
+    name = type(settings).__name__
+    if settings.r < 1:
+        raise InputError(f"`{name}.r` must be at least 1, got {settings.r}.")
+    if not 0 <= settings.dropout < 1:
+        raise InputError(f"`{name}.dropout` must be in [0, 1), got {settings.dropout}.")
+
+
+def check_targets(settings: Settings, model: PreTrainedModel) -> None:
+    """Raises InputError for target modules that match no linear, or only such as can have no adapter."""
+    linears = _adaptable(model)
+    for target in settings.target_modules or []:
+        if not any(name == target or name.endswith(f".{target}") for name in linears):
+            fused = "; fused experts, and linears of their names, get no adapter" if has_fused_experts(model) else ""
+            raise InputError(
+                f"`{type(settings).__name__}.target_modules` must match linears of the model, got {target!r}; there "
+                f"are {', '.join(sorted(_last_names(linears)))}{fused}."
+            )
+
+
+def lora_config(settings: Settings, model: PreTrainedModel) -> LoraConfig:
+    """Returns peft's config of the adapter that ``model`` is to get."""
+    targets: str | list[str] | None = settings.target_modules
+    if targets is None:
+        targets = sorted(_last_names(_adaptable(model))) if has_fused_experts(model) else "all-linear"
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig, *, masked: bool = False) -> None:
+    """Adds an adapter to ``model`` in place, and freezes everything else.
+
+    Its dropout follows the model's mode, which peft leaves to the caller. It names no base: the dense model, which peft
+    would name, has other weights.
+
+    Args:
+        model: A causal LM without an adapter.
+        config: peft's, of a LoRA where it is to be masked.
+        masked: Keep the zeros of the weights; see ``masked_linear``.
+    """
+    if masked:
+        assert isinstance(config, LoraConfig)
+        config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
+    model.add_adapter(config)
+    config.base_model_name_or_path = None
+    model.train(model.training)
+
+
+def adapter_config(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Returns the config of the adapter on ``model``, as JSON can hold it; None without one."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        return None
+    fields: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[attr-defined]
+    return json.loads(json.dumps(fields, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+
+
+def has_masked_adapter(model: nn.Module) -> bool:
+    """Returns whether the adapter on ``model`` keeps zeros, so that it can be merged where weights are masked."""
+    return any(isinstance(module, MaskedLinear) for module in model.modules())
+
+
+@torch.no_grad()
+def merged_weight(layer: LoraLayer) -> Tensor:
+    """Returns the weight under an adapter with the adapter merged into it, laid out and typed as it is.
+
+    The sum is taken in float32 at least. Plain LoRA fills every zero, a masked adapter none.
+    """
+    if isinstance(layer, MaskedLinear):
+        return layer.merged_weight()
+    adapted: Any = layer
+    weight, delta = adapted.get_base_layer().weight, adapted.get_delta_weight("default")
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return (weight.to(wide) + delta.to(weight.device, wide)).to(weight.dtype)
+
+
+@torch.no_grad()
+def fold_adapter(model: PreTrainedModel) -> None:
+    """Merges the adapter of ``model`` into its weights, in place, and takes it off; does nothing without one."""
+    if adapter_config(model) is None:
+        return
+    assert has_masked_adapter(model) or not structure.masked(model), "B A is dense, and would fill the zeros"
+    layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in layers.items():
+        layer.get_base_layer().weight.copy_(merged_weight(layer))
+        model.set_submodule(name, layer.get_base_layer())
+    model._hf_peft_config_loaded = False
+    del model.peft_config
+
+
+def _adaptable(model: PreTrainedModel) -> list[str]:
+    """The modules that an adapter can be put on.
+
+    peft takes a mixture's gate_proj, up_proj and down_proj for the fused experts, also where a block has an MLP of its
+    own, and on those its adapter would make a whole matrix of B A for every expert in each step.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    if not has_fused_experts(model):
+        return linears
+    return [name for name in linears if not name.endswith(("gate_proj", "up_proj", "down_proj", "lm_head"))]
+
+
+def _last_names(names: Sequence[str]) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name in names}

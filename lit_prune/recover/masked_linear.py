@@ -1,0 +1,120 @@
+"""A linear under an adapter that keeps zeros: y = x W'^T with W' = (W + scale B A) * M, M = (W != 0).
+
+The product B A of plain LoRA is dense, and adding it fills every zero of a pruned W. Here the sum is masked before it
+multiplies, so that what is trained is what a merge gives, zeros included. The gradients, with G = (dy^T x) * M:
+
+    dx = dy W',    dA = scale B^T G,    dB = scale G A^T
+
+G is a third matrix product beside the two that plain LoRA on a frozen W has. W' and G are made when they are needed and
+dropped at once: what is kept from the forward to the backward pass is x and the parameters.
+Suffixes: O output channels, I input channels, R rank, P positions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+
+def masked_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """Returns (W + scale B A) * M, in the type of W; the product accumulates in float32 at least.
+
+    W = [[1, 0]], A = [[2, 3]], B = [[1]], scale 0.5 give [[1 + 0.5 * 2, 0]] = [[2, 0]].
+    """
+    with torch.autocast(weight_OI.device.type, enabled=False):
+        sum_OI = torch.addmm(weight_OI, b_OR.to(weight_OI.dtype), a_RI.to(weight_OI.dtype), alpha=scale)
+    return sum_OI.masked_fill_(weight_OI == 0, 0)
+
+
+class MaskedProduct(torch.autograd.Function):
+    """x ((W + scale B A) * M)^T, with no matrix of W's size kept for the backward pass but W itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        """Returns y (..., O) of x (..., I), in the type of x."""
+        ctx.save_for_backward(x, weight_OI, a_RI, b_OR)
+        ctx.scale = scale
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, masked_sum(weight_OI, a_RI, b_OR, scale).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of x, W, A and B; a frozen W has none."""
+        x, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        dx = grad_OI = da_RI = db_OR = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = dy @ masked_sum(weight_OI, a_RI, b_OR, ctx.scale).to(dy.dtype)
+            if any(ctx.needs_input_grad[1:4]):
+                grad_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+                grad_OI = grad_OI.masked_fill_(weight_OI == 0, 0).to(a_RI.dtype)
+                da_RI = (b_OR.T @ grad_OI) * ctx.scale
+                db_OR = (grad_OI @ a_RI.T) * ctx.scale
+        return dx, grad_OI if ctx.needs_input_grad[1] else None, da_RI, db_OR, None
+
+
+class MaskedLinear(Linear):
+    """peft's LoRA layer over an ``nn.Linear`` or a ``Conv1D``, with the sum masked by the zeros of the weight.
+
+    The mask is read from the weight, which is frozen: wherever the weight is exactly zero it stays so. In a linear that
+    was not pruned these are the few weights that happen to be zero.
+    Dropout takes columns of A: one draw an input channel and forward pass, the same for all positions.
+    """
+
+    def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Returns x W'^T + bias; without an adapter, or with it merged, what the base layer gives."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        a_RI, b_OR, scale = self._adapter()
+        ones_I = torch.ones(a_RI.shape[1], dtype=a_RI.dtype, device=a_RI.device)
+        a_RI = a_RI * self.lora_dropout[self._name](ones_I) if self._drops else a_RI
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        y = MaskedProduct.apply(x, self.weight_OI, a_RI, b_OR, scale)
+        bias = self.get_base_layer().bias
+        return y if bias is None else y + bias.to(y.dtype)
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The weight under the adapter, (out, in)."""
+        base: Any = self.get_base_layer()
+        return base.weight.T if self.fan_in_fan_out else base.weight
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """Returns W' as the forward pass uses it, laid out as the base layer's weight is."""
+        merged_OI = masked_sum(self.weight_OI, *self._adapter())
+        return merged_OI.T.contiguous() if self.fan_in_fan_out else merged_OI
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Returns W' - W, which peft adds to the weight when it merges by itself."""
+        base: Any = self.get_base_layer()
+        return super().get_delta_weight(adapter).masked_fill(base.weight == 0, 0)
+
+    @property
+    def _name(self) -> str:
+        """The one adapter there is."""
+        assert len(self.active_adapters) == 1, "masked adapters cannot be mixed"
+        return self.active_adapters[0]
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and isinstance(self.lora_dropout[self._name], torch.nn.Dropout)
+
+    def _adapter(self) -> tuple[Tensor, Tensor, float]:
+        """A (R, I), B (O, R) and the scale."""
+        name, pair = self._name, (self.lora_A, self.lora_B)
+        a_RI, b_OR = (part.get_parameter(f"{name}.weight") for part in pair)
+        return a_RI, b_OR, self.scaling[name]

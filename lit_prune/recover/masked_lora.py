@@ -1,0 +1,52 @@
+"""MaskedLoRA: an adapter of low rank that keeps the zeros, so that it can be merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+from transformers import PreTrainedModel
+
+from lit_prune.recover.adapter import add_adapter, check_settings, check_targets, lora_config
+from lit_prune.recover.base import Recovery
+
+
+@final
+@dataclass(frozen=True)
+class MaskedLoRA(Recovery):
+    """Freezes the pruned weights and trains (W + alpha / r * B A) * M, where M is 0 wherever W is.
+
+    What is trained and validated is what the merge gives, and the exported folder is merged: plain weights, as many
+    zeros as were pruned, no peft needed. A step costs one matrix product a linear more than with LoRA, the gradient of
+    the whole weight.
+
+    Args:
+        r: Rank.
+        alpha: Numerator of the scale alpha / r.
+        dropout: Share of A's columns, one an input channel, that a training step leaves out, in [0, 1). (Dropout on the
+            adapter's input, as LoRA has it, would take yet another matrix product.)
+        target_modules: Name suffixes of the linears that get an adapter; null takes all but the head, and of a mixture
+            of fused experts those of the attention: the experts stay as they were pruned.
+
+    Raises:
+        InputError: for a rank below 1, a dropout outside [0, 1), or target modules that match nothing
+            that can have an adapter.
+    """
+
+    folds_under_masks: ClassVar[bool] = True
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises InputError for target modules that match no linear, or only such as can have no adapter."""
+        check_targets(self, model)
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Adds a masked adapter to ``model`` and freezes everything else."""
+        add_adapter(model, lora_config(self, model), masked=True)

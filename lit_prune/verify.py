@@ -1,0 +1,131 @@
+"""Reopens an exported folder and compares it with the model in memory, before it gets its name.
+
+Its weights are those that were written, bit for bit; nothing that was pruned has been filled; its logits on one window
+are those of the model as it was trained and validated, adapter and all; so is its perplexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lit_prune import structure
+from lit_prune.calibrate import Batch
+from lit_prune.evaluate import evaluating, measure, zeros
+from lit_prune.export import without_adapter
+from lit_prune.families import Block, find_blocks
+from lit_prune.report import Report
+
+Validation = tuple[Iterable[Batch], str]
+WINDOW_TOKENS = 128
+TOLERANCE = 1e-3  # share of the perplexity, and of the largest logit; the wider ones are for half precision
+PERPLEXITY_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2}
+LOGIT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+
+def verify(
+    folder: Path, model: PreTrainedModel, written: PreTrainedModel, report: Report, validation: Validation | None
+) -> dict[str, Any]:
+    """Opens ``folder`` with transformers and compares; returns what report.json says of it.
+
+    Args:
+        folder: What was exported.
+        model: The model in memory, perhaps with an adapter.
+        written: The model whose weights were exported, without an adapter.
+        report: The report so far.
+        validation: What the perplexity is measured on.
+
+    Raises:
+        RuntimeError: if the folder holds another model.
+    """
+    opened = AutoModelForCausalLM.from_pretrained(folder).to(written.device)  # type: ignore[arg-type]
+    _compare_weights(written, without_adapter(opened))
+    unmerged = None if not report["adapter"] else "unmerged, at the root of model/"
+    return {
+        "verified": True,
+        "merged": report["merged"],
+        "adapter": "merged" if report["merged"] else unmerged,
+        **_compare_zeros(model, without_adapter(opened), report),
+        "max_logit_difference": _compare_logits(model, opened, validation),
+        **_compare_perplexity(opened, report, validation),
+    }
+
+
+def _compare_weights(written: PreTrainedModel, opened: PreTrainedModel) -> None:
+    """Raises RuntimeError for a tensor that is not read as it was written."""
+    found = opened.state_dict()
+    for name, tensor in written.state_dict().items():
+        if not torch.equal(found[name], tensor):
+            raise RuntimeError(f"the exported model's {name} is not what was written; not kept.")
+
+
+def _compare_zeros(model: PreTrainedModel, opened: PreTrainedModel, report: Report) -> dict[str, int | None]:
+    """The zeros that the last cut left in the linears it chose, and how many zeros the folder has there.
+
+    A kept weight may have come to zero by itself, so that there may be more, never less.
+    """
+    if not structure.masked(model):
+        return {"zeros_expected": None, "zeros_found": None}
+    before, after = _pruned_blocks(without_adapter(model)), _pruned_blocks(opened)
+    expected = _zeros(before)
+    if report.get("achieved") is not None:
+        shares = zip(report["achieved"], before, strict=True)
+        expected = sum(round(share * block.size) for share, block in shares)
+    found = _zeros(after)
+    if found < expected:
+        raise RuntimeError(f"the exported model has {found} zeros in the pruned linears of {expected}; not kept.")
+    return {"zeros_expected": expected, "zeros_found": found}
+
+
+def _pruned_blocks(model: PreTrainedModel) -> list[Block]:
+    """The blocks with the linears that were pruned, as the model's record tells."""
+    recipe = structure.record(model).get("recipe", {})
+    chosen = {field: recipe[field] for field in ("targets", "ignore", "blocks") if recipe.get(field)}
+    return find_blocks(model, **chosen)
+
+
+def _zeros(blocks: Iterable[Block]) -> int:
+    return zeros(linear.weight_OI for block in blocks for linear in block.linears.values())[0]
+
+
+@torch.no_grad()
+def _compare_logits(model: PreTrainedModel, opened: PreTrainedModel, validation: Validation | None) -> float:
+    """The largest difference of the logits on one window."""
+    ids_BT = _window(model, validation)
+    with evaluating(model):
+        expected = model(ids_BT, use_cache=False).logits.float()
+    difference = float((opened(ids_BT, use_cache=False).logits.float() - expected).abs().max())
+    allowed = LOGIT_TOLERANCE.get(model.dtype, TOLERANCE) * float(expected.abs().max())
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"the exported model's logits differ by {difference:.3g} from those in memory, where {allowed:.3g} is "
+            "rounding; not kept."
+        )
+    return difference
+
+
+def _window(model: PreTrainedModel, validation: Validation | None) -> Tensor:
+    """The first tokens of the validation text, or any; shape (1, tokens)."""
+    batch = None if validation is None else next(iter(validation[0]), None)
+    if batch is not None:
+        return batch["input_ids"][:1, :WINDOW_TOKENS].to(model.device)
+    limit = getattr(model.config, "max_position_embeddings", None) or WINDOW_TOKENS
+    return torch.arange(min(WINDOW_TOKENS, limit), device=model.device)[None] % model.config.vocab_size
+
+
+def _compare_perplexity(opened: PreTrainedModel, report: Report, validation: Validation | None) -> dict[str, float]:
+    """The perplexity of the folder, where there is one in memory to compare it with."""
+    values = [value for value in report["perplexity"].values() if value is not None]
+    if validation is None or not values:
+        return {}
+    found = measure(opened, *validation, label="Perplexity, exported folder").perplexity
+    if abs(found / values[-1] - 1) > PERPLEXITY_TOLERANCE.get(opened.dtype, TOLERANCE):
+        raise RuntimeError(
+            f"the exported model's perplexity is {found:.4f}, in memory it is {values[-1]:.4f}; not kept."
+        )
+    return {"perplexity": found}
