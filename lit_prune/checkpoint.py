@@ -128,8 +128,8 @@ def _had(tensor: Tensor, known: dict[str, Any], name: str) -> Tensor:
 
 def _another_model(name: str) -> InputError:
     return InputError(
-        f"`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit: {name} is another. "
-        "Checkpoints leave out what the source has, unless `pruning.full_checkpoint` is true."
+        f"`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit: {name} is "
+        "another. Checkpoints leave out what the source has, unless `pruning.full_checkpoint` is true."
     )
 
 
