@@ -289,6 +289,7 @@ def _done(report: Report) -> str:
         )
     return (
         f"Sliced with {how}{_at_steps(report)}: the residual stream has {min(sliced['sizes'])} to "
-        f"{max(sliced['sizes'])} of its {sliced['hidden_size']} dimensions, {sliced['achieved']:.2%} less in the mean. Shortcut matrices "
+        f"{max(sliced['sizes'])} of its {sliced['hidden_size']} dimensions, {sliced['achieved']:.2%} less in the mean. "
+        "Shortcut matrices "
         f"({sliced['shortcut_parameters']:,} parameters) and a head of its own are part of it."
     )
