@@ -54,6 +54,7 @@ def cut(
         "target": pruned.target,
         "achieved": pruned.achieved,
         "sparsity": pruned.sparsity,
+        "search": pruned.search,
     }
 
 

@@ -51,7 +51,7 @@ class DynamicPruningCallback(Callback):
         sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights (see `budget`); for Slicing,
             of the dimensions of the residual stream. For several cuts the last one's, or a list with each one's.
         allocation: How blocks are scored and the sparsity is spread over them: DLP, OWL, AlphaPruning, LayerRedundancy,
-            Uniform, or a Plan from a file; null is DLP.
+            Uniform, a Plan from a file, or a Search that tries rates out; null is DLP.
         at_step: Optimizer step before which the cut comes, or a list of steps; 0 is the start of fit. Slicing makes
             one cut.
         schedule: How sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for several.

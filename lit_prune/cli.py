@@ -79,6 +79,7 @@ class PruneTrainer(Trainer):
             "calibration": settings,
             "scores": scored.scores,
             "rates": scored.rates,
+            "search": scored.search,
             "seconds": {"score": scored.seconds},
             "versions": versions(),
         }

@@ -20,6 +20,7 @@ BASES: dict[str, type] = {
     "method": Method,
     "allocation": Allocation,
     "before": Recovery,
+    "start": Allocation,
     "recovery": Recovery,
     "pattern": Pattern,
     "schedule": Schedule,

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
-from lit_prune.allocate.base import TOLERANCE, weighted_mean
+from lit_prune.allocate.base import TOLERANCE, Refined, weighted_mean
 from lit_prune.budget import Budget, Limits, over_linears
 from lit_prune.calibrate import COSINE, INPUTS, Batch, Observed, Stream, observe, on_device
 from lit_prune.errors import InputError
@@ -52,8 +52,8 @@ class Recipe:
             of the model, tied weights counted once, of which the linears then give more than that share.
 
     Raises:
-        InputError: for a number out of its range, linears chosen for a method that takes from all, or a budget that
-            the method does not know.
+        InputError: for a number out of its range, linears chosen for a method that takes from all, a search by a
+            method that cannot try rates, or a budget that the method does not know.
     """
 
     method: Method = field(default_factory=Wanda)
@@ -78,6 +78,11 @@ class Recipe:
             raise InputError(
                 f"`pruning.targets` and `pruning.ignore` must be left out for {type(self.method).__name__}: it takes "
                 "from all linears of a block together."
+            )
+        if self.allocation.refines and not self.method.tries:
+            raise InputError(
+                f"`pruning.allocation` must not be {type(self.allocation).__name__} for {type(self.method).__name__}, "
+                "which offers no trial of rates."
             )
         if self.budget not in get_args(Budget):
             raise InputError(f"`pruning.budget` must be one of {', '.join(get_args(Budget))}, got {self.budget!r}.")
@@ -148,6 +153,7 @@ class Scored:
         sizes: What each block has to give: its prunable weights, for slices its dimensions.
         seconds: How long it took.
         observed: What passed through each block, where statistics were taken.
+        search: What an allocation that tries rates out tells of it, see ``allocate.base.Refined``.
     """
 
     scores: list[float]
@@ -156,6 +162,7 @@ class Scored:
     sizes: list[int]
     seconds: float
     observed: list[Observed] = field(repr=False)
+    search: dict[str, Any] = field(default_factory=dict)
 
     @property
     def planned(self) -> float:
@@ -175,6 +182,7 @@ class Pruned:
         sparsity: The same over all blocks.
         sizes: What each block had to give: its prunable weights, for slices its dimensions.
         seconds: How long scoring and pruning took, by phase.
+        search: What an allocation that tries rates out tells of it.
     """
 
     scores: list[float]
@@ -184,6 +192,7 @@ class Pruned:
     sparsity: float
     sizes: list[int]
     seconds: dict[str, float]
+    search: dict[str, Any] = field(default_factory=dict)
 
 
 def score(
@@ -207,7 +216,7 @@ def score(
         InputError: see :meth:`Recipe.check`; also for NaN or infinity in the activations, for no batches, and for
             statistics that were taken of something else.
     """
-    return _score(model, list(batches), recipe, device, recipe.allocation.needs, stored)
+    return _score(model, list(batches), recipe, device, _looks(recipe), stored)
 
 
 def look(
@@ -256,7 +265,7 @@ def prune(
     total = weighted_mean(achieved, scored.sizes)
     structure.write(model, recipe=recipe_record(recipe), rates=scored.rates)
     seconds = {"score": scored.seconds, "prune": time.perf_counter() - begin}
-    return Pruned(scored.scores, scored.rates, scored.target, achieved, total, scored.sizes, seconds)
+    return Pruned(scored.scores, scored.rates, scored.target, achieved, total, scored.sizes, seconds, scored.search)
 
 
 def recipe_record(recipe: Recipe) -> dict[str, object]:
@@ -291,8 +300,12 @@ def check_stored(
 
 def _needs(recipe: Recipe) -> frozenset[str]:
     """The statistics of the unpruned model that a cut reads."""
-    method = recipe.method
-    return recipe.allocation.needs | (method.needs if method.propagate == "dense" else frozenset())
+    return _looks(recipe) | (recipe.method.needs if recipe.method.propagate == "dense" else frozenset())
+
+
+def _looks(recipe: Recipe) -> frozenset[str]:
+    """The statistics of the unpruned model that the rates hang on."""
+    return recipe.allocation.needs | (recipe.method.needs if recipe.allocation.refines else frozenset())
 
 
 def _score(
@@ -323,8 +336,32 @@ def _score(
     limits = recipe.limits(model, blocks)
     if limits.gone >= TOLD:
         say(f"{limits.gone:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
+    refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, observed=observed)
+    seconds = time.perf_counter() - begin
+    return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, observed, refined.told)
+
+
+def _refine(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    batches: Sequence[Batch | Tensor],
+    recipe: Recipe,
+    device: torch.device | str | None,
+    *,
+    limits: Limits,
+    scores: Sequence[float],
+    observed: Sequence[Observed],
+) -> Refined:
+    """Spreads the budget by the scores, and tries other rates where the allocation does."""
     rates = recipe.spread(limits, scores)
-    return Scored(scores, rates, limits.target, limits.sizes, time.perf_counter() - begin, observed)
+    if not recipe.allocation.refines:
+        return Refined(rates)
+    recorded = {name: value for name, value in recipe_record(recipe).items() if name != "allocation"}
+    key, dicts = vars(key_of(model, batches)) | recorded, _dicts(model, batches)
+    place = torch.device(device or model.device)
+    trying = recipe.method.trial(model, blocks, observed=observed, device=place, batches=dicts)
+    with evaluating(model), trying as trial:
+        return recipe.allocation.refine(rates, limits, trial=trial, key=key)
 
 
 def _weights(block: Block) -> dict[str, Tensor]:
@@ -337,6 +374,11 @@ def _stream(
     batches: Iterable[Batch | Tensor],
     device: torch.device | str | None,
 ) -> Stream:
+    return Stream(model, blocks, _dicts(model, batches), torch.device(device or model.device))
+
+
+def _dicts(model: PreTrainedModel, batches: Iterable[Batch | Tensor]) -> list[Batch]:
+    """The batches as dicts, where the model can take them."""
     dicts = [{"input_ids": batch} if isinstance(batch, Tensor) else batch for batch in batches]
     if not dicts:
         raise InputError("`calibration` must have at least one batch, got none.")
@@ -344,4 +386,4 @@ def _stream(
     longest = max(batch["input_ids"].shape[-1] for batch in dicts)
     if limit is not None and longest > limit:
         raise InputError(f"`calibration.seq_length` must be at most {limit}, the model's limit, got {longest}.")
-    return Stream(model, blocks, dicts, torch.device(device or model.device))
+    return dicts

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -24,6 +25,28 @@ def track(items: Iterable[Item], label: str) -> Iterator[Item]:
         console.print(f"{label} ...", highlight=False)
         yield from items
         return
+    with _bar() as bar:
+        yield from bar.track(items, total=total, description=label)
+
+
+@contextmanager
+def counted(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
+    """Gives a function that moves a progress bar on to a number and says how things stand; a line without a terminal.
+
+    Args:
+        total: The number at which the bar is full.
+        label: What the bar says before that.
+    """
+    if not console.is_terminal:
+        console.print(f"{label} ...", highlight=False)
+        yield lambda done, text: None
+        return
+    with _bar() as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done, text: bar.update(task, completed=done, description=f"{label}, {text}")
+
+
+def _bar() -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -31,5 +54,4 @@ def track(items: Iterable[Item], label: str) -> Iterator[Item]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bar:
-        yield from bar.track(items, total=total, description=label)
+    return Progress(*columns, console=console)

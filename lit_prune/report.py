@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "torchmet
 Report = dict[str, Any]
 SHOWN = 5e-5
 COLORS = {"dense": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
+TITLE_LETTERS = 100
 
 
 def versions() -> dict[str, str]:
@@ -39,6 +41,8 @@ def table(report: Report) -> Table:
         grid.add_row("protocol", describe_protocol(report["protocol"]))
     for label, value in {**_cut(report), **_cuts(report)}.items():
         grid.add_row(label, value)
+    if report.get("search"):
+        grid.add_row("search of the rates", describe_search(report["search"]))
     if "parameters" in report:
         grid.add_row("parameters", _size(report))
     seconds = report["seconds"]
@@ -136,12 +140,23 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
     )
 
 
+def describe_search(search: dict[str, Any]) -> str:
+    """Returns what a search of the rates did in one line."""
+    return (
+        f"{search['evaluations']} evaluations of a calibration window in {search['generations']} generations; loss "
+        f"{search['loss_start']:.4f} at the start, {search['loss_end']:.4f} at the end, on {search['windows']} of the "
+        "windows"
+    )
+
+
 def block_table(report: Report) -> Table:
     """Returns the table of every block's score and rate, and below it their mean and what it was to be."""
     sparsity = report["sparsity"]
     told = f"mean {sparsity['planned']:.4f}, asked for {sparsity['requested']:.4f}, {_requested_of(sparsity)}"
     if abs(sparsity["planned"] - sparsity["target"]) >= SHOWN:
         told += f"; missed by {sparsity['planned'] - sparsity['target']:+.4f}"
+    if report.get("search"):
+        told += f"; {describe_search(report['search'])}"
     grid = Table(title="blocks", title_justify="left", caption=told, caption_justify="left")
     for name in ("block", "score", "rate"):
         grid.add_column(name, justify="right")
@@ -176,7 +191,7 @@ def picture(path: Path, scores: list[float], rates: list[float], report: Report)
     other.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     handles = [handle for axis in (axes[0], other) for handle in axis.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8)
-    axes[0].set_title(f"{report['recipe']['allocation']}\n{report['recipe']['method']}", fontsize=9)
+    axes[0].set_title(_title(report), fontsize=9)
     if len(perplexity) > 1:
         colors = [COLORS.get(name, "#e45756") for name in perplexity]
         bars = axes[1].bar(list(perplexity), list(perplexity.values()), color=colors)
@@ -195,6 +210,14 @@ def _bars(report: Report) -> dict[str, float]:
     after = {f"cut {done['step']}": done["perplexity"]["after"] for done in cuts}
     ends = {name: perplexity[name] for name in ("dense", "recovered") if name in perplexity}
     return {name: ends[name] for name in ("dense",) if name in ends} | after | ends
+
+
+def _title(report: Report) -> str:
+    """How the rates came about, in lines that fit."""
+    told = [report["recipe"]["allocation"], report["recipe"]["method"]]
+    if report.get("search"):
+        told.append(describe_search(report["search"]))
+    return "\n".join(line for text in told for line in textwrap.wrap(text, TITLE_LETTERS))
 
 
 def _draw_widths(axis: Any, sliced: dict[str, Any]) -> None:

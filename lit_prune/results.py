@@ -52,6 +52,7 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[s
         "scores": done.get("scores"),
         "rates": done.get("rates"),
         "achieved": done.get("achieved"),
+        "search": done.get("search", {}),
         "parameters": parameters(plain),
         "recovery": structure.record(model).get("recovery"),
         "adapter": adapter_config(model),
@@ -139,6 +140,8 @@ def write_scores(folder: Path, report: Report, stored: Stored) -> list[Path]:
     """Writes plan, statistics, picture and report.json of a look at the blocks; returns what was written."""
     plan, mean = folder / "plan.yaml", report["sparsity"]["planned"]
     header = f"block: share to remove; mean {mean:.6g}, by {report['recipe']['allocation']}\n"
+    if report.get("search"):
+        header += f"search: {reports.describe_search(report['search'])}\n"
     header += f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"
     if abs(mean - report["sparsity"]["requested"]) > MEAN_TOLERANCE:
         header += f" --pruning.sparsity {mean:.6g} --pruning.budget linears"

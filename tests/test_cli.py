@@ -170,6 +170,33 @@ def test_score_once_sweep_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert report("runs/fit")["rates"] == pytest.approx(report("runs/again")["rates"])
 
 
+def test_score_searches_and_its_plan_says_how_it_went(capsys: pytest.CaptureFixture[str]) -> None:
+    quickstart = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+    search = ["--pruning.allocation=Search", "--pruning.allocation.start=OWL", "--pruning.allocation.start.lam=0.1"]
+    search += ["--pruning.allocation.evaluations=40", "--pruning.allocation.state=state.json", "--pruning.sparsity=0.6"]
+    score = ["score", f"--config={quickstart}", *SMALL, *files(), *search]
+    main([*score, "--output=runs/look"])
+    told = json.loads(Path("runs/look/report.json").read_text())
+    assert told["recipe"]["allocation"].startswith("Search(start=OWL(threshold=5.0, lam=0.1), evaluations=40")
+    assert 16 <= told["search"]["evaluations"] <= 40
+    assert told["search"]["loss_end"] < told["search"]["loss_start"]
+    plan = Path("runs/look/plan.yaml").read_text()
+    line = f"{told['search']['evaluations']} evaluations of a calibration window in"
+    assert f"# search: {line}" in plan
+    assert line in " ".join(capsys.readouterr().out.split())
+    assert len(json.loads(Path("state.json").read_text())["losses"]) == told["search"]["evaluations"]
+    main([*score, "--output=runs/again"])  # all is in the state
+    assert json.loads(Path("runs/again/report.json").read_text())["rates"] == told["rates"]
+    run("prune", "--output=runs/x", *search)
+    assert report()["rates"] == told["rates"]
+    assert report()["search"] == told["search"]
+    assert "search of the rates" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("prune", "--output=runs/y", *search, "--pruning.allocation.start.lam=0.2")
+    assert re.search(r"`Search.state` must be of the same search, .*lam=0.1\), now OWL", capsys.readouterr().err)
+    assert not Path("runs/y").exists()
+
+
 def test_n_of_m() -> None:
     pattern = ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=2", "--pruning.method.pattern.m=4"]
     run("fit", "--output=runs/x", "--pruning.allocation=Uniform", *pattern)
@@ -552,6 +579,18 @@ MISTAKES = [
     (
         ["--pruning.allocation=Plan", "--pruning.allocation.path=none.yaml"],
         r"`Plan.path` must be a file, got none.yaml",
+    ),
+    (
+        ["--pruning.allocation=Search", "--pruning.allocation.evaluations=5"],
+        r"`Search.evaluations` must be at least 16",
+    ),
+    (
+        ["--pruning.allocation=Search", "--pruning.allocation.start=DPL"],
+        r"`pruning.allocation.start` must be one of AlphaPruning, DLP, .*Did you mean DLP",
+    ),
+    (
+        ["--pruning.allocation=Search", "--pruning.allocation.state=none/state.json"],
+        r"`Search.state` must be a file in a folder that is there, got none/state.json",
     ),
     (["--pruning.method.pattern=NofM"], r"`pruning.allocation` must be Uniform for the pattern NofM, .*MixedNofM"),
     (

@@ -1,7 +1,10 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+from huggingface_hub import ModelCard
 from rich.console import Console
 
 from lit_prune.report import _draw_widths, block_table, describe_protocol, model_card, picture, table, to_json, versions
@@ -81,6 +84,32 @@ def test_the_card_says_what_was_done_and_what_it_cost() -> None:
     assert describe_protocol(REPORT["protocol"]) in card
     assert card.startswith("---\n")
     assert "not merged" not in model_card({**REPORT, "adapter": None}, "x")
+
+
+def test_the_card_is_one_that_the_hub_reads() -> None:
+    card = ModelCard(model_card(REPORT, "some/model"))
+    assert card.data.tags == ["pruning", "sparse", "lit-prune"]
+    assert card.data.library_name == "transformers"
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"recovery": "LoRA()"}, "Healed by LoRA(). The folder holds the pruned weights and, beside them, the adapter"),
+        ({"recovery": "MaskedLoRA()", "merged": True}, "an adapter was trained, and is merged into the weights, which"),
+        ({"recovery": "FullFineTuning()", "adapter": None}, "its own weights were trained, and those that were pruned"),
+        (
+            {"recovery": None, "merged": True, "recipe": None},
+            "Healed: an adapter was trained, and is merged into the w",
+        ),
+    ],
+)
+def test_the_card_says_what_was_trained_and_where_that_is(fields: dict[str, Any], told: str) -> None:
+    assert told in model_card({**REPORT, **fields}, "x")
+
+
+def test_the_card_of_a_model_that_was_not_healed() -> None:
+    assert "Healed" not in model_card({**REPORT, "recovery": None, "adapter": None}, "x")
 
 
 SLICED = {

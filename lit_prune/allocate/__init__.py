@@ -6,6 +6,18 @@ from lit_prune.allocate.dlp import DLP
 from lit_prune.allocate.layer_redundancy import LayerRedundancy
 from lit_prune.allocate.owl import OWL
 from lit_prune.allocate.plan import Plan, write_plan
+from lit_prune.allocate.search import Search
 from lit_prune.allocate.uniform import Uniform
 
-__all__ = ["DLP", "OWL", "Allocation", "AlphaPruning", "LayerRedundancy", "Plan", "Uniform", "allocate", "write_plan"]
+__all__ = [
+    "DLP",
+    "OWL",
+    "Allocation",
+    "AlphaPruning",
+    "LayerRedundancy",
+    "Plan",
+    "Search",
+    "Uniform",
+    "allocate",
+    "write_plan",
+]

@@ -2,20 +2,37 @@
 
 An allocation looks at one block at a time (:meth:`Allocation.score`), then turns all scores into raw rates
 (:meth:`Allocation.raw`). None of the papers' rules keeps its rates inside [0, 1]; :func:`meet_budget` does it for all.
+One that tries rates out gets to better ones after that (:meth:`Allocation.refine`).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lit_prune.budget import Limits
 from lit_prune.calibrate import Observed
 from lit_prune.errors import InputError
+from lit_prune.trial import Trial
 
 TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What came of trying rates out.
+
+    Attributes:
+        rates: The share that each block is to give.
+        told: What a report says of it, as JSON can hold it; nothing where nothing was tried.
+    """
+
+    rates: list[float]
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 class Allocation(ABC):
@@ -23,9 +40,11 @@ class Allocation(ABC):
 
     Attributes:
         needs: The statistics that :meth:`score` reads, of those in ``lit_prune.calibrate``.
+        refines: Whether :meth:`refine` tries rates out.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    refines: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
@@ -66,6 +85,17 @@ class Allocation(ABC):
     def floor(self, sparsity: float) -> float:
         """Returns the rate that no block falls below."""
         return 0.0
+
+    def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
+        """Returns better rates of the same mean, where the allocation tries some; see :attr:`refines`.
+
+        Args:
+            rates: The rates that the scores gave, within the budget and such as the method can have.
+            limits: What bounds them.
+            trial: Tells the loss of the model under any rates.
+            key: What its losses hang on, as JSON can hold it.
+        """
+        return Refined(list(rates))
 
 
 def allocate(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar, Literal
 
 import torch
@@ -12,11 +13,13 @@ from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.allocate.base import Allocation
-from lit_prune.calibrate import Observed, Seen, Stream, observe, on_device
+from lit_prune.calibrate import Batch, Observed, Seen, Stream, observe, on_device
 from lit_prune.evaluate import zeros
 from lit_prune.families import Block
+from lit_prune.ladder import MaskedTrial, climbing
 from lit_prune.progress import track
 from lit_prune.prune.patterns import Pattern
+from lit_prune.trial import Trial, moved
 
 Propagate = Literal["dense", "pruned"]
 
@@ -32,6 +35,7 @@ class Method(ABC):
         makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
         changes_shapes: Whether weights become smaller, so that the model's parameters and its speed change.
         keeps_values: Whether weights that are not removed stay what they were, to the bit.
+        tries: Whether there is a :meth:`trial`, which an allocation that searches needs.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -39,6 +43,7 @@ class Method(ABC):
     makes_zeros: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = False
     keeps_values: ClassVar[bool] = False
+    tries: ClassVar[bool] = False
     propagate: Propagate
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
@@ -95,6 +100,26 @@ class Method(ABC):
             stream: Gives the calibration batches standing before the first block.
         """
 
+    def trial(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        observed: Sequence[Observed],
+        device: torch.device,
+        batches: Sequence[Batch],
+    ) -> AbstractContextManager[Trial]:
+        """Gives what an allocation tries rates with, the whole model on ``device``; ``model`` is left as it was.
+
+        Args:
+            model: The causal LM, in eval mode.
+            blocks: Its blocks.
+            observed: Statistics of each block of the unpruned model, as far as ``needs`` asks, whatever ``propagate``.
+            device: Where the trial runs.
+            batches: The calibration batches.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no trial, and `tries` is {self.tries}")
+
 
 class MaskMethod(Method):
     """A method that sets weights to zero, in the linears of one input at a time.
@@ -104,6 +129,7 @@ class MaskMethod(Method):
     """
 
     makes_zeros: ClassVar[bool] = True
+    tries: ClassVar[bool] = True
     pattern: Pattern | None = None
 
     @abstractmethod
@@ -169,16 +195,43 @@ class MaskMethod(Method):
         structure.write(model, masked=True)
         return [self.taken(block) for block in blocks]
 
+    @contextmanager
+    def trial(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        observed: Sequence[Observed],
+        device: torch.device,
+        batches: Sequence[Batch],
+    ) -> Iterator[Trial]:
+        """Gives ``model`` itself, weights of its blocks swapped in and out; see :meth:`Method.trial`.
+
+        They are made from the statistics of the unpruned model, also where the cut will take those behind pruned
+        blocks: SparseGPT then needs the Gram matrices of all blocks at once (see its `propagate`).
+        """
+        pattern = self.pattern
+        grains = [1 if pattern is None else pattern.grain(block.size) for block in blocks]
+        with (
+            moved(model, device),
+            climbing(blocks, lambda block, rate: dict(self._cut(block, observed[block.index], rate))) as ladder,
+        ):
+            yield MaskedTrial(model, batches, ladder, grains)
+
     @torch.no_grad()
     def _prune_next(self, walk: Stream | None, block: Block, observed: Observed, rate: float) -> None:
         """Prunes the block that ``walk`` stands before; its statistics are gone before the next block's are taken."""
         if walk is not None:
             observed = observe(walk, block, self.needs, advance=False)
+        for name, weight_OI in self._cut(block, observed, rate):
+            block.linears[name].write(weight_OI)
+
+    def _cut(self, block: Block, observed: Observed, rate: float) -> Iterator[tuple[str, Tensor]]:
+        """Yields the pruned weight of every linear; those of one input are pruned together."""
         for names in observed.groups(block.linears):
             weights = [block.linears[name].weight_OI.contiguous() for name in names]
             seen = observed.seen(names[0]).to(weights[0].device)
-            for name, weight_OI in zip(names, self.prune(weights, seen, rate), strict=True):
-                block.linears[name].write(weight_OI)
+            yield from zip(names, self.prune(weights, seen, rate), strict=True)
 
 
 class ScoredMethod(MaskMethod):

@@ -153,6 +153,10 @@ class MixedNofM(Pattern):
                 missing -= sizes[block]
         return [count / self.m for count in gone]
 
+    def grain(self, size: int) -> int:
+        """Returns one of every ``m`` weights: 8 columns of 6 rows change by 6."""
+        return size // self.m
+
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
         """Returns the mask; see :class:`MixedNofM`. ``by_row`` makes no difference."""
         n = round(self.m * (1 - rate))

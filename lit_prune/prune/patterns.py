@@ -46,6 +46,10 @@ class Pattern(ABC):
         """
         return list(rates)
 
+    def grain(self, size: int) -> int:
+        """Returns the number of weights that the removals from a block of ``size`` come in multiples of."""
+        return 1
+
     @property
     def columns(self) -> int | None:
         """How many columns side by side are decided apart from all others; None where any may be decided together."""

@@ -7,7 +7,9 @@ Suffixes: B batch, T tokens, D full width of the stream, K dimensions kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
@@ -16,16 +18,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_prune import structure
-from lit_prune.calibrate import Observed, Stream, on_device
+from lit_prune.calibrate import Batch, Observed, Stream, on_device
 from lit_prune.errors import InputError
 from lit_prune.evaluate import parameters
-from lit_prune.families import Block
+from lit_prune.families import Block, find_blocks
 from lit_prune.modeling_sliced import SlicedLayer, Step, become, replace_norm, sliced_class, untied_head
 from lit_prune.progress import say, track
 from lit_prune.prune.base import Method, Propagate
 from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
 from lit_prune.slice.sizes import check_multiple, sizes_from_rates, slices
 from lit_prune.slice.sliceable import check_sliceable
+from lit_prune.slice.trial import SlicedTrial
+from lit_prune.trial import Trial, moved
 
 
 @final
@@ -51,6 +55,7 @@ class Slicing(Method):
 
     chooses_linears: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = True
+    tries: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
@@ -84,7 +89,6 @@ class Slicing(Method):
         """Returns the slices that are whole multiples."""
         return slices(sizes_from_rates(rates, sizes[0], self.multiple), sizes[0])
 
-    @torch.no_grad()
     def apply(
         self,
         model: PreTrainedModel,
@@ -97,20 +101,54 @@ class Slicing(Method):
     ) -> list[float]:
         """Slices block after block; see :meth:`Method.apply`."""
         full, before, tied = model.config.hidden_size, parameters(model), model.config.tie_word_embeddings
-        sizes = sizes_from_rates(rates, full, self.multiple)
-        mean = sum(rates) / len(rates)
-        head_size = sizes_from_rates([mean], full, self.multiple)[0] if self.slice_head else full
-        walk = _Walk(model, stream())
-        walk.embed(sizes[0])
-        for block, following in zip(track(blocks, "Slicing blocks"), [*sizes[1:], head_size], strict=True):
-            with on_device(block, device):
-                whole = block is blocks[-1] and not self.slice_head
-                walk.through(block, sizes[block.index], None if whole else following)
-        walk.head()
-        become(model, [*sizes, head_size])
+        widths = self._widths(rates, full)
+        self._slice(model, blocks, stream(), widths, device, "Slicing blocks")
         structure.write(model, slice={"untied_head": tied})
         _tell(model, before, tied)
-        return slices(sizes, full)
+        return slices(widths[:-1], full)
+
+    @contextmanager
+    def trial(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        observed: Sequence[Observed],
+        device: torch.device,
+        batches: Sequence[Batch],
+    ) -> Iterator[Trial]:
+        """Gives a copy of ``model``, rotated at full width, which takes its memory once more; see SlicedTrial."""
+        full, rotated = model.config.hidden_size, copy.deepcopy(model)
+        copied = find_blocks(rotated)
+        stream = Stream(rotated, copied, batches, device)
+        self._slice(rotated, copied, stream, [full] * (len(copied) + 1), device, "Rotating blocks")
+        with moved(rotated, device):
+            yield SlicedTrial(rotated, batches, [self.multiple] * len(blocks), lambda rates: self._widths(rates, full))
+
+    def _widths(self, rates: Sequence[float], full: int) -> list[int]:
+        """The width that each block reads, and at the end the head's."""
+        head = sizes_from_rates([sum(rates) / len(rates)], full, self.multiple)[0] if self.slice_head else full
+        return [*sizes_from_rates(rates, full, self.multiple), head]
+
+    @torch.no_grad()
+    def _slice(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        stream: Stream,
+        widths: Sequence[int],
+        device: torch.device,
+        label: str,
+    ) -> None:
+        """Rotates and slices block after block, in place."""
+        walk = _Walk(model, stream)
+        walk.embed(widths[0])
+        for block, width, following in zip(track(blocks, label), widths[:-1], widths[1:], strict=True):
+            with on_device(block, device):
+                whole = block is blocks[-1] and not self.slice_head
+                walk.through(block, width, None if whole else following)
+        walk.head()
+        become(model, widths)
 
 
 class _Walk:

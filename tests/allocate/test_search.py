@@ -1,0 +1,287 @@
+"""Search: its limits, its state, and that it finds what its start has not, on models and on text it has not seen."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.allocate import DLP, OWL, Plan, Search, Uniform
+from lit_prune.allocate import search as searches
+from lit_prune.allocate.base import Refined, weighted_mean
+from lit_prune.budget import Limits
+from lit_prune.calibrate import batches_of
+from lit_prune.data import TextDataModule
+from lit_prune.errors import InputError
+from lit_prune.evaluate import measure
+from lit_prune.load import load_model
+from lit_prune.pipeline import Recipe, prune, score
+from lit_prune.prune import Magnitude, Method, MixedNofM, NofM, SparseGPT, Wanda
+from lit_prune.slice import Slicing
+from tests.conftest import lively_model, small_model
+
+BEST = [0.3, 0.7, 0.5, 0.6, 0.4, 0.5]
+LIMITS = Limits([1000] * 6, [0.0] * 6, 0.99, 0.5)
+KEY = {"weights": "a" * 64}
+
+
+class Bowl:
+    """A trial without a model: the loss is least, 0, at BEST."""
+
+    grains = [1] * 6
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.tokens = [10, 20, 30, 40]
+        self.seen: list[tuple[list[float], int]] = []
+        self.stop = stop
+
+    def loss(self, rates: Sequence[float], window: int) -> float:
+        if len(self.seen) == self.stop:
+            raise KeyboardInterrupt
+        self.seen.append((list(rates), window))
+        return sum((1 + window / 4) * (rate - best) ** 2 for rate, best in zip(rates, BEST, strict=True))
+
+
+def refine(trial: Bowl, key: dict[str, Any] = KEY, **settings: Any) -> Refined:
+    search = Search(**({"start": Uniform(), "evaluations": 200} | settings))
+    return search.refine([0.5] * 6, LIMITS, trial=trial, key=key)  # type: ignore[arg-type]
+
+
+def test_it_comes_near_the_best_and_tells() -> None:
+    trial = Bowl()
+    found = refine(trial)
+    error = sum((rate - best) ** 2 for rate, best in zip(found.rates, BEST, strict=True))
+    assert error < 0.02  # 0.1 at the start
+    assert weighted_mean(found.rates, LIMITS.sizes) == pytest.approx(0.5, abs=1e-12)
+    told = found.told
+    assert told["evaluations"] == len(trial.seen) <= 200
+    assert told["generations"] > 5
+    assert told["windows"] == 2
+    assert told["loss_end"] < told["loss_start"] / 4
+    ends = [window for rates, window in trial.seen if rates == [0.5] * 6][:2]
+    tokens = [trial.tokens[window] for window in ends]
+    losses = [Bowl().loss([0.5] * 6, window) for window in ends]
+    assert told["loss_start"] == pytest.approx(weighted_mean(losses, tokens))  # a window counts by its tokens
+
+
+def test_nothing_is_measured_twice() -> None:
+    trial = Bowl()
+    refine(trial)
+    assert len({(tuple(rates), window) for rates, window in trial.seen}) == len(trial.seen)
+
+
+@pytest.mark.parametrize("evaluations", [16, 17, 31, 100])
+def test_the_limit_of_evaluations(evaluations: int) -> None:
+    trial = Bowl()
+    told = refine(trial, evaluations=evaluations).told
+    assert told["evaluations"] == len(trial.seen)
+    assert evaluations - 8 <= len(trial.seen) <= evaluations
+
+
+def test_the_limit_of_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Bowl()
+    monkeypatch.setattr(searches.time, "monotonic", lambda: 6.0 * len(trial.seen))  # ten evaluations a minute
+    found = refine(trial, minutes=5)
+    assert 50 <= len(trial.seen) <= 54
+    assert found.told["loss_end"] < found.told["loss_start"]
+
+
+def test_a_floor_of_the_start_and_a_lower_bound_above_the_upper_are_kept(tmp_path: Path) -> None:
+    trial, search = Bowl(), Search(Uniform(), evaluations=100)
+    limits = Limits([1000] * 6, [0.45] * 5 + [0.5], 0.48, 0.5)
+    search.refine([0.5] + [0.46] * 4 + [0.5], limits, trial=trial, key={})  # type: ignore[arg-type]
+    assert all(0.45 - 1e-9 <= rate <= 0.5 + 1e-9 for rates, _ in trial.seen for rate in rates)
+    assert all(rates[5] == 0.5 for rates, _ in trial.seen)
+
+
+def test_a_search_that_found_nothing_better_gives_back_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = Bowl()
+    closing = random.Random(0).sample(range(4), 2)
+    own = trial.loss
+    sign = {True: -1.0, False: 10.0}  # on the windows of the comparison what is better elsewhere is worse
+    monkeypatch.setattr(trial, "loss", lambda rates, window: sign[window in closing] * own(rates, window))
+    found = refine(trial, first=1, final=2, evaluations=60)
+    assert len(trial.seen) > 20
+    assert found.rates == [0.5] * 6
+    assert found.told["loss_end"] == found.told["loss_start"]
+
+
+def test_a_stopped_search_goes_on_to_the_same_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = str(tmp_path / "state.json")
+    whole = refine(Bowl())
+    for stop in (5, 40):
+        with pytest.raises(KeyboardInterrupt):
+            refine(Bowl(stop), state=state)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "Search stopped after 45 evaluations" in told
+    assert "keeps it, and the same command goes on from there" in told
+    last = Bowl()
+    found = refine(last, state=state)
+    assert found == whole
+    assert len(last.seen) == whole.told["evaluations"] - 45
+    again = Bowl()
+    assert refine(again, state=state) == whole
+    assert again.seen == []
+
+
+def test_a_search_that_ended_goes_on_with_more_evaluations(tmp_path: Path) -> None:
+    state, more = str(tmp_path / "state.json"), Bowl()
+    refine(Bowl(), state=state, evaluations=100)
+    assert refine(more, state=state, evaluations=200) == refine(Bowl(), evaluations=200)
+    assert len(more.seen) < 130
+
+
+def test_without_a_state_nothing_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        refine(Bowl(20))
+    assert "nothing of it is kept; with `--pruning.allocation.state FILE`" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "`seed` 0, now 1"),
+        ({"start": OWL()}, r"`start` Uniform\(\), now OWL\(threshold=5.0, lam=0.08\)"),
+        ({"key": {"weights": "b" * 64}}, "other weights"),
+    ],
+)
+def test_a_state_that_does_not_fit(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    state, trial = str(tmp_path / "state.json"), Bowl()
+    refine(Bowl(), state=state, evaluations=30)
+    with pytest.raises(InputError, match=f"`Search.state` must be of the same search, .* of another: {message}"):
+        refine(trial, state=state, **change)
+    assert trial.seen == []
+
+
+def test_a_state_is_asked_before_the_model_runs(
+    batches: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = Search(evaluations=20, state=str(tmp_path / "state.json"))
+    score(small_model(), batches, Recipe(Wanda(), 0.5, search))
+    monkeypatch.setattr("lit_prune.pipeline.Stream", lambda *_: pytest.fail("the model ran"))
+    other = Search(evaluations=20, step=0.1, state=str(tmp_path / "state.json"))
+    with pytest.raises(InputError, match="`step` 0.02, now 0.1"):
+        score(small_model(), batches, Recipe(Wanda(), 0.5, other))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Search(Search()), "`Search.start` must be an allocation that does not search itself, got Search"),
+        (lambda: Search(step=0.0), r"`Search.step` must be in \(0, 1\), a share of a block, got 0.0"),
+        (lambda: Search(offspring=0), "`Search.survivors` must be at least 1 and at most 0"),
+        (lambda: Search(survivors=9), "`Search.survivors` must be at least 1 and at most 8, .*got 9"),
+        (lambda: Search(survivors=0), "`Search.survivors` must be at least 1 and at most 8, .*got 0"),
+        (lambda: Search(first=3), "`Search.first` must be at least 1 and at most 2, of which they are some, got 3"),
+        (lambda: Search(first=0, final=0), "`Search.first` must be at least 1"),
+        (lambda: Search(minutes=0), "`Search.minutes` must be above 0, or null, got 0"),
+        (lambda: Search(evaluations=15), "`Search.evaluations` must be at least 16, .* 8 .*got 15"),
+    ],
+)
+def test_settings_out_of_range(make: Callable[[], Search], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_it_is_its_start_until_it_searches(batches: list[torch.Tensor], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("0: 0.4\n1: 0.5\n2: 0.7\n")
+    with pytest.raises(InputError, match="`Plan.path`: the rates in .* have a mean of 0.533"):
+        score(small_model(), batches, Recipe(Wanda(), 0.5, Search(Plan(str(plan)))))
+    assert Search(OWL()).needs == OWL.needs
+    assert Search().start == DLP()
+    assert not Search(Uniform()).even()
+
+
+def test_n_of_m_is_refused(batches: list[torch.Tensor]) -> None:
+    with pytest.raises(InputError, match=r"`pruning.allocation` must be Uniform for the pattern NofM, .*got Search"):
+        prune(small_model(), batches, Recipe(Wanda(NofM()), 0.5, Search(Uniform())))
+
+
+def test_a_method_without_a_trial_is_refused() -> None:
+    class Own(Method):
+        propagate = "dense"  # type: ignore[assignment]
+        sizes = apply = None  # type: ignore[assignment]
+
+    with pytest.raises(InputError, match="`pruning.allocation` must not be Search for Own, which offers no trial"):
+        Recipe(Own(), 0.5, Search())
+    Recipe(Own(), 0.5, DLP())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("method", [Magnitude(), Wanda(), SparseGPT(), Wanda(MixedNofM(8))], ids=str)
+def test_every_method_of_masks(family: str, method: Method, batches: list[torch.Tensor]) -> None:
+    model = lively_model(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recipe = Recipe(method, 0.5, Search(Uniform(), evaluations=90, step=0.05, final=6))
+    scored = score(model, batches, recipe)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert 16 <= scored.search["evaluations"] <= 90
+    start = score(model, batches, Recipe(method, 0.5, Uniform()))
+    coarse = isinstance(method.pattern, MixedNofM)  # type: ignore[attr-defined]
+    assert coarse or scored.rates != start.rates  # an eighth of a block at a time nothing better may be in reach
+    assert scored.planned == pytest.approx(start.planned, abs=1e-12)
+    better = scored.search["loss_end"] < scored.search["loss_start"]
+    assert better == (scored.rates != start.rates)
+    pruned = prune(model, batches, recipe)
+    assert pruned.rates == scored.rates
+    assert pruned.search == scored.search
+    assert pruned.achieved == pytest.approx(scored.rates, abs=2e-3)
+    if coarse:
+        assert all(rate * 8 == pytest.approx(round(rate * 8)) for rate in scored.rates)
+
+
+@pytest.mark.parametrize("slice_head", [False, True])
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_slices(family: str, slice_head: bool, batches: list[torch.Tensor]) -> None:
+    model = lively_model(family)
+    method = Slicing(multiple=2, slice_head=slice_head)
+    recipe = Recipe(method, 0.25, Search(Uniform(), evaluations=90, step=0.1, final=6))
+    pruned = prune(model, batches, recipe)
+    assert pruned.search["loss_end"] < pruned.search["loss_start"]
+    widths = model.config.slice_sizes[:3]
+    assert widths != [24, 24, 24]
+    assert sum(widths) == 72
+    assert all(width % 2 == 0 for width in widths)
+    assert pruned.rates == pytest.approx([1 - width / 32 for width in widths])
+
+
+def test_padding_does_not_count(batches: list[torch.Tensor]) -> None:
+    ids, mask = batches[0].clone(), torch.ones_like(batches[0])
+    mask[:, 10:] = 0
+    recipe = Recipe(Wanda(), 0.5, Search(evaluations=20))
+    cut = score(small_model(), [ids[:, :10]], recipe)
+    padded = score(small_model(), [{"input_ids": ids, "attention_mask": mask}], recipe)
+    assert padded.search["loss_start"] == pytest.approx(cut.search["loss_start"], rel=1e-5)
+
+
+def test_a_model_that_is_broken(batches: list[torch.Tensor]) -> None:
+    model = small_model(tie_word_embeddings=False)
+    model.get_output_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(InputError, match="the loss under the rates of `Search.start` is NaN or infinity"):
+        score(model, batches, Recipe(Magnitude(), 0.5, Search(Uniform())))
+
+
+def test_searched_rates_are_better_on_text_that_was_not_searched_on() -> None:
+    data = TextDataModule("embedded", seq_length=128, batch_size=8, val_windows=16)
+    windows = batches_of(data.calibration_windows(8, 128, seed=0), 1)
+
+    def perplexity(recipe: Recipe) -> tuple[float, PreTrainedModel]:
+        model = load_model("embedded", "float32")
+        prune(model, windows, recipe)
+        return measure(model, data.val_dataloader(), "val").perplexity, model
+
+    start, _ = perplexity(Recipe(Wanda(), 0.6, DLP()))
+    found, model = perplexity(Recipe(Wanda(), 0.6, Search(DLP(), evaluations=120)))
+    assert found < 0.9 * start
+    assert json.dumps(model.config.lit_prune["recipe"])
+
+
+def test_windows_are_drawn_by_the_generation() -> None:
+    trial = Bowl()
+    refine(trial)
+    assert {window for _, window in trial.seen} == {0, 1, 2, 3}
