@@ -27,7 +27,7 @@ from lit_prune.load import load_model
 from lit_prune.pipeline import Recipe, prune
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery, merged_weight
 
-STEPS, BATCH = 100, 8
+STEPS, BATCH = 50, 4
 Finish = Callable[[PreTrainedModel], PreTrainedModel]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -76,10 +76,11 @@ class MaskedLinear(Linear):
         """Returns x W'^T + bias; without an adapter, or with it merged, what the base layer gives."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
+        assert not kwargs, "masked adapters cannot be mixed within a batch"
         a_RI, b_OR, scale = self._adapter()
-        ones_I = torch.ones(a_RI.shape[1], dtype=a_RI.dtype, device=a_RI.device)
-        a_RI = a_RI * self.lora_dropout[self._name](ones_I) if self._drops else a_RI
-        kind = x.device.type
+        dropout, kind = self.lora_dropout[self._name], x.device.type
+        if isinstance(dropout, nn.Dropout):
+            a_RI = a_RI * dropout(torch.ones_like(a_RI[0]))
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         y = MaskedProduct.apply(x, self.weight_OI, a_RI, b_OR, scale)
@@ -108,10 +109,6 @@ class MaskedLinear(Linear):
         """The one adapter there is."""
         assert len(self.active_adapters) == 1, "masked adapters cannot be mixed"
         return self.active_adapters[0]
-
-    @property
-    def _drops(self) -> bool:
-        return self.training and isinstance(self.lora_dropout[self._name], torch.nn.Dropout)
 
     def _adapter(self) -> tuple[Tensor, Tensor, float]:
         """A (R, I), B (O, R) and the scale."""
