@@ -99,6 +99,7 @@ def left(folder: str) -> dict[str, Any]:
     return {"model": model, "tensors": {**stored["state_dict"], **tensors}, "cuts": told, "step": stored["global_step"]}
 
 
+@pytest.mark.timeout(1500)  # three processes a kill
 @pytest.mark.parametrize(("case", "moments"), [*USUAL, *ALL])
 def test_a_run_that_is_killed_and_resumed(
     case: str, moments: tuple[int | str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
