@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a float type, by bytes
+
 
 def masked_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
     """Returns (W + scale B A) * M, in the type of W; the product accumulates in float32 at least.
@@ -29,7 +31,20 @@ def masked_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> T
     """
     with torch.autocast(weight_OI.device.type, enabled=False):
         sum_OI = torch.addmm(weight_OI, b_OR.to(weight_OI.dtype), a_RI.to(weight_OI.dtype), alpha=scale)
-    return sum_OI.masked_fill_(weight_OI == 0, 0)
+    return zeroed(sum_OI, weight_OI)
+
+
+def zeroed(given_OI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Sets ``given_OI`` to 0 wherever ``weight_OI`` is, in place, and returns it; NaN and infinity too.
+
+    On a CPU a mask without a pattern makes ``masked_fill_`` guess wrong at every other weight, and slower than a matrix
+    product of a thousand tokens needs it to be; to AND the bits with 0 or -1 takes a tenth of the time.
+    """
+    if given_OI.device.type != "cpu":
+        return given_OI.masked_fill_(weight_OI == 0, 0)
+    bits = BITS[given_OI.element_size()]
+    given_OI.view(bits).bitwise_and_((weight_OI != 0).to(bits).neg_())
+    return given_OI
 
 
 class MaskedProduct(torch.autograd.Function):
@@ -54,7 +69,7 @@ class MaskedProduct(torch.autograd.Function):
                 dx = dy @ masked_sum(weight_OI, a_RI, b_OR, ctx.scale).to(dy.dtype)
             if any(ctx.needs_input_grad[1:4]):
                 grad_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-                grad_OI = grad_OI.masked_fill_(weight_OI == 0, 0).to(a_RI.dtype)
+                grad_OI = zeroed(grad_OI, weight_OI).to(a_RI.dtype)
                 da_RI = (b_OR.T @ grad_OI) * ctx.scale
                 db_OR = (grad_OI @ a_RI.T) * ctx.scale
         return dx, grad_OI if ctx.needs_input_grad[1] else None, da_RI, db_OR, None

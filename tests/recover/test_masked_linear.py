@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.pipeline import Recipe, prune
 from lit_prune.recover import LoRA, MaskedLoRA, merged_weight
-from lit_prune.recover.masked_linear import MaskedLinear, MaskedProduct, masked_sum
+from lit_prune.recover.masked_linear import MaskedLinear, MaskedProduct, masked_sum, zeroed
 from tests.conftest import small_model
 
 W = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, -2.0]])
@@ -50,6 +50,16 @@ def test_by_hand() -> None:
     # G = [[1, 0, 3], [0, 2, 3]]: dA = half of its first row and twice its second, dB = half of G times (1, 2, 1)
     assert a.grad.tolist() == [[0.5, 2, 4.5]]
     assert b.grad.tolist() == [[2], [3.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_zeroed_is_a_positive_zero_whatever_was_there(dtype: torch.dtype, transposed: bool) -> None:
+    weight = torch.tensor([[1.0, 0.0, -0.0], [0.0, -3.0, 0.0]], dtype=dtype)
+    given = torch.tensor([[1.0, torch.nan, -torch.inf], [-2.0, -5.0, -0.0]], dtype=dtype)
+    found = zeroed(given.T.contiguous(), weight.T).T if transposed else zeroed(given.clone(), weight)
+    assert found.tolist() == [[1, 0, 0], [0, -5, 0]]
+    assert (torch.signbit(found) == torch.tensor([[False, False, False], [False, True, False]])).all()
 
 
 def test_gradients_are_those_of_the_plain_expression() -> None:
