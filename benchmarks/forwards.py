@@ -167,6 +167,7 @@ def main(
     batch_size: int = 1,
     val_windows: int = 6,
     val_length: int = 2048,
+    only: str = "",
 ) -> None:
     """Prints the table.
 
@@ -179,6 +180,7 @@ def main(
         batch_size: Windows per forward.
         val_windows: Validation windows, the first of the text.
         val_length: Tokens per validation window.
+        only: Do only the work in whose name this stands, such as DLP.
     """
     data = TextDataModule(
         pretrained,
@@ -202,7 +204,7 @@ def main(
         f"{num_samples} windows of {seq_length} tokens, {torch.get_num_threads()} threads; stored activations "
         f"{activations / 1e6:.0f} MB\n\n| {' | '.join(head)} |\n| --- |{' ---: |' * (len(head) - 1)}"
     )
-    for work in WORK:
+    for work in (work for work in WORK if only in work.name):
         row = bench.row(work)
         print(f"| {' | '.join(row + [''] * (len(head) - len(row)))} |", flush=True)
 

@@ -1,4 +1,4 @@
-"""The papers' comparison on one model: methods x allocations x sparsities, patterns, and both ways of propagating.
+"""The papers' comparison on one model: methods x allocations x sparsities, patterns, both ways of propagating, search.
 
     python benchmarks/papers.py --pretrained FOLDER --train_files TEXT --val_files RAW
 
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from resumable import Protocol, Results, Row, arguments
 from rich.progress import track
 
-from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
+from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Search, Uniform
 from lit_prune.load import load_model
 from lit_prune.pipeline import Recipe, look
 from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
@@ -52,6 +53,19 @@ def propagate_cases() -> Iterator[tuple[str, Recipe]]:
                     yield _name(method, allocation, sparsity), Recipe(method, sparsity, allocation)
 
 
+def search_cases(rows: Sequence[Row], folder: Path) -> Iterator[tuple[str, Recipe]]:
+    """Yields, for Wanda and SparseGPT at the greatest sparsity, a search that starts from their best allocation.
+
+    SparseGPT's rungs are dear, two seconds each where Wanda's take a tenth of one, so that it gets fewer evaluations.
+    """
+    found = {row["case"]: row["perplexity"] for row in rows}
+    for method, evaluations in ((Wanda(), 200), (SparseGPT(), 80)):
+        best = min(ALLOCATIONS, key=lambda allocation: found[_name(method, allocation, SPARSITIES[0])])
+        state = str(folder / f"search-{type(method).__name__}.json")
+        name = f"{type(method).__name__}, Search from {type(best).__name__}, {SPARSITIES[0]}"
+        yield name, Recipe(method, SPARSITIES[0], Search(best, evaluations=evaluations, state=state))
+
+
 def _name(method: Method, allocation: Allocation, sparsity: float) -> str:
     default = method.propagate == type(method)().propagate
     how = "" if default else f" (propagate: {method.propagate})"
@@ -71,8 +85,9 @@ class Cases:
         model, batches = load_model(self.protocol.pretrained, "float32"), self.protocol.batches()
         if self.stored is None and self.file.exists():
             self.stored = read_stored(self.file)
-        looked = Recipe(SparseGPT(propagate="dense"), recipe.sparsity, recipe.allocation)  # for the Gram matrices
-        known = self.stored is not None and repr(recipe.allocation) in self.stored.scores
+        rule = recipe.allocation.rule if isinstance(recipe.allocation, Search) else recipe.allocation
+        looked = Recipe(SparseGPT(propagate="dense"), recipe.sparsity, rule)  # for the Gram matrices
+        known = self.stored is not None and repr(rule) in self.stored.scores
         if not known:
             scored, self.stored = look(model, batches, looked, stored=self.stored)
             draft = self.file.with_suffix(".partial")
@@ -112,11 +127,13 @@ def main() -> None:
     dense = results.once("dense", partial(protocol.run, None))
     by_method, by_pattern = cases.rows(method_cases()), cases.rows(pattern_cases())
     by_propagation = cases.rows(propagate_cases())
+    searched = cases.rows(search_cases(by_method, results.path.parent))
     print(f"\n{dense['protocol']}\n\ndense: {dense['perplexity']:.2f}")
     grid(by_method)
     tell("All of them", by_method)
     tell("Patterns, 50%", by_pattern)
     tell("Statistics of the unpruned model, or behind pruned blocks", by_propagation)
+    tell("Searched, from the best of the rules", searched)
 
 
 if __name__ == "__main__":

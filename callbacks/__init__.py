@@ -2,5 +2,6 @@
 
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
 from lit_prune.callbacks.results import ResultsCallback
+from lit_prune.callbacks.run_checkpoint import RunCheckpoint
 
-__all__ = ["DynamicPruningCallback", "ResultsCallback"]
+__all__ = ["DynamicPruningCallback", "ResultsCallback", "RunCheckpoint"]

@@ -1,52 +1,65 @@
-"""DynamicPruningCallback: scores the blocks, decides what each gives, prunes at the start of fit, attaches recovery."""
+"""DynamicPruningCallback: at chosen steps it scores the blocks, decides what each gives, prunes, and lets heal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data
+from lit_prune.callbacks.best_scores import reset_best_scores
+from lit_prune.callbacks.cut import Done, cut
+from lit_prune.callbacks.resume import Settings, check_settings, run_settings, stored_run
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_prune import structure
-from lit_prune.allocate import DLP, Allocation
+from lit_prune.allocate import DLP, Allocation, Plan
 from lit_prune.budget import Budget
 from lit_prune.calibrate import Batch, Calibration
+from lit_prune.checkpoint import Source, fill
 from lit_prune.errors import InputError
-from lit_prune.evaluate import measure, parameters, size_bytes
 from lit_prune.families import Block
-from lit_prune.on_disk import placed
-from lit_prune.pipeline import Recipe, check_stored, prune, recipe_record
+from lit_prune.pipeline import Recipe, check_stored, recipe_record
+from lit_prune.progress import say
 from lit_prune.prune import Method
-from lit_prune.recover import Recovery, rebuild, snapshot
-from lit_prune.speed import tokens_per_second
+from lit_prune.random_states import random_states, restore_random_states
+from lit_prune.recover import Recovery, held_masks, hold_masks, rebuild, snapshot
+from lit_prune.schedule import Cut, Schedule, cuts
 from lit_prune.stored import read_stored
 
 
 class DynamicPruningCallback(Callback):
-    """Prunes the Hugging Face LLM of a LightningModule before the first step, and readies it for recovery.
+    """Prunes the Hugging Face LLM of a LightningModule before chosen steps, and readies it for recovery.
 
     The LLM is found as ``pl_module.model``. Calibration windows come from the data module's
     ``calibration_windows(num_samples, seq_length, seed)`` where it has one, else from the first batches of the training
     dataloader (dicts of `input_ids` and, where there is padding, `attention_mask`).
 
+    At a cut what an adapter has learnt is folded into the weights, the blocks are scored anew and pruned, and a fresh
+    adapter, optimizer and learning-rate schedule begin. Cuts at several steps reach rising targets.
+
     A run is resumed by ``trainer.ckpt_path = path`` before ``trainer.fit(...)``: a path that is passed to fit itself is
-    known only after the cut, which is then done once more before the checkpoint's weights load.
+    known only after a cut at step 0, which is then done once more before the checkpoint's weights load.
 
     Args:
         method: How the blocks become smaller: by masks, such as Wanda or SparseGPT, or by Slicing; null switches
             pruning off.
         sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights (see `budget`); for Slicing,
-            of the dimensions of the residual stream.
+            of the dimensions of the residual stream. For several cuts the last one's, or a list with each one's.
         allocation: How blocks are scored and the sparsity is spread over them: DLP, OWL, AlphaPruning, LayerRedundancy,
             Uniform, a Plan from a file, or a Search that tries rates out; null is DLP.
-        at_step: Optimizer step before which the cut comes; 0 is the only one so far.
-        recovery: What is trained after the cut: LoRA, MaskedLoRA or FullFineTuning; null trains what the
+        at_step: Optimizer step before which the cut comes, or a list of steps; 0 is the start of fit. Slicing makes
+            one cut.
+        schedule: How sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for several.
+        before: What is trained before the first cut, where that comes later than step 0, such as LoRA; null trains
+            what the LightningModule leaves trainable, which for PrunableLM is everything.
+        recovery: What is trained after a cut: LoRA, MaskedLoRA or FullFineTuning; null trains what the
             LightningModule leaves trainable, which must not be weights under a mask.
-        calibration: How much text the statistics are taken over.
+        calibration: How much text the statistics are taken over, at every cut.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
         targets: Name suffixes or regular expressions of the linears to prune; null takes all in the blocks, and Slicing
@@ -55,11 +68,13 @@ class DynamicPruningCallback(Callback):
         blocks: Dotted path of the decoder layers in the LLM, for a family that is not known.
         budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
             of the LLM, tied weights counted once, of which the linears then give more than that share.
-        statistics: Folder or file that `lit-prune score` wrote for the same model and calibration text: the cut reads
-            its statistics in place of a pass of its own. What differs is refused.
+        statistics: Folder or file that `lit-prune score` wrote for the same model and calibration text: a cut at step
+            0 reads its statistics in place of a pass of its own. What differs is refused.
         target: Dotted path of the LLM in the LightningModule.
-        measure: Measure the perplexity on the validation data before and after the cut (as much of it as the Trainer's
+        measure: Measure the perplexity on the validation data before and after each cut (as much of it as the Trainer's
             `limit_val_batches` allows); for Slicing the tokens per second, too.
+        full_checkpoint: Store all weights in every checkpoint; else those that are frozen and that the LLM's source
+            has, as they are or under a mask, are left out.
 
     Raises:
         InputError: for settings that cannot be; before anything is touched.
@@ -68,9 +83,11 @@ class DynamicPruningCallback(Callback):
     def __init__(
         self,
         method: Method | None,
-        sparsity: float = 0.5,
+        sparsity: float | list[float] = 0.5,
         allocation: Allocation | None = None,
-        at_step: int = 0,
+        at_step: int | list[int] = 0,
+        schedule: Schedule | None = None,
+        before: Recovery | None = None,
         recovery: Recovery | None = None,
         calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
         min_rate: float = 0.0,
@@ -82,14 +99,15 @@ class DynamicPruningCallback(Callback):
         statistics: str | None = None,
         target: str = "model",
         measure: bool = True,
+        full_checkpoint: bool = False,
     ) -> None:
-        if at_step != 0:
-            raise InputError(f"`pruning.at_step` must be 0, the start of fit, got {at_step}; later steps are to come.")
         self.recipe: Recipe | None = None
+        self.cuts: tuple[Cut, ...] = ()
         if method is not None:
+            self.cuts = cuts(at_step, sparsity, schedule)
             self.recipe = Recipe(
                 method=method,
-                sparsity=sparsity,
+                sparsity=self.cuts[-1].sparsity,
                 allocation=allocation or DLP(),
                 min_rate=min_rate,
                 max_rate=max_rate,
@@ -98,29 +116,95 @@ class DynamicPruningCallback(Callback):
                 blocks=blocks,
                 budget=budget,
             )
-        self.recovery, self.calibration = recovery, calibration
+        self.before, self.recovery, self.calibration = before, recovery, calibration
         self.stored = None if statistics is None else read_stored(statistics)
-        self.target, self.measure = target, measure
-        self.done: dict[str, Any] = {}
+        self.target, self.measure, self.full_checkpoint = target, measure, full_checkpoint
+        self.done: list[Done] = []
+        self.source: Source | None = None
+        self._trainable: set[str] = set()
+        self._random: dict[str, Any] | None = None
+        self._settings: Settings = {}
+        self._check_cuts()
+
+    @property
+    def following(self) -> Cut | None:
+        """The cut that comes next; None when all are done."""
+        return self.cuts[len(self.done)] if len(self.done) < len(self.cuts) else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Prunes at the start of fit, or rebuilds what was done before a checkpoint's weights load."""
-        if self.recipe is None or stage != "fit":
+        """Makes a cut that is due at the start of fit, or rebuilds what was done before a checkpoint's weights load."""
+        if stage != "fit":
             return
-        check_processes(trainer)
+        if self.recipe is not None:
+            check_processes(trainer)
+            self._check_steps(trainer)
+        self._settings = self.settings(trainer, pl_module)
+        stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None
+        if stored is not None:
+            check_settings(self._settings, stored["settings"])
+        if self.recipe is None:
+            return
         pl_module.configure_model()
         model = self.find_model(pl_module)
-        if trainer.ckpt_path:
-            rebuild(model, self.checkpointed(str(trainer.ckpt_path)))
-            return
         if isinstance(trainer.precision_plugin, HalfPrecision):
             trainer.precision_plugin.convert_module(model)
-        self._check_trained(self.recipe.check(model))
-        if self.recovery is not None:
-            self.recovery.check(model)
+        self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if stored is not None:
+            self._rebuild(model, stored)
+        else:
+            self._begin(trainer, model)
+
+    def _begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        """Checks everything against the LLM, and makes the cut that comes before all training."""
+        self._check(model)
+        if not self.full_checkpoint and model.name_or_path:  # a model that was made on the spot has no source
+            self.source = Source.of(model)
+        if self.cuts[0].step == 0:
+            self._cut(trainer, model)
+        elif self.before is not None:
+            self.before.attach(model)
+
+    def _rebuild(self, model: PreTrainedModel, stored: dict[str, Any]) -> None:
+        """Gives ``model`` the structure of a checkpoint, and lets what that leaves out be filled in when it loads."""
+        rebuild(model, stored)
+        left_out = stored["left_out"]
+        self.source = None if left_out is None else Source.resumed(left_out)
+
+        def put_back(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_args: Any) -> None:
+            handle.remove()
+            fill(module, state_dict, prefix, left_out or {})
+
+        handle = model.register_load_state_dict_pre_hook(put_back)
+
+    def _cut(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        """Makes the following cut: folds what was learnt, prunes, and attaches what is to heal."""
+        assert self.recipe is not None
+        assert self.following is not None
+        step, sparsity = self.following
+        attached = self.recovery if self.done else (self.before if step > 0 else None)
+        if attached is not None:
+            attached.detach(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in self._trainable)
+        recipe = replace(self.recipe, sparsity=sparsity)
         calibration = calibration_batches(trainer, self.calibration)
         self.check_statistics(model, *calibration)
-        self.cut(model, calibration, validation_data(trainer), trainer.strategy.root_device)
+        validation, device = validation_data(trainer), trainer.strategy.root_device
+        if recipe.method.changes_shapes:
+            self.source = None
+        noted = self.source and self.source.through_cut(model, keeps_values=recipe.method.keeps_values)
+        with noted or nullcontext():
+            done = cut(
+                model,
+                recipe,
+                calibration,
+                validation,
+                device,
+                measured=self.measure,
+                step=step,
+                stored=self.stored,
+            )
+        self.done.append(done)
         if self.recovery is not None:
             self.recovery.attach(model)
             structure.write(model, recovery=repr(self.recovery))
@@ -130,41 +214,39 @@ class DynamicPruningCallback(Callback):
         if self.stored is not None and self.recipe is not None:
             check_stored(self.stored, model, batches, self.recipe, named(settings, model))
 
-    def cut(
-        self,
-        model: PreTrainedModel,
-        calibration: tuple[list[Batch], dict[str, Any]],
-        validation: tuple[Iterable[Batch], str] | None,
-        device: torch.device,
-    ) -> None:
-        """Measures, prunes ``model`` and measures again; keeps the numbers in ``done``."""
-        assert self.recipe is not None
-        batches, settings = calibration
-        done: dict[str, Any] = {"perplexity": {}, "seconds": {}, "protocol": None, "calibration": settings, "size": {}}
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the random numbers back where a checkpoint was taken; logs a cut that came before."""
+        if self._random is not None:
+            restore_random_states(self._random)
+        elif self.done:
+            self._log(trainer)
 
-        def measured(name: str) -> None:
-            if self.measure and validation is not None:
-                measurement = measure(placed(model, device), *validation, label=f"Perplexity, {name}", device=device)
-                done["perplexity"][name] = measurement.perplexity
-                done["seconds"][f"perplexity_{name}"] = measurement.seconds
-                done["protocol"] = measurement.protocol
-            if self.recipe is not None and self.recipe.method.changes_shapes:
-                speed = tokens_per_second(placed(model, device)) if self.measure else None
-                done["size"][name] = {"parameters": parameters(model), "bytes": size_bytes(model), "speed": speed}
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Makes the cut that is due: the step is reached at the first batch of its window of accumulated gradients."""
+        if self.following is None or trainer.global_step < self.following.step:
+            return
+        model = self.find_model(pl_module)
+        say(f"Step {trainer.global_step}: cutting to a sparsity of {self.following.sparsity:.4g}")
+        pl_module.zero_grad(set_to_none=True)
+        self._cut(trainer, model)
+        _train_on(trainer)
+        reset_best_scores(trainer)
+        self._log(trainer)
 
-        measured("dense")
-        pruned = prune(model, batches, self.recipe, device=device, stored=self.stored)
-        done["seconds"] |= pruned.seconds
-        measured("pruned")
-        self.done = done | {
-            "recipe": recipe_record(self.recipe),
-            "scores": pruned.scores,
-            "rates": pruned.rates,
-            "target": pruned.target,
-            "achieved": pruned.achieved,
-            "sparsity": pruned.sparsity,
-            "search": pruned.search,
-        }
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where training ended before a cut."""
+        if self.following is not None:
+            say(
+                f"Warning: training ended at step {trainer.global_step}, before the cut at step {self.following.step}: "
+                f"{len(self.done)} of {len(self.cuts)} cuts were made."
+            )
+
+    def _log(self, trainer: Trainer) -> None:
+        """Logs the sparsity that a cut has reached, and every block's."""
+        done = self.done[-1]
+        values = {f"pruning/block_{block}": share for block, share in enumerate(done["achieved"])}
+        for logger in trainer.loggers:
+            logger.log_metrics({"pruning/sparsity": done["sparsity"], **values}, step=trainer.global_step)
 
     def find_model(self, pl_module: LightningModule) -> PreTrainedModel:
         """Returns the LLM of a LightningModule.
@@ -182,30 +264,86 @@ class DynamicPruningCallback(Callback):
             )
         return found
 
+    def settings(self, trainer: Trainer, pl_module: LightningModule) -> Settings:
+        """Returns the settings that a resumed run must have in common with the first."""
+        return self._pruning_settings() | run_settings(trainer, pl_module)
+
+    def _pruning_settings(self) -> Settings:
+        recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
+        made: Settings = {"at_step": [step for step, _ in self.cuts], "sparsity": [share for _, share in self.cuts]}
+        objects = {"before": self.before, "recovery": self.recovery, "calibration": self.calibration}
+        told = {name: None if value is None else repr(value) for name, value in objects.items()}
+        fields = recipe | {name: _one(value) for name, value in made.items()} | told
+        return {f"pruning.{field}": value for field, value in fields.items()}
+
     def checkpointed(self, path: str) -> dict[str, Any]:
         """Returns what a checkpoint says was done to the LLM.
 
         Raises:
             InputError: if it is no checkpoint of a fit, or not what this run would do was done.
         """
-        assert self.recipe is not None
-        try:
-            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(structure.KEY)
-        except Exception as error:  # torch raises a dozen kinds for a file that is none of its own
-            raise InputError(f"`ckpt_path` must be a checkpoint of a fit, {path} cannot be read as one.") from error
-        record = (stored or {}).get("record", {})
-        if "recipe" not in record:
-            raise InputError(f"`ckpt_path` must be a checkpoint of a pruned model, nothing was pruned in {path}.")
-        recovery = self.recovery and repr(self.recovery)
-        defaults = recipe_record(Recipe())  # an older record lacks settings that there were none of
-        done = {**defaults, **record["recipe"], "recovery": record.get("recovery")}
-        for field, value in {**recipe_record(self.recipe), "recovery": recovery}.items():
-            if done[field] != value:
-                raise InputError(
-                    f"`pruning.{field}` must be what the checkpoint was made with, {done[field]}, got {value}; "
-                    "change it back, or begin a new run."
-                )
+        stored = stored_run(path)
+        check_settings(self._pruning_settings(), stored["settings"])
         return stored
+
+    def _check_cuts(self) -> None:
+        """Refuses several cuts where the parts allow one, and adapters that would be lost at a cut."""
+        if self.recipe is None:
+            return
+        method, count = self.recipe.method, len(self.cuts)
+        if self.before is not None and self.cuts[0].step == 0:
+            raise InputError(
+                "`pruning.before` must be null where the first cut comes at step 0, nothing is trained before it, got "
+                f"{self.before}; give a later `pruning.at_step`, or use `pruning.recovery`."
+            )
+        if self.stored is not None and self.cuts[-1].step > 0:
+            raise InputError(
+                "`pruning.statistics` must be null for cuts after step 0, the model is another by then, got cuts at "
+                f"{', '.join(str(step) for step, _ in self.cuts)}."
+            )
+        if count == 1:
+            return
+        if not method.repeats():
+            raise InputError(
+                f"`pruning.at_step` must be one step for {method}, which cannot cut again what it has cut, got {count}."
+            )
+        if isinstance(self.recipe.allocation, Plan):
+            raise InputError(
+                f"`pruning.allocation` must not be a Plan for {count} cuts, it has the rates of one; give one "
+                "`pruning.at_step`, or an allocation that scores."
+            )
+        self._check_folds(self.recovery, "recovery", f"{count} cuts of masks")
+
+    def _check_folds(self, recovery: Recovery | None, field: str, where: str) -> None:
+        if recovery is not None and not recovery.folds_under_masks:
+            raise InputError(
+                f"`pruning.{field}` must keep zeros when it is folded into the weights, for {where}, got {recovery}: "
+                "use MaskedLoRA, or make one cut."
+            )
+
+    def _check_steps(self, trainer: Trainer) -> None:
+        """Refuses cuts that the training would end before."""
+        last = self.cuts[-1].step
+        if last == 0:
+            return
+        steps = trainer.max_steps if trainer.max_steps != -1 else trainer.estimated_stepping_batches
+        if last >= steps:
+            raise InputError(
+                f"`pruning.at_step` must be below the number of optimizer steps, {steps} (`trainer.max_steps`), got "
+                f"{last}."
+            )
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Refuses what cannot be done to ``model``, at any of the cuts."""
+        assert self.recipe is not None
+        for _, sparsity in self.cuts:
+            blocks = replace(self.recipe, sparsity=sparsity).check(model)
+        self._check_trained(blocks)
+        if structure.masked(model):
+            self._check_folds(self.before, "before", "a model that is masked already")
+        for recovery in (self.before, self.recovery):
+            if recovery is not None:
+                recovery.check(model)
 
     def _check_trained(self, blocks: Sequence[Block]) -> None:
         """Refuses a fit that would train pruned weights away from zero."""
@@ -221,14 +359,39 @@ class DynamicPruningCallback(Callback):
             )
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Stores what the LLM was made into, where the LightningModule has not."""
+        """Stores what the LLM was made into and the run's settings; leaves out weights that its source has."""
+        stored: dict[str, Any] = {"settings": self._settings, "left_out": None}
         if self.recipe is not None:
-            checkpoint.setdefault(structure.KEY, snapshot(self.find_model(pl_module)))
+            model = self.find_model(pl_module)
+            stored |= snapshot(model) | {"held": held_masks(model)}
+            if self.source is not None:
+                stored["left_out"] = self.source.strip(model, checkpoint["state_dict"], f"{self.target}.")
+        checkpoint[structure.KEY] = stored
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes up which weights training holds at zero; the weights are loaded by now."""
+        held = checkpoint.get(structure.KEY, {}).get("held")
+        if held:
+            hold_masks(self.find_model(pl_module), held)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what has been done."""
-        return {"done": self.done}
+        """Returns what has been done, and the states of the random numbers."""
+        return {"done": self.done, "random": random_states()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what had been done."""
-        self.done = state_dict["done"]
+        self.done, self._random = state_dict["done"], state_dict["random"]
+
+
+def _one(values: list[Any]) -> Any:
+    """A list of one as the user writes it."""
+    return values[0] if len(values) == 1 else values
+
+
+def _train_on(trainer: Trainer) -> None:
+    """Readies the Trainer for a model whose parameters are others: device, precision, optimizers and schedules."""
+    strategy: Any = trainer.strategy
+    strategy.model = strategy.precision_plugin.convert_module(strategy.model)
+    strategy.model_to_device()
+    strategy.setup_optimizers(trainer)
+    strategy.setup_precision_plugin()

@@ -98,7 +98,8 @@ class ResultsCallback(Callback):
         pruning = one(trainer, DynamicPruningCallback)
         model = pruning.find_model(pl_module).to(trainer.strategy.root_device)
         report = summary(model, pruning.recipe, pruning.done)
-        report["seconds"]["train"] = self.seconds
+        within = sum(sum(done["seconds"].values()) for done in pruning.done if done["step"] > 0)  # cuts, told apart
+        report["seconds"]["train"] = self.seconds - within
         validation = validation_data(trainer)
         if validation is not None:
             name = "dense" if pruning.recipe is None else "recovered"

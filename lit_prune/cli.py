@@ -18,13 +18,15 @@ import transformers  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar  # noqa: E402
+from lightning.pytorch.callbacks import TQDMProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.plugins.precision import HalfPrecision  # noqa: E402
 
 from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data  # noqa: E402
+from lit_prune.callbacks.cut import cut  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, one, tell  # noqa: E402
+from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from lit_prune.cli_errors import explain  # noqa: E402
 from lit_prune.data import TextDataModule  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
@@ -50,12 +52,14 @@ class PruneTrainer(Trainer):
         pruning, results = self._ready(model, datamodule)
         llm, device = pruning.find_model(model), self.strategy.root_device
         validation = validation_data(self) if pruning.measure else None
+        assert pruning.recipe is not None
         calibration = calibration_batches(self, pruning.calibration)
         pruning.check_statistics(llm, *calibration)
+        measured, stored = pruning.measure, pruning.stored
         with working(llm, results.folder.path):
-            pruning.cut(llm, calibration, validation, device)
+            done = cut(llm, pruning.recipe, calibration, validation, device, measured=measured, stored=stored)
             with results.opened():
-                results.write(self, model, llm, summary(llm, pruning.recipe, pruning.done), validation)
+                results.write(self, model, llm, summary(llm, pruning.recipe, [done]), validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Look before you cut: table and picture of the scores and rates, a plan to edit, and statistics to reuse."""
@@ -190,6 +194,12 @@ class LitPruneCLI(LightningCLI):
         parser.add_argument("--output", default="runs/lit_prune", help="Folder to write the results to.")
         parser.add_argument("--overwrite", action="store_true", help="Replace the output folder where it exists.")
         parser.add_argument(
+            "--checkpoint_every",
+            type=int,
+            default=50,
+            help="Optimizer steps between checkpoints; a run that is killed goes on from the last one.",
+        )
+        parser.add_argument(
             "--push_to_hub",
             type=str | None,
             default=None,
@@ -237,9 +247,8 @@ class LitPruneCLI(LightningCLI):
         if config.trainer.enable_progress_bar is not False and "ProgressBar" not in str(config.trainer.callbacks):
             self.trainer_defaults["callbacks"].append(TQDMProgressBar())  # the rich one counts epochs to -2
         if config.trainer.enable_checkpointing is not False:
-            self.trainer_defaults["callbacks"].append(
-                ModelCheckpoint(output / "checkpoints", save_last=True, save_on_exception=True)
-            )
+            checkpoint = RunCheckpoint(str(output / "checkpoints"), config.checkpoint_every)
+            self.trainer_defaults["callbacks"].append(checkpoint)
 
     def _saved(self, config: Namespace) -> str:
         """Returns the configuration as YAML, for any verb to take: without what was meant for this one run."""

@@ -14,13 +14,16 @@ from lit_prune.allocate import Allocation
 from lit_prune.errors import near_misses
 from lit_prune.prune import Method, Pattern
 from lit_prune.recover import Recovery
+from lit_prune.schedule import Schedule
 
 BASES: dict[str, type] = {
     "method": Method,
     "allocation": Allocation,
+    "before": Recovery,
     "start": Allocation,
     "recovery": Recovery,
     "pattern": Pattern,
+    "schedule": Schedule,
 }
 
 

@@ -6,6 +6,7 @@ Calibration windows come from the training stream only. Sizes: N windows of T to
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from torch.utils.data import Dataset as TorchDataset
 from lit_prune.calibrate import Windows, draw_windows
 from lit_prune.errors import InputError, near_misses
 from lit_prune.load import HUB_TIMEOUT_SECONDS, Tokenizer, load_tokenizer
+from lit_prune.loader import ResumableLoader
 from lit_prune.progress import say
 from lit_prune.python_docs import SHARED_CHARACTERS, python_docs
 
@@ -158,9 +160,9 @@ class TextDataModule(LightningDataModule):
         return draw_windows(self.stream("train"), num_samples, seq_length, seed)
 
     def train_dataloader(self) -> DataLoader:
-        """Returns shuffled training windows; their order is a function of the seed."""
-        order = torch.Generator().manual_seed(self.seed)
-        return self._loader(PackedWindows(self.stream("train"), self.seq_length), shuffle=True, generator=order)
+        """Returns shuffled training windows; their order is a function of the seed and the epoch."""
+        windows = PackedWindows(self.stream("train"), self.seq_length)
+        return ResumableLoader(windows, batch_size=self.batch_size, seed=self.seed, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         """Returns the validation windows, in order."""
@@ -178,8 +180,20 @@ class TextDataModule(LightningDataModule):
             return f"python-docs ({'training' if part == 'train' else 'validation'} documents)"
         return f"{self.source}{f' {self.name}' if self.name else ''}, split {self.splits[part]}"
 
-    def _loader(self, windows: PackedWindows, **kwargs: Any) -> DataLoader:
-        return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers, **kwargs)
+    def resume_settings(self) -> dict[str, Any]:
+        """Returns what the position in the data means nothing without, by field; a resumed run must have the same."""
+        stream = self.stream("train")
+        digest = hashlib.sha256(stream.numpy().tobytes()).hexdigest()[:12]
+        return {
+            "data.seed": self.seed,
+            "data.batch_size": self.batch_size,
+            "data.seq_length": self.seq_length,
+            "data.train_files (or data.source)": f"text of {stream.numel():,} tokens, SHA-256 {digest}",
+        }
+
+    def _loader(self, windows: PackedWindows) -> DataLoader:
+        own = torch.Generator()  # evaluation draws nothing from the global random numbers, which training may use
+        return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers, generator=own)
 
     def _local(self) -> bool:
         return any(self.files.values())

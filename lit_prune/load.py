@@ -202,6 +202,7 @@ def _plain(model: PreTrainedModel) -> PreTrainedModel:
     plain.load_state_dict(model.state_dict())
     plain.tie_weights()
     plain.generation_config = model.generation_config
+    plain.name_or_path = model.name_or_path
     return plain.eval()
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
 from lit_prune import structure
+from lit_prune.checkpoint import fill
 from lit_prune.errors import InputError
 from lit_prune.evaluate import Perplexity
 from lit_prune.load import Dtype, architecture_config, load_config, load_model, new_model
@@ -76,6 +77,7 @@ class PrunableLM(LightningModule):
         self.model: PreTrainedModel | None = None
         self.perplexity = {"val": Perplexity(), "test": Perplexity()}  # no modules: half precision must not cast them
         self.config = self._config()
+        self._optimizer_step = 0
 
     def _config(self) -> PreTrainedConfig:
         """The LLM's config alone, so that what hangs on it is checked before weights are read."""
@@ -141,8 +143,14 @@ class PrunableLM(LightningModule):
         self.log(f"{part}/perplexity", self.perplexity[part].compute(), prog_bar=True)
         self.perplexity[part].reset()
 
+    def setup(self, stage: str) -> None:
+        """Begins a run: its optimizer is made at step 0, unless a checkpoint says otherwise."""
+        self._optimizer_step = 0
+
     def configure_optimizers(self) -> Any:
-        """Returns AdamW over what is trained, with linear warm-up and a cosine over the whole run."""
+        """Returns AdamW over what is trained, with linear warm-up and a cosine over the steps that remain."""
+        # a resumed Trainer counts from 0 still when it asks for this
+        self._optimizer_step = max(self._optimizer_step, self.trainer.global_step)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
@@ -152,20 +160,37 @@ class PrunableLM(LightningModule):
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer,
             num_warmup_steps=self.warmup_steps,
-            num_training_steps=int(self.trainer.estimated_stepping_batches),
+            num_training_steps=int(self.trainer.estimated_stepping_batches) - self._optimizer_step,
             min_lr_rate=self.min_lr_share,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def resume_settings(self) -> dict[str, Any]:
+        """Returns the settings that a resumed run must have again, by field."""
+        fields = {
+            "architecture": self.architecture,
+            "dtype": self.dtype_of_weights,
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "betas": list(self.betas),
+            "warmup_steps": self.warmup_steps,
+            "min_lr_share": self.min_lr_share,
+        }
+        return {f"model.{field}": value for field, value in fields.items()}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores what was done to the LLM beside its weights."""
+        """Stores what was done to the LLM beside its weights, and the step at which the optimizer was made."""
         assert self.model is not None
-        checkpoint[structure.KEY] = snapshot(self.model)
+        kept = checkpoint.get(structure.KEY, {})
+        checkpoint[structure.KEY] = kept | snapshot(self.model) | {"optimizer_step": self._optimizer_step}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuilds what was done to the LLM, before the weights load."""
+        """Rebuilds what was done to the LLM before the weights load, and puts back those that were left out."""
         if self.on_disk:
             raise InputError("`model.on_disk` must be false where a checkpoint is loaded, whose weights are in memory.")
         self.configure_model()
         assert self.model is not None
-        rebuild(self.model, checkpoint[structure.KEY])
+        stored = checkpoint[structure.KEY]
+        rebuild(self.model, stored)
+        fill(self.model, checkpoint["state_dict"], "model.", stored.get("left_out") or {})
+        self._optimizer_step = stored["optimizer_step"]

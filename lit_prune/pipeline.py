@@ -102,7 +102,7 @@ class Recipe:
 
         Raises:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
-                the bounds do not allow, or that is below what is gone already.
+                the bounds do not allow, or that is below what is gone already, a search on a model that stays on disk.
         """
         self.method.check(model, self.sparsity)
         if self.allocation.refines and on_disk(model) is not None:

@@ -15,6 +15,7 @@ from rich.table import Table
 PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "torchmetrics", "datasets")
 Report = dict[str, Any]
 SHOWN = 5e-5
+COLORS = {"dense": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
 TITLE_LETTERS = 100
 
 
@@ -38,7 +39,7 @@ def table(report: Report) -> Table:
             grid.add_row(f"perplexity, {name}", f"{value:.3f}{_change(report, name)}")
     if report.get("protocol"):
         grid.add_row("protocol", describe_protocol(report["protocol"]))
-    for label, value in _cut(report).items():
+    for label, value in {**_cut(report), **_cuts(report)}.items():
         grid.add_row(label, value)
     if report.get("search"):
         grid.add_row("search of the rates", describe_search(report["search"]))
@@ -61,6 +62,21 @@ def _cut(report: Report) -> dict[str, str]:
         before, after = dense["speed"][name], pruned["speed"][name]
         rows[f"tokens a second, {name}"] = f"{after:,.1f}, dense {before:,.1f}  ({after / before:.2f} x dense)"
     return rows
+
+
+def _cuts(report: Report) -> dict[str, str]:
+    """A row for every cut where there were several, or where the one came after the start."""
+    cuts = report.get("cuts", [])
+    if not cuts or cuts[-1]["step"] == 0:
+        return {}
+    return {f"cut at step {done['step']}": f"{done['sparsity']:.4f}{_jump(done['perplexity'])}" for done in cuts}
+
+
+def _jump(perplexity: dict[str, float]) -> str:
+    """From which perplexity to which a cut went."""
+    if not perplexity:
+        return ""
+    return f", perplexity {perplexity['before']:.3f} to {perplexity['after']:.3f}"
 
 
 def _zeros(sparsity: dict[str, Any]) -> dict[str, str]:
@@ -154,13 +170,16 @@ def picture(path: Path, scores: list[float], rates: list[float], report: Report)
     """Draws every block's score and its rate or width, and the perplexities where there are any, to a PNG file."""
     from matplotlib.figure import Figure
 
-    perplexity = {name: value for name, value in report.get("perplexity", {}).items() if value is not None}
+    perplexity = _bars(report)
     figure = Figure(figsize=(10, 4) if len(perplexity) > 1 else (7.5, 4), layout="constrained")
     widths = [3, 1] if len(perplexity) > 1 else [1]
     axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     blocks = range(len(rates))
     if report.get("slice") is None:
         axes[0].bar(blocks, rates, color="#4c78a8", label="share removed (left)")
+        for done in report.get("cuts", [])[:-1]:
+            label = f"after step {done['step']} (left)"
+            axes[0].plot(blocks, done["rates"], drawstyle="steps-mid", color="#1f3b5c", linewidth=0.8, label=label)
         axes[0].axhline(report["sparsity"]["target"], color="#4c78a8", linestyle=":", label="mean asked for (left)")
         axes[0].set(xlabel="block", ylabel="share removed", ylim=(0, 1))
     else:
@@ -174,11 +193,23 @@ def picture(path: Path, scores: list[float], rates: list[float], report: Report)
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8)
     axes[0].set_title(_title(report), fontsize=9)
     if len(perplexity) > 1:
-        bars = axes[1].bar(list(perplexity), list(perplexity.values()), color=["#54a24b", "#e45756", "#f58518"])
+        colors = [COLORS.get(name, "#e45756") for name in perplexity]
+        bars = axes[1].bar(list(perplexity), list(perplexity.values()), color=colors)
         axes[1].bar_label(bars, fmt="%.1f")
         axes[1].set(title="perplexity", ylim=(0, 1.1 * max(perplexity.values())))
         axes[1].tick_params(axis="x", labelrotation=20)
     figure.savefig(path, dpi=120, format="png")
+
+
+def _bars(report: Report) -> dict[str, float]:
+    """The perplexities to draw: where there were several cuts, that after each."""
+    perplexity = {name: value for name, value in report.get("perplexity", {}).items() if value is not None}
+    cuts = report.get("cuts", [])
+    if len(cuts) < 2 or "pruned" not in perplexity:
+        return perplexity
+    after = {f"cut {done['step']}": done["perplexity"]["after"] for done in cuts}
+    ends = {name: perplexity[name] for name in ("dense", "recovered") if name in perplexity}
+    return {name: ends[name] for name in ("dense",) if name in ends} | after | ends
 
 
 def _title(report: Report) -> str:
@@ -256,6 +287,15 @@ def _has_zeros(report: Report) -> bool:
     return bool(report.get("recipe")) and report["slice"] is None
 
 
+def _at_steps(report: Report) -> str:
+    """When it was cut, where that was not once at the start."""
+    cuts = report.get("cuts", [])
+    if not cuts or cuts[-1]["step"] == 0:
+        return ""
+    steps = ", ".join(f"{done['step']} ({done['sparsity']:.2%})" for done in cuts)
+    return f", during training, before optimizer step{'s' if len(cuts) > 1 else ''} {steps}"
+
+
 def _done(report: Report) -> str:
     """What was done to the model, and what that makes of its size."""
     sparsity, recipe, sliced = report["sparsity"], report.get("recipe"), report["slice"]
@@ -264,13 +304,15 @@ def _done(report: Report) -> str:
     how = f"{recipe['method']}, spread over the blocks by {recipe['allocation']}"
     if sliced is None:
         return (
-            f"Pruned with {how}, at a sparsity of {sparsity['requested']:g} ({_requested_of(sparsity)}). "
+            f"Pruned with {how}, at a sparsity of {sparsity['requested']:g} ({_requested_of(sparsity)})"
+            f"{_at_steps(report)}. "
             f"{sparsity['achieved_linears']:.2%} of the weights of the linears that were pruned are exactly zero, "
             f"{sparsity['achieved_all']:.2%} of all parameters. The zeros are stored, so that masks alone make nothing "
             "smaller."
         )
     return (
-        f"Sliced with {how}: the residual stream has {min(sliced['sizes'])} to {max(sliced['sizes'])} of its "
-        f"{sliced['hidden_size']} dimensions, {sliced['achieved']:.2%} less in the mean. Shortcut matrices "
+        f"Sliced with {how}{_at_steps(report)}: the residual stream has {min(sliced['sizes'])} to "
+        f"{max(sliced['sizes'])} of its {sliced['hidden_size']} dimensions, {sliced['achieved']:.2%} less in the mean. "
+        "Shortcut matrices "
         f"({sliced['shortcut_parameters']:,} parameters) and a head of its own are part of it."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ from lit_prune.stored import FILE, Stored, write_stored
 from lit_prune.verify import Validation, verify
 
 
-def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) -> Report:
-    """Returns the report of what ``model`` is now, and of what was ``done`` to it (see DynamicPruningCallback)."""
-    plain = without_adapter(model)
+def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[str, Any]]) -> Report:
+    """Returns the report of what ``model`` is now, and of the ``cuts`` that were made (see DynamicPruningCallback).
+
+    What it says of scores, rates and the like is the last cut's; `cuts` tells every one.
+    """
+    plain, done = without_adapter(model), dict(cuts[-1]) if cuts else {}
     sparsity: dict[str, Any] = {"requested": None, "achieved_linears": 0.0}
     if recipe is not None and recipe.method.makes_zeros:
         zero, total = zeros(linear.weight_OI for block in recipe.find(plain) for linear in block.linears.values())
@@ -41,7 +45,7 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any])
         }
     zero, total = zeros(plain.parameters())
     return {
-        "perplexity": {"dense": None, "pruned": None, "recovered": None} | done.get("perplexity", {}),
+        "perplexity": _perplexities(cuts),
         "protocol": done.get("protocol"),
         "sparsity": sparsity | {"achieved_all": zero / total},
         "recipe": done.get("recipe"),
@@ -58,14 +62,41 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any])
         "bytes": size_bytes(plain if merges(model) else model),
         "slice": _slice(plain, recipe, done),
         "sliced": isinstance(plain, SlicedCausalLM),
-        "seconds": dict(done.get("seconds", {})),
+        "cuts": [_told_of(done) for done in cuts],
+        "seconds": _seconds(cuts),
         "versions": reports.versions(),
     }
+
+
+def _perplexities(cuts: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Before the first cut, after the last, and what will be measured at the end."""
+    measured = [done["perplexity"] for done in cuts] or [{}]
+    return {"dense": measured[0].get("before"), "pruned": measured[-1].get("after"), "recovered": None}
+
+
+def _told_of(done: dict[str, Any]) -> dict[str, Any]:
+    """What the report says of one cut."""
+    fields = ("step", "target", "sparsity", "perplexity", "protocol", "scores", "rates", "achieved", "seconds")
+    return {"requested": done["recipe"]["sparsity"]} | {field: done[field] for field in fields}
+
+
+def _seconds(cuts: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The seconds of all cuts together; of the dense perplexity, that before the first."""
+    total: dict[str, float] = {}
+    for index, done in enumerate(cuts):
+        for name, seconds in done["seconds"].items():
+            dense = name == "perplexity_before" and index == 0
+            name = "perplexity_dense" if dense else name
+            name = "perplexity_pruned" if name.startswith("perplexity_") and not dense else name
+            total[name] = total.get(name, 0.0) + seconds
+    return total
 
 
 def _slice(plain: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) -> dict[str, Any] | None:
     """What a model that was sliced in this run has become, beside what it was."""
     if recipe is None or not recipe.method.changes_shapes:
+        return None
+    if not done:  # training ended before the cut
         return None
     sizes, full = plain.config.slice_sizes, plain.config.hidden_size
     gone = slices(sizes[:-1], full)
@@ -77,7 +108,8 @@ def _slice(plain: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) 
         "head_size": sizes[-1],
         "shortcut_parameters": sum(p.numel() for name, p in plain.named_parameters() if "shortcut" in name),
         **structure.record(plain).get("slice", {}),
-        **done.get("size", {}),
+        "dense": done["size"].get("before"),
+        "pruned": done["size"].get("after"),
     }
 
 

@@ -65,6 +65,8 @@ class RunFolder:
             self._replaced = aside / self.path.name
             self.path.rename(self._replaced)
         self.path.mkdir(parents=True, exist_ok=True)
+        for draft in self.path.rglob(".*.partial-*"):  # what a run that was killed was writing
+            shutil.rmtree(draft, ignore_errors=True)
 
     def finish(self) -> None:
         """Deletes the folder that this one replaced."""

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_prune.cli import main
 from lit_prune.evaluate import measure, zeros
-from lit_prune.load import EMBEDDED, new_model
+from lit_prune.load import EMBEDDED, load_model, new_model
 from lit_prune.module import PrunableLM
 from lit_prune.prune import SparseGPT
 
@@ -278,26 +278,39 @@ def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report()["perplexity"]["recovered"] < report()["perplexity"]["pruned"]
 
 
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--pruning.sparsity=0.8"], "`pruning.sparsity` must be what the checkpoint was made with, 0.5, got 0.8"),
-        (["--pruning.recovery.r=4"], "`pruning.recovery` must be what the checkpoint was made with, LoRA(r=8"),
-        (["--ckpt_path=dense.ckpt"], "nothing was pruned in dense.ckpt"),
-        (["--ckpt_path=train.txt"], "train.txt cannot be read as one"),
-        (["--output=runs/y"], "`output` must be a new folder"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+OTHER_RUNS = [
+    (["--pruning.sparsity=0.8"], "`pruning.sparsity` must be what the checkpoint was made with, 0.5, got 0.8"),
+    (["--pruning.recovery.r=4"], "`pruning.recovery` must be what the checkpoint was made with, LoRA(r=8"),
+    (["--pruning.at_step=1"], "`pruning.at_step` must be what the checkpoint was made with, 0, got 1"),
+    (["--pruning.method=null"], "`pruning.method` must be what the checkpoint was made with, Wanda("),
+    (["--data.seed=1"], "`data.seed` must be what the checkpoint was made with, 0, got 1"),
+    (["--data.batch_size=2"], "`data.batch_size` must be what the checkpoint was made with, 4, got 2"),
+    (["--data.seq_length=32"], "`data.seq_length` must be what the checkpoint was made with, 64, got 32"),
+    (["--data.train_files=other.txt"], "`data.train_files (or data.source)` must be what the checkpoint was made"),
+    (["--model.lr=1"], "`model.lr` must be what the checkpoint was made with, 0.001, got 1.0"),
+    (["--model.pretrained=other"], "`model.pretrained` must be the model that the checkpoint was made from, its"),
+    (["--ckpt_path=dense.ckpt"], "whole checkpoint of a fit with a DynamicPruningCallback, dense.ckpt is none"),
+    (["--ckpt_path=train.txt"], "train.txt cannot be read as one"),
+    (["--output=runs/y"], "`output` must be a new folder"),
+]
+
+
+def test_a_checkpoint_that_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     run("fit", "--output=runs/x")
     run("prune", "--output=runs/y")
     torch.save({"lit_prune": {"record": {}, "adapter": None}}, "dense.ckpt")
+    Path("other.txt").write_text(Path("train.txt").read_text() * 2)
+    other = load_model("embedded")
+    other.model.norm.weight.data[0] += 1
+    other.save_pretrained("other")
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained("other")
     written = Path("runs/x/report.json").read_text()
-    with pytest.raises(SystemExit):
-        run("fit", "--output=runs/z", "--ckpt_path=runs/x/checkpoints/last.ckpt", *args)
-    assert message in capsys.readouterr().err
-    assert Path("runs/x/report.json").read_text() == written
-    assert not Path("runs/z").exists()
+    for args, message in OTHER_RUNS:
+        with pytest.raises(SystemExit):
+            run("fit", "--output=runs/z", "--ckpt_path=runs/x/checkpoints/last.ckpt", *args)
+        assert message in capsys.readouterr().err
+        assert Path("runs/x/report.json").read_text() == written
+        assert not Path("runs/z").exists()
 
 
 @pytest.mark.parametrize(("recovery", "lr"), [("MaskedLoRA", 1e-3), ("FullFineTuning", 1e-4)])
@@ -430,7 +443,7 @@ def test_perplexities_of_different_protocols_do_not_stand_together() -> None:
 def test_a_run_resumes_in_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     run("fit", "--output=runs/x")
     first = report()
-    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.prune", None)  # there is no second cut
+    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
     run("fit", "--output=runs/x", "--ckpt_path=last", "--trainer.max_steps=4")
     told = report()
     assert told["perplexity"]["dense"] == first["perplexity"]["dense"]
@@ -479,6 +492,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         main(["fit", "--print_config"])
     config = yaml.safe_load(capsys.readouterr().out)
     assert sorted(config) == [
+        "checkpoint_every",
         "data",
         "model",
         "output",
@@ -489,6 +503,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         "trainer",
     ] or sorted(config) == sorted(
         [
+            "checkpoint_every",
             "ckpt_path",
             "data",
             "model",
@@ -505,15 +520,18 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
         [
             "allocation",
             "at_step",
+            "before",
             "blocks",
             "budget",
             "calibration",
+            "full_checkpoint",
             "ignore",
             "max_rate",
             "measure",
             "method",
             "min_rate",
             "recovery",
+            "schedule",
             "sparsity",
             "statistics",
             "target",
@@ -529,6 +547,17 @@ MISTAKES = [
         ["--pruning.recovery=null"],
         r"`pruning.recovery` must be given .*: use MaskedLoRA, FullFineTuning or LoRA, freeze",
     ),
+    (["--pruning.at_step=[2,1]"], r"`pruning.at_step` must list rising steps, got \[2, 1\]"),
+    (["--pruning.at_step=2"], r"`pruning.at_step` must be below the number of optimizer steps, 2 .*, got 2"),
+    (
+        ["--pruning.at_step=[0,1]"],
+        r"`pruning.recovery` must keep zeros .*, got LoRA\(r=8.*: use MaskedLoRA",
+    ),
+    (["--pruning.at_step=soon"], r"`pruning.at_step`: Expected a int.*soon"),
+    (["--pruning.schedule=Qubic"], r"`pruning.schedule` must be one of Cubic, Linear, OneShot, .*Did you mean Cubic"),
+    (["--pruning.before=MaskLoRA"], r"`pruning.before` must be one of FullFineTuning, .*Did you mean MaskedLoRA"),
+    (["--pruning.before=LoRA"], r"`pruning.before` must be null where the first cut comes at step 0"),
+    (["--checkpoint_every=0"], r"`checkpoint_every` must be at least 1"),
     (["--pruning.sparsity=1.2"], r"`pruning.sparsity` must be in \[0, 1\).*got 1.2"),
     (["--pruning.budget=weights"], r"`pruning.budget`: .*one of .*'linears', 'parameters'.*weights"),
     (["--pruning.budget=parameters", "--pruning.sparsity=0.9"], r"must be between 0 and 0.7\d* of all parameters"),

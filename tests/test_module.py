@@ -1,11 +1,15 @@
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lit_prune.callbacks import DynamicPruningCallback
 
+from lit_prune.calibrate import Calibration
 from lit_prune.data import TextDataModule
 from lit_prune.errors import InputError
 from lit_prune.evaluate import measure
 from lit_prune.module import PrunableLM
+from lit_prune.prune import Wanda
+from lit_prune.recover import MaskedLoRA
 from tests.conftest import SMALL
 
 ARCHITECTURE = {"model_type": "llama", **SMALL, "vocab_size": 4096}
@@ -74,8 +78,6 @@ def test_padding_is_left_out_of_the_loss() -> None:
 def test_warm_up_and_cosine_cover_the_run(data: TextDataModule) -> None:
     module, rates = PrunableLM(architecture=ARCHITECTURE, lr=1e-3, warmup_steps=2, min_lr_share=0.1), []
 
-    from lightning.pytorch import Callback
-
     class Rates(Callback):
         def on_train_batch_start(self, trainer: Trainer, *args: object) -> None:
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
@@ -84,6 +86,25 @@ def test_warm_up_and_cosine_cover_the_run(data: TextDataModule) -> None:
     assert rates[0] == 0
     assert max(rates) == rates[2] == pytest.approx(1e-3)
     assert rates[-1] == pytest.approx(1e-4, rel=0.5)
+
+
+def test_warm_up_and_cosine_begin_anew_at_a_cut_and_cover_what_remains(data: TextDataModule) -> None:
+    module, rates = PrunableLM(architecture=ARCHITECTURE, lr=1e-3, warmup_steps=2, min_lr_share=0.1), []
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
+            rates.append(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])
+
+    calibration = Calibration(num_samples=2, seq_length=16)
+    pruning = DynamicPruningCallback(Wanda(), at_step=4, recovery=MaskedLoRA(), calibration=calibration)
+    fit(module, data, max_steps=12, callbacks=[pruning, Rates()])
+    alone = PrunableLM(architecture=ARCHITECTURE, lr=1e-3, warmup_steps=2, min_lr_share=0.1)
+    cut, rates = rates, []
+    fit(alone, data, max_steps=8, callbacks=[Rates()])
+    assert cut[4:] == pytest.approx(rates)  # eight steps remain
+    assert cut[3] != pytest.approx(cut[4])
+    fit(module, data, max_steps=1)  # another fit begins at 0
+    assert module._optimizer_step == 0
 
 
 def test_vectors_have_no_weight_decay(data: TextDataModule) -> None:

@@ -34,6 +34,7 @@ class Method(ABC):
         chooses_linears: Whether `targets` and `ignore` mean anything to the method.
         makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
         changes_shapes: Whether weights become smaller, so that the model's parameters and its speed change.
+        keeps_values: Whether weights that are not removed stay what they were, to the bit.
         tries: Whether there is a :meth:`trial`, which an allocation that searches needs.
     """
 
@@ -41,6 +42,7 @@ class Method(ABC):
     chooses_linears: ClassVar[bool] = True
     makes_zeros: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = False
+    keeps_values: ClassVar[bool] = False
     tries: ClassVar[bool] = False
     propagate: Propagate
 
@@ -51,6 +53,10 @@ class Method(ABC):
         self, blocks: Sequence[Block], allocation: Allocation, sparsity: float
     ) -> None:
         """Raises InputError where the rates that ``allocation`` spreads are not such as the method can have."""
+
+    def repeats(self) -> bool:
+        """Returns whether a model that the method has cut can be cut again, to a higher sparsity."""
+        return True
 
     @abstractmethod
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
@@ -148,6 +154,10 @@ class MaskMethod(Method):
             }
             self.pattern.check(allocation, sparsity, columns)
 
+    def repeats(self) -> bool:
+        """Returns whether the pattern allows several rates."""
+        return self.pattern is None or self.pattern.repeats
+
     def bounds(self, least: float, most: float) -> tuple[float, float]:
         """Returns the bounds that the pattern can have."""
         return (least, most) if self.pattern is None else self.pattern.bounds(least, most)
@@ -231,6 +241,7 @@ class ScoredMethod(MaskMethod):
         by_row: Compare scores within each output row, not over the whole matrix.
     """
 
+    keeps_values: ClassVar[bool] = True
     by_row: ClassVar[bool]
 
     @abstractmethod

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class NofM(Pattern):
 
     n: int = 2
     m: int = 4
+
+    repeats: ClassVar[bool] = False  # it knows one rate
 
     def __post_init__(self) -> None:
         _check_group("NofM", self.m)

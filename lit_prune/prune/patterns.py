@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import numpy as np
 import torch
@@ -16,7 +16,13 @@ from lit_prune.allocate.base import Allocation
 
 
 class Pattern(ABC):
-    """How removals may lie within a weight, and which rates that allows."""
+    """How removals may lie within a weight, and which rates that allows.
+
+    Attributes:
+        repeats: Whether what lies so can be pruned further in the same pattern.
+    """
+
+    repeats: ClassVar[bool] = True
 
     def check(self, allocation: Allocation, sparsity: float, columns: Mapping[str, int]) -> None:  # noqa: B027
         """Raises InputError where what is asked for cannot lie so, before anything is done.

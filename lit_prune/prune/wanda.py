@@ -23,9 +23,8 @@ class Wanda(ScoredMethod):
     Args:
         pattern: How the removals may lie; null is Unstructured.
         propagate: `dense` takes the norms of the unpruned model, from the pass that scores the blocks; `pruned` takes
-            those behind pruned blocks, as the papers do, in two passes more; null is dense. Measured on SmolLM2-135M,
-            dense is better with DLP (perplexity 43.65 against 44.11 at 0.5, 280 against 328 at 0.7), pruned with
-            Uniform (44.45 against 44.20, 1051 against 1006): benchmarks/quality.py.
+            those behind pruned blocks, as the papers do, in two passes more; null is dense. On SmolLM2-135M dense is
+            better with DLP at 0.7 (perplexity 328 against 346), and within a percent otherwise: docs/results.md.
     """
 
     pattern: Pattern | None = None

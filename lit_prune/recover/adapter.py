@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_prune import structure
 from lit_prune.errors import InputError
 from lit_prune.linears import has_fused_experts
 from lit_prune.recover.masked_linear import MaskedLinear
@@ -118,6 +119,20 @@ def merged_weight(layer: LoraLayer) -> Tensor:
     weight, delta = adapted.get_base_layer().weight, adapted.get_delta_weight("default")
     wide = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(wide) + delta.to(weight.device, wide)).to(weight.dtype)
+
+
+@torch.no_grad()
+def fold_adapter(model: PreTrainedModel) -> None:
+    """Merges the adapter of ``model`` into its weights, in place, and takes it off; does nothing without one."""
+    if adapter_config(model) is None:
+        return
+    assert has_masked_adapter(model) or not structure.masked(model), "B A is dense, and would fill the zeros"
+    layers: dict[str, Any] = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for name, layer in layers.items():
+        layer.get_base_layer().weight.copy_(merged_weight(layer))
+        model.set_submodule(name, layer.get_base_layer())
+    model._hf_peft_config_loaded = False
+    del model.peft_config
 
 
 def _adaptable(model: PreTrainedModel) -> list[str]:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
+from lit_prune.recover.adapter import fold_adapter
+
 
 class Recovery(ABC):
-    """What is trained after the cut, so that the model heals and the pruned weights stay pruned."""
+    """What is trained after a cut, so that the model heals and the pruned weights stay pruned; or before the first.
+
+    Attributes:
+        folds_under_masks: Whether :meth:`detach` keeps the zeros of a masked model.
+    """
+
+    folds_under_masks: ClassVar[bool] = False
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most have nothing to check)
         """Raises InputError where the settings do not fit ``model``, before anything is done to it."""
@@ -16,3 +25,7 @@ class Recovery(ABC):
     @abstractmethod
     def attach(self, model: PreTrainedModel) -> None:
         """Makes ``model`` ready to be trained, in place: what is to learn requires gradients, nothing else does."""
+
+    def detach(self, model: PreTrainedModel) -> None:
+        """Folds what was learnt into the weights of ``model``, in place, and leaves no adapter: the next cut comes."""
+        fold_adapter(model)

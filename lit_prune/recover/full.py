@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from transformers import PreTrainedModel
 
@@ -23,6 +23,8 @@ class FullFineTuning(Recovery):
     Raises:
         InputError: if the whole model is frozen.
     """
+
+    folds_under_masks: ClassVar[bool] = True
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises InputError where nothing of ``model`` can be trained."""

@@ -7,12 +7,13 @@ zero, and weight decay takes a share of zero. It need not know of the masks.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_prune import structure
+from lit_prune.bits import packed, unpacked
 from lit_prune.families import find_blocks
 
 
@@ -56,6 +57,24 @@ def hold_zeros(model: PreTrainedModel) -> None:
 def holds_zeros(model: nn.Module) -> bool:
     """Returns whether zeros of ``model`` are kept; see :func:`hold_zeros`."""
     return any(_hook(parameter) is not None for parameter in model.parameters())
+
+
+def held_masks(model: nn.Module) -> dict[str, Tensor]:
+    """Returns which weights are held at zero, by parameter, as bits; those of which no gradient has come are left out.
+
+    A run that goes on must hold the same: a kept weight may be passing zero just then.
+    """
+    hooks = {name: _hook(parameter) for name, parameter in model.named_parameters()}
+    return {name: packed(hook.gone) for name, hook in hooks.items() if hook is not None and hook.gone is not None}
+
+
+def hold_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Lets ``model``, whose zeros are held, hold those that :func:`held_masks` returned."""
+    for name, bits in masks.items():
+        parameter = model.get_parameter(name)
+        held = _hook(parameter)
+        assert held is not None, f"{name} is not held"
+        held.gone = unpacked(bits, parameter.shape).to(parameter.device)
 
 
 def _pruned(model: PreTrainedModel) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
         "slice_sizes": getattr(model.config, "slice_sizes", None),
         "adapter": adapter_config(model),
         "masked_adapter": has_masked_adapter(model),
+        "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
         "holds_zeros": holds_zeros(model),
     }
 
@@ -34,5 +35,7 @@ def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
         kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]
         config = kind(**{key: value for key, value in fields.items() if key != "peft_type"})
         add_adapter(model, config, masked=stored.get("masked_adapter", False))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in stored["trained"])
     if stored.get("holds_zeros"):
         hold_zeros(model)

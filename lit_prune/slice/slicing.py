@@ -73,6 +73,10 @@ class Slicing(Method):
                 f"keeps one `multiple` ({self.multiple}) of {width} dimensions."
             )
 
+    def repeats(self) -> bool:
+        """Returns False: a sliced model is not sliced again."""
+        return False
+
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the dimensions of each block."""
         return [model.config.hidden_size] * len(blocks)

@@ -11,7 +11,7 @@ from lit_prune.errors import InputError
 from lit_prune.families import find_blocks
 from lit_prune.pipeline import Recipe, prune
 from lit_prune.prune import Magnitude, NofM, Wanda
-from lit_prune.recover import FullFineTuning, rebuild, snapshot
+from lit_prune.recover import FullFineTuning, held_masks, hold_masks, rebuild, snapshot
 from tests.conftest import small_model
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -155,3 +155,22 @@ def test_what_was_frozen_stays_frozen_and_all_of_it_is_refused() -> None:
     model.requires_grad_(False)
     with pytest.raises(InputError, match="`pruning.recovery` must be a recovery that has something to train"):
         FullFineTuning().check(model)
+
+
+def test_a_run_that_goes_on_holds_the_same_zeros(batches: list[torch.Tensor]) -> None:
+    models = [small_model(), small_model()]
+    for model in models:
+        model.model.layers[0].mlp.up_proj.weight.data[:, 1] = 0
+        FullFineTuning().attach(model)
+    first, resumed = models
+    assert held_masks(first) == {}  # no gradient has come
+    first(batches[0], labels=batches[0]).loss.backward()
+    weight = "model.layers.0.mlp.up_proj.weight"
+    for model in models:
+        model.get_parameter(weight).data[3, 5] = 0  # a kept weight that passes zero
+    hold_masks(resumed, held_masks(first))
+    resumed(batches[0], labels=batches[0]).loss.backward()
+    grad = resumed.get_parameter(weight).grad
+    assert grad is not None
+    assert grad[3, 5] != 0
+    assert (grad[:, 1] == 0).all()

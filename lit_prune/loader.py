@@ -1,0 +1,79 @@
+"""A DataLoader whose order is a function of (seed, epoch), and that a checkpoint can put back where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+EPOCH_STRIDE = 1_000_003  # so that neighbouring seeds share no epoch's order
+
+
+class EpochOrder(Sampler[int]):
+    """The order of all items in an epoch, from a position on.
+
+    Args:
+        count: Number of items.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch, self.begin = count, seed, 0, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch; Lightning calls it before each."""
+        self.epoch = epoch
+
+    def order(self) -> Tensor:
+        """Returns the indices of the items in the order of this epoch, shape (count,)."""
+        random = torch.Generator().manual_seed(self.seed + EPOCH_STRIDE * self.epoch)
+        torch.empty((), dtype=torch.int64).random_(generator=random)  # as a plain, shuffled DataLoader does first
+        return torch.randperm(self.count, generator=random)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order()[self.begin :].tolist())
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class ResumableLoader(DataLoader):
+    """Shuffled batches; what was read of an epoch is skipped after a resume, and not read.
+
+    Lightning keeps its state in every checkpoint. It draws nothing from the global random numbers.
+
+    Args:
+        items: A map-style data set.
+        batch_size: Items per batch.
+        seed: Seed of the order.
+        num_workers: Processes that load batches.
+    """
+
+    def __init__(self, items: Dataset, *, batch_size: int, seed: int, num_workers: int = 0) -> None:
+        self.ordered = EpochOrder(len(items), seed)  # type: ignore[arg-type]
+        own = torch.Generator().manual_seed(seed)
+        super().__init__(items, batch_size, sampler=self.ordered, num_workers=num_workers, generator=own)
+        self.position = {"epoch": 0, "batches": 0}
+        self._resumed = False
+
+    def __iter__(self) -> Any:
+        """Yields the batches of the epoch; it begins at the position of a checkpoint that was just loaded."""
+        epoch = self.ordered.epoch  # by the time of the first batch Lightning has set it
+        skipped = self.position["batches"] if self._resumed and self.position["epoch"] == epoch else 0
+        self._resumed = False
+        self.ordered.begin = skipped * (self.batch_size or 1)
+        self.position = {"epoch": epoch, "batches": skipped}
+        for batch in super().__iter__():
+            self.position["batches"] += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the epoch, and how many of its batches were given."""
+        return dict(self.position)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the position of a checkpoint."""
+        self.position, self._resumed = dict(state_dict), True
