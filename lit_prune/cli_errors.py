@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from lit_prune.allocate import Allocation
@@ -92,7 +93,8 @@ def _key(found: re.Match[str], message: str, parser: Any) -> str:
 def _class_option(found: re.Match[str], message: str, parser: Any) -> str:
     name, option = found.group(1).rsplit(".", 1)[-1], found.group(2)
     leaves = {leaf.__name__: leaf for base in BASES.values() for leaf in _leaves(base)}
-    choices = list(getattr(leaves.get(name), "__dataclass_fields__", {}))
+    leaf = leaves.get(name)
+    choices = [field.name for field in fields(leaf)] if leaf is not None and is_dataclass(leaf) else []
     return _not_known(
         f"`{_where(message, found.start())}.{option}` is not a setting of {name}", option, choices, ", ".join(choices)
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
@@ -27,6 +28,8 @@ def test_config(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Path("train.txt").write_text("Return the number of items in a container, or raise an error.\n" * 400)
     Path("val.txt").write_text("Open the file, read its lines and close it again when that is done.\n" * 200)
     warnings.simplefilter("ignore")
+    at_step = yaml.safe_load(text).get("pruning", {}).get("at_step", 0)
+    steps = list(range(len(at_step))) if isinstance(at_step, list) else min(at_step, 1)
     main(
         [
             "fit",
@@ -39,7 +42,8 @@ def test_config(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             "--data.val_seq_length=64",
             "--pruning.calibration.num_samples=4",
             "--pruning.calibration.seq_length=64",
-            "--trainer.max_steps=2",
+            f"--pruning.at_step={steps}",
+            f"--trainer.max_steps={max(2, len(steps) if isinstance(steps, list) else 0)}",
             "--trainer.val_check_interval=2",
             "--trainer.enable_progress_bar=false",
         ]

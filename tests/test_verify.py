@@ -11,7 +11,7 @@ from lit_prune.allocate import Uniform
 from lit_prune.calibrate import Batch
 from lit_prune.evaluate import measure
 from lit_prune.export import export
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.pipeline import Recipe, prune, recipe_record
 from lit_prune.prune import Magnitude
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery
 from lit_prune.results import summary
@@ -41,7 +41,15 @@ def recovered(recovery: Recovery | None = None, dtype: torch.dtype = torch.float
 
 def report_of(model: PreTrainedModel, recipe: Recipe = RECIPE, **fields: Any) -> dict[str, Any]:
     found = measure(model, batches(), "text")
-    return summary(model, recipe, {"perplexity": {"pruned": found.perplexity}, "achieved": [0.5] * 3} | fields)
+    told = dict.fromkeys(("target", "sparsity"), recipe.sparsity) | dict.fromkeys(("protocol", "scores", "rates"))
+    cut = {
+        "step": 0,
+        "recipe": recipe_record(recipe),
+        "perplexity": {"after": found.perplexity},
+        "seconds": {},
+        "size": {},
+    } | told
+    return summary(model, recipe, [cut | {"achieved": [0.5] * 3} | fields])
 
 
 @pytest.mark.parametrize("recovery", [None, LoRA(), MaskedLoRA(), FullFineTuning()])
