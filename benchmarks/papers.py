@@ -19,6 +19,7 @@ from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundan
 from lit_prune.load import load_model
 from lit_prune.pipeline import Recipe, look
 from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
+from lit_prune.run_folder import written_aside
 from lit_prune.stored import Stored, read_stored, write_stored
 
 Method = Magnitude | Wanda | SparseGPT
@@ -90,9 +91,8 @@ class Cases:
         known = self.stored is not None and repr(rule) in self.stored.scores
         if not known:
             scored, self.stored = look(model, batches, looked, stored=self.stored)
-            draft = self.file.with_suffix(".partial")
-            write_stored(draft, self.stored)
-            draft.replace(self.file)
+            with written_aside(self.file) as draft:
+                write_stored(draft, self.stored)
         row = self.protocol.run(recipe, self.stored)
         return row | {"look_seconds": 0.0 if known else scored.seconds}
 

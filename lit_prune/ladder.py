@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_prune.bits import packed, unpacked
 from lit_prune.calibrate import Batch
 from lit_prune.families import Block
 from lit_prune.trial import Trial
@@ -68,7 +68,7 @@ class Ladder:
         stored: Weights = {}
         for name, pruned_OI in self.cut(block, rate).items():
             keep_OI, dense_OI = pruned_OI != 0, block.linears[name].weight_OI
-            stored[f"keep.{name}"] = torch.from_numpy(np.packbits(keep_OI.flatten().cpu().numpy()))
+            stored[f"keep.{name}"] = packed(keep_OI)
             if not torch.equal(torch.where(keep_OI, dense_OI, 0), pruned_OI):
                 stored[f"new.{name}"] = pruned_OI[keep_OI]
         save_file(stored, self._file(block, rung))
@@ -92,8 +92,7 @@ class Ladder:
 
 def _rebuilt(stored: Weights, name: str, dense_OI: Tensor) -> Tensor:
     """The weight of a rung."""
-    bits_N = np.unpackbits(stored[f"keep.{name}"].numpy(), count=dense_OI.numel())
-    keep_OI = torch.from_numpy(bits_N).bool().view_as(dense_OI)
+    keep_OI = unpacked(stored[f"keep.{name}"], dense_OI.shape)
     new_K = stored.get(f"new.{name}")
     if new_K is None:
         return dense_OI.masked_fill(~keep_OI, 0)

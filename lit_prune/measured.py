@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_prune.errors import InputError
+from lit_prune.evolve import Moved
 from lit_prune.run_folder import write_text
 
-Moved = tuple[int, ...]
 DIGEST = 64  # letters of a SHA-256, which tells people nothing
 CHANGE = "choose another file by `--pruning.allocation.state FILE`"
 

@@ -31,7 +31,7 @@ from lit_prune.families import Block, find_blocks
 from lit_prune.on_disk import check_working, on_disk
 from lit_prune.progress import say, track
 from lit_prune.prune import Method, Wanda
-from lit_prune.stored import Stored, key_of
+from lit_prune.stored import Key, Stored, key_of
 
 TOLD = 1e-3  # share of zeros that is no accident of a weight's data type
 
@@ -104,6 +104,10 @@ class Recipe:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
                 the bounds do not allow, or that is below what is gone already, a search on a model that stays on disk.
         """
+        return self.bounded(model)[0]
+
+    def bounded(self, model: PreTrainedModel) -> tuple[list[Block], Limits]:
+        """Returns what :meth:`check` does, with what bounds the rates of the blocks; arguments and errors as there."""
         self.method.check(model, self.sparsity)
         if self.allocation.refines and on_disk(model) is not None:
             raise InputError(
@@ -120,7 +124,7 @@ class Recipe:
         self.method.check_rates(blocks, self.allocation, limits.target)
         self.allocation.check(limits.sizes, limits.target, limits.lower, limits.upper)
         self.spread(limits, [1.0] * len(blocks), equal=True)
-        return blocks
+        return blocks, limits
 
     def limits(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Limits:
         """Returns what bounds the rates of the blocks, and the mean that the sparsity comes to.
@@ -324,9 +328,11 @@ def _score(
     stored: Stored | None = None,
 ) -> Scored:
     """Scores the blocks, and keeps the statistics that are needed where the model is."""
-    blocks = recipe.check(model)
+    blocks, limits = recipe.bounded(model)
+    key = key_of(model, batches) if stored is not None or recipe.allocation.refines else None
     if stored is not None:
-        stored.check(key_of(model, batches), blocks, needs)
+        assert key is not None
+        stored.check(key, blocks, needs)
     begin = time.perf_counter()
     known = stored.scores_of(recipe.allocation, blocks) if stored else None
     with evaluating(model):
@@ -340,10 +346,9 @@ def _score(
                 seen = seen.to(next(block.module.parameters()).device)
                 scores.append(known[block.index] if known else recipe.allocation.score(_weights(block), seen))
             observed.append(seen.to(model.device))
-    limits = recipe.limits(model, blocks)
     if limits.gone >= TOLD:
         say(f"{limits.gone:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
-    refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, observed=observed)
+    refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, observed=observed, key=key)
     seconds = time.perf_counter() - begin
     return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, observed, refined.told)
 
@@ -358,17 +363,19 @@ def _refine(
     limits: Limits,
     scores: Sequence[float],
     observed: Sequence[Observed],
+    key: Key | None,
 ) -> Refined:
     """Spreads the budget by the scores, and tries other rates where the allocation does."""
     rates = recipe.spread(limits, scores)
     if not recipe.allocation.refines:
         return Refined(rates)
+    assert key is not None
     recorded = {name: value for name, value in recipe_record(recipe).items() if name != "allocation"}
-    key, dicts = vars(key_of(model, batches)) | recorded, _dicts(model, batches)
+    dicts = _dicts(model, batches)
     place = torch.device(device or model.device)
     trying = recipe.method.trial(model, blocks, observed=observed, device=place, batches=dicts)
     with evaluating(model), trying as trial:
-        return recipe.allocation.refine(rates, limits, trial=trial, key=key)
+        return recipe.allocation.refine(rates, limits, trial=trial, key=vars(key) | recorded)
 
 
 def _weights(block: Block) -> dict[str, Tensor]:

@@ -22,12 +22,12 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation
 from lit_prune.calibrate import GRAM, INPUTS, Batch, Observed
+from lit_prune.checkpoint import digest
 from lit_prune.errors import InputError
 from lit_prune.families import Block
 
 FILE = "statistics.safetensors"
 PACKAGES = ("lit_prune", "torch", "transformers")
-CHUNK = 1 << 24  # entries of a tensor that are digested at a time
 
 
 @dataclass(frozen=True)
@@ -173,16 +173,14 @@ def _of_all(tensors: dict[str, Tensor], prefix: str, leaders: dict[str, str]) ->
 @torch.no_grad()
 def _weights(model: PreTrainedModel) -> str:
     """The digest of every parameter, tied ones once, and of what else the config says of the function."""
-    digest = hashlib.sha256()
+    whole = hashlib.sha256()
     for name, tensor in model.named_parameters():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for part in tensor.detach().flatten().split(CHUNK):
-            digest.update(memoryview(part.cpu().contiguous().view(torch.uint8).numpy()))
+        whole.update(f"{name} {digest(tensor)} ".encode())
     config = model.config.to_dict()
     for passing in ("_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "lit_prune"):
         config.pop(passing, None)
-    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    whole.update(json.dumps(config, sort_keys=True, default=str).encode())
+    return whole.hexdigest()
 
 
 def _tokens(batches: Iterable[Batch | Tensor]) -> str:

@@ -8,7 +8,6 @@ ROOT = Path(__file__).parent.parent
 STAGES = ("allocate", "prune", "recover")
 SHARED = ("base", "metric", "patterns", "adapter", "held", "masked_linear")  # what leaves may import beside them
 MADE_OF = {"lit_prune.allocate.search": {"lit_prune.allocate.dlp"}}  # a leaf that begins with another one
-SHARED = ("base", "metric", "patterns", "adapter", "held", "masked_linear")  # what leaves may import beside them
 
 
 def modules() -> dict[str, Path]:
