@@ -57,8 +57,8 @@ class DynamicPruningCallback(Callback):
         schedule: How sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for several.
         before: What is trained before the first cut, where that comes later than step 0, such as LoRA; null trains
             what the LightningModule leaves trainable, which for PrunableLM is everything.
-        recovery: What is trained after a cut: LoRA, MaskedLoRA or FullFineTuning; null trains what the
-            LightningModule leaves trainable, which must not be weights under a mask.
+        recovery: What is trained after a cut: LoRA, MaskedLoRA, QLoRA (after the one cut) or FullFineTuning; null
+            trains what the LightningModule leaves trainable, which must not be weights under a mask.
         calibration: How much text the statistics are taken over, at every cut.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
@@ -291,6 +291,15 @@ class DynamicPruningCallback(Callback):
         if self.recipe is None:
             return
         method, count = self.recipe.method, len(self.cuts)
+        for field, recovery in (("before", self.before), ("recovery", self.recovery if count > 1 else None)):
+            if recovery is not None and recovery.quantises:
+                raise InputError(
+                    f"`pruning.{field}` must not be {type(recovery).__name__} where a cut comes after it, which wants "
+                    "full precision: use LoRA or MaskedLoRA there, and quantise at the last cut, as the one "
+                    "`pruning.recovery` of one cut."
+                )
+        if method.changes_shapes and self.recovery is not None:
+            self.recovery.check_sliced()
         if self.before is not None and self.cuts[0].step == 0:
             raise InputError(
                 "`pruning.before` must be null where the first cut comes at step 0, nothing is trained before it, got "
