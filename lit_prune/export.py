@@ -155,10 +155,20 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     within = tuple(f"{name}." for name in packed)
     told = plain.load_state_dict(base_weights(model, but=within), strict=False, assign=True)
     assert all(name.startswith(within) for name in (*told.missing_keys, *told.unexpected_keys)), told
+    _share_buffers(model, plain)
     plain.tie_weights()
     plain.generation_config = model.generation_config
     _tell_quantised(plain)
     return plain
+
+
+def _share_buffers(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+    """Gives ``plain`` the buffers of ``model`` that no state dict has, such as rotary frequencies, so that it runs."""
+    for name, buffer in model.named_buffers():
+        path, _, last = name.replace(".base_layer.", ".").rpartition(".")
+        module = plain.get_submodule(path)
+        if last in module._buffers and module._buffers[last].is_meta:  # type: ignore[union-attr]
+            module._buffers[last] = buffer
 
 
 def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -186,10 +196,9 @@ def _check_zeros(model: PreTrainedModel, plain: PreTrainedModel) -> None:
 
 
 def base_weights(model: PreTrainedModel, but: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Returns the state dict of ``model`` as it would be without its adapter, and without names that begin ``but`` so."""
-    names = {name: name.replace(".base_layer.", ".") for name in model.state_dict() if ".lora_" not in name}
-    state = model.state_dict()
-    return {plain: state[name] for name, plain in names.items() if not plain.startswith(but)}
+    """Returns the state dict of ``model`` as it would be without its adapter, but for names that begin so."""
+    state = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(but)}
 
 
 def _name_base(adapter: Path) -> None:

@@ -163,7 +163,7 @@ def linears_of(layer: nn.Module) -> dict[str, Linear]:
     found: list[Linear] = []
     for path, module in layer.named_modules():
         if is_quantised(module):
-            found.append(Quantised(path, module))  # type: ignore[arg-type]
+            found.append(Quantised(path, module))
         elif isinstance(module, nn.Linear):
             found.append(Dense(path, module))
         elif isinstance(module, Conv1D):

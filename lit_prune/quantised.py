@@ -1,8 +1,7 @@
 """Linears in 4 or 8 bits, by bitsandbytes: made from full precision, read, counted, and the mask that goes with them.
 
-Every type has an exact zero, so that what is pruned stays zero; but it rounds small weights to zero as well (of normally
-distributed ones about 8% in NF4). What was pruned can therefore not be read off a quantised weight: its mask is kept
-beside it, as bits.
+Every type has an exact zero, so that what is pruned stays zero; but it rounds small weights to zero as well. What was
+pruned can therefore not be read off a quantised weight: its mask is kept beside it, as bits.
 Suffixes: O output channels, I input channels.
 """
 
@@ -40,10 +39,11 @@ class Linear4bit(bnb.nn.Linear4bit):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         begin = f"{prefix}weight."
-        state = {name: state_dict.pop(name).clone() for name in list(state_dict) if name.startswith(begin)}
-        if state:
-            told = {name.removeprefix(begin): tensor for name, tensor in state.items()}
-            self.weight.quant_state = self.quant_state = QuantState.from_dict(told, self.weight.device)
+        names = [name for name in state_dict if name.startswith(begin)]
+        if names:
+            told = {name.removeprefix(begin): state_dict.pop(name).clone() for name in names}
+            self.quant_state = QuantState.from_dict(told, self.weight.device)
+            self.weight.quant_state = self.quant_state  # type: ignore[attr-defined]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
@@ -53,7 +53,8 @@ class Linear8bit(bnb.nn.Linear8bitLt):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear8bit:
         super()._apply(fn, recurse)
-        for holder in (self.weight, self.state):
+        holders: tuple[Any, ...] = (self.weight, self.state)
+        for holder in holders:
             if holder.SCB is not None:
                 holder.CB, holder.SCB = self.weight.data, holder.SCB.to(self.weight.device)
         return self
@@ -95,7 +96,7 @@ def _empty(weight_OI: Tensor, bias: bool, quantization: Quantization, double_qua
     if quantization == "int8":
         module.weight = bnb.nn.Int8Params(given, requires_grad=False, has_fp16_weights=False)
     else:
-        kind = {"quant_type": quantization, "compress_statistics": double_quant}
+        kind: dict[str, Any] = {"quant_type": quantization, "compress_statistics": double_quant}
         module.weight = bnb.nn.Params4bit(given, requires_grad=False, module=module, **kind)
     return module
 
@@ -122,10 +123,11 @@ def quantisation(model: nn.Module) -> dict[str, Any] | None:
 @torch.no_grad()
 def dequantised(module: Any) -> Tensor:
     """Returns the matrix of a quantised linear, (out, in), in the type that it was quantised from."""
+    weight: Any = module.weight
     if isinstance(module, bnb.nn.Linear4bit):
-        return dequantize_4bit(module.weight.data, module.weight.quant_state or module.quant_state)
-    scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-    return int8_vectorwise_dequant(module.weight.data, scales).to(getattr(module, "weight_dtype", torch.float32))
+        return dequantize_4bit(weight.data, weight.quant_state or module.quant_state)
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB
+    return int8_vectorwise_dequant(weight.data, scales).to(getattr(module, "weight_dtype", torch.float32))
 
 
 def mask(module: nn.Module) -> Tensor | None:

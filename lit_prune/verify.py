@@ -1,8 +1,8 @@
 """Reopens an exported folder and compares it with the model in memory, before it gets its name.
 
 Its weights are those that were written, bit for bit; nothing that was pruned has been filled; its logits on one window
-are those of the model as it was trained and validated, adapter and all; so is its perplexity. Weights that were quantised
-again after a merge are another model's than the one that was trained: there it is the model that was written.
+are those of the model as it was trained and validated, adapter and all; so is its perplexity. Weights that were
+quantised again after a merge are another model's than the one that was trained: there it is the model that was written.
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ def has_masked_adapter(model: nn.Module) -> bool:
 def merged_weight(layer: LoraLayer) -> Tensor:
     """Returns the weight under an adapter with the adapter merged into it, laid out and typed as it is.
 
-    The sum is taken in float32 at least. Plain LoRA fills every zero, a masked adapter none. Of a quantised weight it is
-    that in full precision, (out, in).
+    The sum is taken in float32 at least. Plain LoRA fills every zero, a masked adapter none. Over a quantised weight it
+    is in full precision, (out, in).
     """
     if isinstance(layer, MaskedLayer):
         return layer.merged_weight()

@@ -102,8 +102,8 @@ class MaskedLayer(Linear):
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
         y = self.product(x, a_RI, b_OR, scale)
-        bias = self.get_base_layer().bias
-        return y if bias is None else y + bias.to(y.dtype)
+        base: Any = self.get_base_layer()
+        return y if base.bias is None else y + base.bias.to(y.dtype)
 
     def adapter(self) -> tuple[Tensor, Tensor, float]:
         """Returns A (R, I), B (O, R) and the scale."""

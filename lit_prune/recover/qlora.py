@@ -28,7 +28,8 @@ class QLoRA(Recovery):
     - `adapter`: Q + alpha / r * B A, exported as it is: the quantised weights and, beside them, the adapter;
     - `merged`: (Q + alpha / r * B A) * M, M being the mask of what was pruned: merged into plain weights of the type
       that the model had, with every zero;
-    - `requantised`: the same, quantised again after the merge, which rounds once more: the report tells what that costs.
+    - `requantised`: the same, quantised again after the merge, which rounds once more; the report tells what that
+      costs.
 
     Without masks, over slices, M is one everywhere.
 
@@ -68,8 +69,8 @@ class QLoRA(Recovery):
         """Raises InputError for target modules that match nothing, experts, and sizes that 4 bits do not fit."""
         if has_fused_experts(model):
             raise InputError(
-                "`pruning.recovery` must not be QLoRA for a mixture of fused experts, which are most of its weights and "
-                "which bitsandbytes does not quantise: use LoRA or MaskedLoRA."
+                "`pruning.recovery` must not be QLoRA for a mixture of fused experts, which bitsandbytes does not "
+                "quantise, and which are most of its weights: use LoRA or MaskedLoRA."
             )
         check_targets(self, model)
         head = model.get_output_embeddings()
@@ -81,9 +82,9 @@ class QLoRA(Recovery):
         """Raises InputError for an export in 4 bits: the widths of slices are of any size."""
         if self._writes_4_bits:
             raise InputError(
-                f"`QLoRA.form` must be merged over slices, got {self.form} in {self.quantization}: bitsandbytes runs 4-bit "
-                f"linears on every CPU only where out and in are multiples of {MULTIPLES[0]} and {MULTIPLES[1]}, and "
-                "widths are not; or give `quantization` int8."
+                f"`QLoRA.form` must be merged over slices, or `quantization` int8, got {self.form} in "
+                f"{self.quantization}: bitsandbytes runs 4-bit linears on every CPU only where out and in are "
+                f"multiples of {MULTIPLES[0]} and {MULTIPLES[1]}, and widths are not."
             )
 
     @property
@@ -94,9 +95,9 @@ class QLoRA(Recovery):
         for name, shape in shapes.items():
             if any(size % multiple for size, multiple in zip(shape, MULTIPLES, strict=True)):
                 raise InputError(
-                    f"`QLoRA.quantization` must be int8 for this model, or `QLoRA.form` merged, got {self.quantization}: "
-                    f"{name} has a weight of {shape}, and bitsandbytes runs 4-bit linears on every CPU only where "
-                    f"out and in are multiples of {MULTIPLES[0]} and {MULTIPLES[1]}."
+                    f"`QLoRA.quantization` must be int8 for this model, or `QLoRA.form` merged, got "
+                    f"{self.quantization}: {name} has a weight of {shape}, and bitsandbytes runs 4-bit linears on "
+                    f"every CPU only where out and in are multiples of {MULTIPLES[0]} and {MULTIPLES[1]}."
                 )
 
     def attach(self, model: PreTrainedModel) -> None:
