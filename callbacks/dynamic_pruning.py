@@ -291,15 +291,7 @@ class DynamicPruningCallback(Callback):
         if self.recipe is None:
             return
         method, count = self.recipe.method, len(self.cuts)
-        for field, recovery in (("before", self.before), ("recovery", self.recovery if count > 1 else None)):
-            if recovery is not None and recovery.quantises:
-                raise InputError(
-                    f"`pruning.{field}` must not be {type(recovery).__name__} where a cut comes after it, which wants "
-                    "full precision: use LoRA or MaskedLoRA there, and quantise at the last cut, as the one "
-                    "`pruning.recovery` of one cut."
-                )
-        if method.changes_shapes and self.recovery is not None:
-            self.recovery.check_sliced()
+        self._check_full(self.before, "before")
         if self.before is not None and self.cuts[0].step == 0:
             raise InputError(
                 "`pruning.before` must be null where the first cut comes at step 0, nothing is trained before it, got "
@@ -311,17 +303,29 @@ class DynamicPruningCallback(Callback):
                 f"{', '.join(str(step) for step, _ in self.cuts)}."
             )
         if count == 1:
+            if method.changes_shapes and self.recovery is not None:
+                self.recovery.check_sliced()
             return
         if not method.repeats():
             raise InputError(
-                f"`pruning.at_step` must be one step for {method}, which cannot cut again what it has cut, got {count}."
+                f"`pruning.at_step` must be one step for {method}, which cannot cut again what it has cut, got "
+                f"{count}: give one, or use masks that can be cut again, Unstructured or MixedNofM."
             )
         if isinstance(self.recipe.allocation, Plan):
             raise InputError(
                 f"`pruning.allocation` must not be a Plan for {count} cuts, it has the rates of one; give one "
                 "`pruning.at_step`, or an allocation that scores."
             )
+        self._check_full(self.recovery, "recovery")
         self._check_folds(self.recovery, "recovery", f"{count} cuts of masks")
+
+    def _check_full(self, recovery: Recovery | None, field: str) -> None:
+        """Refuses a recovery that quantises where a cut comes after it."""
+        if recovery is not None and recovery.quantises:
+            raise InputError(
+                f"`pruning.{field}` must leave the weights in full precision where a cut comes after it, got "
+                f"{recovery}: use MaskedLoRA, or LoRA before the first cut, and QLoRA as `pruning.recovery` of one cut."
+            )
 
     def _check_folds(self, recovery: Recovery | None, field: str, where: str) -> None:
         if recovery is not None and not recovery.folds_under_masks:
