@@ -33,6 +33,12 @@ CASES = {
         "--pruning.schedule=Linear",
         "--pruning.recovery=FullFineTuning",
     ],
+    "masks, QLoRA": [
+        "--pruning.at_step=4",
+        "--pruning.before=LoRA",
+        "--pruning.recovery=QLoRA",
+        "--pruning.recovery.form=requantised",
+    ],
     "masks at the start": ["--trainer.accumulate_grad_batches=2", "--pruning.full_checkpoint=true"],
 }
 BEFORE, DURING, AFTER = 2, "Step 4: cutting", 5

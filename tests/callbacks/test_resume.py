@@ -125,7 +125,10 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("masks at 0, QLoRA", "slices at 3, QLoRA")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 @pytest.mark.parametrize("steps", [(2, 6), pytest.param((1, 3, 4, 5, 7, 8), marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(case: str, steps: tuple[int, ...], text: Path) -> None:
     whole = ended(run(text, callback(**CASES[case]), KeepAll()))
