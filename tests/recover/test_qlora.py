@@ -181,6 +181,8 @@ def test_over_slices_nothing_is_masked_and_the_widths_stay(form: Any, quantizati
     plain = export(model, tmp_path)
     found = opened(tmp_path)
     assert found.config.slice_sizes == model.config.slice_sizes
+    assert merges(model) is (form != "adapter")
+    assert (adapter_config(found) is not None) is (form == "adapter")
     reference = plain if form == "requantised" else model
     torch.testing.assert_close(logits(found), logits(reference), rtol=1e-4, atol=1e-6)
 
