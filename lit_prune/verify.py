@@ -55,7 +55,7 @@ def verify(
     """
     opened = AutoModelForCausalLM.from_pretrained(folder).to(written.device)  # type: ignore[arg-type]
     compute_exactly(opened)
-    requantised = (report["quantised"] or {}).get("form") == "requantised"
+    requantised = (report.get("quantised") or {}).get("form") == "requantised"
     if on_disk(written) is not None:
         keep_on_disk(opened)
     _compare_weights(written, without_adapter(opened))
