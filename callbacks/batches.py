@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
 from lit_prune import processes
@@ -18,9 +18,10 @@ from lit_prune.errors import InputError
 
 def check_processes(trainer: Trainer) -> None:
     """Raises InputError for a strategy that cuts are not made under."""
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
         raise InputError(
-            f"`trainer.strategy` must be ddp for pruning on several devices, got {type(trainer.strategy).__name__}."
+            "`trainer.strategy` must be ddp or ModelParallelStrategy for pruning on several devices, got "
+            f"{type(trainer.strategy).__name__}."
         )
 
 

@@ -26,6 +26,7 @@ def cut(
     device: torch.device,
     *,
     measured: bool = True,
+    moves: bool = True,
     step: int = 0,
     stored: Stored | None = None,
 ) -> Done:
@@ -38,16 +39,18 @@ def cut(
         validation: Batches whose perplexity is measured before and after, and what they are.
         device: Where blocks compute, and where the model is measured.
         measured: Whether to measure at all.
+        moves: Whether the model is moved to ``device`` to be measured; else it stays, and its blocks are moved in turn.
         step: The optimizer step before which the cut comes.
         stored: Statistics of the model and the batches, which are read in place of a pass.
     """
     batches, settings = calibration
     done: Done = {"step": step, "perplexity": {}, "seconds": {}, "protocol": None, "calibration": settings, "size": {}}
     given = validation if measured else None
-    _look(model, "before", done, recipe, given, device, measured)
+    home = None if moves else model.device
+    _look(model, "before", done, recipe, given, device, measured, home)
     pruned = prune(model, batches, recipe, device=device, stored=stored)
     done["seconds"] |= pruned.seconds
-    _look(model, "after", done, recipe, given, device, measured)
+    _look(model, "after", done, recipe, given, device, measured, home)
     return done | {
         "recipe": recipe_record(recipe),
         "scores": pruned.scores,
@@ -67,13 +70,15 @@ def _look(
     validation: tuple[Iterable[Batch], str] | None,
     device: torch.device,
     measured: bool,
+    home: torch.device | None,
 ) -> None:
     """Adds to ``done`` what the model is worth now, and what it weighs where the cut changes that."""
+    model, label = placed(model, home or device), f"Perplexity, {when} the cut"
     if validation is not None:
-        found = measure(placed(model, device), *validation, label=f"Perplexity, {when} the cut", device=device)
+        found = measure(model, *validation, label=label, device=device, streamed=home is not None)
         done["perplexity"][when] = found.perplexity
         done["seconds"][f"perplexity_{when}"] = found.seconds
         done["protocol"] = found.protocol
     if recipe.method.changes_shapes:
-        speed = tokens_per_second(placed(model, device)) if measured else None
+        speed = tokens_per_second(model) if measured else None
         done["size"][when] = {"parameters": parameters(model), "bytes": size_bytes(model), "speed": speed}

@@ -14,6 +14,7 @@ from lit_prune.callbacks.batches import calibration_batches, check_processes, na
 from lit_prune.callbacks.best_scores import reset_best_scores
 from lit_prune.callbacks.cut import Done, cut
 from lit_prune.callbacks.resume import Settings, check_settings, run_settings, stored_run
+from lit_prune.callbacks.sharding import check_cuts, check_sharded, check_strategy, check_whole, shards
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -136,8 +137,8 @@ class DynamicPruningCallback(Callback):
         """Makes a cut that is due at the start of fit, or rebuilds what was done before a checkpoint's weights load."""
         if stage != "fit":
             return
+        self.check_strategy(trainer)
         if self.recipe is not None:
-            check_processes(trainer)
             self._check_steps(trainer)
         self._settings = self.settings(trainer, pl_module)
         stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None
@@ -147,6 +148,7 @@ class DynamicPruningCallback(Callback):
             return
         pl_module.configure_model()
         model = self.find_model(pl_module)
+        check_whole(model)
         if isinstance(trainer.precision_plugin, HalfPrecision):
             trainer.precision_plugin.convert_module(model)
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -158,7 +160,8 @@ class DynamicPruningCallback(Callback):
     def _begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Checks everything against the LLM, and makes the cut that comes before all training."""
         self._check(model)
-        if not self.full_checkpoint and model.name_or_path:  # a model that was made on the spot has no source
+        # a model that was made on the spot has no source, and of one that is sharded no process has all weights
+        if not self.full_checkpoint and model.name_or_path and not shards(trainer):
             self.source = Source.of(model)
         if self.cuts[0].step == 0:
             self._cut(trainer, model)
@@ -202,6 +205,7 @@ class DynamicPruningCallback(Callback):
                 validation,
                 device,
                 measured=self.measure,
+                moves=not shards(trainer),
                 step=step,
                 stored=self.stored,
             )
@@ -214,6 +218,18 @@ class DynamicPruningCallback(Callback):
         """Raises InputError where the statistics that were stored are not those of this model and this text."""
         if self.stored is not None and self.recipe is not None:
             check_stored(self.stored, model, batches, self.recipe, named(settings, model))
+
+    def check_strategy(self, trainer: Trainer) -> None:
+        """Raises InputError for a strategy that nothing can be cut under, or not what this would cut."""
+        check_strategy(trainer)
+        if self.recipe is not None:
+            check_processes(trainer)
+            check_cuts(trainer, self.cuts[-1].step, self.recovery)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Asks whether a model is sharded that is to be."""
+        if shards(trainer):
+            check_sharded(self.find_model(pl_module))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the random numbers back where a checkpoint was taken; logs a cut that came before."""

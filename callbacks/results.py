@@ -12,18 +12,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks.batches import validation_data
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
+from lit_prune.callbacks.sharding import shards
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from lit_prune import processes
 from lit_prune.errors import InputError
-from lit_prune.evaluate import measure
+from lit_prune.evaluate import Measurement, measure
 from lit_prune.hub import check_repository, push
 from lit_prune.progress import say
 from lit_prune.report import Report, table
 from lit_prune.results import Validation, summary, write_results
 from lit_prune.run_folder import RunFolder, write_text
+from lit_prune.sharded import gathered
 
 Found = TypeVar("Found", bound=Callback)
 
@@ -93,29 +95,37 @@ class ResultsCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the trained model, exports it, and tells; of several processes the first one writes."""
         measured = self.measured(trainer, pl_module)
-        if processes.first():
+        if measured is not None:
             with processes.alone():
                 self.write(trainer, pl_module, *measured)
 
     def measured(
         self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[PreTrainedModel, Report, Validation | None]:
-        """Returns the trained model, the report with its perplexity, and what that was measured on."""
+    ) -> tuple[PreTrainedModel, Report, Validation | None] | None:
+        """Returns the trained model, the report with its perplexity, and what that was measured on; in one process."""
         pruning = one(trainer, DynamicPruningCallback)
         model = pruning.find_model(pl_module).to(trainer.strategy.root_device)
+        validation, name = validation_data(trainer), "dense" if pruning.recipe is None else "recovered"
+        measured = None if validation is None else measure(model, *validation, label=f"Perplexity, {name}")
+        whole = gathered(model)
+        if whole is None or not processes.first():
+            return None
+        return whole, self._report(pruning, whole, name, measured), validation
+
+    def _report(
+        self, pruning: DynamicPruningCallback, model: PreTrainedModel, name: str, measured: Measurement | None
+    ) -> Report:
+        """The report of the trained ``model``, with its perplexity by ``name``."""
         report = summary(model, pruning.recipe, pruning.done)
         within = sum(sum(done["seconds"].values()) for done in pruning.done if done["step"] > 0)  # cuts, told apart
         report["seconds"]["train"] = self.seconds - within
-        validation = validation_data(trainer)
-        if validation is not None:
-            name = "dense" if pruning.recipe is None else "recovered"
-            measured = measure(model, *validation, label=f"Perplexity, {name}")
+        if measured is not None:
             if report["protocol"] not in (None, measured.protocol):  # a resumed run may validate on other text
                 report["perplexity"] = dict.fromkeys(report["perplexity"])
             report["perplexity"][name] = measured.perplexity
             report["protocol"] = measured.protocol
             report["seconds"][f"perplexity_{name}"] = measured.seconds
-        return model, report, validation
+        return report
 
     def write(
         self,
@@ -135,7 +145,7 @@ class ResultsCallback(Callback):
             base=base,
             tokenizer=tokenizer,
             validation=validation,
-            device=trainer.strategy.root_device,
+            device=model.device if shards(trainer) else trainer.strategy.root_device,
         )
         self.folder.finish()
         config = [] if self.config is None else [self.folder.path / "config.yaml"]

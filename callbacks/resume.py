@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from lit_prune.callbacks.sharding import shards
+
 from lit_prune import structure
 from lit_prune.errors import InputError
 
@@ -22,6 +24,7 @@ def run_settings(trainer: Trainer, pl_module: LightningModule) -> Settings:
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.precision": str(trainer.precision),
         "trainer.devices * trainer.num_nodes": trainer.world_size,
+        "trainer.strategy": "ModelParallelStrategy" if shards(trainer) else "one that keeps weights whole",
     }
     for part in (pl_module, getattr(trainer, "datamodule", None)):
         settings |= getattr(part, "resume_settings", dict)()

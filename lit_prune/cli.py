@@ -34,6 +34,7 @@ from lit_prune.callbacks.cut import cut  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, one, tell  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
+from lit_prune.callbacks.sharding import shards  # noqa: E402
 from lit_prune.cli_errors import explain  # noqa: E402
 from lit_prune.data import TextDataModule  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
@@ -118,6 +119,7 @@ class PruneTrainer(Trainer):
             self.precision_plugin.convert_module(pruning.find_model(model))
         _load(ckpt_path, model, [pruning, results])
         written = results.measured(self, model)
+        assert written is not None  # of one process
         with results.opened():
             results.write(self, model, *written)
 
@@ -291,6 +293,12 @@ class LitPruneCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Checks what hangs on the LLM's config and on the data together."""
         pruning = one(self.trainer, DynamicPruningCallback)
+        if self.subcommand == "fit":
+            pruning.check_strategy(self.trainer)
+        elif shards(self.trainer):
+            raise InputError(
+                f"`trainer.strategy` must be auto or ddp for {self.subcommand}, got ModelParallelStrategy, which fit takes."
+            )
         limit = getattr(self.model.config, "max_position_embeddings", None)
         lengths = {f"data.{field}": getattr(self.datamodule, field) for field in ("seq_length", "val_seq_length")}
         if pruning.recipe is not None and self.subcommand in ("fit", "prune", "score"):

@@ -35,22 +35,33 @@ Files = str | list[str] | None
 class PackedWindows(TorchDataset):
     """The non-overlapping windows of a token stream; item i is ``{"input_ids": (T,) int64}``.
 
+    Where items are added to come to a multiple, all have an ``attention_mask`` (T,) too, and the added ones, whose mask
+    leaves one token, predict none.
+
     Args:
         stream: Token ids, shape (tokens,).
         seq_length: T, tokens per window.
         limit: Keep only the first so many windows.
+        multiple: What the number of items is a multiple of.
     """
 
-    def __init__(self, stream: torch.Tensor, seq_length: int, limit: int | None = None) -> None:
+    def __init__(self, stream: torch.Tensor, seq_length: int, limit: int | None = None, multiple: int = 1) -> None:
         count = stream.numel() // seq_length
         count = count if limit is None else min(count, limit)
         self.windows_NT = stream[: count * seq_length].view(count, seq_length)
+        self.added = -count % multiple
 
     def __len__(self) -> int:
-        return len(self.windows_NT)
+        return len(self.windows_NT) + self.added
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.windows_NT[index].long()}
+        count = len(self.windows_NT)
+        item = {"input_ids": self.windows_NT[index % count].long()}
+        if self.added:
+            mask = torch.ones_like(item["input_ids"])
+            mask[1:] *= index < count
+            item["attention_mask"] = mask
+        return item
 
 
 class TextDataModule(LightningDataModule):
@@ -167,11 +178,11 @@ class TextDataModule(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Returns the validation windows, in order."""
-        return self._loader(PackedWindows(self.stream("val"), self.val_seq_length, self.val_windows))
+        return self._loader("val")
 
     def test_dataloader(self) -> DataLoader:
         """Returns the test windows, in order."""
-        return self._loader(PackedWindows(self.stream("test"), self.val_seq_length, self.val_windows))
+        return self._loader("test")
 
     def describe(self, part: Part) -> str:
         """Returns where a part's text comes from, for protocols and reports."""
@@ -192,12 +203,11 @@ class TextDataModule(LightningDataModule):
             "data.train_files (or data.source)": f"text of {stream.numel():,} tokens, SHA-256 {digest}",
         }
 
-    def _loader(self, windows: PackedWindows) -> DataLoader:
+    def _loader(self, part: Part) -> DataLoader:
         own = torch.Generator()  # evaluation draws nothing from the global random numbers, which training may use
-        if len(windows) < processes.number():
-            raise InputError(
-                f"`data.val_windows` must give each of {processes.number()} processes a window, got {len(windows)}."
-            )
+        windows = PackedWindows(self.stream(part), self.val_seq_length, self.val_windows, processes.number())
+        if (count := len(windows.windows_NT)) < processes.number():
+            raise InputError(f"`data.val_windows` must give each of {processes.number()} processes a window, got {count}.")
         turns = InTurn(windows)
         return DataLoader(windows, self.batch_size, sampler=turns, num_workers=self.num_workers, generator=own)
 

@@ -117,11 +117,12 @@ def measure(
     *,
     label: str = "Perplexity",
     device: torch.device | None = None,
+    streamed: bool = False,
 ) -> Measurement:
     """Returns the perplexity of ``model``, where it is and as it is, in eval mode.
 
     A model on disk goes through its blocks once, with all batches. In several processes each measures its share of the
-    batches, and all return what is true of all.
+    batches, in as many forward passes as the others, and all return what is true of all.
 
     Args:
         model: A causal LM.
@@ -129,6 +130,7 @@ def measure(
         data: What the batches are, for the protocol.
         label: What the progress bar says.
         device: Where the blocks of a model on disk compute; None means where the model is.
+        streamed: Move the blocks to ``device`` one at a time, as with a model on disk.
 
     Raises:
         ValueError: if the batches predict no token.
@@ -136,7 +138,7 @@ def measure(
     metric = Perplexity(sync_on_compute=False).to(model.device)
     windows, longest, begin = 0, 0, time.perf_counter()
     with evaluating(model):
-        for ids, mask, logits in _logits(model, processes.each(batches), device or model.device, label):
+        for ids, mask, logits in _logits(model, batches, device or model.device, label, streamed):
             metric.update(logits, ids, mask)
             windows, longest = windows + ids.shape[0], max(longest, ids.shape[1])
     nll, tokens = processes.total(metric.nll), processes.total_count(int(metric.tokens))
@@ -154,18 +156,20 @@ def measure(
 
 
 def _logits(
-    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], device: torch.device, label: str
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], device: torch.device, label: str, streamed: bool
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Gives ids, attention mask and logits of every batch, where the model is."""
-    if on_disk(model) is not None and is_known(model.config):
-        kept = [dict(batch) for batch in batches]
+    """Gives ids, attention mask and logits of every batch of this process, where the model is."""
+    if (streamed or on_disk(model) is not None) and is_known(model.config):
+        kept = [dict(batch) for batch, counts in processes.in_step(batches) if counts]
         for held, logits in zip(kept, streamed_logits(model, kept, device, label), strict=True):
             yield held["input_ids"], held.get("attention_mask"), logits
         return
-    for batch in track(batches, label):
+    for batch, counts in processes.in_step(track(batches, label)):
         ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
         mask = None if mask is None else mask.to(model.device)
-        yield ids, mask, model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        if counts:
+            yield ids, mask, logits
 
 
 @contextmanager

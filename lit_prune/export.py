@@ -155,14 +155,14 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     within = tuple(f"{name}." for name in packed)
     told = plain.load_state_dict(base_weights(model, but=within), strict=False, assign=True)
     assert all(name.startswith(within) for name in (*told.missing_keys, *told.unexpected_keys)), told
-    _share_buffers(model, plain)
+    share_buffers(model, plain)
     plain.tie_weights()
     plain.generation_config = model.generation_config
     _tell_quantised(plain)
     return plain
 
 
-def _share_buffers(model: PreTrainedModel, plain: PreTrainedModel) -> None:
+def share_buffers(model: PreTrainedModel, plain: PreTrainedModel) -> None:
     """Gives ``plain`` the buffers of ``model`` that no state dict has, such as rotary frequencies, so that it runs."""
     for name, buffer in model.named_buffers():
         path, _, last = name.replace(".base_layer.", ".").rpartition(".")

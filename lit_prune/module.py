@@ -19,6 +19,7 @@ from lit_prune.errors import InputError
 from lit_prune.evaluate import Perplexity
 from lit_prune.load import Dtype, architecture_config, load_config, load_model, new_model
 from lit_prune.recover import rebuild, snapshot
+from lit_prune.sharded import is_sharded, shard
 
 Batch = dict[str, Tensor]
 
@@ -78,15 +79,24 @@ class PrunableLM(LightningModule):
         self.perplexity = {"val": Perplexity(), "test": Perplexity()}  # no modules: half precision must not cast them
         self.config = self._config()
         self._optimizer_step = 0
+        self._set_up = False
 
     def _config(self) -> PreTrainedConfig:
         """The LLM's config alone, so that what hangs on it is checked before weights are read."""
         return load_config(self.pretrained) if self.architecture is None else architecture_config(self.architecture)
 
     def configure_model(self) -> None:
-        """Loads the LLM, or makes a fresh one; a second call does nothing."""
-        if self.model is not None:
-            return
+        """Loads the LLM, or makes a fresh one; called once more after `setup`, it shards the LLM where the strategy does.
+
+        Between the two a DynamicPruningCallback cuts whole weights.
+        """
+        if self.model is None:
+            self._load()
+        mesh = self.device_mesh
+        if mesh is not None and self._set_up and not is_sharded(self.model):
+            shard(self.model, mesh["data_parallel"])
+
+    def _load(self) -> None:
         if self.on_disk and self._trainer is not None and self.trainer.state.fn == "fit":
             raise InputError(
                 "`model.on_disk` must be false for fit, training keeps all weights in memory: prune first by "
@@ -145,8 +155,8 @@ class PrunableLM(LightningModule):
         self.perplexity[part].reset()
 
     def setup(self, stage: str) -> None:
-        """Begins a run: its optimizer is made at step 0, unless a checkpoint says otherwise."""
-        self._optimizer_step = 0
+        """Begins a run: its optimizer is made at step 0, unless a checkpoint says otherwise; the LLM may be sharded."""
+        self._optimizer_step, self._set_up = 0, True
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW over what is trained, with linear warm-up and a cosine over the steps that remain."""
@@ -192,6 +202,7 @@ class PrunableLM(LightningModule):
         self.configure_model()
         assert self.model is not None
         stored = checkpoint[structure.KEY]
-        rebuild(self.model, stored)
-        fill(self.model, checkpoint["state_dict"], "model.", stored.get("left_out") or {})
+        if not is_sharded(self.model):  # else it was rebuilt before that, and the weights are loaded
+            rebuild(self.model, stored)
+            fill(self.model, checkpoint["state_dict"], "model.", stored.get("left_out") or {})
         self._optimizer_step = stored["optimizer_step"]

@@ -61,9 +61,15 @@ def share(items: Sequence[Item]) -> list[Item]:
     return list(items[rank() :: number()])
 
 
-def each(items: Iterable[Item]) -> Iterable[Item]:
-    """Yields this process's part of ``items``, which may be none."""
-    return items if number() == 1 else islice(items, rank(), None, number())
+def in_step(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+    """Yields this process's part of ``items``, with whether each counts.
+
+    All processes have the same number: where a last round has fewer than there are processes, the others are given one
+    that counts elsewhere. Of [a, b, c] two processes have (a, True), (c, True), and (b, True), (c, False).
+    """
+    following = iter(items)
+    while turn := list(islice(following, number())):
+        yield (turn[rank()], True) if rank() < len(turn) else (turn[0], False)
 
 
 def total(value: Tensor) -> Tensor:

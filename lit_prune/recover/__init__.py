@@ -3,7 +3,7 @@
 from lit_prune.recover.adapter import adapter_config, merged_weight
 from lit_prune.recover.base import Recovery
 from lit_prune.recover.full import FullFineTuning
-from lit_prune.recover.held import held_masks, hold_masks
+from lit_prune.recover.held import held_masks, hold_masks, hold_zeros, holds_zeros
 from lit_prune.recover.lora import LoRA
 from lit_prune.recover.masked_lora import MaskedLoRA
 from lit_prune.recover.qlora import QLoRA
@@ -19,6 +19,8 @@ __all__ = [
     "adapter_config",
     "held_masks",
     "hold_masks",
+    "hold_zeros",
+    "holds_zeros",
     "mark",
     "merged_weight",
     "quantise",

@@ -1,0 +1,61 @@
+"""Weights that are sharded over processes (FSDP2): each keeps its rows of every parameter, a block is whole while it runs.
+
+Sharding replaces the parameters by DTensors. What needs whole weights, a cut or an export, comes before or gathers them.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lit_prune import processes, structure
+from lit_prune.export import share_buffers
+from lit_prune.families import blocks_path
+from lit_prune.recover import hold_zeros, holds_zeros, rebuild, snapshot
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Shards every block of ``model`` over ``mesh``, and then the rest of it, in place; zeros that are held stay held.
+
+    Raises:
+        InputError: for a family whose blocks are not known.
+    """
+    held = holds_zeros(model)
+    path = structure.record(model).get("recipe", {}).get("blocks")
+    for block in model.get_submodule(blocks_path(model.config, path)).children():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    if held:  # the parameters are others now
+        hold_zeros(model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether parameters of ``model`` are sharded."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def gathered(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Returns a whole copy of a sharded model on the CPU of the first process, None in the others.
+
+    All processes have to take part. A model that is whole is returned as it is.
+    """
+    if not is_sharded(model):
+        return model
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not processes.first():
+        return None
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    rebuild(whole, snapshot(model))
+    whole.load_state_dict(state, assign=True)
+    share_buffers(model, whole)
+    whole.tie_weights()
+    whole.generation_config = model.generation_config
+    return whole.train(model.training)
