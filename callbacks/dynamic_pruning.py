@@ -29,8 +29,9 @@ from lit_prune.pipeline import Recipe, check_stored, recipe_record
 from lit_prune.progress import say
 from lit_prune.prune import Method
 from lit_prune.random_states import random_states, restore_random_states
-from lit_prune.recover import Recovery, held_masks, hold_masks, rebuild, snapshot
+from lit_prune.recover import Recovery, held_masks, hold_masks, hold_zeros, holds_zeros, rebuild, snapshot
 from lit_prune.schedule import Cut, Schedule, cuts
+from lit_prune.sharded import begin_states
 from lit_prune.stored import read_stored
 
 
@@ -126,6 +127,7 @@ class DynamicPruningCallback(Callback):
         self._trainable: set[str] = set()
         self._random: dict[str, Any] | None = None
         self._settings: Settings = {}
+        self._holds = False
         self._check_cuts()
 
     @property
@@ -156,6 +158,7 @@ class DynamicPruningCallback(Callback):
             self._rebuild(model, stored)
         else:
             self._begin(trainer, model)
+        self._holds = holds_zeros(model)
 
     def _begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Checks everything against the LLM, and makes the cut that comes before all training."""
@@ -227,9 +230,15 @@ class DynamicPruningCallback(Callback):
             check_cuts(trainer, self.cuts[-1].step, self.recovery)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Asks whether a model is sharded that is to be."""
-        if shards(trainer):
-            check_sharded(self.find_model(pl_module))
+        """Readies a model that was sharded since it was cut: its parameters are others."""
+        if not shards(trainer):
+            return
+        model = self.find_model(pl_module)
+        check_sharded(model)
+        if self._holds:
+            hold_zeros(model)
+        for optimizer in trainer.optimizers:
+            begin_states(pl_module, optimizer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the random numbers back where a checkpoint was taken; logs a cut that came before."""

@@ -104,7 +104,9 @@ class ResultsCallback(Callback):
     ) -> tuple[PreTrainedModel, Report, Validation | None] | None:
         """Returns the trained model, the report with its perplexity, and what that was measured on; in one process."""
         pruning = one(trainer, DynamicPruningCallback)
-        model = pruning.find_model(pl_module).to(trainer.strategy.root_device)
+        model = pruning.find_model(pl_module)
+        if not shards(trainer):
+            model = model.to(trainer.strategy.root_device)
         validation, name = validation_data(trainer), "dense" if pruning.recipe is None else "recovered"
         measured = None if validation is None else measure(model, *validation, label=f"Perplexity, {name}")
         whole = gathered(model)

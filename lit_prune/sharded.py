@@ -9,36 +9,48 @@ import copy
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune import processes, structure
 from lit_prune.export import share_buffers
 from lit_prune.families import blocks_path
-from lit_prune.recover import hold_zeros, holds_zeros, rebuild, snapshot
+from lit_prune.recover import rebuild, snapshot
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shards every block of ``model`` over ``mesh``, and then the rest of it, in place; zeros that are held stay held.
+    """Shards every block of ``model`` over ``mesh``, and then the rest of it, in place; its parameters are others then.
 
     Raises:
         InputError: for a family whose blocks are not known.
     """
-    held = holds_zeros(model)
     path = structure.record(model).get("recipe", {}).get("blocks")
     for block in model.get_submodule(blocks_path(model.config, path)).children():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    if held:  # the parameters are others now
-        hold_zeros(model)
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Returns whether parameters of ``model`` are sharded."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def begin_states(model: nn.Module, optimizer: Optimizer) -> None:
+    """Makes the states of ``optimizer``, over a sharded ``model``, what they are before its first step.
+
+    torch, asked for the states of an optimizer that made no step, makes one with gradients of zero, and counts it: a
+    checkpoint of step 0 would move Adam's correction of its averages by one.
+    """
+    if optimizer.state:
+        return
+    get_optimizer_state_dict(model, optimizer)
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
 
 
 def gathered(model: PreTrainedModel) -> PreTrainedModel | None:

@@ -2,14 +2,20 @@
 
 An optimizer that makes its step from gradients and weights then leaves a pruned weight where it is: its moments stay
 zero, and weight decay takes a share of zero. It need not know of the masks.
+
+Of a parameter that is sharded over processes (a DTensor) each holds the zeros of its rows: the gradient comes to it
+summed and cut to these, past the hooks of autograd, so that a hook for what was accumulated does the same.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from lit_prune import structure
@@ -31,13 +37,41 @@ class Held:
 
     def __call__(self, grad: Tensor) -> Tensor:
         """Returns ``grad`` with zeros where the parameter had them."""
+        return grad.masked_fill(self._gone(grad.device), 0)
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """Does the same to the gradient of this process's rows of a sharded parameter, in place."""
+        assert isinstance(parameter.grad, DTensor)
+        rows = parameter.grad.to_local()
+        rows.masked_fill_(self._gone(rows.device), 0)
+
+    def whole(self) -> Tensor | None:
+        """Returns what is held, of a sharded parameter all rows, which the processes give each other; None before."""
+        parameter = self._parameter()
+        if self.gone is None or not isinstance(parameter, DTensor):
+            return self.gone
+        mesh, placements = parameter.device_mesh, parameter.placements
+        shape, stride = parameter.shape, parameter.stride()
+        return DTensor.from_local(self.gone, mesh, placements, shape=shape, stride=stride).full_tensor()
+
+    def take(self, gone: Tensor) -> None:
+        """Holds what ``gone`` says, of a sharded parameter what it says of this process's rows."""
+        parameter = self._parameter()
+        if isinstance(parameter, DTensor):
+            gone = distribute_tensor(gone, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        self.gone = gone.to(parameter.device)
+
+    def _gone(self, device: torch.device) -> Tensor:
         if self.gone is None:
-            parameter = self.parameter()
-            assert parameter is not None
-            self.gone = parameter.detach() == 0
-        if self.gone.device != grad.device:
-            self.gone = self.gone.to(grad.device)
-        return grad.masked_fill(self.gone, 0)
+            parameter = self._parameter().detach()
+            self.gone = (parameter.to_local() if isinstance(parameter, DTensor) else parameter) == 0
+        self.gone = self.gone.to(device)
+        return self.gone
+
+    def _parameter(self) -> Tensor:
+        parameter = self.parameter()
+        assert parameter is not None
+        return parameter
 
 
 def hold_zeros(model: PreTrainedModel) -> None:
@@ -48,10 +82,12 @@ def hold_zeros(model: PreTrainedModel) -> None:
     """
     for parameter in _pruned(model):
         held = _hook(parameter)
-        if held is None:
-            parameter.register_hook(Held(parameter))
-        else:
+        if held is not None:
             held.gone = None
+        elif isinstance(parameter, DTensor):
+            parameter.register_post_accumulate_grad_hook(Held(parameter).accumulated)
+        else:
+            parameter.register_hook(Held(parameter))
 
 
 def holds_zeros(model: nn.Module) -> bool:
@@ -65,7 +101,8 @@ def held_masks(model: nn.Module) -> dict[str, Tensor]:
     A run that goes on must hold the same: a kept weight may be passing zero just then.
     """
     hooks = {name: _hook(parameter) for name, parameter in model.named_parameters()}
-    return {name: packed(hook.gone) for name, hook in hooks.items() if hook is not None and hook.gone is not None}
+    masks = {name: hook.whole() for name, hook in hooks.items() if hook is not None}
+    return {name: packed(mask) for name, mask in masks.items() if mask is not None}
 
 
 def hold_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -74,7 +111,7 @@ def hold_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         parameter = model.get_parameter(name)
         held = _hook(parameter)
         assert held is not None, f"{name} is not held"
-        held.gone = unpacked(bits, parameter.shape).to(parameter.device)
+        held.take(unpacked(bits, parameter.shape))
 
 
 def _pruned(model: PreTrainedModel) -> Iterator[Tensor]:
@@ -86,5 +123,6 @@ def _pruned(model: PreTrainedModel) -> Iterator[Tensor]:
 
 
 def _hook(parameter: Tensor) -> Held | None:
-    hooks = (parameter._backward_hooks or {}).values()
+    hooks: list[Any] = [*(parameter._backward_hooks or {}).values()]
+    hooks += (getattr(hook, "__self__", None) for hook in (parameter._post_accumulate_grad_hooks or {}).values())
     return next((hook for hook in hooks if isinstance(hook, Held)), None)
