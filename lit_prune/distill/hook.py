@@ -1,0 +1,71 @@
+"""The loss of a student, put in the place of its own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from lit_prune.distill.base import Kept
+from lit_prune.distill.distillation import Distillation
+from lit_prune.distill.loss import divergence
+from lit_prune.errors import InputError
+
+LABELS = ("labels", "shift_labels", "num_items_in_batch")
+IGNORED = -100
+
+
+class Distilled:
+    """A forward hook of the student: in training mode, called with `labels`, its `loss` is that of a distillation.
+
+    Args:
+        distillation: What is asked for.
+        kept: The teacher.
+
+    Attributes:
+        seen: `cross_entropy` and `distillation` (T^2 * KL) of the last batch, nats a position; empty before one came.
+    """
+
+    def __init__(self, distillation: Distillation, kept: Kept) -> None:
+        self.distillation, self.kept = distillation, kept
+        self.seen: dict[str, Tensor] = {}
+
+    def put_on(self, student: PreTrainedModel) -> RemovableHandle:
+        """Lets ``student`` be taught; the handle's `remove` ends it."""
+        return student.register_forward_hook(self, with_kwargs=True)
+
+    def __call__(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Returns the output with another loss."""
+        if not student.training:
+            return None
+        given = dict(zip(inspect.signature(student.forward).parameters, args, strict=False)) | kwargs
+        if given.get("labels") is None and given.get("shift_labels") is None:
+            return None
+        counted_N = _counted(given, output)
+        inputs = {name: x for name, x in given.items() if isinstance(x, Tensor) and name not in LABELS}
+        temperature, weight = self.distillation.temperature, self.distillation.weight
+        total = divergence(output.logits.flatten(0, -2), counted_N, self.kept.lesson(inputs), temperature)
+        count = given.get("num_items_in_batch")
+        mean = total / (counted_N.sum().clamp(min=1) if count is None else count)
+        self.seen = {"cross_entropy": output.loss.detach(), "distillation": mean.detach()}
+        output.loss = (1 - weight) * output.loss + weight * mean
+        return output
+
+
+def _counted(given: dict[str, Any], output: Any) -> Tensor:
+    """Which positions the cross entropy counts, as transformers shifts its labels, all of the batch in a row."""
+    shifted = given.get("shift_labels")
+    if shifted is None:
+        labels = given["labels"]
+        shifted = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORED)], dim=-1)
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.shape[:-1] != shifted.shape:
+        raise InputError(
+            "`pruning.distillation` must see the logits of all positions: the LightningModule must call the LLM "
+            "without `return_dict=False` and `logits_to_keep`."
+        )
+    return (shifted != IGNORED).flatten()
