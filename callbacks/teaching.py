@@ -89,8 +89,8 @@ class Teaching:
             return
         if not self.distilled.seen:
             raise InputError(
-                f"`pruning.distillation` must see the LLM called with `labels` in training mode, and its `loss` "
-                f"returned, {type(pl_module).__name__}.training_step did not: call `self.model(..., labels=labels).loss`."
+                f"`pruning.distillation` must see the LLM called with `labels`, {type(pl_module).__name__}.training_step "
+                "did not: return `self.model(input_ids=..., attention_mask=..., labels=...).loss`."
             )
         for name, value in self.distilled.seen.items():
             pl_module.log(f"train/{name}", value)

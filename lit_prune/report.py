@@ -266,12 +266,14 @@ tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 
 def _healed(report: Report) -> str:
     """What was trained after the cut, and where that is in the folder."""
-    recovery = report.get("recovery")
-    if recovery is None and not report["adapter"]:
+    recovery, distillation = report.get("recovery"), report.get("distillation")
+    if recovery is None and not report["adapter"] and distillation is None:
         return ""
     by = "" if recovery is None else f" by {recovery}"
+    by += "" if distillation is None else f" under the dense model as its teacher ({distillation})"
     if not report["adapter"]:
-        return f"\nHealed{by}: its own weights were trained, and those that were pruned stayed zero.\n"
+        zeros = ", and those that were pruned stayed zero" if _has_zeros(report) else ""
+        return f"\nHealed{by}: its own weights were trained{zeros}.\n"
     if report["merged"]:
         kept = ", which kept the zeros" if _has_zeros(report) else ""
         return f"\nHealed{by}: an adapter was trained, and is merged into the weights{kept}.\n"

@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 class Distilled:
-    """A forward hook of the student: in training mode, called with `labels`, its `loss` is that of a distillation.
+    """A forward hook of the student: a `loss` of its own that carries gradients becomes that of a distillation.
 
     Args:
         distillation: What is asked for.
@@ -40,19 +40,18 @@ class Distilled:
 
     def __call__(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Returns the output with another loss."""
-        if not student.training:
+        loss = getattr(output, "loss", output[0] if isinstance(output, tuple) else None)
+        if loss is None or not loss.requires_grad:
             return None
         given = dict(zip(inspect.signature(student.forward).parameters, args, strict=False)) | kwargs
-        if given.get("labels") is None and given.get("shift_labels") is None:
-            return None
         counted_N = _counted(given, output)
         inputs = {name: x for name, x in given.items() if isinstance(x, Tensor) and name not in LABELS}
         temperature, weight = self.distillation.temperature, self.distillation.weight
         total = divergence(output.logits.flatten(0, -2), counted_N, self.kept.lesson(inputs), temperature)
         count = given.get("num_items_in_batch")
         mean = total / (counted_N.sum().clamp(min=1) if count is None else count)
-        self.seen = {"cross_entropy": output.loss.detach(), "distillation": mean.detach()}
-        output.loss = (1 - weight) * output.loss + weight * mean
+        self.seen = {"cross_entropy": loss.detach(), "distillation": mean.detach()}
+        output.loss = (1 - weight) * loss + weight * mean
         return output
 
 
