@@ -9,7 +9,6 @@ case. `LoRA, merged and masked` is what one gets who merges plain LoRA and puts 
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +16,7 @@ from functools import partial
 import torch
 from peft.tuners.lora import LoraLayer
 from resumable import Protocol, Row, arguments
-from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
 from lit_prune.data import TextDataModule
@@ -32,8 +31,8 @@ STEPS, BATCH = 100, 8
 Finish = Callable[[PreTrainedModel], PreTrainedModel]
 
 
-def batches_of_training(protocol: Protocol, steps: int) -> Iterator[dict[str, Tensor]]:
-    """Yields ``steps`` batches of ``BATCH`` calibration-length windows of the training text, shuffled with seed 0."""
+def train(protocol: Protocol, model: PreTrainedModel, lr: float) -> None:
+    """Trains what requires gradients for ``STEPS`` steps of ``BATCH`` calibration-length windows."""
     text = TextDataModule(
         protocol.pretrained,
         train_files=protocol.train_files,
@@ -41,25 +40,22 @@ def batches_of_training(protocol: Protocol, steps: int) -> Iterator[dict[str, Te
         seq_length=protocol.seq_length,
         batch_size=BATCH,
     )
-    loader, step = text.train_dataloader(), 0
-    while step < steps:
-        for batch in itertools.islice(loader, steps - step):
-            yield batch
-            step += 1
-
-
-def train(protocol: Protocol, model: PreTrainedModel, lr: float, steps: int = STEPS) -> None:
-    """Trains what requires gradients, by AdamW with ten steps of warm-up and a cosine."""
+    batches: DataLoader = text.train_dataloader()
     given = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(given, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 10, steps, min_lr_rate=0.1)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 10, STEPS, min_lr_rate=0.1)
     model.train()
+    step = 0
     torch.manual_seed(0)
-    for batch in batches_of_training(protocol, steps):
-        model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    while step < STEPS:
+        for batch in batches:
+            model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            step += 1
+            if step == STEPS:
+                return
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """A dense teacher in whole fits: when it is made, what it leaves alone, and how a resumed run has it again."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def test_the_teacher_is_the_model_right_before_the_first_cut(fields: dict[str, A
 def test_the_teacher_is_in_no_checkpoint_and_no_export(tmp_path: Path) -> None:
     module, pruning = Foreign(), callback(distillation=Distillation(), recovery=MaskedLoRA())
     module.model.name_or_path = "somewhere"  # has a source
-    trainer = fit(module, pruning, enable_checkpointing=True, default_root_dir=tmp_path)
+    trainer = fit(module, pruning)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     stored = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert stored[structure.KEY]["teacher"]["weights"] is None
@@ -181,7 +182,7 @@ def test_a_run_that_goes_on_has_the_same_teacher(case: str, text: Path) -> None:
 
 def resumed(tmp_path: Path, first: DynamicPruningCallback, again: DynamicPruningCallback, scale: float) -> Trainer:
     """Goes on with another model than the checkpoint was made from, if the scale is not 1."""
-    trainer = fit(Foreign(), first, enable_checkpointing=True, default_root_dir=tmp_path, max_steps=2)
+    trainer = fit(Foreign(), first, max_steps=2)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     module = Foreign()
     module.model.model.norm.weight.data.mul_(scale)
@@ -209,7 +210,7 @@ def test_another_distillation_is_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_told_too_late(tmp_path: Path) -> None:
     pruning = callback(distillation=Distillation(), at_step=1)
-    trainer = fit(Foreign(), pruning, enable_checkpointing=True, default_root_dir=tmp_path, max_steps=2)
+    trainer = fit(Foreign(), pruning, max_steps=2)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     late = callback(distillation=Distillation(), at_step=1)
     late.done, late.teaching.distilled = pruning.done, None  # type: ignore[union-attr]
@@ -279,4 +280,7 @@ def test_a_stream_has_no_windows_to_look_up() -> None:
 def test_the_parts_of_the_loss_go_to_the_logger(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     fit(Foreign(), callback(distillation=Distillation()), logger=logger, log_every_n_steps=1)
-    assert sum("train/distillation" in row for row in logger.experiment.metrics) == 4
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        logged = [row for row in csv.DictReader(file) if row["train/distillation"]]
+    assert [row["step"] for row in logged] == ["0", "1", "2", "3"]
+    assert all(float(row["train/distillation"]) > 0 < float(row["train/cross_entropy"]) for row in logged)
