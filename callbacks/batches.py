@@ -75,8 +75,8 @@ def training_windows(trainer: Trainer) -> Iterator[Batch]:
     loader = _first_loader(trainer.fit_loop._data_source)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise InputError(
-            f"`pruning.distillation.teacher` must not be TopK for a training loader that is no DataLoader of a data set "
-            f"with a length, got {type(loader).__name__}: use Copy."
+            f"`pruning.distillation.teacher` must not be TopK for a training loader that is no DataLoader of a data "
+            f"set with a length, got {type(loader).__name__}: use Copy."
         )
     limit, steps = trainer.limit_train_batches, trainer.max_steps * trainer.accumulate_grad_batches
     with _undrawn(loader):

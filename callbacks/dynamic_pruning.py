@@ -288,7 +288,8 @@ class DynamicPruningCallback(Callback):
 
     def settings(self, trainer: Trainer, pl_module: LightningModule) -> Settings:
         """Returns the settings that a resumed run must have in common with the first."""
-        return self._pruning_settings() | run_settings(trainer, pl_module)
+        taught = {} if self.teaching is None else self.teaching.settings(trainer)
+        return self._pruning_settings() | run_settings(trainer, pl_module) | taught
 
     def _pruning_settings(self) -> Settings:
         recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)

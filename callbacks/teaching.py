@@ -1,4 +1,4 @@
-"""The teacher of a run: made right before the first cut, asked in every step after it, and had again by a resumed run."""
+"""The teacher of a run: made right before the first cut, asked in every step after it, made again by a resumed run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lit_prune.callbacks.batches import training_windows
+from lit_prune.callbacks.resume import Settings
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -53,6 +54,11 @@ class Teaching:
         self.distilled = Distilled(self.distillation, self.teacher.keep(dense))
         self.distilled.put_on(model)
 
+    def settings(self, trainer: Trainer) -> Settings:
+        """Returns what a resumed run must have in common with the first beside what any run must: its length."""
+        fields = ("max_steps", "max_epochs", "limit_train_batches") if self.teacher.reads else ()
+        return {f"trainer.{field}": getattr(trainer, field) for field in fields}
+
     def resume(self, trainer: Trainer, model: PreTrainedModel, state: dict[str, Any] | None) -> None:
         """Makes the teacher again that :meth:`state` told of; ``model`` is fresh from its source."""
         if state is None:  # the first cut is still to come
@@ -75,8 +81,8 @@ class Teaching:
         """Raises InputError where a run goes on after its first cut, and was told so too late to have its teacher."""
         if self.distilled is None:
             raise InputError(
-                "`trainer.ckpt_path` must be set before `trainer.fit` is called, where `pruning.distillation` is given: "
-                "the teacher is made before the weights load."
+                "`trainer.ckpt_path` must be set before `trainer.fit` is called, where `pruning.distillation` is "
+                "given: the teacher is made before the weights load."
             )
 
     def log(self, pl_module: LightningModule) -> None:
@@ -89,8 +95,8 @@ class Teaching:
             return
         if not self.distilled.seen:
             raise InputError(
-                f"`pruning.distillation` must see the LLM called with `labels`, {type(pl_module).__name__}.training_step "
-                "did not: return `self.model(input_ids=..., attention_mask=..., labels=...).loss`."
+                f"`pruning.distillation` must see the LLM called with `labels`, {type(pl_module).__name__}."
+                "training_step did not: return `self.model(input_ids=..., attention_mask=..., labels=...).loss`."
             )
         for name, value in self.distilled.seen.items():
             pl_module.log(f"train/{name}", value)

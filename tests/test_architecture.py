@@ -5,9 +5,22 @@ import graphlib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("allocate", "prune", "recover")
-SHARED = ("base", "metric", "patterns", "adapter", "held", "masked_linear")  # what leaves may import beside them
-MADE_OF = {"lit_prune.allocate.search": {"lit_prune.allocate.dlp"}}  # a leaf that begins with another one
+STAGES = ("allocate", "prune", "recover", "distill")
+SHARED = (
+    "base",
+    "metric",
+    "patterns",
+    "adapter",
+    "held",
+    "masked_linear",
+    "loss",
+    "twin",
+)  # what leaves may import beside them
+MADE_OF = {  # a leaf that begins with another one, what has one as its default, what puts the parts together
+    "lit_prune.allocate.search": {"lit_prune.allocate.dlp"},
+    "lit_prune.distill.distillation": {"lit_prune.distill.copies"},
+    "lit_prune.distill.hook": {"lit_prune.distill.distillation"},
+}
 
 
 def modules() -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The dense model as the teacher of what is left of it. One file a teacher; importing them makes short names resolve."""
+"""The dense model teaches what is left of it. One file a teacher; importing them makes their short names resolve."""
 
 from lit_prune.distill.base import Dense, Kept, Lesson, Student, Teacher
 from lit_prune.distill.copies import Copy

@@ -100,9 +100,11 @@ class Teacher(ABC):
 
     Attributes:
         stores: Whether it can be put into a checkpoint, so that it need not be had from the model's source again.
+        reads: Whether it reads the windows of the whole training before it begins.
     """
 
     stores: ClassVar[bool] = False
+    reads: ClassVar[bool] = False
 
     def check(self, student: Student) -> None:  # noqa: B027 (most can teach whatever becomes of the model)
         """Raises InputError where ``student`` cannot be taught so, before anything is done."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class TopK(Teacher):
 
     A window is known by its tokens, so that their order and epochs do not matter; but the batches must be the same
     windows in every epoch. Of a loader whose order is not known every window is looked up. A resumed run looks all up
-    again.
+    again, and must be as long as it was to be.
 
     Args:
         k: How many words.
@@ -45,6 +45,8 @@ class TopK(Teacher):
     Raises:
         InputError: for a k below 1.
     """
+
+    reads: ClassVar[bool] = True
 
     k: int = 64
 

@@ -1,4 +1,4 @@
-"""A dense model beside the one that was cut: the same modules, its weights its own, shared, or put together as needed."""
+"""A dense model beside the one that was cut: the same modules, its weights its own, shared, or put together in time."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.distill.base import Kept, Lesson
 from lit_prune.pipeline import Recipe
+
 
 @final
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Twin(Kept):
         """Returns the logits of the dense model."""
         device = next(iter(inputs.values())).device
         if self._device != device:
-            self.model.to(device)
+            self.model.to(device)  # type: ignore[arg-type]
             self._device = device
         return Logits(self.model(**inputs, use_cache=False).logits.flatten(0, -2))
 
@@ -105,7 +106,7 @@ def cut_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Paramete
 
 
 def twin_of(model: PreTrainedModel, shared: Mapping[str, nn.Parameter] | None = None) -> PreTrainedModel:
-    """Returns a copy of ``model`` in eval mode; the parameters in ``shared`` are the very same, and follow ``model``."""
+    """Returns a copy of ``model`` in eval mode; the parameters in ``shared`` are the very same, and follow it."""
     shared = shared or {}
     twin: PreTrainedModel = copy.deepcopy(model, {id(parameter): parameter for parameter in shared.values()})
     for name, parameter in twin.named_parameters():
@@ -118,8 +119,8 @@ def _rebuild_from(twin: PreTrainedModel, parts: Mapping[str, Part]) -> None:
     """Lets the modules of ``twin`` take the weights that ``parts`` names from there."""
     by_module: dict[str, dict[str, Part]] = {}
     for name, part in parts.items():
-        module, _, parameter = name.rpartition(".")
-        by_module.setdefault(module, {})[parameter] = part
+        path, _, parameter = name.rpartition(".")
+        by_module.setdefault(path, {})[parameter] = part
     for path, weights in by_module.items():
         module = twin.get_submodule(path)
         for name in weights:

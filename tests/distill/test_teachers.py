@@ -200,7 +200,10 @@ def test_words_are_looked_up_at_step_0_alone() -> None:
     ("make", "message"),
     [
         (lambda: Distillation(temperature=0), "`pruning.distillation.temperature` must be above 0, got 0"),
-        (lambda: Distillation(weight=0), r"`pruning.distillation.weight` must be in \(0, 1\].*, got 0; to train without"),
+        (
+            lambda: Distillation(weight=0),
+            r"`pruning.distillation.weight` must be in \(0, 1\].*, got 0; to train without",
+        ),
         (lambda: Distillation(weight=1.5), r"`pruning.distillation.weight` must be in \(0, 1\].*, got 1.5"),
         (lambda: TopK(0), "`TopK.k` must be at least 1, .*got 0"),
         (lambda: Copy("int3"), "`Copy.store` must be one of same, bfloat16, nf4, got 'int3'"),  # type: ignore[arg-type]
@@ -250,7 +253,7 @@ def test_padding_is_the_same_as_its_absence() -> None:
 
 
 def test_labels_that_are_shifted_already_and_a_count_of_ones_own() -> None:
-    model, _, distilled = student_and_teacher(weight=1.0)
+    model, *_ = student_and_teacher(weight=1.0)
     mean = model(IDS, labels=IDS).loss
     shifted = torch.cat([IDS[:, 1:], torch.full((3, 1), -100)], 1)
     torch.testing.assert_close(model(IDS, labels=IDS, shift_labels=shifted).loss, mean)
