@@ -19,8 +19,8 @@ def divergence(logits_NV: Tensor, counted_N: Tensor, lesson: Lesson, temperature
     """Returns T^2 * sum over the counted positions of KL(q || p), in nats; p = softmax(logits / T), q the teacher.
 
     Its gradient, T * (p - q), is worked out with it, in float32, a chunk of positions at a time: beside the gradient,
-    which has the type of the logits, nothing of their size is made. q = (1/2, 1/2) against p = (1/4, 3/4) at T = 1 gives log(2 / sqrt 3) =
-    0.1438.
+    which has the type of the logits, nothing of their size is made. q = (1/2, 1/2) against p = (1/4, 3/4) at T = 1
+    gives log(2 / sqrt 3) = 0.1438.
 
     Args:
         logits_NV: The student's.
