@@ -219,7 +219,8 @@ class DynamicPruningCallback(Callback):
         if self.recovery is not None:
             self.recovery.attach(model)
             structure.write(model, recovery=repr(self.recovery))
-        if self.distillation is not None:
+        if self.teaching is not None:
+            self.teaching.put_on(model)
             structure.write(model, distillation=repr(self.distillation))
 
     def check_statistics(self, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:

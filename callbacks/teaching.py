@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lit_prune.callbacks.batches import training_windows
 from lit_prune.callbacks.resume import Settings
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lit_prune.checkpoint import digest
@@ -33,13 +34,14 @@ class Teaching:
         distillation.teacher.check(student)
         self.distillation, self.teacher, self.student = distillation, distillation.teacher, student
         self.distilled: Distilled | None = None
+        self._handle: RemovableHandle | None = None
         self._digest: str | None = None
         self._stored = False
 
     def begin(
         self, trainer: Trainer, model: PreTrainedModel, *, stored: bool, weights: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Makes the teacher of the dense ``model``, which is taught from now on.
+        """Makes the teacher of the dense ``model``.
 
         Args:
             trainer: Its training loader and device.
@@ -52,7 +54,12 @@ class Teaching:
         device, temperature = trainer.strategy.root_device, self.distillation.temperature
         dense = Dense(model, self.student, temperature, device, lambda: training_windows(trainer), weights)
         self.distilled = Distilled(self.distillation, self.teacher.keep(dense))
-        self.distilled.put_on(model)
+
+    def put_on(self, model: PreTrainedModel) -> None:
+        """Lets ``model`` be taught from now on, if it is not yet."""
+        assert self.distilled is not None
+        if self._handle is None:
+            self._handle = self.distilled.put_on(model)
 
     def settings(self, trainer: Trainer) -> Settings:
         """Returns what a resumed run must have in common with the first beside what any run must: its length."""
@@ -70,6 +77,7 @@ class Teaching:
                 "`model.pretrained` must be the model that the checkpoint was made from, the dense model that teaches "
                 "is another."
             )
+        self.put_on(model)
 
     def state(self) -> dict[str, Any] | None:
         """Returns what a checkpoint must hold: a digest of the dense model, or the teacher's weights."""
