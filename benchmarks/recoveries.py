@@ -74,7 +74,8 @@ def fit(options: Options, folder: Path) -> Row:
 def merged_and_masked(row: Row) -> Row:
     """Returns the row of a LoRA's folder with the adapter merged, and what was zero set to zero again."""
     folder = Path(row["folder"])
-    data = TextDataModule(**yaml.safe_load((folder / "config.yaml").read_text())["data"])
+    given = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    data = TextDataModule(**given | {"tokenizer": str(folder / "model")})
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "model")
     for layer in model.modules():
         if isinstance(layer, LoraLayer):

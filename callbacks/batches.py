@@ -9,9 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
+from lit_prune import processes
 from lit_prune.calibrate import Batch, Calibration, batches_of, first_batches
 from lit_prune.errors import InputError
 from lit_prune.loader import ResumableLoader
@@ -19,9 +21,17 @@ from lit_prune.random_states import random_states, restore_random_states
 
 
 def check_processes(trainer: Trainer) -> None:
+    """Raises InputError for a strategy that cuts are not made under."""
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise InputError(
+            f"`trainer.strategy` must be ddp for pruning on several devices, got {type(trainer.strategy).__name__}."
+        )
+
+
+def check_one_process(trainer: Trainer, verb: str) -> None:
     """Raises InputError on more than one process."""
     if trainer.world_size > 1:
-        raise InputError(f"`pruning` works in one process so far, got {trainer.world_size}: `--trainer.devices 1`.")
+        raise InputError(f"`trainer.devices` must be 1 for {verb}, which trains nothing, got {trainer.world_size}.")
 
 
 def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[list[Batch], dict[str, Any]]:
@@ -50,7 +60,8 @@ def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     if not source.is_defined() or trainer.limit_val_batches == 0:
         return None
-    loader, limit = _first_loader(source), trainer.limit_val_batches
+    with processes.alone():  # all of it: whoever measures shares it out
+        loader, limit = _first_loader(source), trainer.limit_val_batches
     described = getattr(getattr(trainer, "datamodule", None), "describe", lambda _part: "validation dataloader")("val")
     if isinstance(limit, float):
         if limit == 1.0:
@@ -89,7 +100,8 @@ def training_windows(trainer: Trainer) -> Iterator[Batch]:
             loader.ordered.set_epoch(epoch)
             yield from itertools.islice(loader, min(each, left))
             left -= each
-            if left <= 0 or each == len(loader):  # all windows were seen
+            every = each == len(loader) and loader.ordered.num_replicas == 1
+            if left <= 0 or every:  # no other window comes in a later epoch
                 return
 
 

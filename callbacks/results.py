@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from lit_prune import processes
 from lit_prune.errors import InputError
 from lit_prune.evaluate import measure
 from lit_prune.hub import check_repository, push
@@ -65,11 +66,13 @@ class ResultsCallback(Callback):
         if stage == "fit":
             one(trainer, DynamicPruningCallback)
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
-            self.folder.check()
+            if processes.first():
+                self.folder.check()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the folder: the cut is done."""
-        self.open()
+        if processes.first():
+            self.open()
         if self.csv_log and trainer.logger is None:
             trainer.logger = CSVLogger(self.folder.path, name="logs")
 
@@ -88,8 +91,11 @@ class ResultsCallback(Callback):
         self.seconds += time.perf_counter() - self._begin
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the trained model, exports it, and tells."""
-        self.write(trainer, pl_module, *self.measured(trainer, pl_module))
+        """Measures the trained model, exports it, and tells; of several processes the first one writes."""
+        measured = self.measured(trainer, pl_module)
+        if processes.first():
+            with processes.alone():
+                self.write(trainer, pl_module, *measured)
 
     def measured(
         self, trainer: Trainer, pl_module: LightningModule

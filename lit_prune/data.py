@@ -19,10 +19,11 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from lit_prune import processes
 from lit_prune.calibrate import Windows, draw_windows
 from lit_prune.errors import InputError, near_misses
 from lit_prune.load import HUB_TIMEOUT_SECONDS, Tokenizer, load_tokenizer
-from lit_prune.loader import ResumableLoader
+from lit_prune.loader import InTurn, ResumableLoader
 from lit_prune.progress import say
 from lit_prune.python_docs import SHARED_CHARACTERS, python_docs
 
@@ -193,7 +194,12 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, windows: PackedWindows) -> DataLoader:
         own = torch.Generator()  # evaluation draws nothing from the global random numbers, which training may use
-        return DataLoader(windows, batch_size=self.batch_size, num_workers=self.num_workers, generator=own)
+        if len(windows) < processes.number():
+            raise InputError(
+                f"`data.val_windows` must give each of {processes.number()} processes a window, got {len(windows)}."
+            )
+        turns = InTurn(windows)
+        return DataLoader(windows, self.batch_size, sampler=turns, num_workers=self.num_workers, generator=own)
 
     def _local(self) -> bool:
         return any(self.files.values())
