@@ -61,8 +61,9 @@ def _counted(given: dict[str, Any], output: Any) -> Tensor:
     if shifted is None:
         labels = given["labels"]
         shifted = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORED)], dim=-1)
-    logits = getattr(output, "logits", None)
-    if logits is None or logits.shape[:-1] != shifted.shape:
+    logits, given_to = getattr(output, "logits", None), given.get("input_ids")
+    given_to = given.get("inputs_embeds") if given_to is None else given_to
+    if logits is None or given_to is None or not logits.shape[:-1] == shifted.shape == given_to.shape[:2]:
         raise InputError(
             "`pruning.distillation` must see the logits of all positions: the LightningModule must call the LLM "
             "without `return_dict=False` and `logits_to_keep`."
