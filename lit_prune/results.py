@@ -14,10 +14,11 @@ from lit_prune import report as reports
 from lit_prune import structure
 from lit_prune.allocate import write_plan
 from lit_prune.allocate.plan import MEAN_TOLERANCE
-from lit_prune.evaluate import parameters, size_bytes, zeros
-from lit_prune.export import export, merges, without_adapter
+from lit_prune.evaluate import full_bytes, measure, parameters, pruned, size_bytes
+from lit_prune.export import export, exported, form, merges, without_adapter
 from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.pipeline import Recipe
+from lit_prune.quantised import quantisation
 from lit_prune.recover import adapter_config
 from lit_prune.report import Report
 from lit_prune.run_folder import RunFolder, write_text, written_aside
@@ -34,7 +35,8 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[s
     plain, done = without_adapter(model), dict(cuts[-1]) if cuts else {}
     sparsity: dict[str, Any] = {"requested": None, "achieved_linears": 0.0}
     if recipe is not None and recipe.method.makes_zeros:
-        zero, total = zeros(linear.weight_OI for block in recipe.find(plain) for linear in block.linears.values())
+        blocks = recipe.find(plain, quantised=True)
+        zero, total = sum(block.pruned for block in blocks), sum(block.size for block in blocks)
         target = done.get("target", recipe.sparsity)
         sparsity = {
             "requested": recipe.sparsity,
@@ -43,7 +45,7 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[s
             "achieved_linears": zero / total,
             "missed": zero / total - target,
         }
-    zero, total = zeros(plain.parameters())
+    zero, total = pruned(plain)
     return {
         "perplexity": _perplexities(cuts),
         "protocol": done.get("protocol"),
@@ -60,13 +62,27 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[s
         "adapter": adapter_config(model),
         "merged": merges(model),
         "adapter_parameters": parameters(model) - parameters(plain),
-        "bytes": size_bytes(plain if merges(model) else model),
+        "bytes": _bytes(model, plain),
+        "quantised": _quantised(model, plain),
         "slice": _slice(plain, recipe, done),
         "sliced": isinstance(plain, SlicedCausalLM),
         "cuts": [_told_of(done) for done in cuts],
         "seconds": _seconds(cuts),
         "versions": reports.versions(),
     }
+
+
+def _bytes(model: PreTrainedModel, plain: PreTrainedModel) -> int:
+    """What the weights of the exported folder take."""
+    if form(model) == "merged":
+        return full_bytes(plain)
+    return size_bytes(plain if merges(model) else model)
+
+
+def _quantised(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Any] | None:
+    """How the model that was trained is quantised, and what is exported of it."""
+    kind = quantisation(model)
+    return kind and kind | {"form": form(model), "bytes_unquantised": full_bytes(plain)}
 
 
 def _perplexities(cuts: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -131,12 +147,16 @@ def write_results(
     Raises:
         RuntimeError: if the reopened model is another.
     """
-    exported = folder.path / "model"
-    with written_aside(exported) as draft:
+    target = folder.path / "model"
+    written = exported(model)
+    if form(model) == "requantised" and validation is not None:
+        found = measure(written, *validation, label="Perplexity, requantised", device=device)
+        report["perplexity"]["requantised"] = found.perplexity
+    with written_aside(target) as draft:
         card = reports.model_card(report, base, base if tokenizer is None else "this/folder")
-        written = export(model, draft, tokenizer, card)
+        export(model, draft, tokenizer, card, written=written)
         report["export"] = verify(draft, model, written, report, validation, device)
-    return [exported, *_told(folder.path, report)]
+    return [target, *_told(folder.path, report)]
 
 
 def write_scores(folder: Path, report: Report, stored: Stored) -> list[Path]:

@@ -20,7 +20,7 @@ from lit_prune.errors import InputError
 from lit_prune.export import export
 from lit_prune.loader import ResumableLoader
 from lit_prune.prune import SparseGPT, Wanda
-from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader
 from tests.callbacks.test_resume import KeepAll, assert_same, ended, run, text  # noqa: F401 (a fixture)
@@ -176,6 +176,7 @@ CASES: dict[str, dict[str, Any]] = {
     "top k": {"recovery": LoRA(r=4), "teacher": TopK(8)},
     "4 bits, later": {"recovery": LoRA(r=4), "teacher": Copy("nf4"), "at_step": 3, "before": LoRA(r=2)},
     "gradual, full": {"recovery": FullFineTuning(), "at_step": [1, 3], "sparsity": [0.3, 0.6]},
+    "quantised": {"recovery": QLoRA(r=4)},
     "slices": {"method": Slicing(), "recovery": None, "at_step": 3},
 }
 

@@ -12,7 +12,7 @@ from lit_prune.distill import Copy, Dense, Distillation, Distilled, Kept, Remove
 from lit_prune.errors import InputError
 from lit_prune.pipeline import Recipe, prune
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
-from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
 from lit_prune.slice import Slicing
 from tests.conftest import FAMILIES, small_model
 
@@ -53,6 +53,7 @@ STUDENTS = {
     "FullFineTuning": Student(Recipe(), FullFineTuning()),
     "SparseGPT": Student(Recipe(SparseGPT()), LoRA()),
     "gradual": Student(Recipe(), MaskedLoRA(), (0, 3)),
+    "QLoRA": Student(Recipe(), QLoRA(quantization="int8")),
     "slices": Student(Recipe(Slicing(), 0.25, Uniform()), None),
 }
 
@@ -182,6 +183,7 @@ def test_windows_are_known_by_their_tokens() -> None:
     [
         ("SparseGPT", "SparseGPT changes weights that stay"),
         ("slices", "Slicing changes weights that stay"),
+        ("QLoRA", r"`pruning.recovery` QLoRA\(.*\) does not leave the weights as they are"),
         ("FullFineTuning", r"`pruning.recovery` FullFineTuning\(\) does not leave the weights as they are"),
         ("gradual", "it knows one cut, at step 0, and there are cuts at 0, 3"),
     ],
