@@ -97,12 +97,12 @@ class ResultsCallback(Callback):
         """Returns the trained model, the report with its perplexity, and what that was measured on."""
         pruning = one(trainer, DynamicPruningCallback)
         model = pruning.find_model(pl_module).to(trainer.strategy.root_device)
-        report = summary(model, pruning.recipe, pruning.done)
+        report = summary(model, pruning.recipe, pruning.done, pruning.kept)
         within = sum(sum(done["seconds"].values()) for done in pruning.done if done["step"] > 0)  # cuts, told apart
         report["seconds"]["train"] = self.seconds - within
         validation = validation_data(trainer)
         if validation is not None:
-            name = "dense" if pruning.recipe is None else "recovered"
+            name = "recovered" if pruning.recipe is not None else "dense" if pruning.idle else "after"
             measured = measure(model, *validation, label=f"Perplexity, {name}")
             if report["protocol"] not in (None, measured.protocol):  # a resumed run may validate on other text
                 report["perplexity"] = dict.fromkeys(report["perplexity"])

@@ -31,11 +31,12 @@ from lit_prune.cli_errors import explain  # noqa: E402
 from lit_prune.data import TextDataModule  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.export import check_merge  # noqa: E402
-from lit_prune.families import blocks_path  # noqa: E402
+from lit_prune.families import blocks_path, packs  # noqa: E402
 from lit_prune.module import PrunableLM  # noqa: E402
 from lit_prune.on_disk import working  # noqa: E402
 from lit_prune.pipeline import look, recipe_record  # noqa: E402
 from lit_prune.progress import say  # noqa: E402
+from lit_prune.recover import LoRA, MaskedLoRA  # noqa: E402
 from lit_prune.report import block_table, versions  # noqa: E402
 from lit_prune.results import summary, write_scores  # noqa: E402
 
@@ -123,6 +124,7 @@ class PruneTrainer(Trainer):
             raise InputError("`pruning.method` must be a method for this, such as Wanda, got null.")
         self._data_connector.attach_data(model, datamodule=datamodule)
         model.configure_model()
+        pruning.take_zeros(pruning.find_model(model))
         pruning.recipe.check(pruning.find_model(model))
         return pruning, results
 
@@ -266,8 +268,7 @@ class LitPruneCLI(LightningCLI):
         self._say_protocol("test")
 
     def _say_protocol(self, part: Literal["val", "test"]) -> None:
-        windows = getattr(self.datamodule, f"{part}_dataloader")().dataset.windows_NT
-        say(f"{self.datamodule.describe(part)}; {windows.shape[0]} windows of {windows.shape[1]} tokens")
+        say(f"{self.datamodule.describe(part)}; {self.datamodule.windows(part).told}")
 
     def fit(
         self,
@@ -290,6 +291,17 @@ class LitPruneCLI(LightningCLI):
             lengths["pruning.calibration.seq_length"] = pruning.calibration.seq_length
             blocks_path(self.model.config, pruning.recipe.blocks)
             check_processes(self.trainer)
+        elif isinstance(pruning.recovery, (LoRA, MaskedLoRA)) and self.model.architecture is not None:
+            raise InputError(
+                "`pruning.recovery` must be null where `model.architecture` begins from random weights and nothing is "
+                f"cut, they would be frozen; got {pruning.recovery}."
+            )
+        instructions = self.datamodule.instructions
+        if instructions is not None and instructions.packed and not packs(self.model.config):
+            raise InputError(
+                "`data.instructions.packed` must be false for the family "
+                f"{self.model.config.model_type!r}, whose attention would not keep the conversations of a window apart."
+            )
         for field, length in lengths.items():
             if limit is not None and length > limit:
                 raise InputError(f"`{field}` must be at most {limit}, the model's limit, got {length}.")

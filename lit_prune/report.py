@@ -83,6 +83,7 @@ def _zeros(sparsity: dict[str, Any]) -> dict[str, str]:
     """The rows that tell how many weights are zero."""
     labels = {
         "requested": f"requested, {_requested_of(sparsity)}",
+        "found": "found in the model, over the linears",
         "achieved_linears": "achieved over the linears",
         "achieved_all": "achieved over all parameters",
     }
@@ -242,7 +243,7 @@ def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str
 {data.to_yaml()}
 ---
 
-# {base}, {"pruned" if recipe else "trained"} with lit_prune
+# {base}, {"pruned" if recipe and not report.get("kept") else "trained"} with lit_prune
 
 Made from `{base}`. {_done(report)}
 {_healed(report)}
@@ -270,13 +271,15 @@ def _healed(report: Report) -> str:
     if recovery is None and not report["adapter"]:
         return ""
     by = "" if recovery is None else f" by {recovery}"
+    word = "Healed" if report.get("recipe") and not report.get("kept") else "Trained"
     if not report["adapter"]:
-        return f"\nHealed{by}: its own weights were trained, and those that were pruned stayed zero.\n"
+        zeros = ", and those that were pruned stayed zero" if _has_zeros(report) else ""
+        return f"\n{word}{by}: its own weights were trained{zeros}.\n"
     if report["merged"]:
         kept = ", which kept the zeros" if _has_zeros(report) else ""
-        return f"\nHealed{by}: an adapter was trained, and is merged into the weights{kept}.\n"
+        return f"\n{word}{by}: an adapter was trained, and is merged into the weights{kept}.\n"
     return (
-        f"\nHealed{by}. The folder holds the pruned weights and, beside them, the adapter that was trained. It is not "
+        f"\n{word}{by}. The folder holds the pruned weights and, beside them, the adapter that was trained. It is not "
         "merged: merging would fill the zeros. `from_pretrained` loads both where peft is installed; without peft it "
         "loads the pruned weights alone, unrecovered.\n"
     )
@@ -284,11 +287,14 @@ def _healed(report: Report) -> str:
 
 def _has_zeros(report: Report) -> bool:
     """Whether weights of the model are masked."""
-    return bool(report.get("recipe")) and report["slice"] is None
+    pruned = report["sparsity"].get("found", 0) > 0 or (bool(report.get("recipe")) and not report.get("kept"))
+    return pruned and report["slice"] is None
 
 
 def _at_steps(report: Report) -> str:
     """When it was cut, where that was not once at the start."""
+    if report.get("kept"):
+        return ", before it was trained here"
     cuts = report.get("cuts", [])
     if not cuts or cuts[-1]["step"] == 0:
         return ""
@@ -296,11 +302,21 @@ def _at_steps(report: Report) -> str:
     return f", during training, before optimizer step{'s' if len(cuts) > 1 else ''} {steps}"
 
 
+def _found(report: Report) -> str:
+    """What is known of a model without a recipe."""
+    if not _has_zeros(report):
+        return "Not pruned."
+    return (
+        f"It came with zeros, {report['sparsity']['found']:.2%} of the weights of the linears of its blocks, which "
+        f"were kept: {report['sparsity']['achieved_linears']:.2%} are exactly zero."
+    )
+
+
 def _done(report: Report) -> str:
     """What was done to the model, and what that makes of its size."""
     sparsity, recipe, sliced = report["sparsity"], report.get("recipe"), report["slice"]
     if not recipe:
-        return "Not pruned."
+        return _found(report)
     how = f"{recipe['method']}, spread over the blocks by {recipe['allocation']}"
     if sliced is None:
         return (

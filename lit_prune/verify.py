@@ -18,7 +18,8 @@ from lit_prune import structure
 from lit_prune.calibrate import Batch
 from lit_prune.evaluate import evaluating, measure, zeros
 from lit_prune.export import without_adapter
-from lit_prune.families import Block, find_blocks
+from lit_prune.families import Block
+from lit_prune.kept import pruned_blocks
 from lit_prune.on_disk import keep_on_disk, on_disk
 from lit_prune.report import Report
 
@@ -80,22 +81,15 @@ def _compare_zeros(model: PreTrainedModel, opened: PreTrainedModel, report: Repo
     """
     if not structure.masked(model):
         return {"zeros_expected": None, "zeros_found": None}
-    before, after = _pruned_blocks(without_adapter(model)), _pruned_blocks(opened)
+    before, after = pruned_blocks(without_adapter(model)), pruned_blocks(opened)
     expected = _zeros(before)
-    if report.get("achieved") is not None:
+    if report.get("achieved"):
         shares = zip(report["achieved"], before, strict=True)
         expected = sum(round(share * block.size) for share, block in shares)
     found = _zeros(after)
     if found < expected:
         raise RuntimeError(f"the exported model has {found} zeros in the pruned linears of {expected}; not kept.")
     return {"zeros_expected": expected, "zeros_found": found}
-
-
-def _pruned_blocks(model: PreTrainedModel) -> list[Block]:
-    """The blocks with the linears that were pruned, as the model's record tells."""
-    recipe = structure.record(model).get("recipe", {})
-    chosen = {field: recipe[field] for field in ("targets", "ignore", "blocks") if recipe.get(field)}
-    return find_blocks(model, **chosen)
 
 
 def _zeros(blocks: Iterable[Block]) -> int:

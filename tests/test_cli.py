@@ -242,8 +242,8 @@ def test_a_share_of_all_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     assert report("runs/z")["rates"] == pytest.approx(report()["rates"], abs=1e-5)
 
 
-def test_method_null_is_plain_training(capsys: pytest.CaptureFixture[str]) -> None:
-    run("fit", "--output=runs/x", "--pruning.method=null")
+def test_method_and_recovery_null_are_plain_training(capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", "--output=runs/x", "--pruning.method=null", "--pruning.recovery=null")
     told = report()
     assert told["sparsity"]["requested"] is None
     assert told["recipe"] is None
