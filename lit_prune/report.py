@@ -12,6 +12,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from rich.table import Table
 
+from lit_prune.tasks import describe
+
 PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "torchmetrics", "datasets")
 Report = dict[str, Any]
 SHOWN = 5e-5
@@ -45,8 +47,23 @@ def table(report: Report) -> Table:
         grid.add_row("search of the rates", describe_search(report["search"]))
     if "parameters" in report:
         grid.add_row("parameters", _size(report))
+    for name, text in task_rows(report).items():
+        grid.add_row(f"task {name}", text)
     seconds = report["seconds"]
     grid.add_row("seconds", ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items()))
+    return grid
+
+
+def task_rows(report: Report) -> dict[str, str]:
+    """Returns what lm-eval found, a line a task."""
+    return {name: describe(result) for name, result in ((report.get("tasks") or {}).get("results") or {}).items()}
+
+
+def task_table(report: Report) -> Table:
+    """Returns the table of what lm-eval found."""
+    grid = Table(title=f"{report['model']}, {report['tasks']['harness']}", show_header=False, title_justify="left")
+    for name, text in task_rows(report).items():
+        grid.add_row(name, text)
     return grid
 
 
@@ -254,7 +271,7 @@ Parameters: {_size(report)}.
 {perplexity}
 
 Measured on {describe_protocol(report["protocol"]) if report["protocol"] else "nothing"}.
-
+{_asked(report)}
 ```python
 {"import lit_prune  # or pass trust_remote_code=True below" + chr(10) if report["sliced"] else ""}\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -265,13 +282,19 @@ tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 """
 
 
+def _asked(report: Report) -> str:
+    """The card's table of tasks."""
+    rows = "\n".join(f"| {name} | {text} |" for name, text in task_rows(report).items())
+    return f"\n| task, {report['tasks']['harness']} | |\n| --- | --- |\n{rows}\n" if rows else ""
+
+
 def _healed(report: Report) -> str:
     """What was trained after the cut, and where that is in the folder."""
     recovery = report.get("recovery")
     if recovery is None and not report["adapter"]:
         return ""
     by = "" if recovery is None else f" by {recovery}"
-    word = "Healed" if report.get("recipe") and not report.get("kept") else "Trained"
+    word = "Healed" if report.get("kept") is None else "Trained"
     if not report["adapter"]:
         zeros = ", and those that were pruned stayed zero" if _has_zeros(report) else ""
         return f"\n{word}{by}: its own weights were trained{zeros}.\n"

@@ -494,24 +494,28 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(config) == [
         "checkpoint_every",
         "data",
+        "lm_eval",
         "model",
         "output",
         "overwrite",
         "pruning",
         "push_to_hub",
         "seed_everything",
+        "tasks",
         "trainer",
     ] or sorted(config) == sorted(
         [
             "checkpoint_every",
             "ckpt_path",
             "data",
+            "lm_eval",
             "model",
             "output",
             "overwrite",
             "pruning",
             "push_to_hub",
             "seed_everything",
+            "tasks",
             "trainer",
             "weights_only",
         ]
@@ -526,6 +530,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
             "calibration",
             "full_checkpoint",
             "ignore",
+            "keep_zeros",
             "max_rate",
             "measure",
             "method",
@@ -693,7 +698,7 @@ def test_a_misspelt_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["prone"])
     assert ended.value.code == 2
-    assert "fit, validate, test, prune, score, export" in capsys.readouterr().err
+    assert "fit, validate, test, prune, score, export, evaluate" in capsys.readouterr().err
 
 
 def test_an_output_that_exists_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,8 @@ TURNS = (
     "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
 MARKED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{{ eos_token }}"
-    "{% endgeneration %}{% else %}Q {{ m.content }} A {% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ ' ' + m.content }}{{ eos_token }}"
+    "{% endgeneration %}{% else %}Q {{ m.content }} A{% endif %}{% endfor %}"
 )
 LAST_ONLY = (
     "{% for m in messages %}{{ m.role }}: {% if loop.last %}now {% endif %}{{ m.content }}\n{% endfor %}"
@@ -56,7 +56,7 @@ def learnt(tokenizer: Tokenizer, template: str, talk: list[dict[str, str]] = TAL
 def test_answers_alone_are_learnt_with_what_ends_them(tokenizer: Tokenizer) -> None:
     end = tokenizer.eos_token
     assert learnt(tokenizer, TURNS) == f" The file is open.{end}\n It is closed.{end}\n"
-    assert learnt(tokenizer, MARKED) == f"The file is open.{end}It is closed.{end}"
+    assert learnt(tokenizer, MARKED) == f" The file is open.{end} It is closed.{end}"
 
 
 def test_the_prompt_is_not_learnt_where_an_answer_repeats_it(tokenizer: Tokenizer) -> None:
