@@ -138,10 +138,10 @@ def test_a_mistake_is_told(names: list[str], settings: dict, told: str) -> None:
         Tasks(names, HarnessSettings(**settings)).check()
 
 
-def test_data_that_is_not_to_be_had(folder: Path) -> None:
-    (folder / "away.yaml").write_text(TASK.format(data=folder / "gone.jsonl").replace("ends", "away"))
+def test_data_that_is_not_to_be_had(tmp_path: Path) -> None:
+    (tmp_path / "away.yaml").write_text(TASK.format(data=tmp_path / "gone.jsonl").replace("ends", "away"))
     with pytest.raises(InputError, match=r"`tasks`: .*away.yaml cannot be read, or the data cannot be had: "):
-        Tasks([str(folder / "away.yaml")]).check(load=True)
+        Tasks([str(tmp_path / "away.yaml")]).check(load=True)
 
 
 def test_a_name_that_no_task_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
