@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks.batches import validation_data
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
+from lit_prune.callbacks.loggers import log_results
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -149,6 +150,8 @@ class ResultsCallback(Callback):
             device=trainer.strategy.root_device,
         )
         self.folder.finish()
+        picture = self.folder.path / "blocks.png"
+        log_results(trainer.loggers, report, picture if picture in written else None, trainer.global_step)
         config = [] if self.config is None else [self.folder.path / "config.yaml"]
         tell([table(report)], written + config)
         if self.push_to_hub is not None:
