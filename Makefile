@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test slow lint format embedded clean
+.PHONY: quickstart test slow lint format api embedded clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/lit-prune fit --config configs/quickstart.yaml --overwrite
@@ -23,6 +23,10 @@ lint: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The reference of all public classes and functions, from their docstrings.
+api: $(VENV)/installed-dev
+	$(BIN)/pdoc --docformat google --output-directory build/api lit_prune lit_prune.callbacks '!lit_prune.embedded'
 
 # The model inside the package, made again from its text: about an hour.
 embedded: $(VENV)/installed-dev

@@ -6,8 +6,8 @@
 Prints, for every piece of work, seconds as a multiple of F (one plain forward of the windows through the decoder,
 without the head; the mean of one before and one after) beside the number of forwards that must be done, and the peak
 of the memory (Linux, glibc) above what the process held when the work began, beside the size of the stored activations.
-Beside it the same of `reference.py`, one linear at a time as the papers go, the share of weights on which the masks of
-both agree, and, with `--val_files`, both perplexities. All in one process, one after the other.
+Beside it the same of `reference.py`, one linear at a time as the papers go, the share of zeros that the masks of both
+have in common, and, with `--val_files`, both perplexities. All in one process, one after the other.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import psutil
 import reference
 import torch
 from jsonargparse import auto_cli
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -32,6 +33,7 @@ from lit_prune.allocate import DLP, LayerRedundancy, Uniform
 from lit_prune.calibrate import Batch, batches_of
 from lit_prune.data import TextDataModule
 from lit_prune.evaluate import measure
+from lit_prune.families import find_blocks
 from lit_prune.load import load_model
 from lit_prune.pipeline import Recipe, prune
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
@@ -120,18 +122,32 @@ def measured(work: Callable[[], object]) -> Cost:
     return found
 
 
-def agreement(one: PreTrainedModel, other: PreTrainedModel) -> float:
+def agreement(one: nn.Module, other: nn.Module) -> float:
     """Returns of how many of the weights that one of both has pruned the other has, too, as a share."""
     pairs = list(zip(one.parameters(), other.parameters(), strict=True))
     both = sum(int(((a == 0) & (b == 0)).sum()) for a, b in pairs)
     return both / max(sum(int(((a == 0) | (b == 0)).sum()) for a, b in pairs), 1)
 
 
+def by_block(one: PreTrainedModel, other: PreTrainedModel) -> str:
+    """Returns :func:`agreement` in the first block, in the last, and in all."""
+    first, *_, last = zip(find_blocks(one), find_blocks(other), strict=True)
+    ends = (agreement(a.module, b.module) for a, b in (first, last))
+    return " / ".join(f"{share:.4%}" for share in (*ends, agreement(one, other)))
+
+
 class Bench:
     """Does pieces of work on copies of one model, between plain forwards."""
 
-    def __init__(self, model: PreTrainedModel, batches: list[Batch], validation: tuple[DataLoader, str] | None) -> None:
-        self.model, self.batches, self.validation = model, batches, validation
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: list[Batch],
+        validation: tuple[DataLoader, str] | None,
+        *,
+        itself: bool = False,
+    ) -> None:
+        self.model, self.batches, self.validation, self.itself = model, batches, validation, itself
 
     def timed(self, work: Callable[[PreTrainedModel], object]) -> tuple[PreTrainedModel, list[str]]:
         """Returns what ``work`` made of a copy of the model, and the cells that tell its cost and its perplexity."""
@@ -152,10 +168,16 @@ class Bench:
         if work.by_the_book is None:
             return row
         sparsity, dlp = work.recipe.sparsity, isinstance(work.recipe.allocation, DLP)
-        theirs, cells = self.timed(
-            lambda model: reference.prune(model, self.batches, work.by_the_book, sparsity, dlp=dlp)  # type: ignore[arg-type]
-        )
-        return [*row, *cells, f"{agreement(ours, theirs):.4%}"]
+
+        def book(batches: list[Batch]) -> Callable[[PreTrainedModel], object]:
+            return lambda model: reference.prune(model, batches, work.by_the_book, sparsity, dlp=dlp)  # type: ignore[arg-type]
+
+        theirs, cells = self.timed(book(self.batches))
+        row += [*cells, by_block(ours, theirs)]
+        if self.itself:
+            again, _ = self.timed(book(self.batches[::-1]))
+            row.append(by_block(theirs, again))
+        return row
 
 
 def main(
@@ -168,6 +190,7 @@ def main(
     val_windows: int = 6,
     val_length: int = 2048,
     only: str = "",
+    itself: bool = False,
 ) -> None:
     """Prints the table.
 
@@ -181,6 +204,8 @@ def main(
         val_windows: Validation windows, the first of the text.
         val_length: Tokens per validation window.
         only: Do only the work in whose name this stands, such as DLP.
+        itself: Do the work by the book once more with the windows in reverse order, and tell how far its masks agree
+            with its own: what rounding alone does.
     """
     data = TextDataModule(
         pretrained,
@@ -194,12 +219,13 @@ def main(
     batches = batches_of(data.calibration_windows(num_samples, seq_length, seed=0), batch_size)
     model = load_model(pretrained, "float32")
     validation = None if val_files is None else (data.val_dataloader(), data.describe("val"))
-    bench = Bench(model, batches, validation)
+    bench = Bench(model, batches, validation, itself=itself)
     forward(model, batches[:1])
     activations = num_samples * seq_length * model.config.hidden_size * 4
     told = ["perplexity"] if validation else []
     ours = ["multiple of F", "peak MB", *told]
-    head = ["work", "floor", *ours, *(f"{name}, by the book" for name in ours), "same zeros"]
+    head = ["work", "floor", *ours, *(f"{name}, by the book" for name in ours), "same zeros: first / last / all blocks"]
+    head += ["by the book, windows in reverse order"] if itself else []
     print(
         f"{num_samples} windows of {seq_length} tokens, {torch.get_num_threads()} threads; stored activations "
         f"{activations / 1e6:.0f} MB\n\n| {' | '.join(head)} |\n| --- |{' ---: |' * (len(head) - 1)}"

@@ -1,118 +1,132 @@
-"""Perplexity at equal steps of the recoveries, and of LoRA merged and masked again; takes up where it was stopped.
+"""Perplexity, zeros and bytes of every recovery at equal steps, each a run of `lit-prune fit`; resumable.
 
-    python benchmarks/recoveries.py --results runs/recoveries.jsonl
+    python benchmarks/recoveries.py
+    python benchmarks/recoveries.py --config configs/smollm2_dlp_lora.yaml --runs runs/smollm2_recoveries
 
-Every case prunes the same model in the same way (DLP + Wanda), trains the same windows in the same order (seed 0,
-AdamW, ten steps of warm-up and a cosine), and is measured by itself, so that every line of the results file is one
-case. `LoRA, merged and masked` is what one gets who merges plain LoRA and puts the zeros back: not what was trained.
+What else is on the command line goes to `lit-prune fit`. All cases prune the same model from the same statistics, train
+the same windows in the same order, and differ in what their line says. `LoRA, merged and masked` is what one gets who
+merges plain LoRA and puts the zeros back, which is not what was trained.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
+import yaml
 from peft.tuners.lora import LoraLayer
-from resumable import Protocol, Row, arguments
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
+from resumable import Results, Row
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.data import TextDataModule
 from lit_prune.evaluate import measure, zeros
-from lit_prune.export import merged, merges, without_adapter
+from lit_prune.export import without_adapter
 from lit_prune.families import find_blocks
-from lit_prune.load import load_model
-from lit_prune.pipeline import Recipe, prune
-from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery, merged_weight
+from lit_prune.recover import merged_weight
 
-STEPS, BATCH = 100, 8
-Finish = Callable[[PreTrainedModel], PreTrainedModel]
+SPARSITIES, RANK = (0.5, 0.6), 16
+CLI = (sys.executable, "-m", "lit_prune.cli")
+Options = Sequence[str]
 
 
-def train(protocol: Protocol, model: PreTrainedModel, lr: float) -> None:
-    """Trains what requires gradients for ``STEPS`` steps of ``BATCH`` calibration-length windows."""
-    text = TextDataModule(
-        protocol.pretrained,
-        train_files=protocol.train_files,
-        val_files=protocol.val_files,
-        seq_length=protocol.seq_length,
-        batch_size=BATCH,
-    )
-    batches: DataLoader = text.train_dataloader()
-    given = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(given, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 10, STEPS, min_lr_rate=0.1)
-    model.train()
-    step = 0
-    torch.manual_seed(0)
-    while step < STEPS:
-        for batch in batches:
-            model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            step += 1
-            if step == STEPS:
-                return
+def cases(statistics: Path, full_lr: float) -> Iterator[tuple[str, Options]]:
+    """Yields a name, and what the run has beside the options of all."""
+    for sparsity in SPARSITIES:
+        share = [f"--pruning.sparsity={sparsity}", f"--pruning.statistics={statistics}"]
+        for recovery in ("LoRA", "MaskedLoRA"):
+            yield f"{recovery}, {sparsity}", [*share, *_adapter(recovery)]
+        yield f"FullFineTuning, {sparsity}", [*share, "--pruning.recovery=FullFineTuning", f"--model.lr={full_lr}"]
+    gradual = [
+        f"--pruning.sparsity={sparsity}",
+        "--pruning.at_step=[0,20,40]",
+        "--pruning.schedule=Cubic",
+        *_adapter("MaskedLoRA"),
+    ]
+    yield f"MaskedLoRA, {sparsity} in three cuts", gradual
+
+
+def _adapter(recovery: str) -> Options:
+    return [f"--pruning.recovery={recovery}", f"--pruning.recovery.r={RANK}"]
+
+
+def fit(options: Options, folder: Path) -> Row:
+    """Returns the row of one run, which writes to ``folder``."""
+    _run("fit", *options, f"--output={folder}", "--overwrite")
+    report = json.loads((folder / "report.json").read_text())
+    written = [path for path in (folder / "model").iterdir() if path.suffix == ".safetensors"]
+    return {
+        "perplexity": report["perplexity"],
+        "sparsity": report["sparsity"]["achieved_linears"],
+        "bytes": sum(path.stat().st_size for path in written),
+        "seconds": report["seconds"]["train"],
+        "protocol": report["protocol"],
+        "folder": str(folder),
+    }
 
 
 @torch.no_grad()
-def masked_again(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the model with plain LoRA merged and what was zero set to zero again."""
+def merged_and_masked(row: Row) -> Row:
+    """Returns the row of a LoRA's folder with the adapter merged, and what was zero set to zero again."""
+    folder = Path(row["folder"])
+    given = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    data = TextDataModule(**given | {"tokenizer": str(folder / "model")})
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "model")
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             weight = layer.get_base_layer().weight
             weight.copy_(merged_weight(layer).masked_fill(weight == 0, 0))
-    return without_adapter(model)
-
-
-def exported(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns the model as its export would have it."""
-    return merged(model) if merges(model) else model
-
-
-def run(protocol: Protocol, recovery: Recovery | None, lr: float, finish: Finish) -> Row:
-    """Returns the row of one case: prune, train, finish, measure."""
-    model, begin = load_model(protocol.pretrained, "float32"), time.perf_counter()
-    prune(model, protocol.batches(), Recipe(sparsity=0.5))
-    if recovery is not None:
-        torch.manual_seed(0)
-        recovery.attach(model)
-        train(protocol, model, lr)
-    seconds = time.perf_counter() - begin
-    model = finish(model)
+    model.disable_adapters()
     blocks = find_blocks(without_adapter(model))
     zero, total = zeros(linear.weight_OI for block in blocks for linear in block.linears.values())
-    found = measure(model, protocol.data.val_dataloader(), protocol.data.describe("val"))
-    return {
-        "perplexity": found.perplexity,
-        "sparsity": zero / total,
-        "seconds": seconds,
-        "protocol": found.protocol,
-    }
+    found = measure(model, data.val_dataloader(), data.describe("val"))
+    kept = {key: row[key] for key in ("protocol", "seconds", "folder")}
+    return kept | {"perplexity": {"recovered": found.perplexity}, "sparsity": zero / total, "bytes": None}
 
 
-def cases() -> Iterator[tuple[str, Recovery | None, float, Finish]]:
-    """Yields a name, a recovery, a learning rate, and what is done to the model before it is measured."""
-    yield "pruned, not healed", None, 0.0, exported
-    yield "LoRA, apart, lr 0.002", LoRA(r=16), 2e-3, exported
-    yield "MaskedLoRA, merged, lr 0.002", MaskedLoRA(r=16), 2e-3, exported
-    yield "LoRA, merged and masked, lr 0.002", LoRA(r=16), 2e-3, masked_again
-    yield "FullFineTuning, lr 0.0002", FullFineTuning(), 2e-4, exported
-    yield "FullFineTuning, lr 0.0005", FullFineTuning(), 5e-4, exported
+def run(options: Options, results: Results, runs: Path, full_lr: float) -> list[Row]:
+    """Returns the rows of all cases, of which those that the file lacks are run."""
+    statistics = runs / "statistics"
+    if not statistics.exists():
+        _run("score", *options, f"--output={statistics}")
+    rows = []
+    for name, own in cases(statistics, full_lr):
+        folder = runs / name.replace(", ", "-").replace(" ", "_")
+        rows.append(results.once(name, partial(fit, [*options, *own], folder)))
+        if name.startswith("LoRA"):
+            rows.append(results.once(name.replace(",", ", merged and masked,"), partial(merged_and_masked, rows[-1])))
+    return rows
+
+
+def _run(verb: str, *options: str) -> None:
+    subprocess.run([*CLI, verb, *options], check=True)
+
+
+def tell(rows: Sequence[Row]) -> None:
+    """Prints the table."""
+    print(f"\n{rows[0]['protocol']}\n\n| | dense | pruned | recovered | sparsity | MB | seconds of training |")
+    print(f"| --- |{' ---: |' * 6}")
+    for row in rows:
+        values = (row["perplexity"].get(key) for key in ("dense", "pruned", "recovered"))
+        found = " | ".join("" if value is None else f"{value:.2f}" for value in values)
+        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
+        print(f"| {row['case']} | {found} | {row['sparsity']:.4f} | {size} | {row['seconds']:.0f} |")
 
 
 def main() -> None:
-    """Runs the cases that the results file has not, and prints all as a table."""
-    protocol, results = arguments(
-        __doc__, "runs/recoveries.jsonl", num_samples=64, seq_length=256, val_windows=128, val_length=256
-    )
-    rows = [results.once(name, partial(run, protocol, *rest)) for name, *rest in cases()]
-    print(f"\n{rows[0]['protocol']}\n\n| case | perplexity | sparsity | seconds |\n| --- | ---: | ---: | ---: |")
-    for row in rows:
-        print(f"| {row['case']} | {row['perplexity']:.2f} | {row['sparsity']:.4f} | {row['seconds']:.0f} |")
+    """Reads the command line, runs, and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="Configuration that all runs share.")
+    parser.add_argument("--runs", type=Path, default=Path("runs/recoveries"), help="Folder of the runs.")
+    parser.add_argument("--full_lr", type=float, default=5e-4, help="Learning rate of FullFineTuning.")
+    known, rest = parser.parse_known_args()
+    results = Results(str(known.runs / "results.jsonl"))
+    tell(run([f"--config={known.config}", *rest], results, known.runs, known.full_lr))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,26 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
+from lit_prune import processes
 from lit_prune.calibrate import Batch, Calibration, batches_of, first_batches
 from lit_prune.errors import InputError
 
 
 def check_processes(trainer: Trainer) -> None:
+    """Raises InputError for a strategy that cuts are not made under."""
+    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise InputError(
+            f"`trainer.strategy` must be ddp for pruning on several devices, got {type(trainer.strategy).__name__}."
+        )
+
+
+def check_one_process(trainer: Trainer, verb: str) -> None:
     """Raises InputError on more than one process."""
     if trainer.world_size > 1:
-        raise InputError(f"`pruning` works in one process so far, got {trainer.world_size}: `--trainer.devices 1`.")
+        raise InputError(f"`trainer.devices` must be 1 for {verb}, which trains nothing, got {trainer.world_size}.")
 
 
 def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[list[Batch], dict[str, Any]]:
@@ -46,7 +56,8 @@ def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     if not source.is_defined() or trainer.limit_val_batches == 0:
         return None
-    loader, limit = _first_loader(source), trainer.limit_val_batches
+    with processes.alone():  # all of it: whoever measures shares it out
+        loader, limit = _first_loader(source), trainer.limit_val_batches
     described = getattr(getattr(trainer, "datamodule", None), "describe", lambda _part: "validation dataloader")("val")
     if isinstance(limit, float):
         if limit == 1.0:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data
 from lit_prune.callbacks.best_scores import reset_best_scores
 from lit_prune.callbacks.cut import Done, cut
@@ -17,7 +18,7 @@ from lit_prune.callbacks.resume import Settings, check_settings, run_settings, s
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_prune import structure
+from lit_prune import processes, structure
 from lit_prune.allocate import DLP, Allocation, Plan
 from lit_prune.budget import Budget
 from lit_prune.calibrate import Batch, Calibration
@@ -415,11 +416,11 @@ class DynamicPruningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has been done, and the states of the random numbers."""
-        return {"done": self.done, "kept": self.kept, "random": random_states()}
+        return {"done": self.done, "kept": self.kept, "random": processes.gathered(random_states())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what had been done."""
-        self.done, self._random = state_dict["done"], state_dict["random"]
+        self.done, self._random = state_dict["done"], state_dict["random"][processes.rank()]
         self.kept = state_dict.get("kept")
 
 
@@ -439,7 +440,9 @@ def _one(values: list[Any]) -> Any:
 def _train_on(trainer: Trainer) -> None:
     """Readies the Trainer for a model whose parameters are others: device, precision, optimizers and schedules."""
     strategy: Any = trainer.strategy
-    strategy.model = strategy.precision_plugin.convert_module(strategy.model)
+    strategy.model = strategy.precision_plugin.convert_module(strategy.lightning_module)
     strategy.model_to_device()
+    if isinstance(strategy, DDPStrategy):  # its wrapper knows the parameters that were trained before
+        strategy.configure_ddp()
     strategy.setup_optimizers(trainer)
     strategy.setup_precision_plugin()

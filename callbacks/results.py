@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from lit_prune import processes
 from lit_prune.errors import InputError
 from lit_prune.evaluate import measure
 from lit_prune.hub import check_repository, push
@@ -71,8 +72,9 @@ class ResultsCallback(Callback):
         if stage == "fit":
             one(trainer, DynamicPruningCallback)
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
-            self.folder.check()
-            self.check_tasks(trainer)
+            if processes.first():
+                self.folder.check()
+                self.check_tasks(trainer)
 
     def check_tasks(self, trainer: Trainer) -> None:
         """Asks whether the tasks can be asked, before anything is done."""
@@ -84,7 +86,8 @@ class ResultsCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the folder: the cut is done."""
-        self.open()
+        if processes.first():
+            self.open()
         if self.csv_log and trainer.logger is None:
             trainer.logger = CSVLogger(self.folder.path, name="logs")
 
@@ -103,8 +106,11 @@ class ResultsCallback(Callback):
         self.seconds += time.perf_counter() - self._begin
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the trained model, exports it, and tells."""
-        self.write(trainer, pl_module, *self.measured(trainer, pl_module))
+        """Measures the trained model, exports it, and tells; of several processes the first one writes."""
+        measured = self.measured(trainer, pl_module)
+        if processes.first():
+            with processes.alone():
+                self.write(trainer, pl_module, *measured)
 
     def measured(
         self, trainer: Trainer, pl_module: LightningModule

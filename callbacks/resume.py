@@ -21,6 +21,7 @@ def run_settings(trainer: Trainer, pl_module: LightningModule) -> Settings:
     settings: Settings = {
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.precision": str(trainer.precision),
+        "trainer.devices * trainer.num_nodes": trainer.world_size,
     }
     for part in (pl_module, getattr(trainer, "datamodule", None)):
         settings |= getattr(part, "resume_settings", dict)()

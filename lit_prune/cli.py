@@ -21,8 +21,15 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import TQDMProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.plugins.precision import HalfPrecision  # noqa: E402
+from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 
-from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data  # noqa: E402
+from lit_prune.callbacks.batches import (  # noqa: E402
+    calibration_batches,
+    check_one_process,
+    check_processes,
+    named,
+    validation_data,
+)
 from lit_prune.callbacks.cut import cut  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, one, tell  # noqa: E402
@@ -268,7 +275,9 @@ class LitPruneCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = [results]
         if config.get("ckpt_path"):
             config.ckpt_path = _checkpoint(config.ckpt_path, output)
-        if self.subcommand in (*WRITES, "score", "evaluate"):
+        if (
+            self.subcommand in (*WRITES, "score", "evaluate") and _rank() == 0
+        ):  # the others start when the first is there
             results.folder.resume = results.folder.holds(config.get("ckpt_path"))
             results.folder.check()
             if self.subcommand == "export" and (output / "model").exists() and not config.overwrite:
@@ -339,6 +348,8 @@ class LitPruneCLI(LightningCLI):
             lengths["pruning.calibration.seq_length"] = pruning.calibration.seq_length
             blocks_path(self.model.config, pruning.recipe.blocks)
             check_processes(self.trainer)
+            if self.subcommand != "fit":
+                check_one_process(self.trainer, self.subcommand)
         elif isinstance(pruning.recovery, (LoRA, MaskedLoRA)) and self.model.architecture is not None:
             raise InputError(
                 "`pruning.recovery` must be null where `model.architecture` begins from random weights and nothing is "
@@ -379,8 +390,14 @@ def _checkpoint(path: str, output: Path) -> str:
     return str(found)
 
 
+def _rank() -> int:
+    """Which of several processes this is, by the environment: they do not know each other yet."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
 def _fail(message: str) -> NoReturn:
-    print(f"lit-prune: error: {message}", file=sys.stderr)
+    where = f" (process {_rank()})" if _rank() else ""
+    print(f"lit-prune: error{where}: {message}", file=sys.stderr)
     sys.exit(2)
 
 

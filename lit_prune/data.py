@@ -20,6 +20,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from lit_prune import processes
 from lit_prune.calibrate import Windows, draw_windows
 from lit_prune.errors import InputError, near_misses
 from lit_prune.instructions import (
@@ -31,7 +32,7 @@ from lit_prune.instructions import (
     without,
 )
 from lit_prune.load import HUB_TIMEOUT_SECONDS, Tokenizer, load_tokenizer
-from lit_prune.loader import ResumableLoader
+from lit_prune.loader import InTurn, ResumableLoader
 from lit_prune.progress import say
 from lit_prune.python_docs import SHARED_CHARACTERS, python_docs
 
@@ -248,8 +249,18 @@ class TextDataModule(LightningDataModule):
     def _loader(self, part: Part) -> DataLoader:
         own = torch.Generator()  # evaluation draws nothing from the global random numbers, which training may use
         items = self.windows(part)
+        if len(items) < processes.number():
+            raise InputError(
+                f"`data.val_windows` must give each of {processes.number()} processes a window, got {len(items)}."
+            )
+        turns, collate = InTurn(items), _collate(items)
         return DataLoader(
-            items, self.batch_size, num_workers=self.num_workers, generator=own, collate_fn=_collate(items)
+            items,
+            self.batch_size,
+            sampler=turns,
+            num_workers=self.num_workers,
+            generator=own,
+            collate_fn=collate,
         )
 
     def _check_instructions(self) -> None:

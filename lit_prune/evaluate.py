@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
+from lit_prune import processes
 from lit_prune.calibrate import inputs_of
 from lit_prune.families import is_known
 from lit_prune.on_disk import on_disk
@@ -143,7 +144,8 @@ def measure(
 ) -> Measurement:
     """Returns the perplexity of ``model``, where it is and as it is, in eval mode.
 
-    A model on disk goes through its blocks once, with all batches.
+    A model on disk goes through its blocks once, with all batches. In several processes each measures its share of the
+    batches, and all return what is true of all.
 
     Args:
         model: A causal LM.
@@ -156,22 +158,25 @@ def measure(
     Raises:
         ValueError: if the batches predict no token.
     """
-    metric, windows, longest, begin = Perplexity().to(model.device), 0, 0, time.perf_counter()
+    metric = Perplexity(sync_on_compute=False).to(model.device)
+    windows, longest, begin = 0, 0, time.perf_counter()
     with evaluating(model):
-        for batch, logits in _logits(model, batches, device or model.device, label):
+        for batch, logits in _logits(model, processes.each(batches), device or model.device, label):
             ids = batch["input_ids"]
             metric.update(logits, ids, batch.get("attention_mask"), batch.get("labels"))
             windows, longest = windows + ids.shape[0], max(longest, ids.shape[1])
-    if windows == 0:
-        raise ValueError("`batches` must predict at least one token, got no batch.")
+    nll, tokens = processes.total(metric.nll), processes.total_count(int(metric.tokens))
+    windows, longest = processes.total_count(windows), max(processes.gathered(longest))
+    if tokens == 0:
+        raise ValueError("`batches` must predict at least one token, got none.")
     protocol = {
         "data": data,
         "windows": windows,
         "seq_length": longest,
-        "tokens": int(metric.tokens),
+        "tokens": tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    return Measurement(float(metric.compute()), protocol, time.perf_counter() - begin)
+    return Measurement(float(torch.exp(nll / tokens)), protocol, time.perf_counter() - begin)
 
 
 def _logits(

@@ -1,4 +1,8 @@
-"""A DataLoader whose order is a function of (seed, epoch), and that a checkpoint can put back where it was."""
+"""DataLoaders for one process or several: one whose order is a function of (seed, epoch), and that a checkpoint can put
+back where it was, and one that gives every window once.
+
+In several processes a step of the training reads the windows that one process reads in a batch so many times as large.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from lit_prune import processes
 
 EPOCH_STRIDE = 1_000_003  # so that neighbouring seeds share no epoch's order
 
 
-class EpochOrder(Sampler[int]):
-    """The order of all items in an epoch, from a position on.
+class EpochOrder(DistributedSampler[int]):  # by this type Lightning knows that it need not share out the items itself
+    """The order of this process's items in an epoch, from a position on.
+
+    All processes have the same number, those that are left over in no epoch.
 
     Args:
-        count: Number of items.
+        items: The data set.
         seed: Seed of the order.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch, self.begin = count, seed, 0, 0
+    def __init__(self, items: Dataset, seed: int) -> None:
+        super().__init__(items, processes.number(), processes.rank(), seed=seed)
+        self.count, self.begin = len(items), 0  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch; Lightning calls it before each."""
@@ -34,10 +43,11 @@ class EpochOrder(Sampler[int]):
         return torch.randperm(self.count, generator=random)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.order()[self.begin :].tolist())
+        shared = self.order()[: len(self) * self.num_replicas]
+        return iter(shared[self.rank :: self.num_replicas][self.begin :].tolist())
 
     def __len__(self) -> int:
-        return self.count
+        return self.count // self.num_replicas
 
 
 class ResumableLoader(DataLoader):
@@ -62,7 +72,7 @@ class ResumableLoader(DataLoader):
         num_workers: int = 0,
         collate_fn: Callable[..., Any] | None = None,
     ) -> None:
-        self.ordered = EpochOrder(len(items), seed)  # type: ignore[arg-type]
+        self.ordered = EpochOrder(items, seed)
         own = torch.Generator().manual_seed(seed)
         super().__init__(
             items, batch_size, sampler=self.ordered, num_workers=num_workers, generator=own, collate_fn=collate_fn
@@ -88,3 +98,21 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the position of a checkpoint."""
         self.position, self._resumed = dict(state_dict), True
+
+
+class InTurn(DistributedSampler[int]):
+    """Every item once, in order: to each process every so-manieth; no item twice, as Lightning's own would have it.
+
+    Args:
+        items: The data set.
+    """
+
+    def __init__(self, items: Dataset) -> None:
+        super().__init__(items, processes.number(), processes.rank(), shuffle=False)
+        self.indices = range(self.rank, len(items), self.num_replicas)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)

@@ -135,7 +135,8 @@ class PrunableLM(LightningModule):
         metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"), batch.get("labels"))
 
     def _log_perplexity(self, part: str) -> None:
-        self.log(f"{part}/perplexity", self.perplexity[part].compute(), prog_bar=True)
+        value = self.perplexity[part].compute()  # over all processes
+        self.log(f"{part}/perplexity", value, prog_bar=True, sync_dist=True)
         self.perplexity[part].reset()
 
     def setup(self, stage: str) -> None:

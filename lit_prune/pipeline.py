@@ -3,6 +3,8 @@
 scores = score(model, batches, recipe)     # look, change nothing
 pruned = prune(model, batches, recipe)     # score, spread the budget over the blocks, remove weights in place
 
+In several processes (torch.distributed) each is given all batches, runs its share, and comes to the same weights.
+
 Calibrate once, and try many recipes on copies of the model:
 
 scored, stored = look(model, batches, recipe)
@@ -20,11 +22,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune import structure
+from lit_prune import processes, structure
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
 from lit_prune.allocate.base import TOLERANCE, Refined, weighted_mean
 from lit_prune.budget import Budget, Limits, over_linears
 from lit_prune.calibrate import COSINE, INPUTS, Batch, Observed, Stream, observe, on_device
+from lit_prune.checkpoint import digest
 from lit_prune.errors import InputError
 from lit_prune.evaluate import evaluating
 from lit_prune.families import Block, find_blocks
@@ -109,6 +112,11 @@ class Recipe:
     def bounded(self, model: PreTrainedModel) -> tuple[list[Block], Limits]:
         """Returns what :meth:`check` does, with what bounds the rates of the blocks; arguments and errors as there."""
         self.method.check(model, self.sparsity)
+        if self.allocation.refines and processes.number() > 1:
+            raise InputError(
+                f"`pruning.allocation` must not be {type(self.allocation).__name__} in several processes: search in "
+                "one, and use the plan that `lit-prune score` writes."
+            )
         if self.allocation.refines and on_disk(model) is not None:
             raise InputError(
                 f"`pruning.allocation` must not be {type(self.allocation).__name__} with `model.on_disk`, every try "
@@ -273,10 +281,18 @@ def prune(
             device=torch.device(device or model.device),
             stream=lambda: _stream(model, blocks, batches, device),
         )
+    _check_same(blocks)
     total = weighted_mean(achieved, scored.sizes)
     structure.write(model, recipe=recipe_record(recipe), rates=scored.rates)
     seconds = {"score": scored.seconds, "prune": time.perf_counter() - begin}
     return Pruned(scored.scores, scored.rates, scored.target, achieved, total, scored.sizes, seconds, scored.search)
+
+
+def _check_same(blocks: Sequence[Block]) -> None:
+    """Raises RuntimeError where the processes have not come to the same weights, to the bit."""
+    if processes.number() > 1:
+        weights = [{name: digest(tensor) for name, tensor in block.module.state_dict().items()} for block in blocks]
+        processes.check_same("The pruned weights", weights)
 
 
 def recipe_record(recipe: Recipe) -> dict[str, object]:
@@ -388,7 +404,8 @@ def _stream(
     batches: Iterable[Batch | Tensor],
     device: torch.device | str | None,
 ) -> Stream:
-    return Stream(model, blocks, _dicts(model, batches), torch.device(device or model.device))
+    own = processes.share(_dicts(model, batches))
+    return Stream(model, blocks, own, torch.device(device or model.device))
 
 
 def _dicts(model: PreTrainedModel, batches: Iterable[Batch | Tensor]) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""Progress bars on long work, drawn where somebody may be watching."""
+"""Progress bars on long work, drawn where somebody may be watching; of several processes the first one draws."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lit_prune import processes
+
 Item = TypeVar("Item")
 console = Console(stderr=True)
 
 
 def say(text: str) -> None:
     """Prints a line beside the progress bars."""
-    console.print(text, highlight=False, soft_wrap=True)
+    if processes.first():
+        console.print(text, highlight=False, soft_wrap=True)
 
 
 def track(items: Iterable[Item], label: str) -> Iterator[Item]:
     """Yields ``items`` under a progress bar on stderr; without a terminal one line tells that the work begins."""
     total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+    if not processes.first():
+        yield from items
+        return
     if not console.is_terminal:
         console.print(f"{label} ...", highlight=False)
         yield from items

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_prune import processes
 from lit_prune.families import Block
 from lit_prune.linears import watching
 
 INPUTS = "inputs"
 COSINE = "cosine"
 GRAM = "gram"
+STRIPS = 8
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,11 @@ class InputSquares:
         self.sum_I = sum_I if self.sum_I is None else self.sum_I + sum_I
         self.tokens += len(x_PI)
 
+    def sum_over_processes(self, width: int) -> None:
+        """Adds what the other processes saw of the input, of ``width`` channels."""
+        self.sum_I = processes.total(torch.zeros(width) if self.sum_I is None else self.sum_I)
+        self.tokens = processes.total_count(self.tokens)
+
     def norm(self) -> Tensor:
         """Returns the root mean square, shape (I,); channels [3, 4] seen in one token give [3, 4]."""
         assert self.sum_I is not None
@@ -97,7 +104,10 @@ class InputSquares:
 
 
 class InputGram:
-    """Sum of x x^T over the positions that count."""
+    """Sum of x x^T over the positions that count.
+
+    It is symmetric: of each strip of ``STRIPS`` the products right of the strip's left edge are summed, 9/16 of all.
+    """
 
     def __init__(self) -> None:
         self.sum_II: Tensor | None = None
@@ -108,13 +118,27 @@ class InputGram:
         x_PI = x_PI.float()
         if self.sum_II is None:
             self.sum_II = x_PI.new_zeros(x_PI.shape[1], x_PI.shape[1])
-        self.sum_II.addmm_(x_PI.T, x_PI)
+        for strip, right in _strips(x_PI.shape[1]):
+            self.sum_II[strip, right].addmm_(x_PI[:, strip].T, x_PI[:, right])
         self.tokens += len(x_PI)
+
+    def sum_over_processes(self, width: int) -> None:
+        """Adds what the other processes saw of the input, of ``width`` channels."""
+        self.sum_II = processes.total(torch.zeros(width, width) if self.sum_II is None else self.sum_II)
+        self.tokens = processes.total_count(self.tokens)
 
     def gram(self) -> Tensor:
         """Returns the mean, shape (I, I); one token [3, 4] gives [[9, 12], [12, 16]]."""
         assert self.sum_II is not None
-        return self.sum_II / max(self.tokens, 1)
+        mean_II = self.sum_II.triu().div_(max(self.tokens, 1))
+        return mean_II.add_(mean_II.triu(1).T)
+
+
+def _strips(width: int) -> Iterator[tuple[slice, slice]]:
+    """Each strip of the rows of a symmetric matrix, and the columns from its left edge on."""
+    step = -(-width // STRIPS)
+    for begin in range(0, width, step):
+        yield slice(begin, begin + step), slice(begin, width)
 
 
 class Observer:
@@ -128,6 +152,7 @@ class Observer:
         self.wanted = wanted
         self.mask_BT: Tensor | None = None
         self._linears = block.linears.values() if wanted & {INPUTS, GRAM} else ()
+        self._width = {name: linear.weight_OI.shape[1] for name, linear in block.linears.items()}
         self._leader: dict[str, str] = {}
         self._squares: dict[str, InputSquares] = {}
         self._grams: dict[str, InputGram] = {}
@@ -168,12 +193,28 @@ class Observer:
         return x_PD[mask_P if rows_S is None else mask_P[rows_S]]
 
     def observed(self) -> Observed:
-        """Returns the statistics over everything that was seen."""
+        """Returns the statistics over everything that was seen, by any process."""
+        leaders = self._agreed_leaders()
+        self._sum_over_processes(leaders.values())
         norms = {leader: squares.norm() for leader, squares in self._squares.items()}
         grams = {leader: gram.gram() for leader, gram in self._grams.items()}
+        cosine, tokens = processes.total(torch.tensor([self._cosine, self._tokens], dtype=torch.float64)).tolist()
         return Observed(
-            norms={name: norms[leader] for name, leader in self._leader.items() if leader in norms},
-            cosine=self._cosine / self._tokens if self._tokens else None,
-            grams={name: grams[leader] for name, leader in self._leader.items() if leader in grams},
-            leaders=dict(self._leader),
+            norms={name: norms[leader] for name, leader in leaders.items() if leader in norms},
+            cosine=cosine / tokens if tokens else None,
+            grams={name: grams[leader] for name, leader in leaders.items() if leader in grams},
+            leaders=leaders,
         )
+
+    def _agreed_leaders(self) -> dict[str, str]:
+        """Which linear stands for which: an expert that no token of this process reached may be known to another."""
+        return {name: leader for known in reversed(processes.gathered(self._leader)) for name, leader in known.items()}
+
+    def _sum_over_processes(self, leaders: Iterable[str]) -> None:
+        """Adds up what the processes saw, in an order that is the same in all of them."""
+        for leader in sorted(set(leaders)):
+            width = self._width[leader]
+            if INPUTS in self.wanted:
+                self._squares.setdefault(leader, InputSquares()).sum_over_processes(width)
+            if GRAM in self.wanted:
+                self._grams.setdefault(leader, InputGram()).sum_over_processes(width)

@@ -175,6 +175,16 @@ def test_input_gram_by_hand() -> None:
     assert gram.gram().tolist() == [[5, 6], [6, 8]]
 
 
+@pytest.mark.parametrize("width", [1, 7, 8, 9, 64, 100])
+def test_input_gram_is_whole_and_symmetric_at_any_width(width: int) -> None:
+    x_PI = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    gram = InputGram()
+    for part_PI in (x_PI[:2], x_PI[2:]):
+        gram.update(part_PI)
+    torch.testing.assert_close(gram.gram(), x_PI.T @ x_PI / 3)
+    assert torch.equal(gram.gram(), gram.gram().T)
+
+
 @pytest.mark.parametrize("family", ["qwen2", "gemma2", "gemma3_text"])
 def test_masks_and_rotary_embeddings_of_all_layer_types_are_kept(family: str) -> None:
     model = small_model(family)

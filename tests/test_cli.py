@@ -660,7 +660,10 @@ MISTAKES = [
         r"`LoRA.target_modules` must match linears of the model, got 'qproj'",
     ),
     (["--pruning.ignore=['(']"], r"`pruning.ignore` must be suffixes or regular expressions"),
-    (["--trainer.devices=2", "--trainer.accelerator=cpu"], r"`pruning` works in one process so far, got 2"),
+    (
+        ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=deepspeed"],
+        r"`trainer.strategy` must be ddp for pruning on several devices, got DeepSpeedStrategy",
+    ),
     (
         [
             '--trainer.callbacks=[{"class_path": "lit_prune.callbacks.DynamicPruningCallback",'

@@ -33,6 +33,15 @@ CASES = {
         "--pruning.schedule=Linear",
         "--pruning.recovery=FullFineTuning",
     ],
+    "two processes": [
+        "--trainer.devices=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.strategy=ddp",
+        "--pruning.at_step=4",
+        "--pruning.before=LoRA",
+        "--pruning.recovery=MaskedLoRA",
+        "--pruning.recovery.dropout=0.1",
+    ],
     "masks at the start": ["--trainer.accumulate_grad_batches=2", "--pruning.full_checkpoint=true"],
 }
 BEFORE, DURING, AFTER = 2, "Step 4: cutting", 5

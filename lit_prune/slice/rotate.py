@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_prune import processes
 from lit_prune.modeling_sliced import NormWeights, set_weight
 
 ROWS_AT_ONCE = 8192  # so that an embedding or a head is not held in float64 as a whole
@@ -30,13 +31,13 @@ class Covariance:
         self.sum_DD = sum_DD if self.sum_DD is None else self.sum_DD.add_(sum_DD)
 
     def principal_axes(self) -> Tensor:
-        """Returns the eigenvectors as columns, that of the largest eigenvalue first, (D, D) float64.
+        """Returns the eigenvectors as columns, largest eigenvalue first, (D, D) float64, over all processes.
 
         An eigenvector's sign is anybody's choice; here its largest entry is positive, so that the same covariance gives
         the same axes. Positions [[3, 0], [0, -2]] give [[1, 0], [0, 1]].
         """
         assert self.sum_DD is not None
-        axes_DD = torch.linalg.eigh(self.sum_DD).eigenvectors.flip(1)
+        axes_DD = torch.linalg.eigh(processes.total(self.sum_DD)).eigenvectors.flip(1)
         largest_1D = axes_DD.abs().argmax(0, keepdim=True)
         return axes_DD * axes_DD.gather(0, largest_1D).sign()
 

@@ -246,9 +246,9 @@ def test_the_llm_is_found_by_target() -> None:
         callback(target="net").find_model(module)
 
 
-def test_several_processes_are_refused() -> None:
-    trainer = SimpleNamespace(world_size=2)
-    with pytest.raises(InputError, match="works in one process so far, got 2: `--trainer.devices 1`"):
+def test_a_strategy_without_cuts_is_refused() -> None:
+    trainer = SimpleNamespace(strategy=SimpleNamespace())
+    with pytest.raises(InputError, match="`trainer.strategy` must be ddp for pruning on several devices, got Simple"):
         callback().setup(trainer, Foreign(), "fit")  # type: ignore[arg-type]
 
 
