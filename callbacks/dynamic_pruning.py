@@ -60,8 +60,9 @@ class DynamicPruningCallback(Callback):
         schedule: How sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for several.
         before: What is trained before the first cut, where that comes later than step 0, such as LoRA; null trains
             what the LightningModule leaves trainable, which for PrunableLM is everything.
-        recovery: What is trained after a cut, with a null `method` from the start: LoRA, MaskedLoRA or FullFineTuning;
-            null trains what the LightningModule leaves trainable, which must not be weights under a mask.
+        recovery: What is trained after a cut, with a null `method` from the start: LoRA, MaskedLoRA, QLoRA (after the
+            one cut) or FullFineTuning; null trains what the LightningModule leaves trainable, which must not be weights
+            under a mask.
         calibration: How much text the statistics are taken over, at every cut.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
@@ -329,6 +330,7 @@ class DynamicPruningCallback(Callback):
                 )
             return
         method, count = self.recipe.method, len(self.cuts)
+        self._check_full(self.before, "before")
         if self.before is not None and self.cuts[0].step == 0:
             raise InputError(
                 "`pruning.before` must be null where the first cut comes at step 0, nothing is trained before it, got "
@@ -340,17 +342,29 @@ class DynamicPruningCallback(Callback):
                 f"{', '.join(str(step) for step, _ in self.cuts)}."
             )
         if count == 1:
+            if method.changes_shapes and self.recovery is not None:
+                self.recovery.check_sliced()
             return
         if not method.repeats():
             raise InputError(
-                f"`pruning.at_step` must be one step for {method}, which cannot cut again what it has cut, got {count}."
+                f"`pruning.at_step` must be one step for {method}, which cannot cut again what it has cut, got "
+                f"{count}: give one, or use masks that can be cut again, Unstructured or MixedNofM."
             )
         if isinstance(self.recipe.allocation, Plan):
             raise InputError(
                 f"`pruning.allocation` must not be a Plan for {count} cuts, it has the rates of one; give one "
                 "`pruning.at_step`, or an allocation that scores."
             )
+        self._check_full(self.recovery, "recovery")
         self._check_folds(self.recovery, "recovery", f"{count} cuts of masks")
+
+    def _check_full(self, recovery: Recovery | None, field: str) -> None:
+        """Refuses a recovery that quantises where a cut comes after it."""
+        if recovery is not None and recovery.quantises:
+            raise InputError(
+                f"`pruning.{field}` must leave the weights in full precision where a cut comes after it, got "
+                f"{recovery}: use MaskedLoRA, or LoRA before the first cut, and QLoRA as `pruning.recovery` of one cut."
+            )
 
     def _check_folds(self, recovery: Recovery | None, field: str, where: str) -> None:
         if recovery is not None and not recovery.folds_under_masks:

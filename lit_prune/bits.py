@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# the eight entries of every byte, as one integer a byte, so that one look-up unpacks it
+TABLE = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8))).view(torch.int64)
+
 
 def packed(keep: Tensor) -> Tensor:
     """Returns a mask as uint8, eight entries a byte, the first in the highest bit: [1, 0, 1] is 160."""
@@ -13,5 +16,6 @@ def packed(keep: Tensor) -> Tensor:
 
 
 def unpacked(bits: Tensor, shape: torch.Size) -> Tensor:
-    """Returns the mask of that shape which :func:`packed` packed."""
-    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=shape.numel()).astype(bool)).reshape(shape)
+    """Returns the mask of that shape which :func:`packed` packed, where ``bits`` are."""
+    entries = TABLE.to(bits.device)[bits.int()].view(torch.bool)
+    return entries[: shape.numel()].reshape(shape)

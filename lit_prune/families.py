@@ -71,7 +71,12 @@ class Block:
     @property
     def size(self) -> int:
         """Number of prunable weights."""
-        return sum(linear.weight_OI.numel() for linear in self.linears.values())
+        return sum(linear.size for linear in self.linears.values())
+
+    @property
+    def pruned(self) -> int:
+        """How many of them are pruned."""
+        return sum(linear.pruned for linear in self.linears.values())
 
 
 def is_known(config: PreTrainedConfig) -> bool:
@@ -106,6 +111,7 @@ def find_blocks(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] = (),
     blocks: str | None = None,
+    quantised: bool = False,
 ) -> list[Block]:
     """Returns the blocks of ``model`` in order, each with its chosen linears.
 
@@ -114,6 +120,7 @@ def find_blocks(
         targets: Name suffixes or regular expressions of the linears to prune; None takes all.
         ignore: Suffixes or regular expressions of linears to leave alone.
         blocks: Dotted path of the blocks, for a family without an entry.
+        quantised: Find linears in 4 or 8 bits too, which can be read and not pruned.
 
     Raises:
         InputError: for an unknown family, a path that is no list of blocks, names that match nothing or leave a block
@@ -129,7 +136,7 @@ def find_blocks(
             f"`pruning.blocks` must lead to a list of decoder layers, {path!r} is {type(layers).__name__}."
         )
     every = [linears_of(layer) for layer in layers]
-    _check_linears(every, layers)
+    _check_linears(every, layers, quantised)
     names = dict.fromkeys(name for linears in every for name in linears)  # blocks differ where some have no experts
     _check_patterns(names, {"targets": targets or [], "ignore": ignore})
     return [
@@ -138,7 +145,7 @@ def find_blocks(
     ]
 
 
-def _check_linears(every: Sequence[Mapping[str, Linear]], layers: nn.ModuleList) -> None:
+def _check_linears(every: Sequence[Mapping[str, Linear]], layers: nn.ModuleList, quantised: bool) -> None:
     for linears, layer in zip(every, layers, strict=True):
         if not linears:
             kinds = ", ".join(sorted({type(module).__name__ for module in layer.modules()}))
@@ -148,7 +155,7 @@ def _check_linears(every: Sequence[Mapping[str, Linear]], layers: nn.ModuleList)
                 raise InputError(
                     f"`model` must be pruned before adapters are attached, {name} is under one; merge it first."
                 )
-            if not linear.parameter.is_floating_point():
+            if not (quantised or linear.parameter.is_floating_point()):
                 raise InputError(
                     f"`model` must be pruned in full precision, {name} is quantised ({linear.parameter.dtype}); load "
                     "it unquantised, prune, and quantise after that."

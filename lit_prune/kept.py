@@ -5,13 +5,13 @@ A record says that weights were pruned; zeros alone may be a mask whose maker le
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.errors import InputError
-from lit_prune.evaluate import zeros
 from lit_prune.export import without_adapter
 from lit_prune.families import Block, find_blocks, is_known
 from lit_prune.progress import say
@@ -24,16 +24,13 @@ def pruned_blocks(model: PreTrainedModel) -> list[Block]:
     """Returns the blocks of ``model``, which has no adapter, with the linears that its record says were pruned."""
     recipe = structure.record(model).get("recipe") or {}
     chosen = {field: recipe[field] for field in ("targets", "ignore", "blocks") if recipe.get(field)}
-    return find_blocks(model, **chosen)
+    return find_blocks(model, **chosen, quantised=True)
 
 
 def zero_shares(model: PreTrainedModel) -> tuple[list[float], float]:
     """Returns the share of every block's pruned linears that is exactly zero, and that of all together."""
-    counts = [
-        zeros(linear.weight_OI for linear in block.linears.values()) for block in pruned_blocks(without_adapter(model))
-    ]
-    shares = [zero / total for zero, total in counts]
-    return shares, sum(zero for zero, _ in counts) / sum(total for _, total in counts)
+    blocks = pruned_blocks(without_adapter(model))
+    return [block.pruned / block.size for block in blocks], _share(blocks)
 
 
 def take_zeros(
@@ -94,9 +91,11 @@ def _trains(model: PreTrainedModel, recovery: Recovery | None) -> bool:
 
 
 def _zero_share(model: PreTrainedModel, blocks: str | None) -> float:
-    found = find_blocks(without_adapter(model), blocks=blocks)
-    zero, total = zeros(linear.weight_OI for block in found for linear in block.linears.values())
-    return zero / total
+    return _share(find_blocks(without_adapter(model), blocks=blocks, quantised=True))
+
+
+def _share(blocks: Sequence[Block]) -> float:
+    return sum(block.pruned for block in blocks) / sum(block.size for block in blocks)
 
 
 def check_kept(model: PreTrainedModel, recovery: Recovery | None) -> None:

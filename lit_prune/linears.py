@@ -1,7 +1,8 @@
 """What a linear is: a matrix of a block that multiplies activations, whatever holds it.
 
 Three things hold one: ``nn.Linear``, GPT-2's ``Conv1D``, which stores it transposed, and the fused experts of a
-mixture, where every slice of a three-dimensional parameter is one. Routers choose and are no linears.
+mixture, where every slice of a three-dimensional parameter is one. Routers choose and are no linears. After a recovery
+that quantises, a linear of bitsandbytes' is a fourth, which is read and counted, and not pruned.
 Suffixes: O output channels, I input channels, P positions of a batch, S those of them that an expert is given.
 """
 
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import InputError
+from lit_prune.quantised import dequantised, is_quantised, pruned
 
 EXPERT_PARTS = ("gate_up_proj", "down_proj")
 See = Callable[[str, Tensor, Tensor | None], None]
@@ -44,6 +46,16 @@ class Linear(ABC):
     @abstractmethod
     def weight_OI(self) -> Tensor:
         """The matrix, (out, in): a view of the parameter, without its gradient."""
+
+    @property
+    def size(self) -> int:
+        """Number of its weights."""
+        return self.weight_OI.numel()
+
+    @property
+    def pruned(self) -> int:
+        """How many of its weights are pruned: those that are zero."""
+        return self.size - int(torch.count_nonzero(self.weight_OI))
 
     def write(self, weight_OI: Tensor) -> None:
         """Puts ``weight_OI`` in the place of the matrix."""
@@ -109,6 +121,39 @@ class ExpertSlice(Linear):
         return self.parameter.detach()[self.expert]
 
 
+@final
+@dataclass(frozen=True)
+class Quantised(Linear):
+    """The matrix of a linear in 4 or 8 bits."""
+
+    name: str
+    module: nn.Linear
+
+    @property
+    def parameter(self) -> Tensor:
+        """The packed weight."""
+        return self.module.weight
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The matrix as the bits give it, a copy."""
+        return dequantised(self.module)
+
+    @property
+    def size(self) -> int:
+        """Number of its weights, which are more than the packed weight has entries."""
+        return self.module.out_features * self.module.in_features
+
+    @property
+    def pruned(self) -> int:
+        """How many are pruned by the mask that was kept: rounding makes more of them zero."""
+        return pruned(self.module)
+
+    def write(self, weight_OI: Tensor) -> None:
+        """Refuses: what is quantised is written to no more."""
+        raise TypeError(f"{self.name} is quantised.")
+
+
 def linears_of(layer: nn.Module) -> dict[str, Linear]:
     """Returns all linears of a block by name; an expert's are named `<path of the experts>.<expert>.<parameter>`.
 
@@ -117,7 +162,9 @@ def linears_of(layer: nn.Module) -> dict[str, Linear]:
     """
     found: list[Linear] = []
     for path, module in layer.named_modules():
-        if isinstance(module, nn.Linear):
+        if is_quantised(module):
+            found.append(Quantised(path, module))
+        elif isinstance(module, nn.Linear):
             found.append(Dense(path, module))
         elif isinstance(module, Conv1D):
             found.append(Transposed(path, module))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lit_prune.errors import InputError, near_misses
 from lit_prune.mappable import check_mappable
 from lit_prune.on_disk import keep_on_disk
+from lit_prune.quantised import compute_exactly
 
 EMBEDDED = Path(__file__).parent / "embedded"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -60,6 +61,7 @@ def load_model(
     if attn_implementation is not None:
         extra = {**extra, "attn_implementation": attn_implementation}
     model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", {**extra, "dtype": wanted})
+    compute_exactly(model)
     if on_disk:
         return keep_on_disk(model)
     return _plain(model) if "gguf_file" in extra else model

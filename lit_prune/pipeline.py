@@ -96,9 +96,10 @@ class Recipe:
                 f"got {self.budget}."
             )
 
-    def find(self, model: PreTrainedModel) -> list[Block]:
+    def find(self, model: PreTrainedModel, *, quantised: bool = False) -> list[Block]:
         """Returns the blocks of ``model`` with the linears that are to be pruned; see ``families.find_blocks``."""
-        return find_blocks(model, targets=self.targets, ignore=self.ignore, blocks=self.blocks)
+        chosen: dict[str, Any] = {"targets": self.targets, "ignore": self.ignore, "blocks": self.blocks}
+        return find_blocks(model, **chosen, quantised=quantised)
 
     def check(self, model: PreTrainedModel) -> list[Block]:
         """Returns the blocks of ``model``, having checked all that can be checked without running it.

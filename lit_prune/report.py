@@ -14,7 +14,7 @@ from rich.table import Table
 
 from lit_prune.tasks import describe
 
-PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "torchmetrics", "datasets")
+PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "bitsandbytes", "torchmetrics", "datasets")
 Report = dict[str, Any]
 SHOWN = 5e-5
 COLORS = {"dense": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
@@ -128,6 +128,9 @@ def _size(report: Report) -> str:
     if report["adapter"] and not report["merged"]:
         adapter = f" and {report['adapter_parameters']:,} of the adapter"
     text = f"{report['parameters']:,}{adapter}, {report['bytes'] / 1e6:,.1f} MB"
+    quantised = report.get("quantised")
+    if quantised is not None and quantised["form"] != "merged":
+        return text + f", {quantised['bytes_unquantised'] / 1e6:,.1f} MB before {quantised['quantization']}"
     if report["slice"] is None:
         return text + ", zeros stored"
     dense = report["slice"].get("dense")
@@ -298,6 +301,8 @@ def _healed(report: Report) -> str:
     if not report["adapter"]:
         zeros = ", and those that were pruned stayed zero" if _has_zeros(report) else ""
         return f"\n{word}{by}: its own weights were trained{zeros}.\n"
+    if report.get("quantised"):
+        return f"\n{word}{by}. {_quantised(report['quantised'])}\n"
     if report["merged"]:
         kept = ", which kept the zeros" if _has_zeros(report) else ""
         return f"\n{word}{by}: an adapter was trained, and is merged into the weights{kept}.\n"
@@ -306,6 +311,26 @@ def _healed(report: Report) -> str:
         "merged: merging would fill the zeros. `from_pretrained` loads both where peft is installed; without peft it "
         "loads the pruned weights alone, unrecovered.\n"
     )
+
+
+def _quantised(quantised: dict[str, Any]) -> str:
+    """What a model card says of weights that were quantised for the recovery."""
+    kind = (
+        f"The linears were quantised to {quantised['quantization']} after they were pruned, and an adapter was trained"
+    )
+    told = {
+        "adapter": (
+            "over them. The folder holds the quantised weights, for which `from_pretrained` needs bitsandbytes, and "
+            "beside them the adapter, which it loads where peft is installed; without peft it loads the unrecovered "
+            "weights alone."
+        ),
+        "merged": "over them that kept the zeros; it is merged into weights of full precision.",
+        "requantised": (
+            "over them that kept the zeros; it is merged, and the result is quantised again. `from_pretrained` needs "
+            "bitsandbytes."
+        ),
+    }
+    return f"{kind} {told[quantised['form']]}"
 
 
 def _has_zeros(report: Report) -> bool:

@@ -14,11 +14,12 @@ from lit_prune import report as reports
 from lit_prune import structure
 from lit_prune.allocate import write_plan
 from lit_prune.allocate.plan import MEAN_TOLERANCE
-from lit_prune.evaluate import parameters, size_bytes, zeros
-from lit_prune.export import export, merged, merges, without_adapter
+from lit_prune.evaluate import full_bytes, measure, parameters, pruned, size_bytes
+from lit_prune.export import export, exported, form, merged, merges, without_adapter
 from lit_prune.kept import zero_shares
 from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.pipeline import Recipe
+from lit_prune.quantised import quantisation
 from lit_prune.recover import adapter_config
 from lit_prune.report import Report
 from lit_prune.run_folder import RunFolder, write_text, written_aside
@@ -44,7 +45,8 @@ def summary(
         done = _known(kept)
         sparsity = _kept_sparsity(model, kept)
     if recipe is not None and recipe.method.makes_zeros:
-        zero, total = zeros(linear.weight_OI for block in recipe.find(plain) for linear in block.linears.values())
+        blocks = recipe.find(plain, quantised=True)
+        zero, total = sum(block.pruned for block in blocks), sum(block.size for block in blocks)
         target = done.get("target", recipe.sparsity)
         sparsity = {
             "requested": recipe.sparsity,
@@ -54,7 +56,7 @@ def summary(
             "missed": zero / total - target,
         }
     fills = merges(model) and not structure.masked(model)
-    zero, total = zeros((merged(model) if fills else plain).parameters())
+    zero, total = pruned(merged(model) if fills else plain)
     return {
         "perplexity": _perplexities(cuts) if kept is None else {**kept["perplexity"], "after": None},
         "protocol": done.get("protocol"),
@@ -70,7 +72,8 @@ def summary(
         "adapter": adapter_config(model),
         "merged": merges(model),
         "adapter_parameters": parameters(model) - parameters(plain),
-        "bytes": size_bytes(plain if merges(model) else model),
+        "bytes": _bytes(model, plain),
+        "quantised": _quantised(model, plain),
         "slice": _slice(plain, recipe, done),
         "sliced": isinstance(plain, SlicedCausalLM),
         "cuts": [_told_of(done) for done in cuts],
@@ -98,6 +101,19 @@ def _kept_sparsity(model: PreTrainedModel, kept: dict[str, Any]) -> dict[str, An
         "found": kept["sparsity"],
         "achieved_linears": zero_shares(model)[1],
     }
+
+
+def _bytes(model: PreTrainedModel, plain: PreTrainedModel) -> int:
+    """What the weights of the exported folder take."""
+    if form(model) == "merged":
+        return full_bytes(plain)
+    return size_bytes(plain if merges(model) else model)
+
+
+def _quantised(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Any] | None:
+    """How the model that was trained is quantised, and what is exported of it."""
+    kind = quantisation(model)
+    return kind and kind | {"form": form(model), "bytes_unquantised": full_bytes(plain)}
 
 
 def _perplexities(cuts: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -164,12 +180,16 @@ def write_results(
     Raises:
         RuntimeError: if the reopened model is another.
     """
-    exported = folder.path / "model"
-    with written_aside(exported) as draft:
+    target = folder.path / "model"
+    written = exported(model)
+    if form(model) == "requantised" and validation is not None:
+        found = measure(written, *validation, label="Perplexity, requantised", device=device)
+        report["perplexity"]["requantised"] = found.perplexity
+    with written_aside(target) as draft:
         card = reports.model_card(report, base, base if tokenizer is None else "this/folder")
-        written = export(model, draft, tokenizer, card)
+        export(model, draft, tokenizer, card, written=written)
         report["export"] = verify(draft, model, written, report, validation, device)
-    return [exported, *_told(folder.path, report)]
+    return [target, *_told(folder.path, report)]
 
 
 def write_scores(folder: Path, report: Report, stored: Stored) -> list[Path]:

@@ -1,7 +1,8 @@
 """Reopens an exported folder and compares it with the model in memory, before it gets its name.
 
 Its weights are those that were written, bit for bit; nothing that was pruned has been filled; its logits on one window
-are those of the model as it was trained and validated, adapter and all; so is its perplexity.
+are those of the model as it was trained and validated, adapter and all; so is its perplexity. Weights that were
+quantised again after a merge are another model's than the one that was trained: there it is the model that was written.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from lit_prune.evaluate import evaluating, measure, zeros
 from lit_prune.export import without_adapter
 from lit_prune.families import Block
 from lit_prune.kept import pruned_blocks
+from lit_prune.linears import Quantised
 from lit_prune.on_disk import keep_on_disk, on_disk
+from lit_prune.quantised import check_zeros, compute_exactly
 from lit_prune.report import Report
 
 Validation = tuple[Iterable[Batch], str]
@@ -52,6 +55,8 @@ def verify(
         RuntimeError: if the folder holds another model.
     """
     opened = AutoModelForCausalLM.from_pretrained(folder).to(written.device)  # type: ignore[arg-type]
+    compute_exactly(opened)
+    requantised = (report.get("quantised") or {}).get("form") == "requantised"
     if on_disk(written) is not None:
         keep_on_disk(opened)
     _compare_weights(written, without_adapter(opened))
@@ -61,7 +66,7 @@ def verify(
         "merged": report["merged"],
         "adapter": "merged" if report["merged"] else unmerged,
         **_compare_zeros(model, without_adapter(opened), report),
-        "max_logit_difference": _compare_logits(model, opened, validation),
+        "max_logit_difference": _compare_logits(written if requantised else model, opened, validation),
         **_compare_perplexity(opened, report, validation, device),
     }
 
@@ -82,7 +87,9 @@ def _compare_zeros(model: PreTrainedModel, opened: PreTrainedModel, report: Repo
     if not structure.masked(model):
         return {"zeros_expected": None, "zeros_found": None}
     before, after = pruned_blocks(without_adapter(model)), pruned_blocks(opened)
-    expected = _zeros(before)
+    expected = sum(block.pruned for block in before)
+    for one, other in zip(before, after, strict=True):
+        _compare_masks(one, other)
     if report.get("achieved"):
         shares = zip(report["achieved"], before, strict=True)
         expected = sum(round(share * block.size) for share, block in shares)
@@ -90,6 +97,13 @@ def _compare_zeros(model: PreTrainedModel, opened: PreTrainedModel, report: Repo
     if found < expected:
         raise RuntimeError(f"the exported model has {found} zeros in the pruned linears of {expected}; not kept.")
     return {"zeros_expected": expected, "zeros_found": found}
+
+
+def _compare_masks(before: Block, after: Block) -> None:
+    """Raises RuntimeError where a weight is not zero that the mask of a quantised linear says was pruned."""
+    for name, linear in before.linears.items():
+        if isinstance(linear, Quantised):
+            check_zeros(after.linears[name].weight_OI, linear.module, f"exported model's {before.path}.{name}")
 
 
 def _zeros(blocks: Iterable[Block]) -> int:

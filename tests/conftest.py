@@ -33,6 +33,8 @@ SMALL = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+# Beside SMALL, for linears of sizes that an export in 4 bits may have.
+WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "n_inner": 128, "head_dim": 16}
 # One entry a case: what it says beside SMALL; `model_type` where the name of the case is another.
 FAMILIES: dict[str, dict[str, Any]] = {
     "falcon": {"ffn_hidden_size": 48},  # attention and MLP in parallel on one input, blocks that return tuples

@@ -6,7 +6,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("allocate", "prune", "recover")
-SHARED = ("base", "metric", "patterns", "adapter", "held", "masked_linear")  # what leaves may import beside them
+SHARED = {  # what leaves may import beside them
+    *("base", "metric", "patterns"),
+    *("adapter", "held", "masked_linear", "masked_quantised", "quantise"),
+}
 MADE_OF = {"lit_prune.allocate.search": {"lit_prune.allocate.dlp"}}  # a leaf that begins with another one
 
 

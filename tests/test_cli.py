@@ -361,6 +361,23 @@ def test_export_of_lora_over_masks_leaves_the_adapter_beside_the_weights(capsys:
     assert Path("runs/x/checkpoints/last.ckpt").is_file()
 
 
+def test_a_quantised_model_is_exported_from_its_checkpoint_and_validated(capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", "--output=runs/x", "--pruning.recovery=QLoRA", "--pruning.recovery.form=requantised")
+    told = report()
+    assert told["quantised"]["form"] == "requantised"
+    assert told["bytes"] < 0.4 * told["quantised"]["bytes_unquantised"]
+    assert told["perplexity"]["requantised"] != told["perplexity"]["recovered"]
+    assert told["export"]["perplexity"] == pytest.approx(told["perplexity"]["requantised"])
+    main(["export", "--ckpt_path=runs/x/checkpoints/last.ckpt", "--merge", "--output=runs/y"])
+    assert report("runs/y")["perplexity"] == pytest.approx(told["perplexity"])
+    stored = [Path(run, "model/model.safetensors").read_bytes() for run in ("runs/x", "runs/y")]
+    assert stored[0] == stored[1]
+    assert "requantised" in Path("runs/y/model/README.md").read_text()
+    capsys.readouterr()
+    run("validate", "--model.pretrained=runs/x/model")
+    assert f"{told['perplexity']['requantised']:.3f}"[:-1] in capsys.readouterr().out
+
+
 def test_export_in_half_precision_and_of_slices() -> None:
     half = ["--model.dtype=bfloat16", "--trainer.precision=bf16-true", "--pruning.recovery=MaskedLoRA"]
     run("fit", "--output=runs/x", *half)

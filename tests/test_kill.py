@@ -33,6 +33,12 @@ CASES = {
         "--pruning.schedule=Linear",
         "--pruning.recovery=FullFineTuning",
     ],
+    "masks, QLoRA": [
+        "--pruning.at_step=4",
+        "--pruning.before=LoRA",
+        "--pruning.recovery=QLoRA",
+        "--pruning.recovery.form=requantised",
+    ],
     "two processes": [
         "--trainer.devices=2",
         "--trainer.accelerator=cpu",

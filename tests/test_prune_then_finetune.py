@@ -84,7 +84,7 @@ def changed(before: PreTrainedModel, after: PreTrainedModel) -> float:
     return float((before(ids).logits - after(ids).logits).abs().max())
 
 
-@pytest.mark.parametrize("recovery", ["LoRA", "MaskedLoRA", "FullFineTuning"])
+@pytest.mark.parametrize("recovery", ["LoRA", "MaskedLoRA", "FullFineTuning", "QLoRA"])
 @pytest.mark.parametrize("name", ["masked", "foreign"])
 def test_masks_last(name: str, recovery: str, folder: Path, tmp_path: Path, train: Callable[..., dict]) -> None:
     answer = ["--pruning.keep_zeros=true"] if name == "foreign" else []

@@ -6,17 +6,22 @@ from lit_prune.recover.full import FullFineTuning
 from lit_prune.recover.held import held_masks, hold_masks
 from lit_prune.recover.lora import LoRA
 from lit_prune.recover.masked_lora import MaskedLoRA
+from lit_prune.recover.qlora import QLoRA
+from lit_prune.recover.quantise import mark, quantise
 from lit_prune.recover.rebuild import rebuild, snapshot
 
 __all__ = [
     "FullFineTuning",
     "LoRA",
     "MaskedLoRA",
+    "QLoRA",
     "Recovery",
     "adapter_config",
     "held_masks",
     "hold_masks",
+    "mark",
     "merged_weight",
+    "quantise",
     "rebuild",
     "snapshot",
     "train_adapter",

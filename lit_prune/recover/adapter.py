@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from lit_prune import structure
 from lit_prune.errors import InputError
 from lit_prune.linears import has_fused_experts
-from lit_prune.recover.masked_linear import MaskedLinear
+from lit_prune.quantised import Linear4bit, Linear8bit, dequantised, is_quantised
+from lit_prune.recover.masked_linear import MaskedLayer, MaskedLinear
+from lit_prune.recover.masked_quantised import MaskedQuantised
 
 
 class Settings(Protocol):
@@ -84,11 +86,12 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, masked: bool = Fa
     Args:
         model: A causal LM without an adapter.
         config: peft's, of a LoRA where it is to be masked.
-        masked: Keep the zeros of the weights; see ``masked_linear``.
+        masked: Keep the zeros of the weights; see ``masked_linear`` and, for quantised ones, ``masked_quantised``.
     """
     if masked:
         assert isinstance(config, LoraConfig)
-        config._register_custom_module({nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
+        quantised = {Linear4bit: MaskedQuantised, Linear8bit: MaskedQuantised}
+        config._register_custom_module({**quantised, nn.Linear: MaskedLinear, Conv1D: MaskedLinear})  # first that fits
     model.add_adapter(config)
     config.base_model_name_or_path = None
     model.train(model.training)
@@ -112,19 +115,21 @@ def adapter_config(model: PreTrainedModel) -> dict[str, Any] | None:
 
 def has_masked_adapter(model: nn.Module) -> bool:
     """Returns whether the adapter on ``model`` keeps zeros, so that it can be merged where weights are masked."""
-    return any(isinstance(module, MaskedLinear) for module in model.modules())
+    return any(isinstance(module, MaskedLayer) for module in model.modules())
 
 
 @torch.no_grad()
 def merged_weight(layer: LoraLayer) -> Tensor:
     """Returns the weight under an adapter with the adapter merged into it, laid out and typed as it is.
 
-    The sum is taken in float32 at least. Plain LoRA fills every zero, a masked adapter none.
+    The sum is taken in float32 at least. Plain LoRA fills every zero, a masked adapter none. Over a quantised weight it
+    is in full precision, (out, in).
     """
-    if isinstance(layer, MaskedLinear):
+    if isinstance(layer, MaskedLayer):
         return layer.merged_weight()
     adapted: Any = layer
-    weight, delta = adapted.get_base_layer().weight, adapted.get_delta_weight("default")
+    base, delta = adapted.get_base_layer(), adapted.get_delta_weight("default")
+    weight = dequantised(base) if is_quantised(base) else base.weight
     wide = torch.promote_types(weight.dtype, torch.float32)
     return (weight.to(wide) + delta.to(weight.device, wide)).to(weight.dtype)
 

@@ -15,12 +15,17 @@ class Recovery(ABC):
 
     Attributes:
         folds_under_masks: Whether :meth:`detach` keeps the zeros of a masked model.
+        quantises: Whether :meth:`attach` quantises the weights, so that nothing can be cut after it.
     """
 
     folds_under_masks: ClassVar[bool] = False
+    quantises: ClassVar[bool] = False
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most have nothing to check)
         """Raises InputError where the settings do not fit ``model``, before anything is done to it."""
+
+    def check_sliced(self) -> None:  # noqa: B027
+        """Raises InputError where the settings do not fit a model that is to be sliced."""
 
     @abstractmethod
     def attach(self, model: PreTrainedModel) -> None:

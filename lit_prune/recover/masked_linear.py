@@ -12,7 +12,8 @@ Suffixes: O output channels, I input channels, R rank, P positions.
 
 from __future__ import annotations
 
-from typing import Any
+from abc import abstractmethod
+from typing import Any, final
 
 import torch
 from peft.tuners.lora.layer import Linear
@@ -35,7 +36,7 @@ def masked_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> T
 
 
 def zeroed(given_OI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Sets ``given_OI`` to 0 wherever ``weight_OI`` is, in place, and returns it; NaN and infinity too.
+    """Sets ``given_OI`` to 0 wherever ``weight_OI`` (or a mask) is, in place, and returns it; NaN and infinity too.
 
     On a CPU a mask without a pattern makes ``masked_fill_`` guess wrong at every other weight, and slower than a matrix
     product of a thousand tokens needs it to be; to AND the bits with 0 or -1 takes a tenth of the time.
@@ -75,32 +76,63 @@ class MaskedProduct(torch.autograd.Function):
         return dx, grad_OI if ctx.needs_input_grad[1] else None, da_RI, db_OR, None
 
 
-class MaskedLinear(Linear):
-    """peft's LoRA layer over an ``nn.Linear`` or a ``Conv1D``, with the sum masked by the zeros of the weight.
+class MaskedLayer(Linear):
+    """peft's LoRA layer over a linear of any kind, with the sum masked.
 
-    The mask is read from the weight, which is frozen: wherever the weight is exactly zero it stays so. In a linear that
-    was not pruned these are the few weights that happen to be zero.
     Dropout takes columns of A: one draw an input channel and forward pass, the same for all positions.
     """
 
-    def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, **kwargs)
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+    @abstractmethod
+    def product(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        """Returns x W'^T."""
+
+    @abstractmethod
+    def merged_weight(self) -> Tensor:
+        """Returns W' as the forward pass uses it, laid out as the base layer's weight is."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns x W'^T + bias; without an adapter, or with it merged, what the base layer gives."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         assert not kwargs, "masked adapters cannot be mixed within a batch"
-        a_RI, b_OR, scale = self._adapter()
+        a_RI, b_OR, scale = self.adapter()
         dropout, kind = self.lora_dropout[self._name], x.device.type
         if isinstance(dropout, nn.Dropout):
             a_RI = a_RI * dropout(torch.ones_like(a_RI[0]))
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        y = MaskedProduct.apply(x, self.weight_OI, a_RI, b_OR, scale)
-        bias = self.get_base_layer().bias
-        return y if bias is None else y + bias.to(y.dtype)
+        y = self.product(x, a_RI, b_OR, scale)
+        base: Any = self.get_base_layer()
+        return y if base.bias is None else y + base.bias.to(y.dtype)
+
+    def adapter(self) -> tuple[Tensor, Tensor, float]:
+        """Returns A (R, I), B (O, R) and the scale."""
+        name, pair = self._name, (self.lora_A, self.lora_B)
+        a_RI, b_OR = (part.get_parameter(f"{name}.weight") for part in pair)
+        return a_RI, b_OR, self.scaling[name]
+
+    @property
+    def _name(self) -> str:
+        """The one adapter there is."""
+        assert len(self.active_adapters) == 1, "masked adapters cannot be mixed"
+        return self.active_adapters[0]
+
+
+@final
+class MaskedLinear(MaskedLayer):
+    """The layer over an ``nn.Linear`` or a ``Conv1D``, masked by the zeros of the weight.
+
+    The mask is read from the weight, which is frozen: wherever the weight is exactly zero it stays so. In a linear that
+    was not pruned these are the few weights that happen to be zero.
+    """
+
+    def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+
+    def product(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        """Returns x W'^T, W' by the weight as it is."""
+        return MaskedProduct.apply(x, self.weight_OI, a_RI, b_OR, scale)
 
     @property
     def weight_OI(self) -> Tensor:
@@ -111,22 +143,10 @@ class MaskedLinear(Linear):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """Returns W' as the forward pass uses it, laid out as the base layer's weight is."""
-        merged_OI = masked_sum(self.weight_OI, *self._adapter())
+        merged_OI = masked_sum(self.weight_OI, *self.adapter())
         return merged_OI.T.contiguous() if self.fan_in_fan_out else merged_OI
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Returns W' - W, which peft adds to the weight when it merges by itself."""
         base: Any = self.get_base_layer()
         return super().get_delta_weight(adapter).masked_fill(base.weight == 0, 0)
-
-    @property
-    def _name(self) -> str:
-        """The one adapter there is."""
-        assert len(self.active_adapters) == 1, "masked adapters cannot be mixed"
-        return self.active_adapters[0]
-
-    def _adapter(self) -> tuple[Tensor, Tensor, float]:
-        """A (R, I), B (O, R) and the scale."""
-        name, pair = self._name, (self.lora_A, self.lora_B)
-        a_RI, b_OR = (part.get_parameter(f"{name}.weight") for part in pair)
-        return a_RI, b_OR, self.scaling[name]

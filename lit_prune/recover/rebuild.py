@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.modeling_sliced import SlicedCausalLM, take_shape
+from lit_prune.quantised import quantisation
 from lit_prune.recover.adapter import adapter_config, add_adapter, has_masked_adapter
 from lit_prune.recover.held import hold_zeros, holds_zeros
+from lit_prune.recover.quantise import quantise
 
 
 def snapshot(model: PreTrainedModel) -> dict[str, Any]:
@@ -18,6 +20,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
     return {
         "record": structure.record(model),
         "slice_sizes": getattr(model.config, "slice_sizes", None),
+        "quantised": quantisation(model),
         "adapter": adapter_config(model),
         "masked_adapter": has_masked_adapter(model),
         "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
@@ -30,6 +33,8 @@ def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
     structure.write(model, **stored["record"])
     if stored["slice_sizes"] is not None and not isinstance(model, SlicedCausalLM):
         take_shape(model, stored["slice_sizes"])
+    if stored.get("quantised") is not None and quantisation(model) is None:
+        quantise(model, **stored["quantised"])
     fields = stored["adapter"]
     if fields is not None and adapter_config(model) is None:
         kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]

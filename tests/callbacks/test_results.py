@@ -97,10 +97,10 @@ def test_a_run_that_fails_leaves_the_earlier_one(tmp_path: Path, capsys: pytest.
 
 
 def test_an_export_that_is_not_what_was_measured_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(model: torch.nn.Module, *args: object) -> torch.nn.Module:
+    def other(model: torch.nn.Module, *args: object, **fields: object) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.data.mul_(1.1)
-        return export(model, *args)  # type: ignore[arg-type]
+        return export(model, *args, **fields)  # type: ignore[arg-type]
 
     from lit_prune.results import export
 

@@ -12,7 +12,7 @@ from lit_prune.calibrate import Calibration
 from lit_prune.data import TextDataModule
 from lit_prune.module import PrunableLM
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
-from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
 from lit_prune.slice import Slicing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty")
@@ -53,6 +53,19 @@ CASES: dict[str, dict[str, Any]] = {
         "recovery": MaskedLoRA(dropout=0.2),
     },
     "gradual, full": {"method": Magnitude(), "at_step": [1, 6], "sparsity": [0.3, 0.6], "recovery": FullFineTuning()},
+    "masks at 0, QLoRA": {"method": Wanda(), "recovery": QLoRA(r=4, dropout=0.2)},
+    "masks at 3, QLoRA masked": {
+        "method": Wanda(),
+        "at_step": 3,
+        "before": LoRA(r=2),
+        "recovery": QLoRA(r=4, dropout=0.2, form="merged"),
+    },
+    "slices at 3, QLoRA": {
+        "method": Slicing(),
+        "at_step": 3,
+        "before": LoRA(r=2),
+        "recovery": QLoRA(r=4, quantization="int8", form="requantised"),
+    },
     "slices at 3": {"method": Slicing(), "at_step": 3, "before": LoRA(r=2), "recovery": LoRA(r=4, dropout=0.1)},
     "slices at 3, full": {"method": Slicing(), "at_step": 3, "sparsity": 0.25},
     "not pruned": {"method": None},
@@ -112,7 +125,10 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("masks at 0, QLoRA", "slices at 3, QLoRA")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in CASES])
 @pytest.mark.parametrize("steps", [(2, 6), pytest.param((1, 3, 4, 5, 7, 8), marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(case: str, steps: tuple[int, ...], text: Path) -> None:
     whole = ended(run(text, callback(**CASES[case]), KeepAll()))

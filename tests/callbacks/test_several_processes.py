@@ -16,6 +16,13 @@ ROOT = Path(__file__).parent.parent.parent
 CASES = {
     "masks at the start": ["--pruning.recovery=MaskedLoRA"],
     "masks later": ["--pruning.at_step=2", "--pruning.before=LoRA", "--pruning.recovery=FullFineTuning"],
+    "masks later, quantised": [
+        "--pruning.at_step=2",
+        "--pruning.before=LoRA",
+        "--pruning.recovery=QLoRA",
+        "--pruning.recovery.form=merged",
+        "--pruning.recovery.quantization=int8",
+    ],
     "slices later": [  # more tokens than dimensions, or the axes hang on the last bit
         "--pruning.sparsity=0.25",
         "--pruning.at_step=2",
@@ -25,7 +32,12 @@ CASES = {
 }
 RUNS = [("masks later", 2)] + [
     pytest.param(case, number, marks=pytest.mark.slow)
-    for case, number in (("masks at the start", 2), ("slices later", 2), ("masks later", 4))
+    for case, number in (
+        ("masks at the start", 2),
+        ("masks later, quantised", 2),
+        ("slices later", 2),
+        ("masks later", 4),
+    )
 ]
 
 

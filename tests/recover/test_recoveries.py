@@ -11,20 +11,24 @@ from lit_prune.allocate import Uniform
 from lit_prune.errors import InputError
 from lit_prune.export import export, without_adapter
 from lit_prune.families import find_blocks
+from lit_prune.linears import has_fused_experts
 from lit_prune.pipeline import Recipe, prune
 from lit_prune.prune import NofM, Wanda
+from lit_prune.quantised import compute_exactly, mask
 from lit_prune.recover import LoRA, MaskedLoRA, Recovery, adapter_config, rebuild, snapshot
 from lit_prune.recover.masked_linear import MaskedLinear
-from tests.conftest import small_model
+from tests.conftest import WIDE, small_model
 
 LEAVES = [leaf for leaf in Recovery.__subclasses__() if leaf.__module__.startswith("lit_prune.")]
 ADAPTERS: list[type[LoRA] | type[MaskedLoRA]] = [LoRA, MaskedLoRA]
 
 
 def zero_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Where the linears of the blocks are zero, by name."""
-    blocks = find_blocks(without_adapter(model))
-    return {f"{b.index}.{name}": linear.weight_OI == 0 for b in blocks for name, linear in b.linears.items()}
+    """Where the linears of the blocks are pruned, by name: where they are zero, or by their mask if they have one."""
+    blocks = find_blocks(without_adapter(model), quantised=True)
+    linears = {f"{block.index}.{name}": linear for block in blocks for name, linear in block.linears.items()}
+    masks = {name: mask(linear.module) for name, linear in linears.items()}
+    return {name: ~kept if (kept := masks[name]) is not None else linears[name].weight_OI == 0 for name in linears}
 
 
 def trained(model: PreTrainedModel, batch: torch.Tensor, accumulated: int = 1, steps: int = 20) -> list[float]:
@@ -48,7 +52,12 @@ def trained(model: PreTrainedModel, batch: torch.Tensor, accumulated: int = 1, s
 def test_training_lowers_the_loss_and_keeps_every_zero_to_the_reopened_folder(
     leaf: type[Recovery], family: str, dtype: torch.dtype, batches: list[torch.Tensor], tmp_path: Path
 ) -> None:
-    model = small_model(family).to(dtype)  # type: ignore[arg-type]
+    model = small_model(family, **(WIDE if leaf.quantises else {})).to(dtype)  # type: ignore[arg-type]
+    if leaf.quantises and has_fused_experts(model):
+        with pytest.raises(InputError, match=f"must not be {leaf.__name__} for a mixture of fused experts"):
+            leaf().check(model)
+        return
+    leaf().check(model)
     prune(model, batches, Recipe(sparsity=0.5))
     gone = zero_weights(model)
     leaf().attach(model)
@@ -57,9 +66,10 @@ def test_training_lowers_the_loss_and_keeps_every_zero_to_the_reopened_folder(
     assert losses[-1] < losses[0]
     export(model, tmp_path)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    compute_exactly(opened)
     for name, zero in zero_weights(opened).items():
         assert zero[gone[name]].all()
-        assert zero[~gone[name]].float().mean() < 1e-3
+        assert zero[~gone[name]].float().mean() < (0.25 if leaf.quantises else 1e-3)  # which rounds small ones to zero
     if dtype == torch.float32:
         torch.testing.assert_close(opened(batches[0]).logits, model.eval()(batches[0]).logits, rtol=1e-4, atol=1e-5)
 
@@ -125,7 +135,7 @@ def test_lora_takes_the_matrices_of_gpt2() -> None:
         LoRA(target_modules=["q_proj"]).check(small_model("gpt2"))
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if not leaf.quantises])
 def test_nothing_changes_before_it_is_trained(
     leaf: type[Recovery], model: PreTrainedModel, batches: list[torch.Tensor]
 ) -> None:

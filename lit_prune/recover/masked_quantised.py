@@ -1,0 +1,79 @@
+"""A quantised linear under an adapter that keeps zeros: y = x W'^T with W' = (Q + scale B A) * M.
+
+Q is what the bits of the weight give, M the mask that was kept beside it: Q has more zeros than were pruned, and those
+may be trained. Q, W' and the gradient of the whole weight are made in the forward and again in the backward pass, one
+linear at a time; what is kept between them is x and the parameters, packed. The gradients are those of masked_linear.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, final
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lit_prune.quantised import dequantised, mask
+from lit_prune.recover.masked_linear import MaskedLayer, zeroed
+
+
+class QuantisedProduct(torch.autograd.Function):
+    """x ((Q + scale B A) * M)^T, with no matrix of the weight's size kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, module: Any) -> Tensor:
+        """Returns y (..., O) of x (..., I), in the type of x."""
+        ctx.save_for_backward(x, a_RI, b_OR)
+        ctx.scale, ctx.module = scale, module
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, quantised_sum(module, a_RI, b_OR, scale).to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of x, A and B."""
+        x, a_RI, b_OR = ctx.saved_tensors
+        dx = da_RI = db_OR = None
+        with torch.autocast(x.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                dx = dy @ quantised_sum(ctx.module, a_RI, b_OR, ctx.scale).to(dy.dtype)
+            if any(ctx.needs_input_grad[1:3]):
+                grad_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+                grad_OI = _masked(grad_OI, ctx.module).to(a_RI.dtype)
+                da_RI = (b_OR.T @ grad_OI) * ctx.scale
+                db_OR = (grad_OI @ a_RI.T) * ctx.scale
+        return dx, da_RI, db_OR, None, None
+
+
+def quantised_sum(module: Any, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """Returns (Q + scale B A) * M of a quantised linear, in the type that it was quantised from."""
+    weight_OI = dequantised(module)
+    with torch.autocast(weight_OI.device.type, enabled=False):
+        sum_OI = weight_OI.addmm_(b_OR.to(weight_OI.dtype), a_RI.to(weight_OI.dtype), alpha=scale)
+    return _masked(sum_OI, module)
+
+
+def _masked(given_OI: Tensor, module: Any) -> Tensor:
+    """Sets to 0, in place, what was pruned in a quantised linear."""
+    keep_OI = mask(module)
+    assert keep_OI is not None, "a masked adapter needs the mask of what is under it"
+    return zeroed(given_OI, keep_OI)
+
+
+@final
+class MaskedQuantised(MaskedLayer):
+    """The layer over a quantised linear, masked by what was kept beside it when it was quantised."""
+
+    def product(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+        """Returns x W'^T, W' by the quantised weight."""
+        return QuantisedProduct.apply(x, a_RI, b_OR, scale, self.get_base_layer())
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """Returns W' as the forward pass uses it, (out, in), in full precision."""
+        return quantised_sum(self.get_base_layer(), *self.adapter())
+
+    def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuses: peft would add to the packed weight; the export merges."""
+        raise TypeError("a masked adapter over a quantised weight is merged by the export alone.")

@@ -1,0 +1,111 @@
+"""QLoRA: Efficient Finetuning of Quantized LLMs, NeurIPS 2023, arXiv 2305.14314, on a pruned model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, final, get_args
+
+from transformers import PreTrainedModel
+
+from lit_prune import structure
+from lit_prune.errors import InputError, unknown
+from lit_prune.linears import has_fused_experts, linears_of
+from lit_prune.quantised import MULTIPLES, Quantization
+from lit_prune.recover.adapter import add_adapter, check_settings, check_targets, lora_config
+from lit_prune.recover.base import Recovery
+from lit_prune.recover.quantise import quantise
+
+Form = Literal["adapter", "merged", "requantised"]
+
+
+@final
+@dataclass(frozen=True)
+class QLoRA(Recovery):
+    """Quantises the linears of the blocks once they are pruned, and trains an adapter over them.
+
+    The form of the export says what is trained, so that it is what was validated:
+
+    - `adapter`: Q + alpha / r * B A, exported as it is: the quantised weights and, beside them, the adapter;
+    - `merged`: (Q + alpha / r * B A) * M, M being the mask of what was pruned: merged into plain weights of the type
+      that the model had, with every zero;
+    - `requantised`: the same, quantised again after the merge, which rounds once more; the report tells what that
+      costs.
+
+    Without masks, over slices, M is one everywhere.
+
+    Args:
+        r: Rank.
+        alpha: Numerator of the scale alpha / r.
+        dropout: Dropout on the adapter's input, in [0, 1); where the adapter is masked, share of A's columns that a
+            training step leaves out.
+        target_modules: Name suffixes of the linears that get an adapter; null takes all but the head.
+        quantization: Type of the weights: `nf4` and `fp4`, 4 bits and a scale for 64 weights, or `int8`, and a scale
+            for a row.
+        double_quant: Quantise the scales of 4-bit weights too, which saves 0.37 bit a weight.
+        form: What the export writes.
+
+    Raises:
+        InputError: for a rank below 1, a dropout outside [0, 1), an unknown quantization or form, target modules that
+            match nothing, fused experts, or linears of a size that bitsandbytes does not run in 4 bits everywhere.
+    """
+
+    quantises: ClassVar[bool] = True
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: list[str] | None = None
+    quantization: Quantization = "nf4"
+    double_quant: bool = True
+    form: Form = "adapter"
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        for field, choices in (("quantization", Quantization), ("form", Form)):
+            if getattr(self, field) not in get_args(choices):
+                raise unknown(f"QLoRA.{field}", getattr(self, field), get_args(choices))
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises InputError for target modules that match nothing, experts, and sizes that 4 bits do not fit."""
+        if has_fused_experts(model):
+            raise InputError(
+                "`pruning.recovery` must not be QLoRA for a mixture of fused experts, which bitsandbytes does not "
+                "quantise, and which are most of its weights: use LoRA or MaskedLoRA."
+            )
+        check_targets(self, model)
+        head = model.get_output_embeddings()
+        if self._writes_4_bits:
+            linears = [linear for linear in linears_of(model).values() if linear.module is not head]
+            self._check_sizes({linear.name: tuple(linear.weight_OI.shape) for linear in linears})
+
+    def check_sliced(self) -> None:
+        """Raises InputError for an export in 4 bits: the widths of slices are of any size."""
+        if self._writes_4_bits:
+            raise InputError(
+                f"`QLoRA.form` must be merged over slices, or `quantization` int8, got {self.form} in "
+                f"{self.quantization}: bitsandbytes runs 4-bit linears on every CPU only where out and in are "
+                f"multiples of {MULTIPLES[0]} and {MULTIPLES[1]}, and widths are not."
+            )
+
+    @property
+    def _writes_4_bits(self) -> bool:
+        return self.form != "merged" and self.quantization != "int8"
+
+    def _check_sizes(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        for name, shape in shapes.items():
+            if any(size % multiple for size, multiple in zip(shape, MULTIPLES, strict=True)):
+                raise InputError(
+                    f"`QLoRA.quantization` must be int8 for this model, or `QLoRA.form` merged, got "
+                    f"{self.quantization}: {name} has a weight of {shape}, and bitsandbytes runs 4-bit linears on "
+                    f"every CPU only where out and in are multiples of {MULTIPLES[0]} and {MULTIPLES[1]}."
+                )
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Quantises ``model``, adds an adapter, masked unless it is exported as it is, and freezes everything else."""
+        quantise(model, self.quantization, self.double_quant)
+        structure.write(model, form=self.form)
+        add_adapter(model, lora_config(self, model), masked=self.form != "adapter" and structure.masked(model))
+
+    def detach(self, model: PreTrainedModel) -> None:
+        """Refuses: what is quantised cannot be cut again."""
+        raise TypeError("QLoRA cannot be folded into weights that are quantised.")

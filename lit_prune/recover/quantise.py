@@ -1,0 +1,32 @@
+"""Quantises a model that was pruned: the linears of its blocks, each with its mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lit_prune import structure
+from lit_prune.families import find_blocks
+from lit_prune.quantised import Quantization, quantisation, quantised
+
+
+def quantise(model: PreTrainedModel, quantization: Quantization, double_quant: bool) -> None:
+    """Puts the linears of the blocks of ``model`` into 4 or 8 bits, in place; embeddings and head stay as they are.
+
+    Where weights are masked, every linear keeps beside it what is zero in it, as the packed weight does not tell.
+    """
+    masked = structure.masked(model)
+    path = structure.record(model).get("recipe", {}).get("blocks")
+    for block in find_blocks(model, blocks=path):
+        for name, linear in block.linears.items():
+            module: Any = linear.module
+            model.set_submodule(f"{block.path}.{name}", quantised(module, quantization, double_quant, masked=masked))
+    mark(model)
+
+
+def mark(model: PreTrainedModel) -> None:
+    """Tells ``model`` what peft and transformers ask of one whose linears are quantised."""
+    kind = quantisation(model)
+    model.is_loaded_in_8bit = kind is not None and kind["quantization"] == "int8"  # type: ignore[assignment]
+    model.is_loaded_in_4bit = kind is not None and kind["quantization"] != "int8"  # type: ignore[assignment]

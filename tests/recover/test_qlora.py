@@ -1,0 +1,280 @@
+"""QLoRA: zeros, bytes, gradients, the forms of the export, and what is refused."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lit_prune import structure
+from lit_prune.errors import InputError
+from lit_prune.evaluate import full_bytes, parameters, pruned, size_bytes, zeros
+from lit_prune.export import check_merge, export, exported, form, merges, without_adapter
+from lit_prune.families import find_blocks
+from lit_prune.pipeline import Recipe, prune
+from lit_prune.quantised import compute_exactly, dequantised, mask, quantised_linears
+from lit_prune.recover import QLoRA, adapter_config, merged_weight, rebuild, snapshot
+from lit_prune.recover.masked_quantised import MaskedQuantised, QuantisedProduct
+from lit_prune.slice import Slicing
+from lit_prune.verify import verify
+from tests.callbacks.test_dynamic_pruning import callback, fit
+from tests.conftest import WIDE, small_model
+
+FORMS: list[Any] = ["adapter", "merged", "requantised"]
+KINDS: list[Any] = ["nf4", "fp4", "int8"]
+
+
+def healed(family: str = "llama", sliced: bool = False, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    """A model pruned, quantised, under an adapter that does something; in training."""
+    model, batch = small_model(family, **WIDE).to(dtype), ids()  # type: ignore[arg-type]
+    prune(model, [batch], Recipe(Slicing(), 0.25) if sliced else Recipe())
+    return recovering(model, **fields)
+
+
+def recovering(model: Any, **fields: Any) -> Any:
+    """``model`` quantised, under an adapter that does something; in training."""
+    QLoRA(**{"r": 3, **fields}).attach(model)
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = (torch.randn(parameter.shape, generator=random) * 0.05).to(parameter.dtype)
+    return model.train()
+
+
+def ids() -> Tensor:
+    return torch.randint(1, 64, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> Tensor:
+    compute_exactly(model)
+    return model.eval()(ids(), use_cache=False).logits
+
+
+def opened(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def dense_weights(family: str = "llama") -> dict[str, Tensor]:
+    model = small_model(family, **WIDE)
+    prune(model, [ids()], Recipe())
+    return {f"{b.path}.{name}": linear.weight_OI for b in find_blocks(model) for name, linear in b.linears.items()}
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_export_reopens_as_it_was_written_with_every_zero(form: Any, quantization: Any, tmp_path: Path) -> None:
+    family = "gpt2" if quantization == "fp4" else "llama"  # whose matrices lie the other way
+    model = healed(family, form=form, quantization=quantization)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plain = export(model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    found = opened(tmp_path)
+    assert (adapter_config(found) is not None) is (form == "adapter")
+    assert any(True for _ in quantised_linears(found)) is (form != "merged")
+    assert hasattr(found.config, "quantization_config") is (form != "merged")
+    reference = plain if form == "requantised" else model
+    torch.testing.assert_close(logits(found), logits(reference), rtol=1e-4, atol=1e-6)
+    weights = dense_weights(family)
+    blocks = find_blocks(without_adapter(found), quantised=True)
+    for block in blocks:
+        for name, linear in block.linears.items():
+            assert (linear.weight_OI[weights[f"{block.path}.{name}"] == 0] == 0).all()
+
+
+def test_the_form_says_what_is_trained() -> None:
+    for form_, masked in (("adapter", False), ("merged", True), ("requantised", True)):
+        model = healed(form=form_)
+        layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+        assert len(layers) == 3 * 7
+        assert all(isinstance(layer, MaskedQuantised) is masked for layer in layers)
+        assert form(model) == form_
+        assert merges(model) is masked
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert len(trained) == 3 * 7 * 2
+        assert all(".lora_" in name for name in trained)
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_gradients_are_those_of_the_dense_expression(quantization: Any) -> None:
+    model = small_model(**WIDE)
+    up = model.model.layers[0].mlp.up_proj
+    prune(model, [ids()], Recipe())
+    up.weight.data[:, :2] = 16  # beside which others are rounded to zero
+    model = recovering(model, form="merged", quantization=quantization)
+    layer = model.model.layers[0].mlp.up_proj
+    weight_OI, keep_OI = dequantised(layer.base_layer), mask(layer.base_layer)
+    assert (weight_OI[keep_OI] == 0).any()  # which are trained all the same
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    a, b, scale = layer.adapter()
+    ours = QuantisedProduct.apply(x, a, b, scale, layer.base_layer)
+    plain = x @ ((weight_OI + scale * b @ a) * keep_OI).T
+    torch.testing.assert_close(ours, plain)
+    found = torch.autograd.grad(ours.square().sum(), (x, a, b))
+    for one, other in zip(found, torch.autograd.grad(plain.square().sum(), (x, a, b)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
+    assert (merged_weight(layer)[(weight_OI == 0) & keep_OI] != 0).all()
+    assert (merged_weight(layer)[~keep_OI] == 0).all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_of_a_weights_size_is_kept_for_the_backward_pass(checkpointing: bool) -> None:
+    model = healed(form="merged")
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    shapes = {(module.out_features, module.in_features) for _, module in quantised_linears(model)}
+    shapes |= {shape[::-1] for shape in shapes}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda kept: kept):
+        loss = model(ids()[:1, :4], labels=ids()[:1, :4]).loss
+    loss.backward()
+    head = model.lm_head.weight
+    assert not [t.shape for t in saved if tuple(t.shape) in shapes and t.data_ptr() != head.data_ptr()]
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("quantization", KINDS)
+def test_parameters_bytes_and_zeros_are_counted_as_they_are(quantization: Any, tmp_path: Path) -> None:
+    dense = small_model(**WIDE)
+    model = healed(quantization=quantization)
+    plain = export(model, tmp_path)
+    assert parameters(plain) == parameters(dense)
+    assert size_bytes(plain) == sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert full_bytes(plain) == size_bytes(dense)
+    assert size_bytes(plain) < full_bytes(plain) * (0.4 if quantization == "int8" else 0.3)
+    assert parameters(model) - parameters(plain) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    gone = sum(int((weight == 0).sum()) for weight in dense_weights().values())
+    assert pruned(plain) == (gone + zeros(dense.parameters())[0], parameters(dense))
+    blocks = Recipe().find(plain, quantised=True)
+    assert sum(block.pruned for block in blocks) == gone
+    assert sum(block.size for block in blocks) == sum(weight.numel() for weight in dense_weights().values())
+
+
+@pytest.mark.parametrize(("family", "form", "quantization"), [("llama", "adapter", "int8"), ("gpt2", "merged", "nf4")])
+def test_a_rebuilt_model_takes_a_checkpoint_bit_for_bit(family: str, form: Any, quantization: Any) -> None:
+    model, fresh, file = healed(family, form=form, quantization=quantization), small_model(family, **WIDE), io.BytesIO()
+    torch.save({"snapshot": snapshot(model), "weights": model.state_dict()}, file)
+    file.seek(0)
+    stored = torch.load(file, weights_only=True)
+    assert json.loads(json.dumps(stored["snapshot"])) == stored["snapshot"]
+    rebuild(fresh, stored["snapshot"])
+    rebuild(fresh, stored["snapshot"])
+    fresh.load_state_dict(stored["weights"], strict=True)
+    assert snapshot(fresh) == stored["snapshot"]
+    assert torch.equal(logits(fresh), logits(model))
+    masks = {name: mask(module) for name, module in quantised_linears(fresh)}
+    assert all(torch.equal(mask(module), masks[name]) for name, module in quantised_linears(model))
+
+
+@pytest.mark.parametrize(("form", "quantization"), [("adapter", "int8"), ("merged", "nf4"), ("requantised", "int8")])
+def test_over_slices_nothing_is_masked_and_the_widths_stay(form: Any, quantization: Any, tmp_path: Path) -> None:
+    model = healed(sliced=True, form=form, quantization=quantization)
+    assert not any(isinstance(module, MaskedQuantised) for module in model.modules())
+    assert all(mask(module) is None for _, module in quantised_linears(model))
+    plain = export(model, tmp_path)
+    found = opened(tmp_path)
+    assert found.config.slice_sizes == model.config.slice_sizes
+    assert merges(model) is (form != "adapter")
+    assert (adapter_config(found) is not None) is (form == "adapter")
+    reference = plain if form == "requantised" else model
+    torch.testing.assert_close(logits(found), logits(reference), rtol=1e-4, atol=1e-6)
+
+
+def broken(module: Any) -> None:
+    """Fills zeros of a quantised weight: fifteen is one, in NF4."""
+    module.weight.data.fill_(0xFF)
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+def test_an_export_of_weights_whose_zeros_were_filled_is_refused(form: Any, tmp_path: Path) -> None:
+    model = healed(form=form, target_modules=["q_proj"])
+    broken(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(RuntimeError, match=r"pruned are not zero in the exported model.layers.1.mlp.up_proj weight"):
+        export(model, tmp_path)
+
+
+def test_a_folder_whose_zeros_were_filled_is_refused(tmp_path: Path) -> None:
+    model = healed(form="merged")
+    written = exported(model)
+    written.model.layers[2].self_attn.k_proj.weight.data += 1
+    export(model, tmp_path, written=written)
+    report: Any = {"quantised": None, "adapter": None, "merged": True, "perplexity": {}, "achieved": None}
+    with pytest.raises(RuntimeError, match=r"not zero in the exported model's model.layers.2.self_attn.k_proj weight"):
+        verify(tmp_path, model, written, report, None)
+
+
+def test_half_precision_and_a_cut_in_mid_training() -> None:
+    class Half(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = small_model(**WIDE)
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return self.model(**batch, labels=batch["input_ids"]).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    module = Half()
+    fit(module, callback(at_step=2, recovery=QLoRA(form="merged")), max_steps=4, precision="bf16-true")
+    packed = [module for _, module in quantised_linears(module.model)]
+    assert len(packed) == 3 * 7
+    assert all(dequantised(one).dtype == torch.bfloat16 for one in packed)
+    assert structure.masked(module.model)
+
+
+def test_refusals() -> None:
+    for fields, message in (
+        ({"r": 0}, "`QLoRA.r` must be at least 1"),
+        ({"dropout": 1.0}, r"`QLoRA.dropout` must be in \[0, 1\)"),
+        ({"quantization": "nf3"}, "`QLoRA.quantization` must be one of fp4, int8, nf4, got 'nf3'. Did you mean nf4"),
+        (
+            {"form": "merge"},
+            "`QLoRA.form` must be one of adapter, merged, requantised, got 'merge'. Did you mean merged",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            QLoRA(**fields)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"`QLoRA.target_modules` must match .*got 'no'"):
+        QLoRA(target_modules=["no"]).check(small_model(**WIDE))
+    with pytest.raises(InputError, match="must not be QLoRA for a mixture of fused experts.*use LoRA or MaskedLoRA"):
+        QLoRA().check(small_model("mixtral"))
+    told = r"`QLoRA.quantization` must be int8 .*or `QLoRA.form` merged, got nf4: model.layers.0.self_attn.q_proj has"
+    with pytest.raises(InputError, match=told):
+        QLoRA().check(small_model())
+    for one in (QLoRA(form="merged"), QLoRA(quantization="int8")):
+        one.check(small_model())
+        one.check_sliced()
+    with pytest.raises(
+        InputError, match="`QLoRA.form` must be merged over slices, or `quantization` int8, got requantised in fp4"
+    ):
+        QLoRA(form="requantised", quantization="fp4").check_sliced()
+
+
+def test_merge_of_an_adapter_that_stays_beside_quantised_weights_is_refused() -> None:
+    with pytest.raises(InputError, match="`merge` must be left out for QLoRA whose form is adapter.*form merged"):
+        check_merge(snapshot(healed()))
+    for form_ in ("merged", "requantised"):
+        check_merge(snapshot(healed(form=form_)))
+
+
+def test_a_quantised_model_is_not_pruned_again() -> None:
+    plain = exported(healed(form="requantised"))
+    with pytest.raises(InputError, match="`model` must be pruned in full precision, self_attn.q_proj is quantised"):
+        prune(plain, [ids()], Recipe())
+
+
+def test_dropout_of_a_masked_adapter_is_off_in_evaluation() -> None:
+    model = healed(form="merged", dropout=0.5)
+    x = torch.ones(1, 64)
+    layer = model.model.layers[0].mlp.up_proj
+    assert not torch.equal(layer(x), layer(x))
+    model.eval()
+    assert torch.equal(layer(x), layer(x))
