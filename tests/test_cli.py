@@ -678,10 +678,6 @@ MISTAKES = [
     ),
     (["--pruning.ignore=['(']"], r"`pruning.ignore` must be suffixes or regular expressions"),
     (
-        ["--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=deepspeed"],
-        r"`trainer.strategy` must be ddp for pruning on several devices, got DeepSpeedStrategy",
-    ),
-    (
         [
             '--trainer.callbacks=[{"class_path": "lit_prune.callbacks.DynamicPruningCallback",'
             ' "init_args": {"method": null}}]'
