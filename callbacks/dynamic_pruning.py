@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data
 from lit_prune.callbacks.best_scores import reset_best_scores
 from lit_prune.callbacks.cut import Done, cut
+from lit_prune.callbacks.kept import look
 from lit_prune.callbacks.resume import Settings, check_settings, run_settings, stored_run
 from lit_prune.callbacks.teaching import Teaching
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lit_prune.checkpoint import Source, fill
 from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
 from lit_prune.families import Block
+from lit_prune.kept import attach, check_kept, take_zeros
 from lit_prune.pipeline import Recipe, check_stored, recipe_record
 from lit_prune.progress import say
 from lit_prune.prune import Method
@@ -49,8 +51,8 @@ class DynamicPruningCallback(Callback):
     known only after a cut at step 0, which is then done once more before the checkpoint's weights load.
 
     Args:
-        method: How the blocks become smaller: by masks, such as Wanda or SparseGPT, or by Slicing; null switches
-            pruning off.
+        method: How the blocks become smaller: by masks, such as Wanda or SparseGPT, or by Slicing; null cuts
+            nothing: `recovery` then trains the LLM as it is, and what was pruned before stays pruned.
         sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights (see `budget`); for Slicing,
             of the dimensions of the residual stream. For several cuts the last one's, or a list with each one's.
         allocation: How blocks are scored and the sparsity is spread over them: DLP, OWL, AlphaPruning, LayerRedundancy,
@@ -65,6 +67,8 @@ class DynamicPruningCallback(Callback):
         distillation: The LLM as it is right before the first cut teaches what is left of it, by its own probabilities:
             the LLM must be called with `labels`, and the `loss` that it returns be trained on. null trains on the text
             alone.
+            one cut) or FullFineTuning; null trains what the LightningModule leaves trainable, which must not be weights
+            under a mask.
         calibration: How much text the statistics are taken over, at every cut.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
@@ -79,6 +83,8 @@ class DynamicPruningCallback(Callback):
         target: Dotted path of the LLM in the LightningModule.
         measure: Measure the perplexity on the validation data before and after each cut (as much of it as the Trainer's
             `limit_val_batches` allows); for Slicing the tokens per second, too.
+        keep_zeros: Take the zeros in the linears of an LLM without a record, one that somebody else pruned, for a mask,
+            and keep them; null asks where there are many and training would fill them.
         full_checkpoint: Store all weights in every checkpoint; else those that are frozen and that the LLM's source
             has, as they are or under a mask, are left out.
 
@@ -106,6 +112,7 @@ class DynamicPruningCallback(Callback):
         statistics: str | None = None,
         target: str = "model",
         measure: bool = True,
+        keep_zeros: bool | None = None,
         full_checkpoint: bool = False,
     ) -> None:
         self.recipe: Recipe | None = None
@@ -123,16 +130,23 @@ class DynamicPruningCallback(Callback):
                 blocks=blocks,
                 budget=budget,
             )
+        self.blocks, self.keep_zeros = blocks, keep_zeros
         self.before, self.recovery, self.calibration = before, recovery, calibration
         self.distillation, self.teaching = distillation, self._teaching(distillation, recovery)
         self.stored = None if statistics is None else read_stored(statistics)
         self.target, self.measure, self.full_checkpoint = target, measure, full_checkpoint
         self.done: list[Done] = []
+        self.kept: Done | None = None
         self.source: Source | None = None
         self._trainable: set[str] = set()
         self._random: dict[str, Any] | None = None
         self._settings: Settings = {}
         self._check_cuts()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be done to the LLM."""
+        return self.recipe is None and self.recovery is None
 
     @property
     def following(self) -> Cut | None:
@@ -143,16 +157,16 @@ class DynamicPruningCallback(Callback):
         """Makes a cut that is due at the start of fit, or rebuilds what was done before a checkpoint's weights load."""
         if stage != "fit":
             return
-        if self.recipe is not None:
+        if not self.idle:
             check_processes(trainer)
             self._check_steps(trainer)
         self._settings = self.settings(trainer, pl_module)
         stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None
         if stored is not None:
             check_settings(self._settings, stored["settings"])
-        if self.recipe is None:
-            return
         pl_module.configure_model()
+        if self.idle and not isinstance(_at(pl_module, self.target), PreTrainedModel):
+            return
         model = self.find_model(pl_module)
         if isinstance(trainer.precision_plugin, HalfPrecision):
             trainer.precision_plugin.convert_module(model)
@@ -164,13 +178,33 @@ class DynamicPruningCallback(Callback):
 
     def _begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Checks everything against the LLM, and makes the cut that comes before all training."""
+        self.take_zeros(model)
         self._check(model)
+        if self.idle:
+            return
         if not self.full_checkpoint and model.name_or_path:  # a model that was made on the spot has no source
             self.source = Source.of(model)
-        if self.cuts[0].step == 0:
+        if self.recipe is None:
+            validation = validation_data(trainer) if self.measure else None
+            self.kept = look(model, validation, trainer.strategy.root_device)
+            attach(model, self.recovery)
+        elif self.cuts[0].step == 0:
             self._cut(trainer, model)
         elif self.before is not None:
             self.before.attach(model)
+
+    def take_zeros(self, model: PreTrainedModel) -> None:
+        """Takes the zeros of an LLM that somebody else pruned for its mask; refuses a fit that would fill them."""
+        if self.recipe is None or self.cuts[0].step > 0:
+            first = self.recovery if self.recipe is None else self.before
+            take_zeros(model, self.keep_zeros, first, blocks=self.blocks)
+        elif self.keep_zeros is False and self.recipe.method.makes_zeros:
+            raise InputError(
+                f"`pruning.keep_zeros` must not be false with {self.recipe.method}: zeros that are there stay, and "
+                "count."
+            )
+        elif self.keep_zeros:
+            take_zeros(model, True, None, blocks=self.blocks)
 
     def _rebuild(self, trainer: Trainer, model: PreTrainedModel, stored: dict[str, Any]) -> None:
         """Gives ``model`` the structure of a checkpoint, and lets what that leaves out be filled in when it loads."""
@@ -235,7 +269,7 @@ class DynamicPruningCallback(Callback):
             self.teaching.check_begun()
         if self._random is not None:
             restore_random_states(self._random)
-        elif self.done:
+        elif self.done or self.kept:
             self._log(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -267,7 +301,8 @@ class DynamicPruningCallback(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         """Logs the sparsity that a cut has reached, and every block's."""
-        done = self.done[-1]
+        done = self.done[-1] if self.done else self.kept
+        assert done is not None
         values = {f"pruning/block_{block}": share for block, share in enumerate(done["achieved"])}
         for logger in trainer.loggers:
             logger.log_metrics({"pruning/sparsity": done["sparsity"], **values}, step=trainer.global_step)
@@ -278,9 +313,7 @@ class DynamicPruningCallback(Callback):
         Raises:
             InputError: if there is none at ``target``.
         """
-        found: Any = pl_module
-        for name in self.target.split("."):
-            found = getattr(found, name, None)
+        found = _at(pl_module, self.target)
         if not isinstance(found, PreTrainedModel):
             raise InputError(
                 f"`pruning.target` must be the attribute of {type(pl_module).__name__} that holds a Hugging Face "
@@ -297,6 +330,8 @@ class DynamicPruningCallback(Callback):
         recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
         made: Settings = {"at_step": [step for step, _ in self.cuts], "sparsity": [share for _, share in self.cuts]}
         objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
+        if self.recipe is None:
+            objects["calibration"] = None
         told = {name: None if value is None else repr(value) for name, value in objects.items()}
         fields = recipe | {name: _one(value) for name, value in made.items()} | told
         return {f"pruning.{field}": value for field, value in fields.items()}
@@ -324,6 +359,10 @@ class DynamicPruningCallback(Callback):
     def _check_cuts(self) -> None:
         """Refuses several cuts where the parts allow one, and adapters that would be lost at a cut."""
         if self.recipe is None:
+            if self.before is not None:
+                raise InputError(
+                    f"`pruning.before` must be null where nothing is cut, use `recovery`; got {self.before}."
+                )
             return
         method, count = self.recipe.method, len(self.cuts)
         self._check_full(self.before, "before")
@@ -371,7 +410,7 @@ class DynamicPruningCallback(Callback):
 
     def _check_steps(self, trainer: Trainer) -> None:
         """Refuses cuts that the training would end before."""
-        last = self.cuts[-1].step
+        last = self.cuts[-1].step if self.cuts else 0
         if last == 0:
             return
         steps = trainer.max_steps if trainer.max_steps != -1 else trainer.estimated_stepping_batches
@@ -383,7 +422,9 @@ class DynamicPruningCallback(Callback):
 
     def _check(self, model: PreTrainedModel) -> None:
         """Refuses what cannot be done to ``model``, at any of the cuts."""
-        assert self.recipe is not None
+        if self.recipe is None:
+            check_kept(model, self.recovery)
+            return
         for _, sparsity in self.cuts:
             blocks = replace(self.recipe, sparsity=sparsity).check(model)
         self._check_trained(blocks)
@@ -409,7 +450,7 @@ class DynamicPruningCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stores what the LLM was made into and the run's settings; leaves out weights that its source has."""
         stored: dict[str, Any] = {"settings": self._settings, "left_out": None}
-        if self.recipe is not None:
+        if not self.idle:
             model = self.find_model(pl_module)
             teacher = None if self.teaching is None else self.teaching.state()
             stored |= snapshot(model) | {"held": held_masks(model), "teacher": teacher}
@@ -425,11 +466,20 @@ class DynamicPruningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has been done, and the states of the random numbers."""
-        return {"done": self.done, "random": processes.gathered(random_states())}
+        return {"done": self.done, "kept": self.kept, "random": processes.gathered(random_states())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what had been done."""
         self.done, self._random = state_dict["done"], state_dict["random"][processes.rank()]
+        self.kept = state_dict.get("kept")
+
+
+def _at(pl_module: LightningModule, path: str) -> Any:
+    """What stands at a dotted path of a module; None where nothing does."""
+    found: Any = pl_module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def _one(values: list[Any]) -> Any:

@@ -6,7 +6,7 @@ In several processes a step of the training reads the windows that one process r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -60,12 +60,23 @@ class ResumableLoader(DataLoader):
         batch_size: Items per batch.
         seed: Seed of the order.
         num_workers: Processes that load batches.
+        collate_fn: Makes a batch of a list of items; None stacks them.
     """
 
-    def __init__(self, items: Dataset, *, batch_size: int, seed: int, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        items: Dataset,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        collate_fn: Callable[..., Any] | None = None,
+    ) -> None:
         self.ordered = EpochOrder(items, seed)
         own = torch.Generator().manual_seed(seed)
-        super().__init__(items, batch_size, sampler=self.ordered, num_workers=num_workers, generator=own)
+        super().__init__(
+            items, batch_size, sampler=self.ordered, num_workers=num_workers, generator=own, collate_fn=collate_fn
+        )
         self.position = {"epoch": 0, "batches": 0}
         self._resumed = False
 
