@@ -39,7 +39,7 @@ def cases(statistics: Path, full_lr: float) -> Iterator[tuple[str, Options]]:
     """Yields a name, and what the run has beside the options of all."""
     for sparsity in SPARSITIES:
         share = [f"--pruning.sparsity={sparsity}", f"--pruning.statistics={statistics}"]
-        for recovery in ("LoRA", "MaskedLoRA"):
+        for recovery in ("LoRA", "MaskedLoRA", "QLoRA"):
             yield f"{recovery}, {sparsity}", [*share, *_adapter(recovery)]
         yield f"FullFineTuning, {sparsity}", [*share, "--pruning.recovery=FullFineTuning", f"--model.lr={full_lr}"]
     gradual = [
@@ -49,6 +49,8 @@ def cases(statistics: Path, full_lr: float) -> Iterator[tuple[str, Options]]:
         *_adapter("MaskedLoRA"),
     ]
     yield f"MaskedLoRA, {sparsity} in three cuts", gradual
+    taught = [*share, *_adapter("MaskedLoRA"), "--pruning.distillation.weight=0.5"]
+    yield f"MaskedLoRA, {sparsity}, taught by the dense model", taught
 
 
 def _adapter(recovery: str) -> Options:
@@ -89,16 +91,16 @@ def merged_and_masked(row: Row) -> Row:
     return kept | {"perplexity": {"recovered": found.perplexity}, "sparsity": zero / total, "bytes": None}
 
 
-def run(options: Options, results: Results, runs: Path, full_lr: float) -> list[Row]:
-    """Returns the rows of all cases, of which those that the file lacks are run."""
+def run(options: Options, results: Results, runs: Path, full_lr: float, only: str) -> list[Row]:
+    """Returns the rows of the cases in whose name ``only`` stands; those that the file lacks are run."""
     statistics = runs / "statistics"
     if not statistics.exists():
         _run("score", *options, f"--output={statistics}")
     rows = []
-    for name, own in cases(statistics, full_lr):
+    for name, own in ((name, own) for name, own in cases(statistics, full_lr) if only in name):
         folder = runs / name.replace(", ", "-").replace(" ", "_")
         rows.append(results.once(name, partial(fit, [*options, *own], folder)))
-        if name.startswith("LoRA"):
+        if name.startswith("LoRA,"):
             rows.append(results.once(name.replace(",", ", merged and masked,"), partial(merged_and_masked, rows[-1])))
     return rows
 
@@ -124,9 +126,10 @@ def main() -> None:
     parser.add_argument("--config", default="configs/quickstart.yaml", help="Configuration that all runs share.")
     parser.add_argument("--runs", type=Path, default=Path("runs/recoveries"), help="Folder of the runs.")
     parser.add_argument("--full_lr", type=float, default=5e-4, help="Learning rate of FullFineTuning.")
+    parser.add_argument("--only", default="", help="Run only the cases in whose name this stands.")
     known, rest = parser.parse_known_args()
     results = Results(str(known.runs / "results.jsonl"))
-    tell(run([f"--config={known.config}", *rest], results, known.runs, known.full_lr))
+    tell(run([f"--config={known.config}", *rest], results, known.runs, known.full_lr, known.only))
 
 
 if __name__ == "__main__":

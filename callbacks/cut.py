@@ -46,11 +46,10 @@ def cut(
     batches, settings = calibration
     done: Done = {"step": step, "perplexity": {}, "seconds": {}, "protocol": None, "calibration": settings, "size": {}}
     given = validation if measured else None
-    home = None if moves else model.device
-    _look(model, "before", done, recipe, given, device, measured, home)
+    _look(model, "before", done, recipe, given, device, measured, moves)
     pruned = prune(model, batches, recipe, device=device, stored=stored)
     done["seconds"] |= pruned.seconds
-    _look(model, "after", done, recipe, given, device, measured, home)
+    _look(model, "after", done, recipe, given, device, measured, moves)
     return done | {
         "recipe": recipe_record(recipe),
         "scores": pruned.scores,
@@ -70,12 +69,13 @@ def _look(
     validation: tuple[Iterable[Batch], str] | None,
     device: torch.device,
     measured: bool,
-    home: torch.device | None,
+    moves: bool,
 ) -> None:
     """Adds to ``done`` what the model is worth now, and what it weighs where the cut changes that."""
-    model, label = placed(model, home or device), f"Perplexity, {when} the cut"
+    model = placed(model, device) if moves else model
     if validation is not None:
-        found = measure(model, *validation, label=label, device=device, streamed=home is not None)
+        label = f"Perplexity, {when} the cut"
+        found = measure(model, *validation, label=label, device=device, streamed=not moves)
         done["perplexity"][when] = found.perplexity
         done["seconds"][f"perplexity_{when}"] = found.seconds
         done["protocol"] = found.protocol

@@ -13,8 +13,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data
 from lit_prune.callbacks.best_scores import reset_best_scores
 from lit_prune.callbacks.cut import Done, cut
+from lit_prune.callbacks.kept import look
 from lit_prune.callbacks.resume import Settings, check_settings, run_settings, stored_run
-from lit_prune.callbacks.sharding import check_cuts, check_sharded, check_strategy, check_whole, shards
+from lit_prune.callbacks.sharding import check_cuts, check_sharded, check_strategy, check_whole
+from lit_prune.callbacks.teaching import Teaching
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,15 +25,17 @@ from lit_prune.allocate import DLP, Allocation, Plan
 from lit_prune.budget import Budget
 from lit_prune.calibrate import Batch, Calibration
 from lit_prune.checkpoint import Source, fill
+from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
 from lit_prune.families import Block
+from lit_prune.kept import attach, check_kept, take_zeros
 from lit_prune.pipeline import Recipe, check_stored, recipe_record
 from lit_prune.progress import say
 from lit_prune.prune import Method
 from lit_prune.random_states import random_states, restore_random_states
 from lit_prune.recover import Recovery, held_masks, hold_masks, hold_zeros, holds_zeros, rebuild, snapshot
 from lit_prune.schedule import Cut, Schedule, cuts
-from lit_prune.sharded import begin_states
+from lit_prune.sharded import begin_states, shards
 from lit_prune.stored import read_stored
 
 
@@ -49,8 +53,8 @@ class DynamicPruningCallback(Callback):
     known only after a cut at step 0, which is then done once more before the checkpoint's weights load.
 
     Args:
-        method: How the blocks become smaller: by masks, such as Wanda or SparseGPT, or by Slicing; null switches
-            pruning off.
+        method: How the blocks become smaller: by masks, such as Wanda or SparseGPT, or by Slicing; null cuts
+            nothing: `recovery` then trains the LLM as it is, and what was pruned before stays pruned.
         sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights (see `budget`); for Slicing,
             of the dimensions of the residual stream. For several cuts the last one's, or a list with each one's.
         allocation: How blocks are scored and the sparsity is spread over them: DLP, OWL, AlphaPruning, LayerRedundancy,
@@ -62,6 +66,9 @@ class DynamicPruningCallback(Callback):
             what the LightningModule leaves trainable, which for PrunableLM is everything.
         recovery: What is trained after a cut: LoRA, MaskedLoRA, QLoRA (after the one cut) or FullFineTuning; null
             trains what the LightningModule leaves trainable, which must not be weights under a mask.
+        distillation: The LLM as it is right before the first cut teaches what is left of it, by its own probabilities:
+            the LLM must be called with `labels`, and the `loss` that it returns be trained on. null trains on the text
+            alone.
         calibration: How much text the statistics are taken over, at every cut.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
@@ -76,6 +83,8 @@ class DynamicPruningCallback(Callback):
         target: Dotted path of the LLM in the LightningModule.
         measure: Measure the perplexity on the validation data before and after each cut (as much of it as the Trainer's
             `limit_val_batches` allows); for Slicing the tokens per second, too.
+        keep_zeros: Take the zeros in the linears of an LLM without a record, one that somebody else pruned, for a mask,
+            and keep them; null asks where there are many and training would fill them.
         full_checkpoint: Store all weights in every checkpoint; else those that are frozen and that the LLM's source
             has, as they are or under a mask, are left out.
 
@@ -92,6 +101,7 @@ class DynamicPruningCallback(Callback):
         schedule: Schedule | None = None,
         before: Recovery | None = None,
         recovery: Recovery | None = None,
+        distillation: Distillation | None = None,
         calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
         min_rate: float = 0.0,
         max_rate: float = 0.99,
@@ -102,6 +112,7 @@ class DynamicPruningCallback(Callback):
         statistics: str | None = None,
         target: str = "model",
         measure: bool = True,
+        keep_zeros: bool | None = None,
         full_checkpoint: bool = False,
     ) -> None:
         self.recipe: Recipe | None = None
@@ -119,16 +130,24 @@ class DynamicPruningCallback(Callback):
                 blocks=blocks,
                 budget=budget,
             )
+        self.blocks, self.keep_zeros = blocks, keep_zeros
         self.before, self.recovery, self.calibration = before, recovery, calibration
+        self.distillation, self.teaching = distillation, self._teaching(distillation, recovery)
         self.stored = None if statistics is None else read_stored(statistics)
         self.target, self.measure, self.full_checkpoint = target, measure, full_checkpoint
         self.done: list[Done] = []
+        self.kept: Done | None = None
         self.source: Source | None = None
         self._trainable: set[str] = set()
         self._random: dict[str, Any] | None = None
         self._settings: Settings = {}
         self._holds = False
         self._check_cuts()
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be done to the LLM."""
+        return self.recipe is None and self.recovery is None
 
     @property
     def following(self) -> Cut | None:
@@ -140,41 +159,65 @@ class DynamicPruningCallback(Callback):
         if stage != "fit":
             return
         self.check_strategy(trainer)
-        if self.recipe is not None:
+        if not self.idle:
             self._check_steps(trainer)
         self._settings = self.settings(trainer, pl_module)
         stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None
         if stored is not None:
             check_settings(self._settings, stored["settings"])
-        if self.recipe is None:
-            return
         pl_module.configure_model()
+        if self.idle and not isinstance(_at(pl_module, self.target), PreTrainedModel):
+            return
         model = self.find_model(pl_module)
         check_whole(model)
         if isinstance(trainer.precision_plugin, HalfPrecision):
             trainer.precision_plugin.convert_module(model)
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if stored is not None:
-            self._rebuild(model, stored)
+            self._rebuild(trainer, model, stored)
         else:
             self._begin(trainer, model)
         self._holds = holds_zeros(model)
 
     def _begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Checks everything against the LLM, and makes the cut that comes before all training."""
+        self.take_zeros(model)
         self._check(model)
+        if self.idle:
+            return
         # a model that was made on the spot has no source, and of one that is sharded no process has all weights
         if not self.full_checkpoint and model.name_or_path and not shards(trainer):
             self.source = Source.of(model)
-        if self.cuts[0].step == 0:
+        if self.recipe is None:
+            validation = validation_data(trainer) if self.measure else None
+            self.kept = look(model, validation, trainer.strategy.root_device, moves=not shards(trainer))
+            attach(model, self.recovery)
+        elif self.cuts[0].step == 0:
             self._cut(trainer, model)
         elif self.before is not None:
             self.before.attach(model)
 
-    def _rebuild(self, model: PreTrainedModel, stored: dict[str, Any]) -> None:
+    def take_zeros(self, model: PreTrainedModel) -> None:
+        """Takes the zeros of an LLM that somebody else pruned for its mask; refuses a fit that would fill them."""
+        if self.recipe is None or self.cuts[0].step > 0:
+            first = self.recovery if self.recipe is None else self.before
+            take_zeros(model, self.keep_zeros, first, blocks=self.blocks)
+        elif self.keep_zeros is False and self.recipe.method.makes_zeros:
+            raise InputError(
+                f"`pruning.keep_zeros` must not be false with {self.recipe.method}: zeros that are there stay, and "
+                "count."
+            )
+        elif self.keep_zeros:
+            take_zeros(model, True, None, blocks=self.blocks)
+
+    def _rebuild(self, trainer: Trainer, model: PreTrainedModel, stored: dict[str, Any]) -> None:
         """Gives ``model`` the structure of a checkpoint, and lets what that leaves out be filled in when it loads."""
+        if self.teaching is not None:
+            self.teaching.resume(trainer, model, stored["teacher"])
         rebuild(model, stored)
         left_out = stored["left_out"]
+        if shards(trainer):
+            return
         self.source = None if left_out is None else Source.resumed(left_out)
 
         def put_back(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_args: Any) -> None:
@@ -197,6 +240,8 @@ class DynamicPruningCallback(Callback):
         calibration = calibration_batches(trainer, self.calibration)
         self.check_statistics(model, *calibration)
         validation, device = validation_data(trainer), trainer.strategy.root_device
+        if self.teaching is not None and not self.done:
+            self.teaching.begin(trainer, model, stored=self.source is None or step > 0)
         if recipe.method.changes_shapes:
             self.source = None
         noted = self.source and self.source.through_cut(model, keeps_values=recipe.method.keeps_values)
@@ -216,6 +261,9 @@ class DynamicPruningCallback(Callback):
         if self.recovery is not None:
             self.recovery.attach(model)
             structure.write(model, recovery=repr(self.recovery))
+        if self.teaching is not None:
+            self.teaching.put_on(model)
+            structure.write(model, distillation=repr(self.distillation))
 
     def check_statistics(self, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:
         """Raises InputError where the statistics that were stored are not those of this model and this text."""
@@ -225,15 +273,15 @@ class DynamicPruningCallback(Callback):
     def check_strategy(self, trainer: Trainer) -> None:
         """Raises InputError for a strategy that nothing can be cut under, or not what this would cut."""
         check_strategy(trainer)
-        if self.recipe is not None:
+        if not self.idle:
             check_processes(trainer)
-            check_cuts(trainer, self.cuts[-1].step, self.recovery)
+            check_cuts(trainer, self.cuts[-1].step if self.cuts else 0, self.recovery, self.distillation)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Readies a model that was sharded since it was cut: its parameters are others."""
-        if not shards(trainer):
+        model = _at(pl_module, self.target)
+        if not shards(trainer) or not isinstance(model, PreTrainedModel):
             return
-        model = self.find_model(pl_module)
         check_sharded(model)
         if self._holds:
             hold_zeros(model)
@@ -242,9 +290,11 @@ class DynamicPruningCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the random numbers back where a checkpoint was taken; logs a cut that came before."""
+        if self.teaching is not None and self.done:
+            self.teaching.check_begun()
         if self._random is not None:
             restore_random_states(self._random)
-        elif self.done:
+        elif self.done or self.kept:
             self._log(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -259,6 +309,13 @@ class DynamicPruningCallback(Callback):
         reset_best_scores(trainer)
         self._log(trainer)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs the parts of a loss that a teacher had to do with."""
+        if self.teaching is not None:
+            self.teaching.log(pl_module)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where training ended before a cut."""
         if self.following is not None:
@@ -269,7 +326,8 @@ class DynamicPruningCallback(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         """Logs the sparsity that a cut has reached, and every block's."""
-        done = self.done[-1]
+        done = self.done[-1] if self.done else self.kept
+        assert done is not None
         values = {f"pruning/block_{block}": share for block, share in enumerate(done["achieved"])}
         for logger in trainer.loggers:
             logger.log_metrics({"pruning/sparsity": done["sparsity"], **values}, step=trainer.global_step)
@@ -280,9 +338,7 @@ class DynamicPruningCallback(Callback):
         Raises:
             InputError: if there is none at ``target``.
         """
-        found: Any = pl_module
-        for name in self.target.split("."):
-            found = getattr(found, name, None)
+        found = _at(pl_module, self.target)
         if not isinstance(found, PreTrainedModel):
             raise InputError(
                 f"`pruning.target` must be the attribute of {type(pl_module).__name__} that holds a Hugging Face "
@@ -292,12 +348,15 @@ class DynamicPruningCallback(Callback):
 
     def settings(self, trainer: Trainer, pl_module: LightningModule) -> Settings:
         """Returns the settings that a resumed run must have in common with the first."""
-        return self._pruning_settings() | run_settings(trainer, pl_module)
+        taught = {} if self.teaching is None else self.teaching.settings(trainer)
+        return self._pruning_settings() | run_settings(trainer, pl_module) | taught
 
     def _pruning_settings(self) -> Settings:
         recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
         made: Settings = {"at_step": [step for step, _ in self.cuts], "sparsity": [share for _, share in self.cuts]}
-        objects = {"before": self.before, "recovery": self.recovery, "calibration": self.calibration}
+        objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
+        if self.recipe is None:
+            objects["calibration"] = None
         told = {name: None if value is None else repr(value) for name, value in objects.items()}
         fields = recipe | {name: _one(value) for name, value in made.items()} | told
         return {f"pruning.{field}": value for field, value in fields.items()}
@@ -312,9 +371,23 @@ class DynamicPruningCallback(Callback):
         check_settings(self._pruning_settings(), stored["settings"])
         return stored
 
+    def _teaching(self, distillation: Distillation | None, recovery: Recovery | None) -> Teaching | None:
+        if distillation is None:
+            return None
+        if self.recipe is None:
+            raise InputError(
+                f"`pruning.distillation` must be null where `pruning.method` is, a model does not teach itself, got "
+                f"{distillation}."
+            )
+        return Teaching(distillation, Student(self.recipe, recovery, tuple(cut.step for cut in self.cuts)))
+
     def _check_cuts(self) -> None:
         """Refuses several cuts where the parts allow one, and adapters that would be lost at a cut."""
         if self.recipe is None:
+            if self.before is not None:
+                raise InputError(
+                    f"`pruning.before` must be null where nothing is cut, use `recovery`; got {self.before}."
+                )
             return
         method, count = self.recipe.method, len(self.cuts)
         self._check_full(self.before, "before")
@@ -362,7 +435,7 @@ class DynamicPruningCallback(Callback):
 
     def _check_steps(self, trainer: Trainer) -> None:
         """Refuses cuts that the training would end before."""
-        last = self.cuts[-1].step
+        last = self.cuts[-1].step if self.cuts else 0
         if last == 0:
             return
         steps = trainer.max_steps if trainer.max_steps != -1 else trainer.estimated_stepping_batches
@@ -374,7 +447,9 @@ class DynamicPruningCallback(Callback):
 
     def _check(self, model: PreTrainedModel) -> None:
         """Refuses what cannot be done to ``model``, at any of the cuts."""
-        assert self.recipe is not None
+        if self.recipe is None:
+            check_kept(model, self.recovery)
+            return
         for _, sparsity in self.cuts:
             blocks = replace(self.recipe, sparsity=sparsity).check(model)
         self._check_trained(blocks)
@@ -400,9 +475,10 @@ class DynamicPruningCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stores what the LLM was made into and the run's settings; leaves out weights that its source has."""
         stored: dict[str, Any] = {"settings": self._settings, "left_out": None}
-        if self.recipe is not None:
+        if not self.idle:
             model = self.find_model(pl_module)
-            stored |= snapshot(model) | {"held": held_masks(model)}
+            teacher = None if self.teaching is None else self.teaching.state()
+            stored |= snapshot(model) | {"held": held_masks(model), "teacher": teacher}
             if self.source is not None:
                 stored["left_out"] = self.source.strip(model, checkpoint["state_dict"], f"{self.target}.")
         checkpoint[structure.KEY] = stored
@@ -415,11 +491,20 @@ class DynamicPruningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has been done, and the states of the random numbers."""
-        return {"done": self.done, "random": processes.gathered(random_states())}
+        return {"done": self.done, "kept": self.kept, "random": processes.gathered(random_states())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what had been done."""
         self.done, self._random = state_dict["done"], state_dict["random"][processes.rank()]
+        self.kept = state_dict.get("kept")
+
+
+def _at(pl_module: LightningModule, path: str) -> Any:
+    """What stands at a dotted path of a module; None where nothing does."""
+    found: Any = pl_module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
 def _one(values: list[Any]) -> Any:

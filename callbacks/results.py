@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks.batches import validation_data
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
-from lit_prune.callbacks.sharding import shards
+from lit_prune.callbacks.loggers import log_results
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -25,7 +25,8 @@ from lit_prune.progress import say
 from lit_prune.report import Report, table
 from lit_prune.results import Validation, summary, write_results
 from lit_prune.run_folder import RunFolder, write_text
-from lit_prune.sharded import gathered
+from lit_prune.sharded import gathered, shards
+from lit_prune.tasks import Tasks
 
 Found = TypeVar("Found", bound=Callback)
 
@@ -43,6 +44,8 @@ class ResultsCallback(Callback):
         csv_log: Log metrics to `logs/` in the folder where the Trainer has no logger. (A logger given to the Trainer
             writes before anything was checked.)
         push_to_hub: Repository on the Hugging Face hub that the model folder is sent to once it is written.
+        tasks: Tasks of lm-eval that the model is asked at the end; told in report.json and the model card. They need
+            the tokenizer, the data module's.
 
     Raises:
         InputError: if the folder exists and may not be replaced, or cannot be written; for a repository that cannot be.
@@ -55,11 +58,13 @@ class ResultsCallback(Callback):
         config: str | None = None,
         csv_log: bool = False,
         push_to_hub: str | None = None,
+        tasks: Tasks | None = None,
     ) -> None:
         if push_to_hub is not None:
             check_repository(push_to_hub)
         self.folder = RunFolder(output, overwrite=overwrite)
         self.config, self.csv_log, self.push_to_hub = config, csv_log, push_to_hub
+        self.tasks = tasks
         self.seconds = 0.0
         self._begin = 0.0
 
@@ -70,6 +75,15 @@ class ResultsCallback(Callback):
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
             if processes.first():
                 self.folder.check()
+                self.check_tasks(trainer)
+
+    def check_tasks(self, trainer: Trainer) -> None:
+        """Asks whether the tasks can be asked, before anything is done."""
+        if self.tasks is None:
+            return
+        if getattr(trainer.datamodule, "tokenizer", None) is None:  # type: ignore[attr-defined]
+            raise InputError("`tasks` needs a data module with a `tokenizer`, there is none.")
+        self.tasks.check(load=True)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the folder: the cut is done."""
@@ -107,7 +121,8 @@ class ResultsCallback(Callback):
         model = pruning.find_model(pl_module)
         if not shards(trainer):
             model = model.to(trainer.strategy.root_device)
-        validation, name = validation_data(trainer), "dense" if pruning.recipe is None else "recovered"
+        name = "recovered" if pruning.recipe is not None else "dense" if pruning.idle else "after"
+        validation = validation_data(trainer)
         measured = None if validation is None else measure(model, *validation, label=f"Perplexity, {name}")
         whole = gathered(model)
         if whole is None or not processes.first():
@@ -118,7 +133,7 @@ class ResultsCallback(Callback):
         self, pruning: DynamicPruningCallback, model: PreTrainedModel, name: str, measured: Measurement | None
     ) -> Report:
         """The report of the trained ``model``, with its perplexity by ``name``."""
-        report = summary(model, pruning.recipe, pruning.done)
+        report = summary(model, pruning.recipe, pruning.done, pruning.kept)
         within = sum(sum(done["seconds"].values()) for done in pruning.done if done["step"] > 0)  # cuts, told apart
         report["seconds"]["train"] = self.seconds - within
         if measured is not None:
@@ -139,6 +154,9 @@ class ResultsCallback(Callback):
     ) -> None:
         """Exports ``model``, writes and prints what the report says; sends the folder to the hub where asked to."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if self.tasks is not None:
+            assert tokenizer is not None
+            report["tasks"] = self.tasks.run(model, tokenizer)
         base = Path(getattr(pl_module, "pretrained", type(model).__name__)).name
         written = write_results(
             self.folder,
@@ -150,6 +168,8 @@ class ResultsCallback(Callback):
             device=model.device if shards(trainer) else trainer.strategy.root_device,
         )
         self.folder.finish()
+        picture = self.folder.path / "blocks.png"
+        log_results(trainer.loggers, report, picture if picture in written else None, trainer.global_step)
         config = [] if self.config is None else [self.folder.path / "config.yaml"]
         tell([table(report)], written + config)
         if self.push_to_hub is not None:

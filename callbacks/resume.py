@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_prune.callbacks.sharding import shards
-
 from lit_prune import structure
 from lit_prune.errors import InputError
+from lit_prune.sharded import shards
 
 Settings = dict[str, Any]
 

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lit_prune.checkpoint_io import AtomicCheckpointIO
 from lit_prune.errors import InputError
+from lit_prune.sharded import shards
 
 
 class RunCheckpoint(Checkpoint):
@@ -60,7 +61,9 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves where the last step is through."""
+        """Saves where the last step is through; of sharded weights one process alone has not all."""
+        if shards(trainer):
+            return
         loop = trainer.fit_loop.epoch_loop
         progress: Any = loop.batch_progress.current
         through = progress.ready == progress.processed and not loop._should_accumulate()

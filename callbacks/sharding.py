@@ -1,21 +1,16 @@
-"""What a fit must be for a model whose weights are sharded over processes by Lightning's ModelParallelStrategy (FSDP2)."""
+"""What a fit must be whose weights are sharded over processes, by Lightning's ModelParallelStrategy (FSDP2)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 from transformers import PreTrainedModel
 
+from lit_prune.distill import Distillation
 from lit_prune.errors import InputError
 from lit_prune.recover import Recovery
-from lit_prune.sharded import is_sharded
-
-
-def shards(trainer: Trainer) -> bool:
-    """Returns whether the strategy of ``trainer`` shards weights."""
-    return isinstance(trainer.strategy, ModelParallelStrategy)
+from lit_prune.sharded import is_sharded, shards
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -37,8 +32,8 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
-def check_cuts(trainer: Trainer, last_step: int, recovery: Recovery | None) -> None:
-    """Refuses what cannot be done to weights that are sharded: a cut, and quantising."""
+def check_cuts(trainer: Trainer, last_step: int, recovery: Recovery | None, distillation: Distillation | None) -> None:
+    """Refuses what cannot be done to weights that are sharded: a cut, quantising, and having a teacher."""
     if not shards(trainer):
         return
     if last_step > 0:
@@ -50,6 +45,11 @@ def check_cuts(trainer: Trainer, last_step: int, recovery: Recovery | None) -> N
         raise InputError(
             f"`pruning.recovery` must leave the weights in full precision under ModelParallelStrategy, got {recovery}: "
             "use MaskedLoRA or LoRA, or ddp."
+        )
+    if distillation is not None:
+        raise InputError(
+            f"`pruning.distillation` must be null under ModelParallelStrategy, got {distillation}: train on the text "
+            "alone, or use ddp."
         )
 
 

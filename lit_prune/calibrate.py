@@ -37,12 +37,14 @@ __all__ = [
     "batches_of",
     "draw_windows",
     "first_batches",
+    "inputs_of",
     "observe",
     "on_device",
     "unwrap",
 ]
 
 Batch = dict[str, Tensor]
+INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -101,6 +103,11 @@ def draw_windows(stream: Tensor, num_samples: int, seq_length: int, seed: int) -
     drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
     grid_NT = stream[: available * seq_length].view(available, seq_length)
     return Windows(grid_NT[drawn].long(), [int(index) * seq_length for index in drawn])
+
+
+def inputs_of(batch: Mapping[str, Tensor]) -> Batch:
+    """Returns what of ``batch`` a model is called with: the ids, and mask and positions where there are any."""
+    return {name: batch[name] for name in INPUT_NAMES if batch.get(name) is not None}
 
 
 def batches_of(windows: Windows, batch_size: int) -> list[Batch]:
@@ -294,9 +301,7 @@ class _Capture:
             return (x_BTD, None) if self.wraps else x_BTD
 
         with standing_in(self.modules, recorder):
-            self.model.base_model(
-                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
-            )
+            self.model.base_model(**inputs_of(batch), use_cache=False)
         return hidden[0], arguments
 
 

@@ -1,4 +1,4 @@
-"""The `lit-prune` command: fit, validate and test as in any LightningCLI, and our own verbs prune, score and export."""
+"""The `lit-prune` command: fit, validate and test as in any LightningCLI; prune, score, export, evaluate of our own."""
 
 from __future__ import annotations
 
@@ -34,18 +34,21 @@ from lit_prune.callbacks.cut import cut  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, one, tell  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
-from lit_prune.callbacks.sharding import shards  # noqa: E402
 from lit_prune.cli_errors import explain  # noqa: E402
 from lit_prune.data import TextDataModule  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.export import check_merge  # noqa: E402
-from lit_prune.families import blocks_path  # noqa: E402
+from lit_prune.families import blocks_path, packs  # noqa: E402
 from lit_prune.module import PrunableLM  # noqa: E402
-from lit_prune.on_disk import working  # noqa: E402
+from lit_prune.on_disk import placed, working  # noqa: E402
 from lit_prune.pipeline import look, recipe_record  # noqa: E402
 from lit_prune.progress import say  # noqa: E402
-from lit_prune.report import block_table, versions  # noqa: E402
+from lit_prune.recover import LoRA, MaskedLoRA  # noqa: E402
+from lit_prune.report import block_table, task_table, to_json, versions  # noqa: E402
 from lit_prune.results import summary, write_scores  # noqa: E402
+from lit_prune.run_folder import write_text  # noqa: E402
+from lit_prune.sharded import shards  # noqa: E402
+from lit_prune.tasks import HarnessSettings, Tasks, names_of  # noqa: E402
 
 ONCE = ("ckpt_path", "weights_only", "verbose", "merge", "push_to_hub")  # what no configuration keeps
 WRITES = ("fit", "prune", "export")  # verbs that leave a model
@@ -114,6 +117,7 @@ class PruneTrainer(Trainer):
         if merge:
             check_merge(stored)
         self._data_connector.attach_data(model, datamodule=datamodule)
+        results.check_tasks(self)
         model.configure_model()
         if isinstance(self.precision_plugin, HalfPrecision):
             self.precision_plugin.convert_module(pruning.find_model(model))
@@ -123,6 +127,25 @@ class PruneTrainer(Trainer):
         with results.opened():
             results.write(self, model, *written)
 
+    def evaluate(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Ask the model tasks of lm-eval, `--tasks arc_easy,piqa`; writes report.json, and no model."""
+        pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
+        if results.tasks is None:
+            raise InputError("`tasks` must be given, such as `--tasks arc_easy,piqa`, got none.")
+        results.tasks.check()
+        model.configure_model()
+        llm = placed(pruning.find_model(model), self.strategy.root_device)
+        report = {
+            "model": getattr(model, "pretrained", None),
+            "dtype": str(llm.dtype).removeprefix("torch."),
+            "tasks": results.tasks.run(llm, datamodule.tokenizer),  # type: ignore[attr-defined]
+            "versions": versions(),
+        }
+        with results.opened():
+            write_text(results.folder.path / "report.json", to_json(report))
+        results.folder.finish()
+        tell([task_table(report)], [results.folder.path / "report.json"])
+
     def _ready(
         self, model: LightningModule, datamodule: LightningDataModule
     ) -> tuple[DynamicPruningCallback, ResultsCallback]:
@@ -131,7 +154,9 @@ class PruneTrainer(Trainer):
         if pruning.recipe is None:
             raise InputError("`pruning.method` must be a method for this, such as Wanda, got null.")
         self._data_connector.attach_data(model, datamodule=datamodule)
+        results.check_tasks(self)
         model.configure_model()
+        pruning.take_zeros(pruning.find_model(model))
         pruning.recipe.check(pruning.find_model(model))
         return pruning, results
 
@@ -188,7 +213,7 @@ class LitPruneCLI(LightningCLI):
         """Returns the verbs, each with the arguments that do not come from the command line."""
         verbs = LightningCLI.subcommands()
         own = {"model", "datamodule"}
-        ours = dict.fromkeys(("prune", "score", "export"), own)
+        ours = dict.fromkeys(("prune", "score", "export", "evaluate"), own)
         return {name: verbs[name] for name in ("fit", "validate", "test")} | ours
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
@@ -214,6 +239,13 @@ class LitPruneCLI(LightningCLI):
             default=None,
             help="Repository on the Hugging Face hub that the model folder is sent to once it is written.",
         )
+        parser.add_argument(
+            "--tasks",
+            type=str | list[str] | None,
+            default=None,
+            help="Tasks of lm-eval to ask the model (fit, prune, export, evaluate): arc_easy,piqa, or YAML files.",
+        )
+        parser.add_class_arguments(HarnessSettings, "lm_eval")
         parser.add_lightning_class_args(DynamicPruningCallback, "pruning")
         parser.set_defaults(
             {
@@ -234,11 +266,20 @@ class LitPruneCLI(LightningCLI):
         if config.push_to_hub is not None and self.subcommand not in WRITES:
             raise InputError(f"`push_to_hub` must be left out for {self.subcommand}, which writes no model.")
         saved = self._saved(config)
-        results = ResultsCallback(str(output), config.overwrite, saved, csv_log=True, push_to_hub=config.push_to_hub)
+        results = ResultsCallback(
+            str(output),
+            config.overwrite,
+            saved,
+            csv_log=True,
+            push_to_hub=config.push_to_hub,
+            tasks=self._tasks(config),
+        )
         self.trainer_defaults["callbacks"] = [results]
         if config.get("ckpt_path"):
             config.ckpt_path = _checkpoint(config.ckpt_path, output)
-        if self.subcommand in (*WRITES, "score") and _rank() == 0:  # the others start when the first is there
+        if (
+            self.subcommand in (*WRITES, "score", "evaluate") and _rank() == 0
+        ):  # the others start when the first is there
             results.folder.resume = results.folder.holds(config.get("ckpt_path"))
             results.folder.check()
             if self.subcommand == "export" and (output / "model").exists() and not config.overwrite:
@@ -259,6 +300,15 @@ class LitPruneCLI(LightningCLI):
             checkpoint = RunCheckpoint(str(output / "checkpoints"), config.checkpoint_every)
             self.trainer_defaults["callbacks"].append(checkpoint)
 
+    def _tasks(self, config: Namespace) -> Tasks | None:
+        """The tasks that are to be asked; verbs that have no model to ask at their end leave them alone."""
+        names = names_of(config.tasks)
+        if not names or self.subcommand not in (*WRITES, "evaluate"):
+            return None
+        if config.model.on_disk:
+            raise InputError("`tasks` must be left out with `model.on_disk`, they need the whole model in memory.")
+        return Tasks(names, HarnessSettings(**vars(config.lm_eval)))
+
     def _saved(self, config: Namespace) -> str:
         """Returns the configuration as YAML, for any verb to take: without what was meant for this one run."""
         kept = config.clone()
@@ -275,8 +325,7 @@ class LitPruneCLI(LightningCLI):
         self._say_protocol("test")
 
     def _say_protocol(self, part: Literal["val", "test"]) -> None:
-        windows = getattr(self.datamodule, f"{part}_dataloader")().dataset.windows_NT
-        say(f"{self.datamodule.describe(part)}; {windows.shape[0]} windows of {windows.shape[1]} tokens")
+        say(f"{self.datamodule.describe(part)}; {self.datamodule.windows(part).told}")
 
     def fit(
         self,
@@ -297,8 +346,11 @@ class LitPruneCLI(LightningCLI):
             pruning.check_strategy(self.trainer)
         elif shards(self.trainer):
             raise InputError(
-                f"`trainer.strategy` must be auto or ddp for {self.subcommand}, got ModelParallelStrategy, which fit takes."
+                f"`trainer.strategy` must be auto or ddp for {self.subcommand}, got ModelParallelStrategy, which only "
+                "fit takes."
             )
+        if self.subcommand == "evaluate":  # which reads no data of ours
+            return
         limit = getattr(self.model.config, "max_position_embeddings", None)
         lengths = {f"data.{field}": getattr(self.datamodule, field) for field in ("seq_length", "val_seq_length")}
         if pruning.recipe is not None and self.subcommand in ("fit", "prune", "score"):
@@ -307,6 +359,17 @@ class LitPruneCLI(LightningCLI):
             check_processes(self.trainer)
             if self.subcommand != "fit":
                 check_one_process(self.trainer, self.subcommand)
+        elif isinstance(pruning.recovery, (LoRA, MaskedLoRA)) and self.model.architecture is not None:
+            raise InputError(
+                "`pruning.recovery` must be null where `model.architecture` begins from random weights and nothing is "
+                f"cut, they would be frozen; got {pruning.recovery}."
+            )
+        instructions = self.datamodule.instructions
+        if instructions is not None and instructions.packed and not packs(self.model.config):
+            raise InputError(
+                "`data.instructions.packed` must be false for the family "
+                f"{self.model.config.model_type!r}, whose attention would not keep the conversations of a window apart."
+            )
         for field, length in lengths.items():
             if limit is not None and length > limit:
                 raise InputError(f"`{field}` must be at most {limit}, the model's limit, got {length}.")

@@ -7,6 +7,7 @@ Calibration windows come from the training stream only. Sizes: N windows of T to
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,19 @@ from torch.utils.data import Dataset as TorchDataset
 from lit_prune import processes
 from lit_prune.calibrate import Windows, draw_windows
 from lit_prune.errors import InputError, near_misses
+from lit_prune.instructions import (
+    Conversations,
+    Example,
+    Instructions,
+    PackedConversations,
+    examples,
+    without,
+)
 from lit_prune.load import HUB_TIMEOUT_SECONDS, Tokenizer, load_tokenizer
-from lit_prune.loader import InTurn, ResumableLoader
+from lit_prune.loader import Evened, InTurn, ResumableLoader
 from lit_prune.progress import say
 from lit_prune.python_docs import SHARED_CHARACTERS, python_docs
+from lit_prune.sharded import shards
 
 BUILDERS = {".txt": "text", ".raw": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 Part = Literal["train", "val", "test"]
@@ -35,33 +45,27 @@ Files = str | list[str] | None
 class PackedWindows(TorchDataset):
     """The non-overlapping windows of a token stream; item i is ``{"input_ids": (T,) int64}``.
 
-    Where items are added to come to a multiple, all have an ``attention_mask`` (T,) too, and the added ones, whose mask
-    leaves one token, predict none.
-
     Args:
         stream: Token ids, shape (tokens,).
         seq_length: T, tokens per window.
         limit: Keep only the first so many windows.
-        multiple: What the number of items is a multiple of.
     """
 
-    def __init__(self, stream: torch.Tensor, seq_length: int, limit: int | None = None, multiple: int = 1) -> None:
+    def __init__(self, stream: torch.Tensor, seq_length: int, limit: int | None = None) -> None:
         count = stream.numel() // seq_length
         count = count if limit is None else min(count, limit)
         self.windows_NT = stream[: count * seq_length].view(count, seq_length)
-        self.added = -count % multiple
 
     def __len__(self) -> int:
-        return len(self.windows_NT) + self.added
+        return len(self.windows_NT)
+
+    @property
+    def told(self) -> str:
+        """How many there are, and how long."""
+        return f"{len(self)} windows of {self.windows_NT.shape[1]} tokens"
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        count = len(self.windows_NT)
-        item = {"input_ids": self.windows_NT[index % count].long()}
-        if self.added:
-            mask = torch.ones_like(item["input_ids"])
-            mask[1:] *= index < count
-            item["attention_mask"] = mask
-        return item
+        return {"input_ids": self.windows_NT[index].long()}
 
 
 class TextDataModule(LightningDataModule):
@@ -81,6 +85,7 @@ class TextDataModule(LightningDataModule):
         separator: String that joins the rows of a data set into one text before it is tokenised (the WikiText
             protocol); null keeps rows apart, each ended by the tokenizer's end-of-text token.
         packages: With `python-docs`, train on the docstrings of all installed packages too.
+        instructions: Take the rows of files or of a hub data set for conversations, and train on their answers alone.
         seq_length: Tokens per training window.
         val_seq_length: Tokens per window of validation and test; null takes `seq_length`.
         batch_size: Windows per batch.
@@ -107,6 +112,7 @@ class TextDataModule(LightningDataModule):
         text_column: str = "text",
         separator: str | None = None,
         packages: bool = False,
+        instructions: Instructions | None = None,
         seq_length: int = 1024,
         val_seq_length: int | None = None,
         batch_size: int = 8,
@@ -131,28 +137,34 @@ class TextDataModule(LightningDataModule):
             "val": _as_list(val_files),
             "test": _as_list(test_files),
         }
-        self.packages, self.batch_size = packages, batch_size
+        self.packages, self.batch_size, self.instructions = packages, batch_size, instructions
         self.seq_length, self.val_seq_length = lengths["seq_length"], lengths["val_seq_length"]
         self.val_windows, self.seed, self.num_workers = val_windows, seed, num_workers
         self._streams: dict[Part, torch.Tensor] = {}
+        self._examples: dict[Part, list[Example]] = {}
         self._tokenizer: Tokenizer | None = None
         self._check_files()
+        self._check_instructions()
 
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.tokenizer_name)
+            if self.instructions is not None:
+                self.instructions.ready(self._tokenizer, self.tokenizer_name)
         return self._tokenizer
 
     def setup(self, stage: str) -> None:
         """Reads and tokenises what a stage needs: training and validation text for fit, else the part evaluated."""
         parts: dict[str, tuple[Part, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for part in parts[stage]:
-            self.stream(part)
+            self.windows(part)
 
     def stream(self, part: Part) -> torch.Tensor:
         """Returns all tokens of a part in order, shape (tokens,) int32; a part's text is read once."""
+        if part not in self._streams and self.instructions is not None:
+            self._streams[part] = torch.tensor([i for row in self.examples(part) for i in row["input_ids"]]).int()
         if part not in self._streams:
             rows = self._rows(part)
             if part == "train":
@@ -167,14 +179,42 @@ class TextDataModule(LightningDataModule):
             self._streams[part] = stream
         return self._streams[part]
 
+    def examples(self, part: Part) -> list[Example]:
+        """Returns the conversations of a part as tokens and labels; they are read once."""
+        if part not in self._examples:
+            tokenizer, rows = self.tokenizer, self._rows(part)
+            if part == "train" and (not self._local() or self.files["val"]):
+                rows = without(rows, self._rows("val"))
+            length = self.seq_length if part == "train" else self.val_seq_length
+            self._examples[part] = examples(rows, tokenizer, length)
+        return self._examples[part]
+
+    def windows(self, part: Part) -> PackedWindows | Conversations | PackedConversations:
+        """Returns the windows of a part, in order: of a conversation each where they are not packed."""
+        train = part == "train"
+        length, limit = (self.seq_length, None) if train else (self.val_seq_length, self.val_windows)
+        if self.instructions is None:
+            return PackedWindows(self.stream(part), length, limit)
+        tokenizer = self.tokenizer
+        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+        if self.instructions.packed:
+            return PackedConversations(self.examples(part), length, pad, limit)
+        return Conversations(self.examples(part), pad, limit)
+
     def calibration_windows(self, num_samples: int, seq_length: int, seed: int) -> Windows:
         """Returns windows drawn without replacement from the grid over the training stream; see ``draw_windows``."""
         return draw_windows(self.stream("train"), num_samples, seq_length, seed)
 
     def train_dataloader(self) -> DataLoader:
         """Returns shuffled training windows; their order is a function of the seed and the epoch."""
-        windows = PackedWindows(self.stream("train"), self.seq_length)
-        return ResumableLoader(windows, batch_size=self.batch_size, seed=self.seed, num_workers=self.num_workers)
+        items = self.windows("train")
+        return ResumableLoader(
+            items,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            collate_fn=_collate(items),
+        )
 
     def val_dataloader(self) -> DataLoader:
         """Returns the validation windows, in order."""
@@ -186,6 +226,9 @@ class TextDataModule(LightningDataModule):
 
     def describe(self, part: Part) -> str:
         """Returns where a part's text comes from, for protocols and reports."""
+        return self._source(part) + ("" if self.instructions is None else ", answers alone")
+
+    def _source(self, part: Part) -> str:
         if self._local():
             return " + ".join(Path(file).name for file in self.files[part])
         if self.source == "python-docs":
@@ -197,6 +240,7 @@ class TextDataModule(LightningDataModule):
         stream = self.stream("train")
         digest = hashlib.sha256(stream.numpy().tobytes()).hexdigest()[:12]
         return {
+            "data.instructions": None if self.instructions is None else repr(self.instructions),
             "data.seed": self.seed,
             "data.batch_size": self.batch_size,
             "data.seq_length": self.seq_length,
@@ -205,11 +249,33 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, part: Part) -> DataLoader:
         own = torch.Generator()  # evaluation draws nothing from the global random numbers, which training may use
-        windows = PackedWindows(self.stream(part), self.val_seq_length, self.val_windows, processes.number())
-        if (count := len(windows.windows_NT)) < processes.number():
-            raise InputError(f"`data.val_windows` must give each of {processes.number()} processes a window, got {count}.")
-        turns = InTurn(windows)
-        return DataLoader(windows, self.batch_size, sampler=turns, num_workers=self.num_workers, generator=own)
+        items = self.windows(part)
+        if len(items) < processes.number():
+            raise InputError(
+                f"`data.val_windows` must give each of {processes.number()} processes a window, got {len(items)}."
+            )
+        in_step = self.trainer is not None and shards(self.trainer)
+        shared, collate = Evened(items, processes.number() if in_step else 1), _collate(items)
+        return DataLoader(
+            shared,
+            self.batch_size,
+            sampler=InTurn(shared),
+            num_workers=self.num_workers,
+            generator=own,
+            collate_fn=collate,
+        )
+
+    def _check_instructions(self) -> None:
+        """Refuses what conversations have no use for."""
+        if self.instructions is None:
+            return
+        if not self._local() and self.source == "python-docs":
+            raise InputError(
+                "`data.instructions` needs `data.train_files` and `data.val_files`, or a hub `data.source`."
+            )
+        others = {"text_column": self.text_column != "text", "separator": self.separator, "packages": self.packages}
+        for field in (name for name, given in others.items() if given):
+            raise InputError(f"`data.{field}` must be left out with `data.instructions`, which has columns of its own.")
 
     def _local(self) -> bool:
         return any(self.files.values())
@@ -262,7 +328,11 @@ class TextDataModule(LightningDataModule):
             rows = load_dataset(builder, data_files=self.files[part], split="train", **extra)
         except Exception as error:  # each builder raises its own kinds for a file that it cannot read
             raise InputError(f"`data.{part}_files` cannot be read as {builder}: {_root_cause(error)}") from error
-        return rows if builder == "text" else self._one_column(rows, ", ".join(self.files[part]))
+        return (
+            rows
+            if builder == "text" and self.instructions is None
+            else self._one_column(rows, ", ".join(self.files[part]))
+        )
 
     def _from_hub(self, part: Part) -> Dataset:
         assert self.source is not None
@@ -287,6 +357,8 @@ class TextDataModule(LightningDataModule):
             ) from error
 
     def _one_column(self, rows: Dataset, where: str) -> Dataset:
+        if self.instructions is not None:
+            return self.instructions.conversations(rows, where)
         if self.text_column not in rows.column_names:
             raise InputError(
                 f"`data.text_column` must be a column of {where}, got {self.text_column!r}; it has "
@@ -345,6 +417,11 @@ class TextDataModule(LightningDataModule):
         rows = documents.map(tokens, batched=True, remove_columns=documents.column_names, desc="Tokenising")
         column = rows.with_format("arrow")[:]["input_ids"].combine_chunks()
         return torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).copy()).int()
+
+
+def _collate(items: TorchDataset) -> Callable[..., Any] | None:
+    """What makes a batch of items that differ in length; None where a stack does."""
+    return items.collate if isinstance(items, Conversations) else None
 
 
 def _as_list(files: Files) -> list[str]:

@@ -21,6 +21,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 from lit_prune import processes
+from lit_prune.calibrate import inputs_of
 from lit_prune.families import is_known
 from lit_prune.on_disk import on_disk
 from lit_prune.progress import track
@@ -29,25 +30,44 @@ from lit_prune.quantised import pruned as pruned_of
 from lit_prune.streamed import streamed_logits
 
 CHUNK_TOKENS = 1024
+IGNORED = -100  # a label that does not count
+
+
+def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """Returns the token that each position is, (B, T), and -100 where no prediction of it counts.
+
+    A prediction counts where the token and the one before it are attended to, and where `labels`, if the batch has
+    them, are not -100.
+    """
+    labels_BT, mask_BT = batch.get("labels"), batch.get("attention_mask")
+    labels_BT = batch["input_ids"] if labels_BT is None else labels_BT
+    if mask_BT is None:
+        return labels_BT
+    labels_BT = labels_BT.masked_fill(mask_BT == 0, IGNORED)
+    labels_BT[:, 1:] = labels_BT[:, 1:].masked_fill(mask_BT[:, :-1] == 0, IGNORED)
+    return labels_BT
 
 
 def negative_log_likelihood(
-    logits_BTV: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None
+    logits_BTV: Tensor,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor | None = None,
+    labels_BT: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Returns the summed negative log-likelihood (float64 scalar, nats) and the number of predicted tokens.
 
-    Position t predicts token t + 1; a prediction counts where both positions are attended to.
+    Position t predicts token t + 1; which predictions count, :func:`labels_of` tells.
     Two tokens under uniform logits over V = 4 give one prediction of log 4 = 1.386.
 
     Args:
         logits_BTV: Scores of the vocabulary, any float type.
         input_ids_BT: Token ids.
         attention_mask_BT: 1 for tokens, 0 for padding; None means no padding.
+        labels_BT: The token ids, -100 where they do not count; None counts all.
     """
-    targets_BT = input_ids_BT[:, 1:]
-    counted_BT = torch.ones_like(targets_BT, dtype=torch.bool)
-    if attention_mask_BT is not None:
-        counted_BT = attention_mask_BT[:, 1:].bool() & attention_mask_BT[:, :-1].bool()
+    given = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
+    targets_BT = labels_of({name: tensor for name, tensor in given.items() if tensor is not None})[:, 1:]
+    counted_BT = targets_BT != IGNORED
     total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
     for logits_TV, targets_T, counted_T in zip(logits_BTV, targets_BT, counted_BT, strict=True):
         for start in range(0, targets_T.numel(), CHUNK_TOKENS):
@@ -75,14 +95,20 @@ class Perplexity(Metric):
         self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, logits_BTV: Tensor, input_ids_BT: Tensor, attention_mask_BT: Tensor | None = None) -> None:
+    def update(
+        self,
+        logits_BTV: Tensor,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+    ) -> None:
         """Adds a batch; see :func:`negative_log_likelihood`."""
         if logits_BTV.shape[:2] != input_ids_BT.shape:
             raise ValueError(
                 f"`logits` must be (batch, tokens, vocabulary) over `input_ids` (batch, tokens), got "
                 f"{tuple(logits_BTV.shape)} and {tuple(input_ids_BT.shape)}."
             )
-        nll, tokens = negative_log_likelihood(logits_BTV, input_ids_BT, attention_mask_BT)
+        nll, tokens = negative_log_likelihood(logits_BTV, input_ids_BT, attention_mask_BT, labels_BT)
         self.nll += nll
         self.tokens += tokens
 
@@ -126,7 +152,8 @@ def measure(
 
     Args:
         model: A causal LM.
-        batches: Dicts with `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
+        batches: Dicts with `input_ids` (batch, tokens); where there is padding, `attention_mask`; where not every token
+            counts, `labels`; where conversations are packed, `position_ids`.
         data: What the batches are, for the protocol.
         label: What the progress bar says.
         device: Where the blocks of a model on disk compute; None means where the model is.
@@ -138,8 +165,9 @@ def measure(
     metric = Perplexity(sync_on_compute=False).to(model.device)
     windows, longest, begin = 0, 0, time.perf_counter()
     with evaluating(model):
-        for ids, mask, logits in _logits(model, batches, device or model.device, label, streamed):
-            metric.update(logits, ids, mask)
+        for batch, logits in _logits(model, batches, device or model.device, label, streamed):
+            ids = batch["input_ids"]
+            metric.update(logits, ids, batch.get("attention_mask"), batch.get("labels"))
             windows, longest = windows + ids.shape[0], max(longest, ids.shape[1])
     nll, tokens = processes.total(metric.nll), processes.total_count(int(metric.tokens))
     windows, longest = processes.total_count(windows), max(processes.gathered(longest))
@@ -157,19 +185,17 @@ def measure(
 
 def _logits(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], device: torch.device, label: str, streamed: bool
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Gives ids, attention mask and logits of every batch of this process, where the model is."""
+) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+    """Gives every batch of this process and its logits, where the model is."""
     if (streamed or on_disk(model) is not None) and is_known(model.config):
         kept = [dict(batch) for batch, counts in processes.in_step(batches) if counts]
-        for held, logits in zip(kept, streamed_logits(model, kept, device, label), strict=True):
-            yield held["input_ids"], held.get("attention_mask"), logits
+        yield from zip(kept, streamed_logits(model, kept, device, label), strict=True)
         return
     for batch, counts in processes.in_step(track(batches, label)):
-        ids, mask = batch["input_ids"].to(model.device), batch.get("attention_mask")
-        mask = None if mask is None else mask.to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        there = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        logits = model(**inputs_of(there), use_cache=False).logits
         if counts:
-            yield ids, mask, logits
+            yield there, logits
 
 
 @contextmanager

@@ -20,13 +20,20 @@ from lit_prune.on_disk import OnDisk, on_disk
 
 @dataclass(frozen=True)
 class Family:
-    """Where a family's parts are, as dotted paths from the causal LM."""
+    """Where a family's parts are, as dotted paths from the causal LM.
+
+    Attributes:
+        blocks: The list of decoder layers.
+        packs: Whether attention stays within a conversation where positions begin anew, as it does where transformers
+            makes the family's masks of them.
+    """
 
     blocks: str
+    packs: bool = True
 
 
 FAMILIES: dict[str, Family] = {
-    "falcon": Family(blocks="transformer.h"),
+    "falcon": Family(blocks="transformer.h", packs=False),
     "gemma2": Family(blocks="model.layers"),
     "gemma3_text": Family(blocks="model.layers"),
     "gpt2": Family(blocks="transformer.h"),
@@ -34,7 +41,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(blocks="model.layers"),
     "mistral": Family(blocks="model.layers"),
     "mixtral": Family(blocks="model.layers"),
-    "opt": Family(blocks="model.decoder.layers"),
+    "opt": Family(blocks="model.decoder.layers", packs=False),
     "phi": Family(blocks="model.layers"),
     "phi3": Family(blocks="model.layers"),
     "qwen2": Family(blocks="model.layers"),
@@ -75,6 +82,11 @@ class Block:
 def is_known(config: PreTrainedConfig) -> bool:
     """Returns whether the family of a model with this config has an entry."""
     return config.model_type.removeprefix("sliced_") in FAMILIES
+
+
+def packs(config: PreTrainedConfig) -> bool:
+    """Returns whether packed conversations are kept apart by a model with this config; False for a family unknown."""
+    return is_known(config) and FAMILIES[config.model_type.removeprefix("sliced_")].packs
 
 
 def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:

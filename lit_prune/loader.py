@@ -6,7 +6,7 @@ In several processes a step of the training reads the windows that one process r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_prune import processes
+from lit_prune.evaluate import IGNORED
 
 EPOCH_STRIDE = 1_000_003  # so that neighbouring seeds share no epoch's order
 
@@ -60,12 +61,23 @@ class ResumableLoader(DataLoader):
         batch_size: Items per batch.
         seed: Seed of the order.
         num_workers: Processes that load batches.
+        collate_fn: Makes a batch of a list of items; None stacks them.
     """
 
-    def __init__(self, items: Dataset, *, batch_size: int, seed: int, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        items: Dataset,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        collate_fn: Callable[..., Any] | None = None,
+    ) -> None:
         self.ordered = EpochOrder(items, seed)
         own = torch.Generator().manual_seed(seed)
-        super().__init__(items, batch_size, sampler=self.ordered, num_workers=num_workers, generator=own)
+        super().__init__(
+            items, batch_size, sampler=self.ordered, num_workers=num_workers, generator=own, collate_fn=collate_fn
+        )
         self.position = {"epoch": 0, "batches": 0}
         self._resumed = False
 
@@ -87,6 +99,32 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the position of a checkpoint."""
         self.position, self._resumed = dict(state_dict), True
+
+
+class Evened(Dataset):
+    """The items of a data set, and as many more as make their number a multiple; those that are added predict nothing.
+
+    So all processes make as many forward passes, which sharded weights ask for. Where none has to be added, the items
+    are as they are; else they have `labels`, -100 in those that are added.
+
+    Args:
+        items: Gives dicts of `input_ids` (T,) and perhaps `labels`.
+        multiple: How many processes there are.
+    """
+
+    def __init__(self, items: Dataset, multiple: int) -> None:
+        self.items, self.count = items, len(items)  # type: ignore[arg-type]
+        self.added = -self.count % multiple
+
+    def __len__(self) -> int:
+        return self.count + self.added
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.items[index % self.count]
+        if not self.added:
+            return item
+        labels = item.get("labels", item["input_ids"])
+        return item | {"labels": labels if index < self.count else torch.full_like(labels, IGNORED)}
 
 
 class InTurn(DistributedSampler[int]):

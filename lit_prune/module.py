@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
 from lit_prune import structure
+from lit_prune.calibrate import inputs_of
 from lit_prune.checkpoint import fill
 from lit_prune.errors import InputError
-from lit_prune.evaluate import Perplexity
+from lit_prune.evaluate import Perplexity, labels_of
 from lit_prune.load import Dtype, architecture_config, load_config, load_model, new_model
 from lit_prune.recover import rebuild, snapshot
 from lit_prune.sharded import is_sharded, shard
@@ -27,7 +28,8 @@ Batch = dict[str, Tensor]
 class PrunableLM(LightningModule):
     """A causal LM with its loss, its optimizer and its perplexity.
 
-    Batches are dicts with `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
+    Batches are dicts with `input_ids` (batch, tokens); where there is padding, `attention_mask`; where not every token
+    is to be learnt, `labels`, -100 for those that are not; where conversations are packed, `position_ids`.
     Logs `train/loss` (nats a token), `val/perplexity` and `test/perplexity`.
 
     Args:
@@ -86,9 +88,9 @@ class PrunableLM(LightningModule):
         return load_config(self.pretrained) if self.architecture is None else architecture_config(self.architecture)
 
     def configure_model(self) -> None:
-        """Loads the LLM, or makes a fresh one; called once more after `setup`, it shards the LLM where the strategy does.
+        """Loads the LLM, or makes a fresh one; called again after `setup`, shards it where the strategy does.
 
-        Between the two a DynamicPruningCallback cuts whole weights.
+        In between, a DynamicPruningCallback cuts whole weights.
         """
         if self.model is None:
             self._load()
@@ -113,19 +115,12 @@ class PrunableLM(LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Returns the logits, shape (batch, tokens, vocabulary)."""
         assert self.model is not None
-        return self.model(
-            input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
-        ).logits
+        return self.model(**inputs_of(batch), use_cache=False).logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the mean next-token cross entropy of a batch (nats), padding left out."""
+        """Returns the mean next-token cross entropy of a batch (nats), over the predictions that count."""
         assert self.model is not None
-        mask = batch.get("attention_mask")
-        labels = batch["input_ids"]
-        if mask is not None:  # a prediction counts where the token and the one before it are attended to
-            labels = labels.masked_fill(mask == 0, -100)
-            labels[:, 1:] = labels[:, 1:].masked_fill(mask[:, :-1] == 0, -100)
-        loss = self.model(input_ids=batch["input_ids"], attention_mask=mask, labels=labels, use_cache=False).loss
+        loss = self.model(**inputs_of(batch), labels=labels_of(batch), use_cache=False).loss
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -147,7 +142,7 @@ class PrunableLM(LightningModule):
 
     def _update(self, part: str, batch: Batch) -> None:
         metric = self.perplexity[part].to(self.device)
-        metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"))
+        metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"), batch.get("labels"))
 
     def _log_perplexity(self, part: str) -> None:
         value = self.perplexity[part].compute()  # over all processes

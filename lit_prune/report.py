@@ -12,6 +12,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from rich.table import Table
 
+from lit_prune.tasks import describe
+
 PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "bitsandbytes", "torchmetrics", "datasets")
 Report = dict[str, Any]
 SHOWN = 5e-5
@@ -45,8 +47,23 @@ def table(report: Report) -> Table:
         grid.add_row("search of the rates", describe_search(report["search"]))
     if "parameters" in report:
         grid.add_row("parameters", _size(report))
+    for name, text in task_rows(report).items():
+        grid.add_row(f"task {name}", text)
     seconds = report["seconds"]
     grid.add_row("seconds", ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items()))
+    return grid
+
+
+def task_rows(report: Report) -> dict[str, str]:
+    """Returns what lm-eval found, a line a task."""
+    return {name: describe(result) for name, result in ((report.get("tasks") or {}).get("results") or {}).items()}
+
+
+def task_table(report: Report) -> Table:
+    """Returns the table of what lm-eval found."""
+    grid = Table(title=f"{report['model']}, {report['tasks']['harness']}", show_header=False, title_justify="left")
+    for name, text in task_rows(report).items():
+        grid.add_row(name, text)
     return grid
 
 
@@ -83,6 +100,7 @@ def _zeros(sparsity: dict[str, Any]) -> dict[str, str]:
     """The rows that tell how many weights are zero."""
     labels = {
         "requested": f"requested, {_requested_of(sparsity)}",
+        "found": "found in the model, over the linears",
         "achieved_linears": "achieved over the linears",
         "achieved_all": "achieved over all parameters",
     }
@@ -245,7 +263,7 @@ def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str
 {data.to_yaml()}
 ---
 
-# {base}, {"pruned" if recipe else "trained"} with lit_prune
+# {base}, {"pruned" if recipe and not report.get("kept") else "trained"} with lit_prune
 
 Made from `{base}`. {_done(report)}
 {_healed(report)}
@@ -256,7 +274,7 @@ Parameters: {_size(report)}.
 {perplexity}
 
 Measured on {describe_protocol(report["protocol"]) if report["protocol"] else "nothing"}.
-
+{_asked(report)}
 ```python
 {"import lit_prune  # or pass trust_remote_code=True below" + chr(10) if report["sliced"] else ""}\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -267,21 +285,30 @@ tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
 """
 
 
+def _asked(report: Report) -> str:
+    """The card's table of tasks."""
+    rows = "\n".join(f"| {name} | {text} |" for name, text in task_rows(report).items())
+    return f"\n| task, {report['tasks']['harness']} | |\n| --- | --- |\n{rows}\n" if rows else ""
+
+
 def _healed(report: Report) -> str:
     """What was trained after the cut, and where that is in the folder."""
-    recovery = report.get("recovery")
-    if recovery is None and not report["adapter"]:
+    recovery, distillation = report.get("recovery"), report.get("distillation")
+    if recovery is None and not report["adapter"] and distillation is None:
         return ""
     by = "" if recovery is None else f" by {recovery}"
+    by += "" if distillation is None else f" under the dense model as its teacher ({distillation})"
+    word = "Healed" if report.get("kept") is None else "Trained"
     if not report["adapter"]:
-        return f"\nHealed{by}: its own weights were trained, and those that were pruned stayed zero.\n"
+        zeros = ", and those that were pruned stayed zero" if _has_zeros(report) else ""
+        return f"\n{word}{by}: its own weights were trained{zeros}.\n"
     if report.get("quantised"):
-        return f"\nHealed{by}. {_quantised(report['quantised'])}\n"
+        return f"\n{word}{by}. {_quantised(report['quantised'])}\n"
     if report["merged"]:
         kept = ", which kept the zeros" if _has_zeros(report) else ""
-        return f"\nHealed{by}: an adapter was trained, and is merged into the weights{kept}.\n"
+        return f"\n{word}{by}: an adapter was trained, and is merged into the weights{kept}.\n"
     return (
-        f"\nHealed{by}. The folder holds the pruned weights and, beside them, the adapter that was trained. It is not "
+        f"\n{word}{by}. The folder holds the pruned weights and, beside them, the adapter that was trained. It is not "
         "merged: merging would fill the zeros. `from_pretrained` loads both where peft is installed; without peft it "
         "loads the pruned weights alone, unrecovered.\n"
     )
@@ -309,11 +336,14 @@ def _quantised(quantised: dict[str, Any]) -> str:
 
 def _has_zeros(report: Report) -> bool:
     """Whether weights of the model are masked."""
-    return bool(report.get("recipe")) and report["slice"] is None
+    pruned = report["sparsity"].get("found", 0) > 0 or (bool(report.get("recipe")) and not report.get("kept"))
+    return pruned and report["slice"] is None
 
 
 def _at_steps(report: Report) -> str:
     """When it was cut, where that was not once at the start."""
+    if report.get("kept"):
+        return ", before it was trained here"
     cuts = report.get("cuts", [])
     if not cuts or cuts[-1]["step"] == 0:
         return ""
@@ -321,11 +351,21 @@ def _at_steps(report: Report) -> str:
     return f", during training, before optimizer step{'s' if len(cuts) > 1 else ''} {steps}"
 
 
+def _found(report: Report) -> str:
+    """What is known of a model without a recipe."""
+    if not _has_zeros(report):
+        return "Not pruned."
+    return (
+        f"It came with zeros, {report['sparsity']['found']:.2%} of the weights of the linears of its blocks, which "
+        f"were kept: {report['sparsity']['achieved_linears']:.2%} are exactly zero."
+    )
+
+
 def _done(report: Report) -> str:
     """What was done to the model, and what that makes of its size."""
     sparsity, recipe, sliced = report["sparsity"], report.get("recipe"), report["slice"]
     if not recipe:
-        return "Not pruned."
+        return _found(report)
     how = f"{recipe['method']}, spread over the blocks by {recipe['allocation']}"
     if sliced is None:
         return (

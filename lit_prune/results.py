@@ -15,7 +15,8 @@ from lit_prune import structure
 from lit_prune.allocate import write_plan
 from lit_prune.allocate.plan import MEAN_TOLERANCE
 from lit_prune.evaluate import full_bytes, measure, parameters, pruned, size_bytes
-from lit_prune.export import export, exported, form, merges, without_adapter
+from lit_prune.export import export, exported, form, merged, merges, without_adapter
+from lit_prune.kept import zero_shares
 from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.pipeline import Recipe
 from lit_prune.quantised import quantisation
@@ -27,13 +28,22 @@ from lit_prune.stored import FILE, Stored, write_stored
 from lit_prune.verify import Validation, verify
 
 
-def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[str, Any]]) -> Report:
+def summary(
+    model: PreTrainedModel,
+    recipe: Recipe | None,
+    cuts: Sequence[dict[str, Any]],
+    kept: dict[str, Any] | None = None,
+) -> Report:
     """Returns the report of what ``model`` is now, and of the ``cuts`` that were made (see DynamicPruningCallback).
 
-    What it says of scores, rates and the like is the last cut's; `cuts` tells every one.
+    What it says of scores, rates and the like is the last cut's; `cuts` tells every one. Where nothing was cut, it is
+    what ``kept`` tells of the model before it was trained.
     """
     plain, done = without_adapter(model), dict(cuts[-1]) if cuts else {}
     sparsity: dict[str, Any] = {"requested": None, "achieved_linears": 0.0}
+    if kept is not None:
+        done = _known(kept)
+        sparsity = _kept_sparsity(model, kept)
     if recipe is not None and recipe.method.makes_zeros:
         blocks = recipe.find(plain, quantised=True)
         zero, total = sum(block.pruned for block in blocks), sum(block.size for block in blocks)
@@ -45,9 +55,10 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[s
             "achieved_linears": zero / total,
             "missed": zero / total - target,
         }
-    zero, total = pruned(plain)
+    fills = merges(model) and not structure.masked(model)
+    zero, total = pruned(merged(model) if fills else plain)
     return {
-        "perplexity": _perplexities(cuts),
+        "perplexity": _perplexities(cuts) if kept is None else {**kept["perplexity"], "after": None},
         "protocol": done.get("protocol"),
         "sparsity": sparsity | {"achieved_all": zero / total},
         "recipe": done.get("recipe"),
@@ -58,6 +69,7 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[s
         "search": done.get("search", {}),
         "parameters": parameters(plain),
         "recovery": structure.record(model).get("recovery"),
+        "distillation": structure.record(model).get("distillation"),
         "adapter": adapter_config(model),
         "merged": merges(model),
         "adapter_parameters": parameters(model) - parameters(plain),
@@ -66,8 +78,29 @@ def summary(model: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[s
         "slice": _slice(plain, recipe, done),
         "sliced": isinstance(plain, SlicedCausalLM),
         "cuts": [_told_of(done) for done in cuts],
-        "seconds": _seconds(cuts),
+        "kept": None if kept is None else kept["record"],
+        "seconds": _seconds(cuts) if kept is None else dict(kept["seconds"]),
         "versions": reports.versions(),
+    }
+
+
+def _known(kept: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the cuts before this run."""
+    recipe = kept["record"].get("recipe")
+    known = {"recipe": recipe} if recipe and "method" in recipe else {}
+    return known | {field: kept[field] for field in ("protocol", "achieved")}
+
+
+def _kept_sparsity(model: PreTrainedModel, kept: dict[str, Any]) -> dict[str, Any]:
+    """How many zeros there were before, and are now."""
+    if not kept["achieved"]:
+        return {"requested": None, "achieved_linears": 0.0}
+    recipe = kept["record"].get("recipe") or {}
+    return {
+        "requested": recipe.get("sparsity"),
+        "budget": recipe.get("budget", "linears"),
+        "found": kept["sparsity"],
+        "achieved_linears": zero_shares(model)[1],
     }
 
 
@@ -110,22 +143,24 @@ def _seconds(cuts: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _slice(plain: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) -> dict[str, Any] | None:
     """What a model that was sliced in this run has become, beside what it was."""
-    if recipe is None or not recipe.method.changes_shapes:
-        return None
-    if not done:  # training ended before the cut
+    if recipe is None:
+        requested = None if done.get("achieved") else (done.get("recipe") or {}).get("sparsity")
+    else:
+        requested = recipe.sparsity if recipe.method.changes_shapes else None
+    if requested is None or not isinstance(plain, SlicedCausalLM):  # training may have ended before the cut
         return None
     sizes, full = plain.config.slice_sizes, plain.config.hidden_size
     gone = slices(sizes[:-1], full)
     return {
-        "requested": recipe.sparsity,
+        "requested": requested,
         "achieved": sum(gone) / len(gone),
         "hidden_size": full,
         "sizes": sizes[:-1],
         "head_size": sizes[-1],
         "shortcut_parameters": sum(p.numel() for name, p in plain.named_parameters() if "shortcut" in name),
         **structure.record(plain).get("slice", {}),
-        "dense": done["size"].get("before"),
-        "pruned": done["size"].get("after"),
+        "dense": done.get("size", {}).get("before"),
+        "pruned": done.get("size", {}).get("after"),
     }
 
 

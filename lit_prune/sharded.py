@@ -1,6 +1,7 @@
-"""Weights that are sharded over processes (FSDP2): each keeps its rows of every parameter, a block is whole while it runs.
+"""Weights sharded over processes (FSDP2): each keeps its rows of every parameter, and a block is whole while it runs.
 
-Sharding replaces the parameters by DTensors. What needs whole weights, a cut or an export, comes before or gathers them.
+Sharding puts DTensors in the place of parameters. What needs whole weights comes before, as a cut does, or gathers them,
+as an export does.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import copy
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,6 +35,11 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     for block in model.get_submodule(blocks_path(model.config, path)).children():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def shards(trainer: Trainer) -> bool:
+    """Returns whether the strategy of ``trainer`` shards weights."""
+    return isinstance(trainer.strategy, ModelParallelStrategy)
 
 
 def is_sharded(model: nn.Module) -> bool:

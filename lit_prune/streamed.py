@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune.calibrate import Batch, Stream, on_device
+from lit_prune.calibrate import Batch, Stream, inputs_of, on_device
 from lit_prune.families import find_blocks
 from lit_prune.linears import standing_in
 from lit_prune.progress import track
@@ -24,7 +24,7 @@ def streamed_logits(
 
     Args:
         model: A causal LM of a known family, in eval mode.
-        batches: Dicts of `input_ids` and, where there is padding, `attention_mask`.
+        batches: Dicts of `input_ids` and, where there is padding, `attention_mask`; packed ones have `position_ids`.
         device: Where a block computes; embedding and head compute where the model is.
         label: What the progress bar over the blocks says.
     """
@@ -37,6 +37,4 @@ def streamed_logits(
     for batch, hidden_BTD in zip(batches, stream.hidden, strict=True):
         output = (hidden_BTD, None) if stream.wraps else hidden_BTD
         with standing_in(modules, lambda *_args, given=output, **_kwargs: given):
-            yield model(
-                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
-            ).logits
+            yield model(**inputs_of(batch), use_cache=False).logits

@@ -19,7 +19,8 @@ from lit_prune import structure
 from lit_prune.calibrate import Batch
 from lit_prune.evaluate import evaluating, measure, zeros
 from lit_prune.export import without_adapter
-from lit_prune.families import Block, find_blocks
+from lit_prune.families import Block
+from lit_prune.kept import pruned_blocks
 from lit_prune.linears import Quantised
 from lit_prune.on_disk import keep_on_disk, on_disk
 from lit_prune.quantised import check_zeros, compute_exactly
@@ -85,11 +86,11 @@ def _compare_zeros(model: PreTrainedModel, opened: PreTrainedModel, report: Repo
     """
     if not structure.masked(model):
         return {"zeros_expected": None, "zeros_found": None}
-    before, after = _pruned_blocks(without_adapter(model)), _pruned_blocks(opened)
+    before, after = pruned_blocks(without_adapter(model)), pruned_blocks(opened)
     expected = sum(block.pruned for block in before)
     for one, other in zip(before, after, strict=True):
         _compare_masks(one, other)
-    if report.get("achieved") is not None:
+    if report.get("achieved"):
         shares = zip(report["achieved"], before, strict=True)
         expected = sum(round(share * block.size) for share, block in shares)
     found = _zeros(after)
@@ -103,13 +104,6 @@ def _compare_masks(before: Block, after: Block) -> None:
     for name, linear in before.linears.items():
         if isinstance(linear, Quantised):
             check_zeros(after.linears[name].weight_OI, linear.module, f"exported model's {before.path}.{name}")
-
-
-def _pruned_blocks(model: PreTrainedModel) -> list[Block]:
-    """The blocks with the linears that were pruned, as the model's record tells."""
-    recipe = structure.record(model).get("recipe", {})
-    chosen = {field: recipe[field] for field in ("targets", "ignore", "blocks") if recipe.get(field)}
-    return find_blocks(model, **chosen, quantised=True)
 
 
 def _zeros(blocks: Iterable[Block]) -> int:

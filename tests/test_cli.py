@@ -242,8 +242,8 @@ def test_a_share_of_all_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     assert report("runs/z")["rates"] == pytest.approx(report()["rates"], abs=1e-5)
 
 
-def test_method_null_is_plain_training(capsys: pytest.CaptureFixture[str]) -> None:
-    run("fit", "--output=runs/x", "--pruning.method=null")
+def test_method_and_recovery_null_are_plain_training(capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", "--output=runs/x", "--pruning.method=null", "--pruning.recovery=null")
     told = report()
     assert told["sparsity"]["requested"] is None
     assert told["recipe"] is None
@@ -511,24 +511,28 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(config) == [
         "checkpoint_every",
         "data",
+        "lm_eval",
         "model",
         "output",
         "overwrite",
         "pruning",
         "push_to_hub",
         "seed_everything",
+        "tasks",
         "trainer",
     ] or sorted(config) == sorted(
         [
             "checkpoint_every",
             "ckpt_path",
             "data",
+            "lm_eval",
             "model",
             "output",
             "overwrite",
             "pruning",
             "push_to_hub",
             "seed_everything",
+            "tasks",
             "trainer",
             "weights_only",
         ]
@@ -543,6 +547,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
             "calibration",
             "full_checkpoint",
             "ignore",
+            "keep_zeros",
             "max_rate",
             "measure",
             "method",
@@ -709,7 +714,7 @@ def test_a_misspelt_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["prone"])
     assert ended.value.code == 2
-    assert "fit, validate, test, prune, score, export" in capsys.readouterr().err
+    assert "fit, validate, test, prune, score, export, evaluate" in capsys.readouterr().err
 
 
 def test_an_output_that_exists_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,10 @@ def test_config(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     Path("train.txt").write_text("Return the number of items in a container, or raise an error.\n" * 400)
     Path("val.txt").write_text("Open the file, read its lines and close it again when that is done.\n" * 200)
+    kind = "jsonl" if "instructions" in yaml.safe_load(text)["data"] else "txt"
+    for part in ("train", "val"):
+        rows = [{"prompt": f"What is {part} {number}?", "completion": "A number."} for number in range(99)]
+        Path(f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     warnings.simplefilter("ignore")
     at_step = yaml.safe_load(text).get("pruning", {}).get("at_step", 0)
     steps = list(range(len(at_step))) if isinstance(at_step, list) else min(at_step, 1)
@@ -36,8 +40,8 @@ def test_config(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             f"--config={config}",
             "--output=out",
             "--model.pretrained=embedded",
-            "--data.train_files=train.txt",
-            "--data.val_files=val.txt",
+            f"--data.train_files=train.{kind}",
+            f"--data.val_files=val.{kind}",
             "--data.seq_length=64",
             "--data.val_seq_length=64",
             "--pruning.calibration.num_samples=4",

@@ -27,7 +27,8 @@ QUICK = [
     "--pruning.calibration.seq_length=64",
 ]
 STANDING = {"FOLDER": "embedded", "CONFIG": "configs/quickstart.yaml"}  # what a page leaves to its reader
-ELSEWHERE = ("--push_to_hub", "--trainer.devices")  # what a test cannot have, or has a test of its own
+OWN = ("prune_then_finetune", "evaluation")  # run by tests/test_workflow_docs.py
+ELSEWHERE = ("--push_to_hub", "--trainer.devices", "--tasks")  # what a test cannot have, or has a test of its own
 
 
 def commands(page: str) -> list[list[str]]:
@@ -83,7 +84,7 @@ def test_commands_are_understood(page: str, project: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page) and page not in OWN])
 def test_commands_run_one_after_the_other(page: str, project: Path) -> None:
     for arguments in commands(page):
         if any(argument.startswith(ELSEWHERE) for argument in arguments):

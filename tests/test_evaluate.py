@@ -82,7 +82,7 @@ def test_measure_agrees_with_the_models_own_loss(model: PreTrainedModel, batches
 
 
 def test_measure_of_nothing(model: PreTrainedModel) -> None:
-    with pytest.raises(ValueError, match="at least one token, got no batch"):
+    with pytest.raises(ValueError, match="at least one token, got none"):
         measure(model, [], "nothing")
 
 

@@ -1,6 +1,6 @@
 """What heals the model after the cut. One file a recovery; importing them here makes their short names resolve."""
 
-from lit_prune.recover.adapter import adapter_config, merged_weight
+from lit_prune.recover.adapter import adapter_config, merged_weight, train_adapter
 from lit_prune.recover.base import Recovery
 from lit_prune.recover.full import FullFineTuning
 from lit_prune.recover.held import held_masks, hold_masks, hold_zeros, holds_zeros
@@ -26,4 +26,5 @@ __all__ = [
     "quantise",
     "rebuild",
     "snapshot",
+    "train_adapter",
 ]

@@ -97,6 +97,14 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, masked: bool = Fa
     model.train(model.training)
 
 
+def train_adapter(model: PreTrainedModel) -> None:
+    """Lets the adapter that ``model`` was loaded with be trained, and nothing else; it names no base from then on."""
+    for config in model.peft_config.values():
+        config.inference_mode, config.base_model_name_or_path = False, None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
 def adapter_config(model: PreTrainedModel) -> dict[str, Any] | None:
     """Returns the config of the adapter on ``model``, as JSON can hold it; None without one."""
     if not getattr(model, "_hf_peft_config_loaded", False):

@@ -120,9 +120,17 @@ def test_the_calibration_is_the_first_rows_of_the_training_loader() -> None:
 
 def test_switched_off() -> None:
     module = Foreign()
-    fit(module, callback(method=None))
+    fit(module, callback(method=None, recovery=None))
     assert sparsity(module) == 0
     assert adapter_config(module.model) is None
+
+
+def test_without_a_method_the_recovery_trains_the_model_as_it_is() -> None:
+    module = Foreign()
+    fit(module, callback(method=None))
+    assert sparsity(module) == 0
+    assert adapter_config(module.model) is not None
+    assert {".lora_" in name for name, parameter in module.named_parameters() if parameter.requires_grad} == {True}
 
 
 def test_pruned_weights_that_would_be_trained_are_refused_before_anything_is_done() -> None:

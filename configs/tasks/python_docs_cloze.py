@@ -1,0 +1,28 @@
+"""Questions of python_docs_cloze.yaml: the last word of a line of documentation, among three that end other lines."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from lit_prune.python_docs import python_docs
+
+LINE = re.compile(r"[A-Z][\w ,'()-]{30,110} ([a-z]{4,})\.")
+QUESTIONS = 500
+
+
+def load(**_settings: Any) -> DatasetDict:
+    """Returns the questions, `context`, `choices` and `label` each, as the split `test`; the same every time."""
+    text = "\n".join(document["text"] for document in python_docs("validation"))
+    lines = {found.group(0): found.group(1) for line in text.splitlines() if (found := LINE.fullmatch(line.strip()))}
+    words, order = sorted(set(lines.values())), random.Random(0)
+    rows = []
+    for line in order.sample(sorted(lines), min(QUESTIONS, len(lines))):
+        others = order.sample([word for word in words if word != lines[line]], 3)
+        label = order.randrange(4)
+        choices = [*others[:label], lines[line], *others[label:]]
+        rows.append({"context": line.removesuffix(f" {lines[line]}."), "choices": choices, "label": label})
+    return DatasetDict({"test": Dataset.from_list(rows)})

@@ -1,0 +1,148 @@
+"""What a model had lost before this run, by its record or by its zeros, and how that is kept where nothing more is cut.
+
+A record says that weights were pruned; zeros alone may be a mask whose maker left none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lit_prune import structure
+from lit_prune.errors import InputError
+from lit_prune.export import without_adapter
+from lit_prune.families import Block, find_blocks, is_known
+from lit_prune.progress import say
+from lit_prune.recover import LoRA, Recovery, adapter_config, train_adapter
+
+NOTICEABLE = 0.05  # share of zeros in the linears that no dense model has
+
+
+def pruned_blocks(model: PreTrainedModel) -> list[Block]:
+    """Returns the blocks of ``model``, which has no adapter, with the linears that its record says were pruned."""
+    recipe = structure.record(model).get("recipe") or {}
+    chosen = {field: recipe[field] for field in ("targets", "ignore", "blocks") if recipe.get(field)}
+    return find_blocks(model, **chosen, quantised=True)
+
+
+def zero_shares(model: PreTrainedModel) -> tuple[list[float], float]:
+    """Returns the share of every block's pruned linears that is exactly zero, and that of all together."""
+    blocks = pruned_blocks(without_adapter(model))
+    return [block.pruned / block.size for block in blocks], _share(blocks)
+
+
+def take_zeros(
+    model: PreTrainedModel, keep: bool | None, recovery: Recovery | None, *, blocks: str | None = None
+) -> None:
+    """Takes the zeros of a model without a record for its mask where ``keep`` says so, and notes it in the record.
+
+    Filling them is refused unless ``keep`` is False: after hours of training nobody can put them back, and the answer
+    costs one word before the first step. A recovery that keeps zeros anyway needs no answer.
+
+    Args:
+        model: A causal LM, perhaps with an adapter.
+        keep: Whether its zeros are a mask; None asks where there are many.
+        recovery: What is trained before anything is cut; None trains what is trainable.
+        blocks: Dotted path of the blocks, for a family that is not known.
+
+    Raises:
+        InputError: if zeros would be filled, or cannot be; if there are none to keep.
+    """
+    if structure.masked(model):
+        if keep is False:
+            raise InputError(
+                "`pruning.keep_zeros` must not be false for a model whose record says that its weights are masked: its "
+                "zeros are kept."
+            )
+        return
+    if keep is None and blocks is None and not is_known(model.config):
+        return
+    share = _zero_share(model, blocks)
+    if keep is None or (keep is False and share >= NOTICEABLE):
+        keep = _answer(share, keep, recovery, trains=_trains(model, recovery))
+    if not keep:
+        return
+    if share == 0:
+        raise InputError("`pruning.keep_zeros` must be null for a model that has no zeros in its linears.")
+    say(f"{share:.1%} of the weights of the linears are zero, and no record says why: they are kept as a mask.")
+    recipe = {"blocks": blocks} if blocks else {}
+    structure.write(model, masked=True, **({"recipe": recipe} if recipe else {}))
+
+
+def _answer(share: float, keep: bool | None, recovery: Recovery | None, *, trains: bool) -> bool:
+    """Whether zeros are kept where the user did not say so."""
+    holds = recovery is not None and recovery.folds_under_masks
+    if keep is False and holds:
+        raise InputError(f"`pruning.keep_zeros` must not be false with {recovery}, which keeps zeros; use LoRA.")
+    if keep is False or share < NOTICEABLE or not trains:
+        return False
+    if not holds:
+        raise InputError(
+            f"`pruning.keep_zeros` must be given: {share:.1%} of the weights of the linears are zero, no record says "
+            "why, and training or merging would fill them. true keeps them as a mask, false lets them be filled."
+        )
+    return True
+
+
+def _trains(model: PreTrainedModel, recovery: Recovery | None) -> bool:
+    return recovery is not None or any(parameter.requires_grad for parameter in model.parameters())
+
+
+def _zero_share(model: PreTrainedModel, blocks: str | None) -> float:
+    return _share(find_blocks(without_adapter(model), blocks=blocks, quantised=True))
+
+
+def _share(blocks: Sequence[Block]) -> float:
+    return sum(block.pruned for block in blocks) / sum(block.size for block in blocks)
+
+
+def check_kept(model: PreTrainedModel, recovery: Recovery | None) -> None:
+    """Asks whether ``recovery`` can train ``model`` as it is.
+
+    Raises:
+        InputError: if it does not fit, if training would fill a mask, or if the model has another adapter.
+    """
+    adapter = adapter_config(model)
+    if recovery is None:
+        if structure.masked(model) and _fills(model):
+            raise InputError(
+                "`pruning.recovery` must be given for a model with masks, or training fills their zeros: use "
+                "MaskedLoRA, FullFineTuning or LoRA, or freeze the LLM yourself."
+            )
+        return
+    if adapter is None:
+        recovery.check(model)
+    elif not _same_adapter(adapter, recovery):
+        raise InputError(
+            f"`pruning.recovery` must be the adapter that lies in `model.pretrained`, LoRA(r={adapter['r']}, "
+            f"alpha={adapter['lora_alpha']}, dropout={adapter['lora_dropout']}), which is trained on then, got "
+            f"{recovery}: over masks it cannot be merged to make room for another."
+        )
+
+
+def _fills(model: PreTrainedModel) -> bool:
+    blocks = pruned_blocks(without_adapter(model)) if adapter_config(model) is None else []
+    return any(linear.parameter.requires_grad for block in blocks for linear in block.linears.values())
+
+
+def _same_adapter(adapter: dict[str, Any], recovery: Recovery) -> bool:
+    """Whether an adapter is what ``recovery`` would attach; null `target_modules` are whatever it has."""
+    if not isinstance(recovery, LoRA):
+        return False
+    theirs = {field: adapter[field] for field in ("r", "lora_alpha", "lora_dropout")}
+    ours = {"r": recovery.r, "lora_alpha": recovery.alpha, "lora_dropout": recovery.dropout}
+    targets = recovery.target_modules
+    return theirs == ours and (targets is None or sorted(targets) == sorted(adapter["target_modules"]))
+
+
+def attach(model: PreTrainedModel, recovery: Recovery | None) -> None:
+    """Readies ``model`` to be trained by ``recovery``; an adapter that it came with is trained on."""
+    if recovery is None:
+        return
+    if adapter_config(model) is None:
+        recovery.attach(model)
+    else:
+        train_adapter(model)
+    structure.write(model, recovery=repr(recovery))

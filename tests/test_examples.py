@@ -1,0 +1,81 @@
+"""The examples, run as they stand on a little text."""
+
+import json
+import runpy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+from lit_prune.callbacks.loggers import PICTURE, TABLE, log_results
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from lit_prune.evaluate import zeros
+from tests.test_report import REPORT
+
+FOLDER = Path(__file__).parent.parent / "examples"
+SMALL = ["--data.windows=48", "--data.tokens=32", "--data.batch_size=2", "--trainer.max_steps=24"]
+
+
+def docs(part: str) -> list[dict[str, str]]:
+    words = ["items", "files", "names", "values", "errors", "threads", "modules", "numbers"]
+    lines = [f"Remember the {part} {other} before you ask for more {word}." for word in words for other in words]
+    return [{"name": part, "text": "\n".join(lines * 2)}]
+
+
+def test_a_project_of_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings.simplefilter("ignore")
+    config = FOLDER / "own_project.yaml"
+    assert "examples/own_project.py fit --config examples/own_project.yaml" in config.read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lit_prune.python_docs.python_docs", docs)
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.val_check_interval=8", "--trainer.log_every_n_steps=4"]
+    monkeypatch.setattr("sys.argv", ["own_project.py", "fit", f"--config={config}", *SMALL, *quiet])
+    runpy.run_path(str(FOLDER / "own_project.py"), run_name="__main__")
+
+    report = json.loads(Path("runs/own/report.json").read_text())
+    assert report["cuts"][0]["step"] == 20
+    opened = AutoModelForCausalLM.from_pretrained("runs/own/model", dtype=torch.float32)
+    zero, total = zeros(weight for name, weight in opened.named_parameters() if "_proj" in name)
+    assert zero / total == pytest.approx(0.5, abs=1e-3)
+    assert list(Path("runs/own_checkpoints").glob("*.ckpt"))
+    [events] = Path("runs/own_tensorboard").rglob("events.out.*")
+    seen = EventAccumulator(str(events))
+    seen.Reload()
+    tags = seen.Tags()
+    curves = {"train/loss", "val/perplexity", "pruning/sparsity", "pruning/block_0", "perplexity/recovered"}
+    assert curves <= set(tags["scalars"])
+    assert seen.Scalars("pruning/sparsity")[0].step == 20
+    assert tags["images"] == [PICTURE]
+    [text] = seen.Tensors(f"{TABLE}/text_summary")
+    assert b"perplexity, recovered" in text.tensor_proto.string_val[0]
+
+
+class Calls(list):
+    """Notes what is called on it, by name."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self.append((name, args, kwargs))
+
+
+@pytest.mark.parametrize("kind", [WandbLogger, MLFlowLogger])
+def test_loggers_with_places_of_their_own(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, logger = Calls(), object.__new__(kind)
+    for name in ("log_metrics", "log_text", "log_image"):
+        monkeypatch.setattr(kind, name, getattr(calls, name), raising=False)
+    monkeypatch.setattr(kind, "experiment", calls)
+    monkeypatch.setattr(kind, "run_id", "run", raising=False)
+    log_results([logger], REPORT, tmp_path / "blocks.png", 7)
+    (first, args, kwargs), *others = calls
+    assert first == "log_metrics"
+    assert args[-1]["perplexity/recovered"] == REPORT["perplexity"]["recovered"]
+    assert kwargs == {"step": 7}
+    assert [name for name, *_ in others] == {
+        WandbLogger: ["log_text", "log_image"],
+        MLFlowLogger: ["log_text", "log_artifact"],
+    }[kind]
+    assert "perplexity, recovered" in str(others[0])
+    assert "blocks.png" in str(others[1])
