@@ -25,7 +25,7 @@ from lit_prune.progress import say
 from lit_prune.report import Report, table
 from lit_prune.results import Validation, summary, write_results
 from lit_prune.run_folder import RunFolder, write_text
-from lit_prune.sharded import gathered, shards
+from lit_prune.sharded import gathered, is_sharded, shards
 from lit_prune.tasks import Tasks
 
 Found = TypeVar("Found", bound=Callback)
@@ -119,7 +119,7 @@ class ResultsCallback(Callback):
         """Returns the trained model, the report with its perplexity, and what that was measured on; in one process."""
         pruning = one(trainer, DynamicPruningCallback)
         model = pruning.find_model(pl_module)
-        if not shards(trainer):
+        if not is_sharded(model):
             model = model.to(trainer.strategy.root_device)
         name = "recovered" if pruning.recipe is not None else "dense" if pruning.idle else "after"
         validation = validation_data(trainer)

@@ -344,10 +344,9 @@ class LitPruneCLI(LightningCLI):
         pruning = one(self.trainer, DynamicPruningCallback)
         if self.subcommand == "fit":
             pruning.check_strategy(self.trainer)
-        elif shards(self.trainer):
+        elif shards(self.trainer) and self.subcommand in ("validate", "test"):
             raise InputError(
-                f"`trainer.strategy` must be auto or ddp for {self.subcommand}, got ModelParallelStrategy, which only "
-                "fit takes."
+                f"`trainer.strategy` must be ddp or auto for {self.subcommand}, not ModelParallelStrategy."
             )
         if self.subcommand == "evaluate":  # which reads no data of ours
             return

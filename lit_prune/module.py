@@ -93,24 +93,25 @@ class PrunableLM(LightningModule):
         In between, a DynamicPruningCallback cuts whole weights.
         """
         if self.model is None:
-            self._load()
+            self.model = self._loaded()
         mesh = self.device_mesh
         if mesh is not None and self._set_up and not is_sharded(self.model):
             shard(self.model, mesh["data_parallel"])
 
-    def _load(self) -> None:
+    def _loaded(self) -> PreTrainedModel:
         if self.on_disk and self._trainer is not None and self.trainer.state.fn == "fit":
             raise InputError(
                 "`model.on_disk` must be false for fit, training keeps all weights in memory: prune first by "
                 "`lit-prune prune --model.on_disk true`, and train what that writes."
             )
         if self.architecture is None:
-            self.model = load_model(self.pretrained, self.dtype_of_weights, self.attn_implementation, self.on_disk)
+            model = load_model(self.pretrained, self.dtype_of_weights, self.attn_implementation, self.on_disk)
         else:
-            self.model = new_model(self.architecture, self.dtype_of_weights)
-        self.model.train()
+            model = new_model(self.architecture, self.dtype_of_weights)
+        model.train()
         if self.gradient_checkpointing:
-            self.model.activation_checkpointing_enable()
+            model.activation_checkpointing_enable()
+        return model
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the logits, shape (batch, tokens, vocabulary)."""

@@ -1,7 +1,7 @@
 """Weights sharded over processes (FSDP2): each keeps its rows of every parameter, and a block is whole while it runs.
 
-Sharding puts DTensors in the place of parameters. What needs whole weights comes before, as a cut does, or gathers them,
-as an export does.
+Sharding puts DTensors in the place of parameters. What needs whole weights comes before, as a cut does, or gathers
+them, as an export does.
 """
 
 from __future__ import annotations
