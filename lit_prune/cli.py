@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that it has no CPU kernels
 
@@ -300,6 +300,16 @@ class LitPruneCLI(LightningCLI):
             checkpoint = RunCheckpoint(str(output / "checkpoints"), config.checkpoint_every)
             self.trainer_defaults["callbacks"].append(checkpoint)
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Makes the Trainer; what it refuses is told in a line."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except InputError:
+            raise
+        except ValueError as error:
+            hint = " One that is a class has settings, see docs/devices.md." if "strategy name" in str(error) else ""
+            raise InputError(f"`trainer` cannot be made: {str(error).partition('. ')[0]}.{hint}") from error
+
     def _tasks(self, config: Namespace) -> Tasks | None:
         """The tasks that are to be asked; verbs that have no model to ask at their end leave them alone."""
         names = names_of(config.tasks)
@@ -345,9 +355,7 @@ class LitPruneCLI(LightningCLI):
         if self.subcommand == "fit":
             pruning.check_strategy(self.trainer)
         elif shards(self.trainer) and self.subcommand in ("validate", "test"):
-            raise InputError(
-                f"`trainer.strategy` must be ddp or auto for {self.subcommand}, not ModelParallelStrategy."
-            )
+            raise InputError(f"`trainer.strategy` must not be ModelParallelStrategy for {self.subcommand}: use ddp.")
         if self.subcommand == "evaluate":  # which reads no data of ours
             return
         limit = getattr(self.model.config, "max_position_embeddings", None)
