@@ -161,6 +161,7 @@ class DynamicPruningCallback(Callback):
         self.check_strategy(trainer)
         if not self.idle:
             self._check_steps(trainer)
+            processes.agree_on_threads()
         self._settings = self.settings(trainer, pl_module)
         stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None
         if stored is not None:

@@ -96,6 +96,15 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def agree_on_threads() -> None:
+    """Lets all processes compute with as many threads: with others a sum is another in the last bit.
+
+    Lightning gives the processes that it starts fewer than they would take, under some strategies only the first.
+    """
+    if number() > 1:
+        torch.set_num_threads(min(gathered(torch.get_num_threads())))
+
+
 def check_same(what: str, value: Any) -> None:
     """Raises RuntimeError where ``value`` is not the same in all processes."""
     values = gathered(value)

@@ -94,3 +94,17 @@ def test_tied_weights_count_once(model: PreTrainedModel) -> None:
 
 def test_zeros() -> None:
     assert zeros([torch.tensor([0.0, 1.0]), torch.tensor([-0.0])]) == (2, 3)
+
+
+def test_blocks_that_are_moved_in_turn_give_the_same_perplexity(
+    model: PreTrainedModel, batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [{"input_ids": ids} for ids in batches]
+    whole = measure(model, given, "noise")
+    calls: list[int] = []
+    streamed = evaluate.streamed_logits
+    monkeypatch.setattr(evaluate, "streamed_logits", lambda *args: calls.append(1) or streamed(*args))
+    found = measure(model, given, "noise", device=torch.device("cpu"), streamed=True)
+    assert calls == [1]
+    assert found.perplexity == pytest.approx(whole.perplexity)
+    assert found.protocol == whole.protocol

@@ -67,11 +67,15 @@ def everything() -> dict[str, Any]:
 def work(rank: int, number: int, port: int, folder: str) -> None:
     """What one process does; it fails by an exception."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+    torch.set_num_threads(rank + 1)
     dist.init_process_group("gloo", rank=rank, world_size=number)
     assert (processes.number(), processes.rank(), processes.first()) == (number, rank, rank == 0)
+    processes.agree_on_threads()
+    assert torch.get_num_threads() == 1
     assert processes.total_count(rank + 1) == sum(range(1, number + 1))
     assert processes.gathered(rank) == list(range(number))
+    own = list(processes.in_step(range(number + 1)))
+    assert own == [(rank, True), (number, rank == 0)]
     with processes.alone():
         assert processes.number() == 1
         assert processes.share([1, 2]) == [1, 2]
@@ -152,7 +156,10 @@ def test_every_step_reads_what_one_process_reads_in_a_larger_batch(found: list[d
 def test_one_process_does_nothing_special() -> None:
     assert (processes.number(), processes.rank(), processes.first()) == (1, 0, True)
     assert processes.share([1]) == [1]
-    assert list(processes.each("abc")) == ["a", "b", "c"]
+    assert list(processes.in_step("ab")) == [("a", True), ("b", True)]
+    threads = torch.get_num_threads()
+    processes.agree_on_threads()
+    assert torch.get_num_threads() == threads
     value = torch.ones(2)
     assert processes.total(value) is value
     assert processes.gathered("x") == ["x"]

@@ -51,9 +51,10 @@ class Fails(Callback):
             raise RuntimeError("the second process has had enough")
 
 
-def fit(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """Runs from the root, so that what is defined here can be named; the batch of all processes is four windows."""
-    settings = [
+def command(folder: Path, *args: str) -> list[str]:
+    """A small fit; the batch of all processes is four windows."""
+    return [
+        "fit",
         f"--output={folder / 'run'}",
         f"--data.train_files={folder / 'train.txt'}",
         f"--data.val_files={folder / 'val.txt'}",
@@ -67,9 +68,14 @@ def fit(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
         "--trainer.val_check_interval=4",
         "--trainer.check_val_every_n_epoch=null",
         "--trainer.enable_progress_bar=false",
+        *args,
     ]
-    command = [sys.executable, "-m", "lit_prune.cli", "fit", *settings, *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=240)
+
+
+def fit(folder: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Runs from the root, so that what is defined here can be named."""
+    line = [sys.executable, "-m", "lit_prune.cli", *command(folder, *args)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=240)
 
 
 def several(number: int) -> list[str]:
@@ -85,11 +91,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def finished(text: Path, folder: Path, *args: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    done = fit(with_text(text, folder), *args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return left(folder)
+
+
+def with_text(text: Path, folder: Path) -> Path:
     folder.mkdir()
     for name in ("train.txt", "val.txt"):
         (folder / name).symlink_to(text / name)
-    done = fit(folder, *args)
-    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def left(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The report and the weights of a fit."""
     report = json.loads((folder / "run" / "report.json").read_text())
     return report, load_file(folder / "run" / "model" / "model.safetensors")
 

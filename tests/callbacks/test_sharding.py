@@ -22,7 +22,7 @@ from lit_prune.errors import InputError
 from lit_prune.recover import FullFineTuning, MaskedLoRA, QLoRA
 from lit_prune.sharded import gathered, is_sharded, shard
 from tests.callbacks.test_dynamic_pruning import Foreign, callback, fit, sparsity
-from tests.callbacks.test_several_processes import ROOT, finished, text  # noqa: F401 (a fixture)
+from tests.callbacks.test_several_processes import ROOT, command, finished, left, text, with_text  # noqa: F401
 from tests.callbacks.test_several_processes import fit as run_fit
 
 SHARDED = [
@@ -37,8 +37,7 @@ CASES = {
     "MaskedLoRA": ["--pruning.recovery=MaskedLoRA"],
     "LoRA": ["--pruning.recovery=LoRA"],
     "FullFineTuning": ["--pruning.recovery=FullFineTuning", "--trainer.gradient_clip_val=1.0"],
-    "SparseGPT in bfloat16": [
-        "--pruning.method=SparseGPT",
+    "bfloat16": [
         "--pruning.recovery=MaskedLoRA",
         "--trainer.precision=bf16-true",
         "--model.gradient_checkpointing=true",
@@ -191,9 +190,11 @@ def test_the_command_tells_mistakes_in_a_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", RUNS)
 def test_a_fit_in_two_processes_is_that_of_one(text: Path, tmp_path: Path, case: str) -> None:  # noqa: F811
-    one, its_weights = finished(text, tmp_path / "one", "--data.batch_size=4", *CASES[case])
+    main(command(with_text(text, tmp_path / "one"), "--data.batch_size=4", *CASES[case]))
+    one, its_weights = left(tmp_path / "one")
     report, weights = finished(text, tmp_path / "two", *SHARDED, *CASES[case])
     assert report["protocol"] == one["protocol"]
     coarse = "bfloat16" in case or case == "slices"
@@ -212,10 +213,7 @@ def test_a_fit_in_two_processes_is_that_of_one(text: Path, tmp_path: Path, case:
 @pytest.mark.parametrize("case", ["MaskedLoRA", "FullFineTuning"])
 def test_a_run_that_is_killed_goes_on_and_is_exported(text: Path, tmp_path: Path, case: str) -> None:  # noqa: F811
     _, expected = finished(text, tmp_path / "whole", *SHARDED, *CASES[case])
-    folder, every = tmp_path / "killed", "--checkpoint_every=1"
-    folder.mkdir()
-    for name in ("train.txt", "val.txt"):
-        (folder / name).symlink_to(text / name)
+    folder, every = with_text(text, tmp_path / "killed"), "--checkpoint_every=1"
     stops = "--trainer.callbacks+=tests.callbacks.test_sharding.Stops"
     assert run_fit(folder, *SHARDED, *CASES[case], every, stops).returncode != 0
     assert not (folder / "run" / "model").exists()
@@ -227,8 +225,8 @@ def test_a_run_that_is_killed_goes_on_and_is_exported(text: Path, tmp_path: Path
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
     saved.unlink()
     args = [f"--output={folder / 'run'}", "--ckpt_path=last", "--overwrite"]
-    command = [sys.executable, "-m", "lit_prune.cli", "export", *args]
-    exported = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=240)
+    line = [sys.executable, "-m", "lit_prune.cli", "export", *args]
+    exported = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=240)
     assert exported.returncode == 0, exported.stderr[-3000:]
     for name, tensor in load_file(saved).items():
         torch.testing.assert_close(tensor, expected[name])
