@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lit_prune.checkpoint_io import AtomicCheckpointIO
 from lit_prune.errors import InputError
-from lit_prune.sharded import shards
 
 
 class RunCheckpoint(Checkpoint):
@@ -19,7 +18,7 @@ class RunCheckpoint(Checkpoint):
 
     A run that is killed goes on from there. The file is replaced only by one that is whole. On an exception it is
     written where the last step is through; an exception in mid-step leaves the earlier one, since half a step can
-    not be resumed.
+    not be resumed. In several processes every exception does: all have to take part in a checkpoint.
 
     Args:
         folder: Where `last.ckpt` goes.
@@ -61,8 +60,8 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves where the last step is through; of sharded weights one process alone has not all."""
-        if shards(trainer):
+        """Saves where the last step is through; of several processes, of which others may go on, none does."""
+        if trainer.world_size > 1:
             return
         loop = trainer.fit_loop.epoch_loop
         progress: Any = loop.batch_progress.current

@@ -101,3 +101,10 @@ def test_checkpoints_are_atomic_unless_the_trainer_has_another_way(tmp_path: Pat
 def test_a_number_of_steps_below_1(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`checkpoint_every` must be at least 1, .*, got 0"):
         RunCheckpoint(str(tmp_path), 0)
+
+
+def test_of_several_processes_none_saves_on_an_exception(tmp_path: Path) -> None:
+    trainer: Any = SimpleNamespace(world_size=2)  # there is no loop to ask, and nothing to save
+    RunCheckpoint(str(tmp_path)).on_exception(trainer, Foreign(), RuntimeError())
+    with pytest.raises(AttributeError):
+        RunCheckpoint(str(tmp_path)).on_exception(SimpleNamespace(world_size=1), Foreign(), RuntimeError())  # type: ignore[arg-type]
