@@ -90,8 +90,8 @@ def fit_over(run: Path, *callbacks: Callback) -> None:
     run.mkdir()
     (run / "mine").write_text("x")
     (run / "report.json").write_text("{}")
+    results = ResultsCallback(str(run), overwrite=True)
     with pytest.raises(RuntimeError, match="out of luck"):
-        results = ResultsCallback(str(run), overwrite=True)
         fit(Broken(), callback(), callbacks=[results, *callbacks], enable_checkpointing=bool(callbacks))
 
 
