@@ -49,6 +49,8 @@ def cases(statistics: Path, full_lr: float) -> Iterator[tuple[str, Options]]:
         *_adapter("MaskedLoRA"),
     ]
     yield f"MaskedLoRA, {sparsity} in three cuts", gradual
+    taught = [*share, *_adapter("MaskedLoRA"), "--pruning.distillation.weight=0.5"]
+    yield f"MaskedLoRA, {sparsity}, taught by the dense model", taught
 
 
 def _adapter(recovery: str) -> Options:

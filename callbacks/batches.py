@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
 from lit_prune import processes
 from lit_prune.calibrate import Batch, Calibration, batches_of, first_batches
 from lit_prune.errors import InputError
+from lit_prune.loader import ResumableLoader
+from lit_prune.random_states import random_states, restore_random_states
 
 
 def check_processes(trainer: Trainer) -> None:
@@ -69,6 +73,49 @@ def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:
             "does not; 0 switches validation off."
         )
     return list(itertools.islice(loader, limit)), described
+
+
+def training_windows(trainer: Trainer) -> Iterator[Batch]:
+    """Yields the batches that the training will see; nothing that draws the order later notices.
+
+    Of a loader whose order is known those that will be seen, else one epoch's, all of them.
+
+    Raises:
+        InputError: for a loader without an end.
+    """
+    loader = _first_loader(trainer.fit_loop._data_source)
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise InputError(
+            f"`pruning.distillation.teacher` must not be TopK for a training loader that is no DataLoader of a data "
+            f"set with a length, got {type(loader).__name__}: use Copy."
+        )
+    limit, steps = trainer.limit_train_batches, trainer.max_steps * trainer.accumulate_grad_batches
+    with _undrawn(loader):
+        if not isinstance(loader, ResumableLoader) or trainer.max_steps == trainer.max_epochs == -1:
+            yield from loader
+            return
+        each = int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
+        left = steps if trainer.max_steps != -1 else each * (trainer.max_epochs or 1)
+        for epoch in itertools.count():
+            loader.ordered.set_epoch(epoch)
+            yield from itertools.islice(loader, min(each, left))
+            left -= each
+            every = each == len(loader) and loader.ordered.num_replicas == 1
+            if left <= 0 or every:  # no other window comes in a later epoch
+                return
+
+
+@contextmanager
+def _undrawn(loader: DataLoader) -> Iterator[None]:
+    """Leaves every source of random numbers that ``loader`` draws from where it was."""
+    own = {id(g): g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
+    states, before = {key: generator.get_state() for key, generator in own.items()}, random_states()
+    try:
+        yield
+    finally:
+        restore_random_states(before)
+        for key, generator in own.items():
+            generator.set_state(states[key])
 
 
 def _first_loader(source: Any) -> Any:

@@ -15,6 +15,7 @@ from lit_prune.callbacks.best_scores import reset_best_scores
 from lit_prune.callbacks.cut import Done, cut
 from lit_prune.callbacks.kept import look
 from lit_prune.callbacks.resume import Settings, check_settings, run_settings, stored_run
+from lit_prune.callbacks.teaching import Teaching
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from lit_prune.allocate import DLP, Allocation, Plan
 from lit_prune.budget import Budget
 from lit_prune.calibrate import Batch, Calibration
 from lit_prune.checkpoint import Source, fill
+from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
 from lit_prune.families import Block
 from lit_prune.kept import attach, check_kept, take_zeros
@@ -60,7 +62,11 @@ class DynamicPruningCallback(Callback):
         schedule: How sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for several.
         before: What is trained before the first cut, where that comes later than step 0, such as LoRA; null trains
             what the LightningModule leaves trainable, which for PrunableLM is everything.
-        recovery: What is trained after a cut, with a null `method` from the start: LoRA, MaskedLoRA, QLoRA (after the
+        recovery: What is trained after a cut: LoRA, MaskedLoRA, QLoRA (after the one cut) or FullFineTuning; null
+            trains what the LightningModule leaves trainable, which must not be weights under a mask.
+        distillation: The LLM as it is right before the first cut teaches what is left of it, by its own probabilities:
+            the LLM must be called with `labels`, and the `loss` that it returns be trained on. null trains on the text
+            alone.
             one cut) or FullFineTuning; null trains what the LightningModule leaves trainable, which must not be weights
             under a mask.
         calibration: How much text the statistics are taken over, at every cut.
@@ -95,6 +101,7 @@ class DynamicPruningCallback(Callback):
         schedule: Schedule | None = None,
         before: Recovery | None = None,
         recovery: Recovery | None = None,
+        distillation: Distillation | None = None,
         calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
         min_rate: float = 0.0,
         max_rate: float = 0.99,
@@ -125,6 +132,7 @@ class DynamicPruningCallback(Callback):
             )
         self.blocks, self.keep_zeros = blocks, keep_zeros
         self.before, self.recovery, self.calibration = before, recovery, calibration
+        self.distillation, self.teaching = distillation, self._teaching(distillation, recovery)
         self.stored = None if statistics is None else read_stored(statistics)
         self.target, self.measure, self.full_checkpoint = target, measure, full_checkpoint
         self.done: list[Done] = []
@@ -164,7 +172,7 @@ class DynamicPruningCallback(Callback):
             trainer.precision_plugin.convert_module(model)
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if stored is not None:
-            self._rebuild(model, stored)
+            self._rebuild(trainer, model, stored)
         else:
             self._begin(trainer, model)
 
@@ -198,8 +206,10 @@ class DynamicPruningCallback(Callback):
         elif self.keep_zeros:
             take_zeros(model, True, None, blocks=self.blocks)
 
-    def _rebuild(self, model: PreTrainedModel, stored: dict[str, Any]) -> None:
+    def _rebuild(self, trainer: Trainer, model: PreTrainedModel, stored: dict[str, Any]) -> None:
         """Gives ``model`` the structure of a checkpoint, and lets what that leaves out be filled in when it loads."""
+        if self.teaching is not None:
+            self.teaching.resume(trainer, model, stored["teacher"])
         rebuild(model, stored)
         left_out = stored["left_out"]
         self.source = None if left_out is None else Source.resumed(left_out)
@@ -224,6 +234,8 @@ class DynamicPruningCallback(Callback):
         calibration = calibration_batches(trainer, self.calibration)
         self.check_statistics(model, *calibration)
         validation, device = validation_data(trainer), trainer.strategy.root_device
+        if self.teaching is not None and not self.done:
+            self.teaching.begin(trainer, model, stored=self.source is None or step > 0)
         if recipe.method.changes_shapes:
             self.source = None
         noted = self.source and self.source.through_cut(model, keeps_values=recipe.method.keeps_values)
@@ -242,6 +254,9 @@ class DynamicPruningCallback(Callback):
         if self.recovery is not None:
             self.recovery.attach(model)
             structure.write(model, recovery=repr(self.recovery))
+        if self.teaching is not None:
+            self.teaching.put_on(model)
+            structure.write(model, distillation=repr(self.distillation))
 
     def check_statistics(self, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:
         """Raises InputError where the statistics that were stored are not those of this model and this text."""
@@ -250,6 +265,8 @@ class DynamicPruningCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the random numbers back where a checkpoint was taken; logs a cut that came before."""
+        if self.teaching is not None and self.done:
+            self.teaching.check_begun()
         if self._random is not None:
             restore_random_states(self._random)
         elif self.done or self.kept:
@@ -266,6 +283,13 @@ class DynamicPruningCallback(Callback):
         _train_on(trainer)
         reset_best_scores(trainer)
         self._log(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs the parts of a loss that a teacher had to do with."""
+        if self.teaching is not None:
+            self.teaching.log(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where training ended before a cut."""
@@ -299,12 +323,13 @@ class DynamicPruningCallback(Callback):
 
     def settings(self, trainer: Trainer, pl_module: LightningModule) -> Settings:
         """Returns the settings that a resumed run must have in common with the first."""
-        return self._pruning_settings() | run_settings(trainer, pl_module)
+        taught = {} if self.teaching is None else self.teaching.settings(trainer)
+        return self._pruning_settings() | run_settings(trainer, pl_module) | taught
 
     def _pruning_settings(self) -> Settings:
         recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
         made: Settings = {"at_step": [step for step, _ in self.cuts], "sparsity": [share for _, share in self.cuts]}
-        objects = {"before": self.before, "recovery": self.recovery, "calibration": self.calibration}
+        objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
         if self.recipe is None:
             objects["calibration"] = None
         told = {name: None if value is None else repr(value) for name, value in objects.items()}
@@ -320,6 +345,16 @@ class DynamicPruningCallback(Callback):
         stored = stored_run(path)
         check_settings(self._pruning_settings(), stored["settings"])
         return stored
+
+    def _teaching(self, distillation: Distillation | None, recovery: Recovery | None) -> Teaching | None:
+        if distillation is None:
+            return None
+        if self.recipe is None:
+            raise InputError(
+                f"`pruning.distillation` must be null where `pruning.method` is, a model does not teach itself, got "
+                f"{distillation}."
+            )
+        return Teaching(distillation, Student(self.recipe, recovery, tuple(cut.step for cut in self.cuts)))
 
     def _check_cuts(self) -> None:
         """Refuses several cuts where the parts allow one, and adapters that would be lost at a cut."""
@@ -417,7 +452,8 @@ class DynamicPruningCallback(Callback):
         stored: dict[str, Any] = {"settings": self._settings, "left_out": None}
         if not self.idle:
             model = self.find_model(pl_module)
-            stored |= snapshot(model) | {"held": held_masks(model)}
+            teacher = None if self.teaching is None else self.teaching.state()
+            stored |= snapshot(model) | {"held": held_masks(model), "teacher": teacher}
             if self.source is not None:
                 stored["left_out"] = self.source.strip(model, checkpoint["state_dict"], f"{self.target}.")
         checkpoint[structure.KEY] = stored

@@ -293,10 +293,11 @@ def _asked(report: Report) -> str:
 
 def _healed(report: Report) -> str:
     """What was trained after the cut, and where that is in the folder."""
-    recovery = report.get("recovery")
-    if recovery is None and not report["adapter"]:
+    recovery, distillation = report.get("recovery"), report.get("distillation")
+    if recovery is None and not report["adapter"] and distillation is None:
         return ""
     by = "" if recovery is None else f" by {recovery}"
+    by += "" if distillation is None else f" under the dense model as its teacher ({distillation})"
     word = "Healed" if report.get("kept") is None else "Trained"
     if not report["adapter"]:
         zeros = ", and those that were pruned stayed zero" if _has_zeros(report) else ""

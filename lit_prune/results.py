@@ -69,6 +69,7 @@ def summary(
         "search": done.get("search", {}),
         "parameters": parameters(plain),
         "recovery": structure.record(model).get("recovery"),
+        "distillation": structure.record(model).get("distillation"),
         "adapter": adapter_config(model),
         "merged": merges(model),
         "adapter_parameters": parameters(model) - parameters(plain),

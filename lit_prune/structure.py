@@ -2,8 +2,8 @@
 
 It is in config.json of an exported folder and in every checkpoint; a model is rebuilt from it before weights load.
 Fields: `recipe` (what was asked for), `rates` (share removed, by block), `masked` (weights were set to zero), `slice`
-(`untied_head`: the head was tied to the embedding before), `recovery` (what was trained after that). The widths of a
-sliced model are in its config's own `slice_sizes`.
+(`untied_head`: the head was tied to the embedding before), `recovery` (what was trained after that), `distillation`
+(how the dense model taught it). The widths of a sliced model are in its config's own `slice_sizes`.
 """
 
 from __future__ import annotations

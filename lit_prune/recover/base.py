@@ -16,10 +16,12 @@ class Recovery(ABC):
     Attributes:
         folds_under_masks: Whether :meth:`detach` keeps the zeros of a masked model.
         quantises: Whether :meth:`attach` quantises the weights, so that nothing can be cut after it.
+        leaves_base: Whether all weights stay what the cut left, to the bit and in their type, until :meth:`detach`.
     """
 
     folds_under_masks: ClassVar[bool] = False
     quantises: ClassVar[bool] = False
+    leaves_base: ClassVar[bool] = False
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most have nothing to check)
         """Raises InputError where the settings do not fit ``model``, before anything is done to it."""

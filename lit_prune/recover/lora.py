@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 from transformers import PreTrainedModel
 
@@ -30,6 +30,8 @@ class LoRA(Recovery):
         InputError: for a rank below 1, a dropout outside [0, 1), or target modules that match nothing
             that can have an adapter.
     """
+
+    leaves_base: ClassVar[bool] = True
 
     r: int = 8
     alpha: int = 16

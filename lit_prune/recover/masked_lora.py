@@ -34,6 +34,7 @@ class MaskedLoRA(Recovery):
     """
 
     folds_under_masks: ClassVar[bool] = True
+    leaves_base: ClassVar[bool] = True
 
     r: int = 8
     alpha: int = 16

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 CASES = {
     "masks at the start": ["--pruning.recovery=MaskedLoRA"],
     "masks later": ["--pruning.at_step=2", "--pruning.before=LoRA", "--pruning.recovery=FullFineTuning"],
+    "words looked up": ["--pruning.recovery=MaskedLoRA", "--pruning.distillation.teacher=TopK"],
     "masks later, quantised": [
         "--pruning.at_step=2",
         "--pruning.before=LoRA",
@@ -34,6 +35,7 @@ RUNS = [("masks later", 2)] + [
     pytest.param(case, number, marks=pytest.mark.slow)
     for case, number in (
         ("masks at the start", 2),
+        ("words looked up", 2),
         ("masks later, quantised", 2),
         ("slices later", 2),
         ("masks later", 4),

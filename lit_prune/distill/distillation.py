@@ -1,0 +1,42 @@
+"""What a distillation is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from lit_prune.distill.base import Teacher
+from lit_prune.distill.copies import Copy
+from lit_prune.errors import InputError
+
+
+@final
+@dataclass(frozen=True)
+class Distillation:
+    """The dense model, as it is right before the first cut, teaches what is left of it: arXiv 1503.02531.
+
+    loss = (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student), the softmax of both at logits / T, the
+    mean over the positions that the cross entropy counts.
+
+    Args:
+        temperature: T; above 0.
+        weight: Share of the divergence in the loss, in (0, 1].
+        teacher: How the dense model is kept: Copy, TopK or Removed; null is Copy.
+
+    Raises:
+        InputError: for numbers out of their range.
+    """
+
+    temperature: float = 1.0
+    weight: float = 0.5
+    teacher: Teacher | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise InputError(f"`pruning.distillation.temperature` must be above 0, got {self.temperature}.")
+        if not 0 < self.weight <= 1:
+            raise InputError(
+                f"`pruning.distillation.weight` must be in (0, 1], the divergence's share of the loss, got "
+                f"{self.weight}; to train without a teacher leave `pruning.distillation` out."
+            )
+        object.__setattr__(self, "teacher", self.teacher or Copy())
