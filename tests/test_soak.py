@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import random
+import re
 import resource
 import time
 from collections import Counter
@@ -35,21 +36,21 @@ from lit_prune.schedule import Cubic, Linear
 from lit_prune.slice import Slicing
 from tests.callbacks.test_combinations import Gone, pruned
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, loader
-from tests.conftest import WIDE, small_model
+from tests.conftest import WIDE, lively_model
 
 SEED = int(os.environ.get("LIT_PRUNE_SEED", "0"))
 SECONDS = float(os.environ.get("LIT_PRUNE_SOAK_SECONDS", "120"))
-STEPS, WARM, MB = 4, 10, 2**20
+STEPS, WARM, MB, MOST_MB = 4, 10, 2**20, 100
 FAMILIES = ("llama", "opt", "qwen2", "phi", "gpt2", "gemma3_text", "mixtral")
 ROUNDING = {MixedNofM: 0.1, NofM: 1e-3, Unstructured: 1e-3}  # of the budget; slices are asked by their report
 
 
 class Somebodys(Foreign):
-    """Somebody's own module around a small model of a family."""
+    """Somebody's own module around a small model of a family, no bias of it zero: those would count."""
 
     def __init__(self, family: str) -> None:
         LightningModule.__init__(self)
-        self.model = small_model(family, num_hidden_layers=3, **WIDE)
+        self.model = lively_model(family, **WIDE)
 
 
 def drawn(draw: random.Random) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def drawn(draw: random.Random) -> dict[str, Any]:
     method = draw.choice([Magnitude(pattern), Wanda(pattern), SparseGPT(pattern), Slicing()])
     even = isinstance(pattern, NofM) and not isinstance(method, Slicing)
     starts = [DLP(), OWL(), AlphaPruning(), LayerRedundancy(), Uniform()]
-    searched = Search(start=draw.choice(starts), evaluations=8, offspring=2, survivors=1)
+    searched = Search(start=draw.choice(starts), evaluations=12, offspring=2, survivors=1)
     steps = sorted(draw.sample(range(STEPS), draw.choice([1, 1, 1, 2, 3])))
     dropout, r = draw.choice([0.0, 0.2]), draw.choice([2, 8])
     qlora = [
@@ -69,7 +70,7 @@ def drawn(draw: random.Random) -> dict[str, Any]:
     recoveries = [LoRA(r=r, dropout=dropout), MaskedLoRA(r=r, dropout=dropout), FullFineTuning(), draw.choice(qlora)]
     return {
         "method": method,
-        "sparsity": 0.5 if even else round(draw.uniform(0.05, 0.8), 2),
+        "sparsity": 0.5 if even else round(draw.uniform(0.05, 0.7), 2),
         "allocation": Uniform() if even else draw.choice([*starts, searched]),
         "at_step": steps[0] if len(steps) == 1 else steps,
         "schedule": None if len(steps) == 1 else draw.choice([Cubic(), Linear(), None]),
@@ -85,19 +86,26 @@ def walk(settings: dict[str, Any], family: str, folder: Path) -> str:
     """One run and what it promises; returns `kept` or `refused`."""
     module, gone = Somebodys(family), Gone()
     try:
-        pruning = DynamicPruningCallback(**settings)
-        results = ResultsCallback(str(folder / "run"), overwrite=True)
-        callbacks = [results, pruning, gone, RunCheckpoint(str(folder / "run" / "checkpoints"), 2)]
-        Trainer(**QUIET, max_steps=STEPS, callbacks=callbacks, default_root_dir=folder).fit(
-            module, loader(rows=16), loader(1, rows=8)
-        )
+        fit(settings, module, gone, folder / "run")
     except InputError as error:
-        assert "\n" not in str(error)
-        assert str(error).startswith("`"), error
-        assert list(folder.iterdir()) == []
-        return "refused"
-    assert_kept(settings, module.model.eval(), gone.zero, folder / "run")
-    return "kept"
+        refusal = str(error)
+    else:
+        assert_kept(settings, module.model.eval(), gone.zero, folder / "run")
+        return "kept"
+    assert re.fullmatch(r"`[\w.]+` .+", refusal), refusal
+    assert list(folder.iterdir()) == []
+    return "refused"
+
+
+def fit(settings: dict[str, Any], module: Foreign, gone: Gone, run: Path) -> None:
+    callbacks = [
+        ResultsCallback(str(run), overwrite=True),
+        DynamicPruningCallback(**settings),
+        gone,
+        RunCheckpoint(str(run / "checkpoints"), 2),
+    ]
+    trainer = Trainer(**QUIET, max_steps=STEPS, callbacks=callbacks, default_root_dir=run.parent)
+    trainer.fit(module, loader(rows=16), loader(1, rows=8))
 
 
 def assert_kept(settings: dict[str, Any], model: PreTrainedModel, gone: dict[str, Tensor], run: Path) -> None:
@@ -127,9 +135,8 @@ def assert_budget(settings: dict[str, Any], report: dict[str, Any]) -> None:
         assert report["slice"]["achieved"] == pytest.approx(settings["sparsity"], abs=0.1)  # widths in steps of 8 of 64
         return
     told = report["sparsity"]
-    allowed = ROUNDING[type(method.pattern)]
     key = "achieved_all" if settings["budget"] == "parameters" else "achieved_linears"
-    assert told[key] == pytest.approx(settings["sparsity"], abs=allowed)
+    assert told[key] == pytest.approx(settings["sparsity"], abs=ROUNDING[type(method.pattern)])
 
 
 def assert_perplexity(opened: PreTrainedModel, model: PreTrainedModel, report: dict[str, Any], val: DataLoader) -> None:
@@ -174,4 +181,4 @@ def test_a_random_walk_of_configurations(tmp_path: Path) -> None:
     print(f"{dict(ended)} from seed {SEED}; tensors {tensors} -> {live()}; {grown:+.0f} MB after {WARM}")
     assert ended["kept"] > ended["refused"]
     assert live() <= tensors + 10
-    assert grown < 200
+    assert grown < MOST_MB
