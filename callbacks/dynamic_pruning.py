@@ -62,13 +62,12 @@ class DynamicPruningCallback(Callback):
         schedule: How sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for several.
         before: What is trained before the first cut, where that comes later than step 0, such as LoRA; null trains
             what the LightningModule leaves trainable, which for PrunableLM is everything.
-        recovery: What is trained after a cut: LoRA, MaskedLoRA, QLoRA (after the one cut) or FullFineTuning; null
-            trains what the LightningModule leaves trainable, which must not be weights under a mask.
+        recovery: What is trained after a cut, with a null `method` from the start: LoRA, MaskedLoRA, QLoRA (after the
+            one cut) or FullFineTuning; null trains what the LightningModule leaves trainable, which must not be weights
+            under a mask.
         distillation: The LLM as it is right before the first cut teaches what is left of it, by its own probabilities:
             the LLM must be called with `labels`, and the `loss` that it returns be trained on. null trains on the text
             alone.
-            one cut) or FullFineTuning; null trains what the LightningModule leaves trainable, which must not be weights
-            under a mask.
         calibration: How much text the statistics are taken over, at every cut.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.

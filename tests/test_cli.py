@@ -545,6 +545,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
             "blocks",
             "budget",
             "calibration",
+            "distillation",
             "full_checkpoint",
             "ignore",
             "keep_zeros",

@@ -165,7 +165,7 @@ def test_every_cut_is_logged_and_reported(tmp_path: Path) -> None:
     rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
     logged = {int(row["step"]): float(row["pruning/sparsity"]) for row in rows if row["pruning/sparsity"]}
     assert logged == pytest.approx({0: 0.4375, 2: 0.5, 4: 0.5}, abs=1e-3)  # the last with the results
-    assert all(row["pruning/block_2"] for row in rows if row["pruning/sparsity"])
+    assert all(row["pruning/block_2"] for row in rows if row["pruning/sparsity"] and int(row["step"]) < 4)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert [cut["step"] for cut in report["cuts"]] == [0, 2]
     assert [cut["requested"] for cut in report["cuts"]] == pytest.approx([0.4375, 0.5])
