@@ -105,7 +105,8 @@ def kill(folder: str, moment: int | str, *args: str) -> None:
 def due(checkpoint: Path, moment: int | str, said: list[str]) -> bool:
     if isinstance(moment, str):
         return any(moment in line for line in said)
-    return checkpoint.exists() and torch.load(checkpoint, weights_only=True, mmap=True)["global_step"] >= moment
+    # not by mmap, which opens the path twice, and a new checkpoint may have come in between
+    return checkpoint.exists() and torch.load(checkpoint, weights_only=True)["global_step"] >= moment
 
 
 def left(folder: str) -> dict[str, Any]:
