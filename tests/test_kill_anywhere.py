@@ -117,7 +117,7 @@ def partial(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     if not checkpoint.exists():
         return -1
-    return int(torch.load(checkpoint, weights_only=True, mmap=True)["global_step"])
+    return int(torch.load(checkpoint, weights_only=True)["global_step"])  # mmap opens the path twice
 
 
 def kill_within(phase: str, run: Run, folder: Path, step: int, seconds: float) -> bool:
