@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test slow lint format api embedded clean
+.PHONY: quickstart test slow soak lint format api embedded clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/lit-prune fit --config configs/quickstart.yaml --overwrite
@@ -14,6 +14,10 @@ test: $(VENV)/installed-dev
 
 slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# Random configurations for so long, kills at random moments, disks that are full.
+soak: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m 'slow or not slow' -s tests/test_soak.py tests/test_kill_anywhere.py tests/test_disk_full.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

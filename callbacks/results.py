@@ -177,19 +177,20 @@ class ResultsCallback(Callback):
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Makes the folder for what is written without a fit; a failure says where a replaced folder is."""
-        self.open()
+        """Makes the folder for what is written without a fit; after a failure a folder that it replaced is back."""
         try:
+            self.open()
             yield
         except BaseException:
-            self._tell_replaced()
+            self._give_up()
             raise
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Says where a folder is that was to be replaced."""
-        self._tell_replaced()
+        """Puts a folder that was to be replaced back, or says where it is."""
+        self._give_up()
 
-    def _tell_replaced(self) -> None:
+    def _give_up(self) -> None:
+        self.folder.give_up()
         if self.folder.replaced is not None:
             Console(stderr=True).print(f"The earlier run is kept in {self.folder.replaced}", highlight=False)
 

@@ -70,6 +70,6 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        self._saved = trainer.global_step  # before it is, so that one that fails is not tried again on the exception
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.save_checkpoint(self.path, weights_only=False)
-        self._saved = trainer.global_step

@@ -27,6 +27,7 @@ class Limits:
         upper: The rate that no block exceeds, unless its lower bound does.
         target: The mean, weighted by ``sizes``.
         gone: The mean of what the blocks have given already.
+        slack: How much more an earlier cut may have taken than it was asked for.
     """
 
     sizes: list[int]
@@ -34,10 +35,22 @@ class Limits:
     upper: float
     target: float
     gone: float = 0.0
+    slack: float = 0.0
+
+    @property
+    def aim(self) -> float:
+        """What the rates are to have: the target, or what is gone where that is beyond it by no more than the slack."""
+        return self.gone if self.gone - self.slack <= self.target < self.gone else self.target
 
 
 def over_linears(
-    share: float, model: PreTrainedModel, blocks: Sequence[Block], *, lower: Sequence[float], upper: float
+    share: float,
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    *,
+    lower: Sequence[float],
+    upper: float,
+    slack: float = 0.0,
 ) -> float:
     """Returns the sparsity of the blocks' linears at which ``share`` of all parameters of ``model`` are zero.
 
@@ -50,6 +63,7 @@ def over_linears(
         blocks: Its blocks, with the linears that are to be pruned.
         lower: The rate that each block does not fall below.
         upper: The rate that no block exceeds, unless its lower bound does.
+        slack: Share of the linears that may be gone beyond what is asked for.
 
     Raises:
         InputError: if no rates within the bounds give that share.
@@ -59,7 +73,7 @@ def over_linears(
     outside = zero - zero_within
     least = (sum(low * block.size for low, block in zip(lower, blocks, strict=True)) + outside) / total
     most = (sum(max(low, upper) * block.size for low, block in zip(lower, blocks, strict=True)) + outside) / total
-    if not least - TOLERANCE <= share <= most + TOLERANCE:
+    if not least - slack * within / total - TOLERANCE <= share <= most + TOLERANCE:
         raise InputError(
             f"`pruning.sparsity` must be between {math.ceil(least * 1e4) / 1e4:g} and {math.floor(most * 1e4) / 1e4:g} "
             f"of all parameters with `pruning.budget: parameters`: the linears to prune are {within / total:.1%} of "

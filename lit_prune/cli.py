@@ -36,6 +36,7 @@ from lit_prune.callbacks.results import ResultsCallback, one, tell  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from lit_prune.cli_errors import explain  # noqa: E402
 from lit_prune.data import TextDataModule  # noqa: E402
+from lit_prune.disk import refused  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.export import check_merge  # noqa: E402
 from lit_prune.families import blocks_path, packs  # noqa: E402
@@ -442,6 +443,10 @@ def main(args: list[str] | None = None) -> None:
         if wrapped is None or "Union subtypes" not in str(error):
             raise
         _fail(wrapped.group(1))
+    except Exception as error:
+        if (told := refused(error)) is None:
+            raise
+        _fail(f"`output` must be where there is room: {told}. Free some space, or choose another `--output DIR`.")
 
 
 if __name__ == "__main__":

@@ -125,13 +125,13 @@ class Recipe:
             )
         blocks = self.find(model)
         limits = self.limits(model, blocks)
-        if limits.target < limits.gone - TOLERANCE:
+        if limits.aim < limits.gone - TOLERANCE:
             raise InputError(
                 f"`pruning.sparsity` must be at least what is gone already, {limits.gone:.4g} of the linears: it stays "
                 f"pruned, and counts; got {limits.target:.4g}."
             )
-        self.method.check_rates(blocks, self.allocation, limits.target)
-        self.allocation.check(limits.sizes, limits.target, limits.lower, limits.upper)
+        self.method.check_rates(blocks, self.allocation, limits.aim)
+        self.allocation.check(limits.sizes, limits.aim, limits.lower, limits.upper)
         self.spread(limits, [1.0] * len(blocks), equal=True)
         return blocks, limits
 
@@ -144,16 +144,17 @@ class Recipe:
         least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.most(model)))
         taken, sizes = [self.method.taken(block) for block in blocks], self.method.sizes(model, blocks)
         lower, target = [max(least, gone) for gone in taken], self.sparsity
+        slack = self.method.rounding(blocks)  # which an earlier cut may have taken more than was asked for
         if self.budget == "parameters":
-            target = over_linears(self.sparsity, model, blocks, lower=lower, upper=upper)
-        return Limits(sizes, lower, upper, target, weighted_mean(taken, sizes))
+            target = over_linears(self.sparsity, model, blocks, lower=lower, upper=upper, slack=slack)
+        return Limits(sizes, lower, upper, target, weighted_mean(taken, sizes), slack)
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
         """Returns the rate of every block; ``equal`` only asks whether the limits allow any."""
         rates = allocate(
             Uniform() if equal else self.allocation,
             scores,
-            limits.target,
+            limits.aim,
             sizes=limits.sizes,
             present=limits.lower,
             max_rate=limits.upper,

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lit_prune.disk import refused
 from lit_prune.errors import InputError
 
 MARKS = ("report.json", "config.yaml", "checkpoints")  # one of them is in every folder that a run wrote
+REPLACED = "replaced"  # what stood in the place of a folder, while that takes it
 
 
 class RunFolder:
@@ -64,15 +66,28 @@ class RunFolder:
             aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.replaced-", dir=self.path.absolute().parent))
             self._replaced = aside / self.path.name
             self.path.rename(self._replaced)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            self.give_up()
+            raise
         for draft in self.path.rglob(".*.partial-*"):  # what a run that was killed was writing
-            shutil.rmtree(draft, ignore_errors=True)
+            _clear(draft)
 
     def finish(self) -> None:
         """Deletes the folder that this one replaced."""
         if self._replaced is not None:
             shutil.rmtree(self._replaced.parent)
             self._replaced = None
+
+    def give_up(self) -> None:
+        """Puts the folder that this one replaced back, unless this one has a model or a checkpoint to go on from."""
+        if self._replaced is None or (self.path / "model").exists() or any(self.path.rglob("*.ckpt")):
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._replaced.rename(self.path)
+        self._replaced.parent.rmdir()
+        self._replaced = None
 
     @property
     def replaced(self) -> Path | None:
@@ -85,13 +100,35 @@ def written_aside(target: Path) -> Iterator[Path]:
     """Gives a path beside ``target`` to write a file or a folder to, and renames it when the context ends well.
 
     What stood at ``target`` is replaced; after an exception it stands as it was, and nothing is left beside it.
+
+    Raises:
+        InputError: if the disk takes no more.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as folder:
-        draft = Path(folder) / target.name
-        yield draft
-        if target.is_dir():
-            target.rename(Path(folder) / "replaced")
-        draft.replace(target)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as folder:
+            draft = Path(folder) / target.name
+            yield draft
+            if target.is_dir():
+                target.rename(Path(folder) / REPLACED)
+            draft.replace(target)
+    except InputError:
+        raise
+    except Exception as error:
+        if (told := refused(error)) is None:
+            raise
+        raise InputError(
+            f"`output` must be where there is room, {target} could not be written: {told}. "
+            f"{'The earlier one is as it was' if target.exists() else 'Nothing of it is left'}; free some space, or "
+            "choose another `--output DIR`."
+        ) from error
+
+
+def _clear(draft: Path) -> None:
+    """Deletes what a killed run was writing; a folder that was whole, and killed between two names, gets its own."""
+    name = draft.name.removeprefix(".").rpartition(".partial-")[0]
+    if (draft / REPLACED).is_dir() and (draft / name).is_dir() and not (draft.parent / name).exists():
+        (draft / name).rename(draft.parent / name)
+    shutil.rmtree(draft, ignore_errors=True)
 
 
 def write_text(target: Path, text: str) -> None:

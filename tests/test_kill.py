@@ -77,6 +77,11 @@ def command(folder: str, *args: str) -> list[str]:
     return [sys.executable, "-m", "lit_prune.cli", "fit", f"--output={folder}", *settings, *args]
 
 
+def write_data(folder: Path) -> None:
+    (folder / "train.txt").write_text("".join(f"Return the {n}th item, or raise an error.\n" for n in range(100)))
+    (folder / "val.txt").write_text("Open the file, read its lines and close it again.\n" * 60)
+
+
 def run(folder: str, *args: str) -> None:
     done = subprocess.run(command(folder, *args), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -122,8 +127,7 @@ def test_a_run_that_is_killed_and_resumed(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", "1")
-    Path("train.txt").write_text("".join(f"Return the {n}th item, or raise an error.\n" for n in range(100)))
-    Path("val.txt").write_text("Open the file, read its lines and close it again.\n" * 60)
+    write_data(tmp_path)
     run("whole", *CASES[case])
     whole = left("whole")
     assert whole["step"] == STEPS

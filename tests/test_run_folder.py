@@ -84,3 +84,14 @@ def test_written_aside_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         draft.mkdir()
     assert os.listdir(target) == []
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_what_a_kill_left_is_cleared_and_a_model_between_two_names_has_its_own_again(tmp_path: Path) -> None:
+    half, whole = tmp_path / ".model.partial-a" / "model", tmp_path / "deeper" / ".model.partial-b" / "model"
+    for draft in (half, whole, whole.parent / "replaced"):
+        draft.mkdir(parents=True)
+        (draft / "a").write_text(draft.name)
+    RunFolder(tmp_path, resume=True).claim()
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
+        "deeper/model/a"
+    ]

@@ -78,6 +78,10 @@ class Method(ABC):
         """Returns the rates that will be given, where the method cannot give just those that were allocated."""
         return list(rates)
 
+    def rounding(self, blocks: Sequence[Block]) -> float:
+        """Returns by how much a cut may take more than was asked for, since not every share can be had."""
+        return 0.0
+
     @abstractmethod
     def apply(
         self,
@@ -161,6 +165,12 @@ class MaskMethod(Method):
     def bounds(self, least: float, most: float) -> tuple[float, float]:
         """Returns the bounds that the pattern can have."""
         return (least, most) if self.pattern is None else self.pattern.bounds(least, most)
+
+    def rounding(self, blocks: Sequence[Block]) -> float:
+        """Returns half a step of the largest block, and half a weight of every linear, as a share of all weights."""
+        sizes = [block.size for block in blocks]
+        step = max(1 if self.pattern is None else self.pattern.grain(size) for size in sizes)
+        return (step + sum(len(block.linears) for block in blocks)) / 2 / sum(sizes)
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates that the pattern can have."""

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lit_prune.callbacks import ResultsCallback
+from lightning.pytorch import Callback, Trainer
+from lit_prune.callbacks import ResultsCallback, RunCheckpoint
 from transformers import AutoModelForCausalLM
 
 from lit_prune.allocate import Uniform
@@ -80,17 +80,32 @@ def test_it_needs_the_other_callback(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_fails_leaves_the_earlier_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "mine").write_text("x")
-    (tmp_path / "run" / "report.json").write_text("{}")
+class Broken(Foreign):
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        raise RuntimeError("out of luck")
 
-    class Broken(Foreign):
-        def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-            raise RuntimeError("out of luck")
 
+def fit_over(run: Path, *callbacks: Callback) -> None:
+    """A fit that fails, over the folder of an earlier one."""
+    run.mkdir()
+    (run / "mine").write_text("x")
+    (run / "report.json").write_text("{}")
+    results = ResultsCallback(str(run), overwrite=True)
     with pytest.raises(RuntimeError, match="out of luck"):
-        fit(Broken(), callback(), callbacks=[ResultsCallback(str(tmp_path / "run"), overwrite=True)])
+        fit(Broken(), callback(), callbacks=[results, *callbacks], enable_checkpointing=bool(callbacks))
+
+
+def test_a_run_that_fails_puts_the_earlier_one_back(tmp_path: Path) -> None:
+    fit_over(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["mine", "report.json"]
+
+
+def test_a_run_that_fails_with_a_checkpoint_says_where_the_earlier_one_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit_over(tmp_path / "run", RunCheckpoint(str(tmp_path / "run" / "checkpoints")))
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
     kept = next(tmp_path.glob(".run.replaced-*")) / "run"
     assert (kept / "mine").read_text() == "x"
     assert str(kept) in capsys.readouterr().err.replace("\n", "")

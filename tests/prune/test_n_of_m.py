@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, OWL, AlphaPruning, LayerRedundancy, Plan, Uniform
 from lit_prune.allocate.base import weighted_mean
+from lit_prune.budget import Budget
 from lit_prune.calibrate import Seen
 from lit_prune.errors import InputError
-from lit_prune.evaluate import zeros
+from lit_prune.evaluate import parameters, zeros
 from lit_prune.families import find_blocks
 from lit_prune.pipeline import Recipe, prune, score
 from lit_prune.prune import Magnitude, MixedNofM, NofM, Wanda
@@ -128,6 +129,22 @@ def test_rising_n_of_8(model: PreTrainedModel, batches: list[torch.Tensor]) -> N
     second = prune(model, batches, Recipe(Wanda(MixedNofM(8)), 0.6, DLP()))
     assert all(later >= rate for rate, later in zip(first.rates, second.rates, strict=True))
     assert second.achieved == second.rates
+
+
+@pytest.mark.parametrize("budget", ["linears", "parameters"])
+def test_a_later_target_that_rounding_has_passed_takes_nothing_more(model: PreTrainedModel, budget: Budget) -> None:
+    """0.44 is 10.56 of the 24 eighths of three blocks, and becomes 11, which is more than 0.45."""
+    within, total = sum(block.size for block in find_blocks(model)), parameters(model)
+    outside = zeros(model.parameters())[0]
+    of = {share: share if budget == "linears" else (share * within + outside) / total for share in (0.44, 0.45, 0.4)}
+    first = prune(model, [], Recipe(Magnitude(MixedNofM(8)), of[0.44], Uniform(), budget=budget))
+    assert first.sparsity == pytest.approx(11 / 24)
+    second = prune(model, [], Recipe(Magnitude(MixedNofM(8)), of[0.45], Uniform(), budget=budget))
+    assert second.rates == first.rates
+    assert second.target == pytest.approx(0.45)
+    assert second.sparsity == first.sparsity
+    with pytest.raises(InputError, match=r"`pruning.sparsity` must be (at least what is gone already|between 0.4)"):
+        prune(model, [], Recipe(Magnitude(MixedNofM(8)), of[0.4], Uniform(), budget=budget))
 
 
 @pytest.mark.parametrize(
