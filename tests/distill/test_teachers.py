@@ -250,8 +250,8 @@ def test_padding_is_the_same_as_its_absence() -> None:
     mask[:, 10:] = padded[:, 10:] = 0
     labels = padded.masked_fill(mask == 0, -100)
     long = model(input_ids=padded, attention_mask=mask, labels=labels).loss
-    torch.testing.assert_close(long, short)
-    assert short.item() == pytest.approx(distilled.seen["distillation"].item(), rel=1e-5)
+    torch.testing.assert_close(long, short, rtol=1e-4, atol=0)  # sums of another order over logits nearly alike
+    torch.testing.assert_close(short, distilled.seen["distillation"], rtol=1e-4, atol=0)
 
 
 def test_labels_that_are_shifted_already_and_a_count_of_ones_own() -> None:
