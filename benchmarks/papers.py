@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import tables
 from resumable import Protocol, Results, Row, arguments
 from rich.progress import track
 
@@ -101,39 +102,22 @@ class Cases:
         return [self.results.once(name, partial(self.run, recipe)) for name, recipe in track(list(cases), "Cases")]
 
 
-def tell(title: str, rows: Sequence[Row]) -> None:
-    """Prints a table."""
-    print(f"\n{title}\n\n| case | perplexity | sparsity | seconds |\n| --- | ---: | ---: | ---: |")
-    for row in rows:
-        print(f"| {row['case']} | {row['perplexity']:.2f} | {row['sparsity']:.4f} | {row['seconds']:.0f} |")
-
-
-def grid(rows: Sequence[Row]) -> None:
-    """Prints the perplexities of methods x allocations, a line for every method and sparsity."""
-    found = {row["case"]: row["perplexity"] for row in rows}
-    names = [type(allocation).__name__ for allocation in ALLOCATIONS]
-    print(f"\n| sparsity | method | {' | '.join(names)} |\n| ---: | --- |{' ---: |' * len(names)}")
-    for sparsity in reversed(SPARSITIES):
-        for method in ("Magnitude", "Wanda", "SparseGPT"):
-            values = [found[f"{method}, {name}, {sparsity}"] for name in names]
-            marked = [f"**{value:.2f}**" if value == min(values) else f"{value:.2f}" for value in values]
-            print(f"| {sparsity} | {method} | {' | '.join(marked)} |")
-
-
 def main() -> None:
     """Runs what the results file has not, and prints the tables."""
     protocol, results = arguments(__doc__, "runs/papers/results.jsonl", num_samples=16, val_windows=6)
     cases = Cases(protocol, results)
     dense = results.once("dense", partial(protocol.run, None))
-    by_method, by_pattern = cases.rows(method_cases()), cases.rows(pattern_cases())
-    by_propagation = cases.rows(propagate_cases())
-    searched = cases.rows(search_cases(by_method, results.path.parent))
-    print(f"\n{dense['protocol']}\n\ndense: {dense['perplexity']:.2f}")
-    grid(by_method)
-    tell("All of them", by_method)
-    tell("Patterns, 50%", by_pattern)
-    tell("Statistics of the unpruned model, or behind pruned blocks", by_propagation)
-    tell("Searched, from the best of the rules", searched)
+    rows = cases.rows(method_cases())
+    parts = [rows, *(cases.rows(more()) for more in (pattern_cases, propagate_cases))]
+    parts.append(cases.rows(search_cases(rows, results.path.parent)))
+    print(f"\n{dense['protocol']}\n\ndense: {dense['perplexity']:.2f}\n")
+    every = [row for part in parts for row in part]
+    for name in ("methods", "patterns", "propagation", "searched"):
+        print(tables.TABLES[name][1](every))
+    lines = [
+        [row["case"], f"{row['perplexity']:.2f}", f"{row['sparsity']:.4f}", f"{row['seconds']:.0f}"] for row in every
+    ]
+    print(tables.table(["case", "perplexity", "sparsity", "seconds"], lines))
 
 
 if __name__ == "__main__":

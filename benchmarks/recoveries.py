@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import tables
 import torch
 import yaml
 from peft.tuners.lora import LoraLayer
@@ -110,14 +111,14 @@ def _run(verb: str, *options: str) -> None:
 
 
 def tell(rows: Sequence[Row]) -> None:
-    """Prints the table."""
-    print(f"\n{rows[0]['protocol']}\n\n| | dense | pruned | recovered | sparsity | MB | seconds of training |")
-    print(f"| --- |{' ---: |' * 6}")
+    """Prints the tables."""
+    print(f"\n{rows[0]['protocol']}\n\n{tables.recoveries(rows)}")
+    lines = []
     for row in rows:
-        values = (row["perplexity"].get(key) for key in ("dense", "pruned", "recovered"))
-        found = " | ".join("" if value is None else f"{value:.2f}" for value in values)
-        size = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}"
-        print(f"| {row['case']} | {found} | {row['sparsity']:.4f} | {size} | {row['seconds']:.0f} |")
+        values = [row["perplexity"].get(key) for key in ("dense", "pruned", "recovered")]
+        found = ["" if value is None else f"{value:.2f}" for value in values]
+        lines.append([row["case"], *found, f"{row['sparsity']:.4f}", f"{row['seconds']:.0f}"])
+    print(tables.table(["", "dense", "pruned", "recovered", "sparsity", "seconds of training"], lines))
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ bigger model at the same mean.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import tables
 from resumable import Protocol, Results, Row, arguments
 
 from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Plan, Uniform, allocate, write_plan
@@ -90,21 +90,11 @@ class Slices:
         return rows
 
 
-def tell(rows: Sequence[Row]) -> None:
-    """Prints the table."""
-    print(f"\n{rows[0]['protocol']}\n\n| case | mean slice | perplexity | parameters | seconds |")
-    print("| --- | ---: | ---: | ---: | ---: |")
-    for row in rows:
-        print(
-            f"| {row['case']} | {row['sparsity']:.3f} | {row['perplexity']:.2f} | {row['parameters'] / 1e6:.2f} M "
-            f"| {row['seconds']:.0f} |"
-        )
-
-
 def main() -> None:
-    """Runs the cases that the results file has not, and prints all as a table."""
+    """Runs the cases that the results file has not, and prints the tables."""
     protocol, results = arguments(__doc__, "runs/slices.jsonl", num_samples=16, val_windows=6)
-    tell(Slices(protocol, results).rows())
+    rows = Slices(protocol, results).rows()
+    print(f"\n{rows[0]['protocol']}\n\n{tables.equal_mean(rows)}\n{tables.equal_size(rows)}")
 
 
 if __name__ == "__main__":

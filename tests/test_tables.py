@@ -1,0 +1,42 @@
+"""The tables of the docs are what benchmarks/tables.py writes from what was measured."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import tables
+
+DOCS = Path(__file__).parent.parent / "docs"
+WITH_TABLES = [page for page in sorted(DOCS.glob("*.md")) if "<!-- table:" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", WITH_TABLES, ids=lambda page: page.stem)
+def test_a_page_is_what_was_measured(page: Path) -> None:
+    assert tables.render(page.read_text()) == page.read_text(), "run `python benchmarks/tables.py`"
+
+
+def test_every_table_stands_on_a_page() -> None:
+    text = "".join(page.read_text() for page in WITH_TABLES)
+    assert [name for name in tables.TABLES if f"<!-- table: {name} -->\n|" not in text] == []
+
+
+def test_what_stands_between_the_marks_is_written_anew() -> None:
+    page = "Before.\n<!-- table: searched -->\nold\n<!-- end -->\nAfter.\n"
+    written = tables.render(page)
+    assert "old" not in written
+    assert written.startswith("Before.\n<!-- table: searched -->\n|  | from | before | searched |\n")
+    assert written.endswith("|\n<!-- end -->\nAfter.\n")
+
+
+def test_the_least_is_bold_and_what_was_not_measured_is_empty() -> None:
+    assert tables.least_bold([3.0, None, 2.0]) == ["3.00", "", "**2.00**"]
+    assert tables.least_bold([None]) == [""]
+    assert tables.table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
+
+
+def test_a_search_is_told_beside_its_start() -> None:
+    rows = [
+        {"case": "Wanda, DLP, 0.7", "perplexity": 328.333},
+        {"case": "Wanda, Search from DLP, 0.7", "perplexity": 200.0},
+    ]
+    assert tables.searched(rows).splitlines()[-1] == "| Wanda at 0.7 | DLP | 328.33 | **200.00** |"
