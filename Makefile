@@ -9,8 +9,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 quickstart: $(VENV)/installed
 	$(BIN)/lit-prune fit --config configs/quickstart.yaml --overwrite
 
+# One thread in each of so many processes: more of them than half of the cores, and tests that start processes may wait.
+WORKERS ?= 2
+
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
