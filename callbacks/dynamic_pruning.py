@@ -151,6 +151,11 @@ class DynamicPruningCallback(Callback):
         return self.recipe is None and self.recovery is None
 
     @property
+    def cut_steps(self) -> tuple[int, ...]:
+        """The optimizer steps before which cuts come; PrunableLM fits its warm-up to them."""
+        return tuple(cut.step for cut in self.cuts)
+
+    @property
     def following(self) -> Cut | None:
         """The cut that comes next; None when all are done."""
         return self.cuts[len(self.done)] if len(self.done) < len(self.cuts) else None
@@ -355,7 +360,7 @@ class DynamicPruningCallback(Callback):
 
     def _pruning_settings(self) -> Settings:
         recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
-        made: Settings = {"at_step": [step for step, _ in self.cuts], "sparsity": [share for _, share in self.cuts]}
+        made: Settings = {"at_step": list(self.cut_steps), "sparsity": [share for _, share in self.cuts]}
         objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
         if self.recipe is None:
             objects["calibration"] = None
@@ -381,7 +386,7 @@ class DynamicPruningCallback(Callback):
                 f"`pruning.distillation` must be null where `pruning.method` is, a model does not teach itself, got "
                 f"{distillation}."
             )
-        return Teaching(distillation, Student(self.recipe, recovery, tuple(cut.step for cut in self.cuts)))
+        return Teaching(distillation, Student(self.recipe, recovery, self.cut_steps))
 
     def _check_cuts(self) -> None:
         """Refuses several cuts where the parts allow one, and adapters that would be lost at a cut."""
