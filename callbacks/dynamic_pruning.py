@@ -28,7 +28,7 @@ from lit_prune.checkpoint import Source, fill
 from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
 from lit_prune.families import Block
-from lit_prune.kept import attach, check_kept, take_zeros
+from lit_prune.kept import attach, check_kept, check_unfilled, take_zeros
 from lit_prune.pipeline import Recipe, check_stored, recipe_record
 from lit_prune.progress import say
 from lit_prune.prune import Method
@@ -63,7 +63,8 @@ class DynamicPruningCallback(Callback):
             one cut.
         schedule: How sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for several.
         before: What is trained before the first cut, where that comes later than step 0, such as LoRA; null trains
-            what the LightningModule leaves trainable, which for PrunableLM is everything.
+            what the LightningModule leaves trainable, which for PrunableLM is everything, and must not be weights under
+            a mask.
         recovery: What is trained after a cut, with a null `method` from the start: LoRA, MaskedLoRA, QLoRA (after the
             one cut) or FullFineTuning; null trains what the LightningModule leaves trainable, which must not be weights
             under a mask.
@@ -462,6 +463,8 @@ class DynamicPruningCallback(Callback):
         self._check_trained(blocks)
         if structure.masked(model):
             self._check_folds(self.before, "before", "a model that is masked already")
+            if self.before is None and self.cuts[0].step > 0:
+                check_unfilled(model, "before", "MaskedLoRA or FullFineTuning")
         for recovery in (self.before, self.recovery):
             if recovery is not None:
                 recovery.check(model)
