@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy
-from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data
+from lit_prune.callbacks.batches import calibration_batches, check_calibration, check_processes, named, validation_data
 from lit_prune.callbacks.best_scores import reset_best_scores
 from lit_prune.callbacks.cut import Done, cut
 from lit_prune.callbacks.kept import look
@@ -18,6 +18,7 @@ from lit_prune.callbacks.resume import Settings, check_settings, run_settings, s
 from lit_prune.callbacks.sharding import check_cuts, check_sharded, check_strategy, check_whole
 from lit_prune.callbacks.teaching import Teaching
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lit_prune import processes, structure
@@ -32,6 +33,7 @@ from lit_prune.kept import attach, check_kept, check_unfilled, take_zeros
 from lit_prune.pipeline import Recipe, check_stored, recipe_record
 from lit_prune.progress import say
 from lit_prune.prune import Method
+from lit_prune.quantised import MASK
 from lit_prune.random_states import random_states, restore_random_states
 from lit_prune.recover import Recovery, held_masks, hold_masks, hold_zeros, holds_zeros, rebuild, snapshot
 from lit_prune.schedule import Cut, Schedule, cuts
@@ -169,6 +171,8 @@ class DynamicPruningCallback(Callback):
         if not self.idle:
             self._check_steps(trainer)
             processes.agree_on_threads()
+        if self.recipe is not None and self.recipe.reads:
+            check_calibration(trainer, self.calibration)
         self._settings = self.settings(trainer, pl_module)
         stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None
         if stored is not None:
@@ -186,6 +190,7 @@ class DynamicPruningCallback(Callback):
         else:
             self._begin(trainer, model)
         self._holds = holds_zeros(model)
+        _leave_masks_alone(pl_module)
 
     def _begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Checks everything against the LLM, and makes the cut that comes before all training."""
@@ -527,7 +532,15 @@ def _train_on(trainer: Trainer) -> None:
     strategy: Any = trainer.strategy
     strategy.model = strategy.precision_plugin.convert_module(strategy.lightning_module)
     strategy.model_to_device()
+    _leave_masks_alone(strategy.lightning_module)
     if isinstance(strategy, DDPStrategy):  # its wrapper knows the parameters that were trained before
         strategy.configure_ddp()
     strategy.setup_optimizers(trainer)
     strategy.setup_precision_plugin()
+
+
+def _leave_masks_alone(pl_module: LightningModule) -> None:
+    """Lets DDP not send the masks of quantised weights in every step: all processes have the same, for good."""
+    masks = [name for name, _ in pl_module.named_buffers() if name.rpartition(".")[2] == MASK]
+    if masks:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, masks)

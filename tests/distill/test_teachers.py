@@ -153,6 +153,17 @@ def test_a_copy_comes_back_from_its_weights_to_the_bit(store: Any, name: str) ->
     assert torch.equal(again.lesson(ids).logits_NV, first.lesson(ids).logits_NV)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("store", ["bfloat16", "nf4"])
+def test_no_second_model_in_full_precision_is_made_on_the_way(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self.numel()) or self)
+    model = small_model()
+    teaching: Any = kept(Copy(store), model, STUDENTS["FullFineTuning"])
+    assert copied == []
+    assert not {id(p) for p in teaching.model.parameters()} & {id(p) for p in model.parameters()}
+    assert teaching.own.keys() & teaching.parts.keys() == set()
+
+
 def test_windows_are_known_by_their_tokens() -> None:
     model = small_model()
     looked: list[int] = []
