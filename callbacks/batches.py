@@ -35,6 +35,12 @@ def check_one_process(trainer: Trainer, verb: str) -> None:
         raise InputError(f"`trainer.devices` must be 1 for {verb}, which trains nothing, got {trainer.world_size}.")
 
 
+def check_calibration(trainer: Trainer, calibration: Calibration) -> None:
+    """Raises InputError where a data module gives calibration fewer batches than there are processes."""
+    if hasattr(getattr(trainer, "datamodule", None), "calibration_windows"):
+        processes.check_shares(-(-calibration.num_samples // calibration.batch_size))
+
+
 def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[list[Batch], dict[str, Any]]:
     """Returns windows of the data module's training text, or the first batches of the training dataloader.
 

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy
-from lit_prune.callbacks.batches import calibration_batches, check_processes, named, validation_data
+from lit_prune.callbacks.batches import calibration_batches, check_calibration, check_processes, named, validation_data
 from lit_prune.callbacks.best_scores import reset_best_scores
 from lit_prune.callbacks.cut import Done, cut
 from lit_prune.callbacks.kept import look
@@ -18,6 +18,7 @@ from lit_prune.callbacks.resume import Settings, check_settings, run_settings, s
 from lit_prune.callbacks.sharding import check_cuts, check_sharded, check_strategy, check_whole
 from lit_prune.callbacks.teaching import Teaching
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lit_prune import processes, structure
@@ -28,10 +29,11 @@ from lit_prune.checkpoint import Source, fill
 from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
 from lit_prune.families import Block
-from lit_prune.kept import attach, check_kept, take_zeros
+from lit_prune.kept import attach, check_kept, check_unfilled, take_zeros
 from lit_prune.pipeline import Recipe, check_stored, recipe_record
 from lit_prune.progress import say
 from lit_prune.prune import Method
+from lit_prune.quantised import MASK
 from lit_prune.random_states import random_states, restore_random_states
 from lit_prune.recover import Recovery, held_masks, hold_masks, hold_zeros, holds_zeros, rebuild, snapshot
 from lit_prune.schedule import Cut, Schedule, cuts
@@ -63,7 +65,8 @@ class DynamicPruningCallback(Callback):
             one cut.
         schedule: How sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for several.
         before: What is trained before the first cut, where that comes later than step 0, such as LoRA; null trains
-            what the LightningModule leaves trainable, which for PrunableLM is everything.
+            what the LightningModule leaves trainable, which for PrunableLM is everything, and must not be weights under
+            a mask.
         recovery: What is trained after a cut, with a null `method` from the start: LoRA, MaskedLoRA, QLoRA (after the
             one cut) or FullFineTuning; null trains what the LightningModule leaves trainable, which must not be weights
             under a mask.
@@ -151,6 +154,11 @@ class DynamicPruningCallback(Callback):
         return self.recipe is None and self.recovery is None
 
     @property
+    def cut_steps(self) -> tuple[int, ...]:
+        """The optimizer steps before which cuts come; PrunableLM fits its warm-up to them."""
+        return tuple(cut.step for cut in self.cuts)
+
+    @property
     def following(self) -> Cut | None:
         """The cut that comes next; None when all are done."""
         return self.cuts[len(self.done)] if len(self.done) < len(self.cuts) else None
@@ -163,6 +171,8 @@ class DynamicPruningCallback(Callback):
         if not self.idle:
             self._check_steps(trainer)
             processes.agree_on_threads()
+        if self.recipe is not None and self.recipe.reads:
+            check_calibration(trainer, self.calibration)
         self._settings = self.settings(trainer, pl_module)
         stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None
         if stored is not None:
@@ -180,6 +190,7 @@ class DynamicPruningCallback(Callback):
         else:
             self._begin(trainer, model)
         self._holds = holds_zeros(model)
+        _leave_masks_alone(pl_module)
 
     def _begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Checks everything against the LLM, and makes the cut that comes before all training."""
@@ -355,7 +366,7 @@ class DynamicPruningCallback(Callback):
 
     def _pruning_settings(self) -> Settings:
         recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
-        made: Settings = {"at_step": [step for step, _ in self.cuts], "sparsity": [share for _, share in self.cuts]}
+        made: Settings = {"at_step": list(self.cut_steps), "sparsity": [share for _, share in self.cuts]}
         objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
         if self.recipe is None:
             objects["calibration"] = None
@@ -381,7 +392,7 @@ class DynamicPruningCallback(Callback):
                 f"`pruning.distillation` must be null where `pruning.method` is, a model does not teach itself, got "
                 f"{distillation}."
             )
-        return Teaching(distillation, Student(self.recipe, recovery, tuple(cut.step for cut in self.cuts)))
+        return Teaching(distillation, Student(self.recipe, recovery, self.cut_steps))
 
     def _check_cuts(self) -> None:
         """Refuses several cuts where the parts allow one, and adapters that would be lost at a cut."""
@@ -457,6 +468,8 @@ class DynamicPruningCallback(Callback):
         self._check_trained(blocks)
         if structure.masked(model):
             self._check_folds(self.before, "before", "a model that is masked already")
+            if self.before is None and self.cuts[0].step > 0:
+                check_unfilled(model, "before", "MaskedLoRA or FullFineTuning")
         for recovery in (self.before, self.recovery):
             if recovery is not None:
                 recovery.check(model)
@@ -519,7 +532,15 @@ def _train_on(trainer: Trainer) -> None:
     strategy: Any = trainer.strategy
     strategy.model = strategy.precision_plugin.convert_module(strategy.lightning_module)
     strategy.model_to_device()
+    _leave_masks_alone(strategy.lightning_module)
     if isinstance(strategy, DDPStrategy):  # its wrapper knows the parameters that were trained before
         strategy.configure_ddp()
     strategy.setup_optimizers(trainer)
     strategy.setup_precision_plugin()
+
+
+def _leave_masks_alone(pl_module: LightningModule) -> None:
+    """Lets DDP not send the masks of quantised weights in every step: all processes have the same, for good."""
+    masks = [name for name, _ in pl_module.named_buffers() if name.rpartition(".")[2] == MASK]
+    if masks:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, masks)

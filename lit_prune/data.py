@@ -160,6 +160,8 @@ class TextDataModule(LightningDataModule):
         parts: dict[str, tuple[Part, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         for part in parts[stage]:
             self.windows(part)
+        if stage == "fit":
+            self.train_dataloader()  # which says so now if there are too few
 
     def stream(self, part: Part) -> torch.Tensor:
         """Returns all tokens of a part in order, shape (tokens,) int32; a part's text is read once."""

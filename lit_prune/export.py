@@ -116,8 +116,8 @@ def check_merge(stored: dict[str, Any]) -> None:
         return
     if _form(stored) == "adapter":
         raise InputError(
-            "`merge` must be left out for QLoRA whose form is adapter, which stays beside the quantised weights: train "
-            "with `--pruning.recovery.form merged` or `requantised`."
+            "`merge` must be left out for an adapter that was trained to stay beside quantised weights: train with "
+            "QLoRA, `--pruning.recovery.form merged` or `requantised`, on weights in full precision."
         )
     raise InputError(
         "`merge` must be left out for LoRA over masks, whose B A is dense and would fill every zero: export the "

@@ -5,16 +5,20 @@ A record says that weights were pruned; zeros alone may be a mask whose maker le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lit_prune import structure
 from lit_prune.errors import InputError
+from lit_prune.evaluate import zeros
 from lit_prune.export import without_adapter
-from lit_prune.families import Block, find_blocks, is_known
+from lit_prune.families import Block, blocks_path, find_blocks, is_known
 from lit_prune.progress import say
+from lit_prune.quantised import quantisation
 from lit_prune.recover import LoRA, Recovery, adapter_config, train_adapter
 
 NOTICEABLE = 0.05  # share of zeros in the linears that no dense model has
@@ -57,13 +61,19 @@ def take_zeros(
                 "zeros are kept."
             )
         return
-    if keep is None and blocks is None and not is_known(model.config):
+    if quantisation(model) is not None:
+        if keep:
+            raise InputError(
+                "`pruning.keep_zeros` must be null for a model whose linears are quantised and that has no record: "
+                "rounding made zeros too, and none tells which were pruned. LoRA leaves all of them as they are."
+            )
         return
     share = _zero_share(model, blocks)
     if keep is None or (keep is False and share >= NOTICEABLE):
         keep = _answer(share, keep, recovery, trains=_trains(model, recovery))
     if not keep:
         return
+    blocks_path(model.config, blocks)  # which the export counts in
     if share == 0:
         raise InputError("`pruning.keep_zeros` must be null for a model that has no zeros in its linears.")
     say(f"{share:.1%} of the weights of the linears are zero, and no record says why: they are kept as a mask.")
@@ -91,7 +101,18 @@ def _trains(model: PreTrainedModel, recovery: Recovery | None) -> bool:
 
 
 def _zero_share(model: PreTrainedModel, blocks: str | None) -> float:
+    """The share of zeros in the linears of the blocks; in all but the head where nothing says where the blocks are."""
+    if blocks is None and not is_known(model.config):
+        gone, size = zeros(_linears(model))
+        return gone / max(1, size)
     return _share(find_blocks(without_adapter(model), blocks=blocks, quantised=True))
+
+
+def _linears(model: PreTrainedModel) -> Iterator[Tensor]:
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and ".lora_" not in name:
+            yield module.weight.detach()
 
 
 def _share(blocks: Sequence[Block]) -> float:
@@ -105,12 +126,18 @@ def check_kept(model: PreTrainedModel, recovery: Recovery | None) -> None:
         InputError: if it does not fit, if training would fill a mask, or if the model has another adapter.
     """
     adapter = adapter_config(model)
+    if (
+        quantisation(model) is not None
+        and adapter is None
+        and _trains(model, recovery)
+        and not isinstance(recovery, LoRA)
+    ):
+        raise InputError(
+            f"`pruning.recovery` must be LoRA for a model whose linears are quantised, which is trained beside them, "
+            f"got {recovery or 'null'}; for another begin with the folder in full precision."
+        )
     if recovery is None:
-        if structure.masked(model) and _fills(model):
-            raise InputError(
-                "`pruning.recovery` must be given for a model with masks, or training fills their zeros: use "
-                "MaskedLoRA, FullFineTuning or LoRA, or freeze the LLM yourself."
-            )
+        check_unfilled(model, "recovery", "MaskedLoRA, FullFineTuning or LoRA")
         return
     if adapter is None:
         recovery.check(model)
@@ -119,6 +146,24 @@ def check_kept(model: PreTrainedModel, recovery: Recovery | None) -> None:
             f"`pruning.recovery` must be the adapter that lies in `model.pretrained`, LoRA(r={adapter['r']}, "
             f"alpha={adapter['lora_alpha']}, dropout={adapter['lora_dropout']}), which is trained on then, got "
             f"{recovery}: over masks it cannot be merged to make room for another."
+        )
+
+
+def check_unfilled(model: PreTrainedModel, field: str, others: str) -> None:
+    """Asks whether masks last where what the LightningModule leaves trainable is trained.
+
+    Args:
+        model: The causal LM.
+        field: What is null: `recovery` or `before`.
+        others: What may be given instead.
+
+    Raises:
+        InputError: if training would fill them.
+    """
+    if structure.masked(model) and _fills(model):
+        raise InputError(
+            f"`pruning.{field}` must be given for a model with masks, or training fills their zeros: use {others}, or "
+            "freeze the LLM yourself."
         )
 
 
@@ -138,9 +183,14 @@ def _same_adapter(adapter: dict[str, Any], recovery: Recovery) -> bool:
 
 
 def attach(model: PreTrainedModel, recovery: Recovery | None) -> None:
-    """Readies ``model`` to be trained by ``recovery``; an adapter that it came with is trained on."""
+    """Readies ``model`` to be trained by ``recovery``; an adapter that it came with is trained on.
+
+    Over weights that came quantised it stays beside them, in whatever form they were written.
+    """
     if recovery is None:
         return
+    if quantisation(model) is not None:
+        structure.write(model, form="adapter")
     if adapter_config(model) is None:
         recovery.attach(model)
     else:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lit_prune import processes
+from lit_prune.errors import InputError
 from lit_prune.evaluate import IGNORED
 
 EPOCH_STRIDE = 1_000_003  # so that neighbouring seeds share no epoch's order
@@ -27,11 +28,20 @@ class EpochOrder(DistributedSampler[int]):  # by this type Lightning knows that 
     Args:
         items: The data set.
         seed: Seed of the order.
+
+    Raises:
+        InputError: if there are fewer items than processes, and so none in any epoch.
     """
 
     def __init__(self, items: Dataset, seed: int) -> None:
         super().__init__(items, processes.number(), processes.rank(), seed=seed)
         self.count, self.begin = len(items), 0  # type: ignore[arg-type]
+        if self.count < self.num_replicas:
+            raise InputError(
+                f"`data`: the training text must have a window for every process, got {self.count} for "
+                f"{self.num_replicas} processes: give more text, a smaller `data.seq_length`, or fewer "
+                "`trainer.devices`."
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch; Lightning calls it before each."""

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.calibrate import inputs_of
 from lit_prune.checkpoint import fill
 from lit_prune.errors import InputError
 from lit_prune.evaluate import Perplexity, labels_of
+from lit_prune.learning_rate import warm_up_and_cosine, warm_up_steps
 from lit_prune.load import Dtype, architecture_config, load_config, load_model, new_model
 from lit_prune.recover import rebuild, snapshot
 from lit_prune.sharded import is_sharded, shard
@@ -44,7 +45,8 @@ class PrunableLM(LightningModule):
         lr: Peak learning rate of AdamW.
         weight_decay: Weight decay of matrices; vectors (norms, biases) have none.
         betas: AdamW's coefficients.
-        warmup_steps: Optimizer steps of linear warm-up.
+        warmup_steps: Optimizer steps of linear warm-up, at the start and after every cut; null is 10, but at most a
+            tenth of the steps until the next cut or the end.
         min_lr_share: Share of `lr` at which the cosine ends.
 
     Raises:
@@ -62,13 +64,13 @@ class PrunableLM(LightningModule):
         lr: float = 2e-4,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
-        warmup_steps: int = 10,
+        warmup_steps: int | None = None,
         min_lr_share: float = 0.1,
     ) -> None:
         super().__init__()
         if lr <= 0:
             raise InputError(f"`model.lr` must be above 0, got {lr}.")
-        if warmup_steps < 0:
+        if warmup_steps is not None and warmup_steps < 0:
             raise InputError(f"`model.warmup_steps` must be at least 0, got {warmup_steps}.")
         if on_disk and architecture is not None:
             raise InputError("`model.on_disk` must be false with `model.architecture`, whose weights are in no file.")
@@ -164,13 +166,17 @@ class PrunableLM(LightningModule):
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr, betas=self.betas)
-        schedule = get_cosine_with_min_lr_schedule_with_warmup(
-            optimizer,
-            num_warmup_steps=self.warmup_steps,
-            num_training_steps=int(self.trainer.estimated_stepping_batches) - self._optimizer_step,
-            min_lr_rate=self.min_lr_share,
-        )
+        end = int(self.trainer.estimated_stepping_batches)
+        warmup = warm_up_steps(self._until_cut(end)) if self.warmup_steps is None else self.warmup_steps
+        steps = end - self._optimizer_step
+        schedule = warm_up_and_cosine(optimizer, warmup=warmup, steps=steps, least=self.min_lr_share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _until_cut(self, end: int) -> int:
+        """How many steps there are from the one at which the optimizer is made to the next cut, or to ``end``."""
+        begin, callbacks = self._optimizer_step, self.trainer.callbacks  # type: ignore[attr-defined]
+        cuts = [step for callback in callbacks for step in getattr(callback, "cut_steps", ())]
+        return min([end, *(step for step in cuts if step > begin)]) - begin
 
     def resume_settings(self) -> dict[str, Any]:
         """Returns the settings that a resumed run must have again, by field."""

@@ -96,6 +96,11 @@ class Recipe:
                 f"got {self.budget}."
             )
 
+    @property
+    def reads(self) -> bool:
+        """Whether a cut looks at calibration text."""
+        return bool(self.allocation.needs | self.method.needs) or self.method.changes_shapes
+
     def find(self, model: PreTrainedModel, *, quantised: bool = False) -> list[Block]:
         """Returns the blocks of ``model`` with the linears that are to be pruned; see ``families.find_blocks``."""
         chosen: dict[str, Any] = {"targets": self.targets, "ignore": self.ignore, "blocks": self.blocks}

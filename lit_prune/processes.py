@@ -53,12 +53,17 @@ def share(items: Sequence[Item]) -> list[Item]:
     Raises:
         InputError: if there are fewer than there are processes.
     """
-    if len(items) < number():
+    check_shares(len(items))
+    return list(items[rank() :: number()])
+
+
+def check_shares(batches: int) -> None:
+    """Raises InputError where calibration has fewer batches than there are processes."""
+    if batches < number():
         raise InputError(
-            f"`calibration.num_samples` must give every process a batch, got {len(items)} batches for {number()} "
+            f"`calibration.num_samples` must give every process a batch, got {batches} batches for {number()} "
             "processes: take more windows, or a smaller `calibration.batch_size`."
         )
-    return list(items[rank() :: number()])
 
 
 def in_step(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:

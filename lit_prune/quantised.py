@@ -175,6 +175,13 @@ def shell(module: Any) -> nn.Linear:
     return other.train(module.training)
 
 
+def make_loadable(model: nn.Module) -> None:
+    """Puts linears that a state dict can be loaded into in the place of those of a model that transformers opened."""
+    for name, module in list(quantised_linears(model)):
+        if not isinstance(module, (Linear4bit, Linear8bit)):
+            model.set_submodule(name, shell(module))
+
+
 def dense(module: Any, weight_OI: Tensor) -> nn.Module:
     """Returns a linear in full precision in the place of a quantised one, with another matrix and the same bias."""
     outs, ins = weight_OI.shape

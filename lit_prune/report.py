@@ -316,9 +316,7 @@ def _healed(report: Report) -> str:
 
 def _quantised(quantised: dict[str, Any]) -> str:
     """What a model card says of weights that were quantised for the recovery."""
-    kind = (
-        f"The linears were quantised to {quantised['quantization']} after they were pruned, and an adapter was trained"
-    )
+    kind = f"The linears were quantised to {quantised['quantization']} before that, and an adapter was trained"
     told = {
         "adapter": (
             "over them. The folder holds the quantised weights, for which `from_pretrained` needs bitsandbytes, and "

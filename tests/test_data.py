@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 
+from lit_prune import processes
 from lit_prune.data import PackedWindows, TextDataModule
 from lit_prune.errors import InputError
 
@@ -81,6 +82,19 @@ def test_training_windows_are_shuffled_by_the_seed(train: str, val: str) -> None
 
     assert order(0) == order(0) != order(1)
     assert sorted(order(0)) == sorted(order(1))
+
+
+def test_fewer_training_windows_than_processes_are_told_at_once(
+    train: str, val: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = TextDataModule(train_files=train, val_files=val, seq_length=300)
+    data.setup("fit")
+    count = len(data.windows("train"))
+    monkeypatch.setattr(processes, "number", lambda: count + 1)
+    monkeypatch.setattr(processes, "rank", lambda: 0)
+    with pytest.raises(InputError, match=f"must have a window for every process, got {count} for {count + 1} proc"):
+        data.setup("fit")
+    data.setup("validate")
 
 
 def test_validation_is_capped(train: str, val: str) -> None:

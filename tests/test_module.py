@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -76,36 +78,49 @@ def test_padding_is_left_out_of_the_loss() -> None:
     torch.testing.assert_close(module.training_step(padded, 0), module.training_step({"input_ids": ids}, 0))
 
 
+class Rates(Callback):
+    """Notes the learning rate of every step, as the optimizer makes it."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Trainer, *args: object) -> None:
+        self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
 def test_warm_up_and_cosine_cover_the_run(data: TextDataModule) -> None:
-    module, rates = PrunableLM(architecture=ARCHITECTURE, lr=1e-3, warmup_steps=2, min_lr_share=0.1), []
-
-    class Rates(Callback):
-        def on_train_batch_start(self, trainer: Trainer, *args: object) -> None:
-            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-    fit(module, data, max_steps=10, callbacks=[Rates()])
-    assert rates[0] == 0
-    assert max(rates) == rates[2] == pytest.approx(1e-3)
-    assert rates[-1] == pytest.approx(1e-4, rel=0.5)
+    module, rates = PrunableLM(architecture=ARCHITECTURE, lr=1e-3, warmup_steps=2, min_lr_share=0.1), Rates()
+    fit(module, data, max_steps=10, callbacks=[rates])
+    assert rates.seen[:2] == pytest.approx([5e-4, 1e-3])  # no step is made with a rate of 0
+    assert max(rates.seen) == rates.seen[1]
+    assert rates.seen[-1] == pytest.approx(1e-4)
 
 
 def test_warm_up_and_cosine_begin_anew_at_a_cut_and_cover_what_remains(data: TextDataModule) -> None:
-    module, rates = PrunableLM(architecture=ARCHITECTURE, lr=1e-3, warmup_steps=2, min_lr_share=0.1), []
-
-    class Rates(Callback):
-        def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
-            rates.append(trainer.lr_scheduler_configs[0].scheduler.get_last_lr()[0])
-
+    module, rates = PrunableLM(architecture=ARCHITECTURE, lr=1e-3, warmup_steps=2, min_lr_share=0.1), Rates()
     calibration = Calibration(num_samples=2, seq_length=16)
     pruning = DynamicPruningCallback(Wanda(), at_step=4, recovery=MaskedLoRA(), calibration=calibration)
-    fit(module, data, max_steps=12, callbacks=[pruning, Rates()])
-    alone = PrunableLM(architecture=ARCHITECTURE, lr=1e-3, warmup_steps=2, min_lr_share=0.1)
-    cut, rates = rates, []
-    fit(alone, data, max_steps=8, callbacks=[Rates()])
-    assert cut[4:] == pytest.approx(rates)  # eight steps remain
-    assert cut[3] != pytest.approx(cut[4])
+    fit(module, data, max_steps=12, callbacks=[pruning, rates])
+    alone, others = PrunableLM(architecture=ARCHITECTURE, lr=1e-3, warmup_steps=2, min_lr_share=0.1), Rates()
+    fit(alone, data, max_steps=8, callbacks=[others])
+    assert rates.seen[4:] == pytest.approx(others.seen)  # eight steps remain
+    assert rates.seen[3] != pytest.approx(rates.seen[4])
     fit(module, data, max_steps=1)  # another fit begins at 0
     assert module._optimizer_step == 0
+
+
+@pytest.mark.parametrize(("given", "first"), [(None, [1 / 10, 1 / 2, 1 / 4]), (5, [1 / 5, 1 / 5, 1 / 5])])
+def test_warm_up_is_a_tenth_of_the_steps_until_the_next_cut(given: int | None, first: list[float]) -> None:
+    module = PrunableLM(architecture=ARCHITECTURE, lr=1.0, warmup_steps=given)
+    module.configure_model()
+    pruning = DynamicPruningCallback(Wanda(), at_step=[100, 120], recovery=MaskedLoRA())
+    rates = []
+    for step in (0, 100, 120):  # before the cuts, between them, and after: 100, 20 and 40 steps
+        module._trainer = SimpleNamespace(
+            global_step=step, estimated_stepping_batches=160, callbacks=[Rates(), pruning]
+        )  # type: ignore[assignment]
+        rates.append(module.configure_optimizers()["optimizer"].param_groups[0]["lr"])
+    assert rates == pytest.approx(first)
 
 
 def test_vectors_have_no_weight_decay(data: TextDataModule) -> None:

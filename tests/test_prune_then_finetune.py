@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lit_prune.cli import main
 from lit_prune.errors import InputError
 from lit_prune.export import without_adapter
+from lit_prune.families import FAMILIES
 from lit_prune.kept import attach, check_kept, pruned_blocks, take_zeros, zero_shares
 from lit_prune.load import load_tokenizer
 from lit_prune.module import PrunableLM
@@ -167,6 +168,11 @@ REFUSED = [
     ),
     ("foreign", ["--pruning.keep_zeros=true", "--pruning.recovery=null"], "`pruning.recovery` must be given"),
     ("masked", ["--pruning.recovery=null"], "`pruning.recovery` must be given for a model with masks"),
+    (
+        "foreign",
+        ["--pruning.keep_zeros=true", "--pruning.method=Wanda", "--pruning.at_step=1", "--pruning.recovery=MaskedLoRA"],
+        "`pruning.before` must be given for a model with masks, or training fills their zeros: use MaskedLoRA or",
+    ),
     ("masked", ["--pruning.keep_zeros=false"], "`pruning.keep_zeros` must not be false for a model whose record"),
     ("masked", ["--pruning.before=LoRA"], "`pruning.before` must be null where nothing is cut"),
     ("sliced", ["--model.architecture={'model_type': 'llama'}"], "`pruning.recovery` must be null where `model.arch"),
@@ -212,6 +218,23 @@ def test_a_recovery_that_keeps_zeros_is_asked_nothing(recovery: Recovery, batche
     take_zeros(model, None, recovery)
     assert model.config.lit_prune == {"masked": True}
     assert zero_shares(model)[1] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_zeros_of_a_family_that_is_not_known_are_asked_for(
+    batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, model = small_model(), pruned(batches)
+    monkeypatch.delitem(FAMILIES, "llama")
+    take_zeros(dense, None, LoRA())
+    with pytest.raises(InputError, match="`pruning.keep_zeros` must be given: 50.0%"):
+        take_zeros(model, None, LoRA())
+    for keep, recovery in ((True, LoRA()), (None, MaskedLoRA())):
+        with pytest.raises(InputError, match="`pruning.blocks` must be given for the family 'llama'"):
+            take_zeros(model, keep, recovery)
+    take_zeros(model, False, LoRA())
+    assert not hasattr(model.config, "lit_prune")
+    take_zeros(model, True, LoRA(), blocks="model.layers")
+    assert model.config.lit_prune == {"recipe": {"blocks": "model.layers"}, "masked": True}
 
 
 def test_a_dense_model_is_asked_nothing(model: PreTrainedModel) -> None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lit_prune.distill.base import Dense, Kept, Teacher
 from lit_prune.distill.twin import Part, Twin, cut_weights, twin_of
@@ -45,18 +44,20 @@ class Copy(Teacher):
             raise InputError(f"`Copy.store` must be one of {', '.join(get_args(Store))}, got {self.store!r}.")
 
     def keep(self, dense: Dense) -> Kept:
-        """Returns the copy."""
-        cut = cut_weights(dense.model, dense.student.recipe)
+        """Returns the copy; a weight that is kept in another type is made into it by itself."""
+        cut, every = cut_weights(dense.model, dense.student.recipe), dict(dense.model.named_parameters())
         half = self.store == "bfloat16" and dense.model.dtype != torch.bfloat16
         shares = dense.student.trained_beside and not half  # what is shared is not converted
-        shared = {name: p for name, p in dense.model.named_parameters() if shares and name not in cut}
-        twin = twin_of(dense.model, shared)
-        _load(twin, dense.weights or {})
-        if half:
-            twin.to(torch.bfloat16)  # type: ignore[arg-type]
-        if self.store != "nf4":
-            return Twin(twin, shared)
-        return Twin(twin, shared, {name: Packed(twin.get_parameter(name)) for name in cut})
+        shared = {name: p for name, p in every.items() if shares and name not in cut}
+        given, parts = dict(shared), {}
+        for name in [name for name in every if name not in shared]:
+            weight = _own(every[name], name, dense.weights)
+            if self.store == "nf4" and name in cut:
+                parts[name] = Packed(weight)
+                weight = weight[:0]
+            given[name] = nn.Parameter(weight.to(torch.bfloat16 if half else weight.dtype, copy=True), False)
+        twin = twin_of(dense.model, given)
+        return Twin(twin.to(torch.bfloat16) if half else twin, shared, parts)  # type: ignore[arg-type]
 
 
 class Packed(Part):
@@ -83,8 +84,6 @@ class Packed(Part):
         return self.packed.numel() + math.prod(self.state.absmax.shape) * self.state.absmax.element_size()
 
 
-@torch.no_grad()
-def _load(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    own: dict[str, nn.Parameter] = dict(model.named_parameters())
-    for name, tensor in weights.items():
-        own[name].copy_(tensor)
+def _own(parameter: Tensor, name: str, weights: Mapping[str, Tensor] | None) -> Tensor:
+    """A weight of the dense model, as a checkpoint has it or as it is."""
+    return parameter.detach() if weights is None else weights[name].to(parameter.device, parameter.dtype)

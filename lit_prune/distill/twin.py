@@ -105,13 +105,10 @@ def cut_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Paramete
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in found}
 
 
-def twin_of(model: PreTrainedModel, shared: Mapping[str, nn.Parameter] | None = None) -> PreTrainedModel:
-    """Returns a copy of ``model`` in eval mode; the parameters in ``shared`` are the very same, and follow it."""
-    shared = shared or {}
-    twin: PreTrainedModel = copy.deepcopy(model, {id(parameter): parameter for parameter in shared.values()})
-    for name, parameter in twin.named_parameters():
-        if name not in shared:
-            parameter.requires_grad_(False)
+def twin_of(model: PreTrainedModel, given: Mapping[str, nn.Parameter]) -> PreTrainedModel:
+    """Returns a copy of ``model`` in eval mode, with ``given``, as they are, in the place of its parameters."""
+    own = dict(model.named_parameters())
+    twin: PreTrainedModel = copy.deepcopy(model, {id(own[name]): parameter for name, parameter in given.items()})
     return twin.eval()
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.modeling_sliced import SlicedCausalLM, take_shape
-from lit_prune.quantised import quantisation
+from lit_prune.quantised import make_loadable, quantisation
 from lit_prune.recover.adapter import adapter_config, add_adapter, has_masked_adapter
 from lit_prune.recover.held import hold_zeros, holds_zeros
 from lit_prune.recover.quantise import quantise
@@ -35,6 +35,7 @@ def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
         take_shape(model, stored["slice_sizes"])
     if stored.get("quantised") is not None and quantisation(model) is None:
         quantise(model, **stored["quantised"])
+    make_loadable(model)
     fields = stored["adapter"]
     if fields is not None and adapter_config(model) is None:
         kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]

@@ -6,19 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lit_prune.callbacks import DynamicPruningCallback
 from torch.utils.data import DataLoader
 
-from lit_prune import structure
+from lit_prune import processes, structure
 from lit_prune.allocate import LayerRedundancy, Uniform
-from lit_prune.calibrate import Calibration
+from lit_prune.calibrate import Calibration, Windows, draw_windows
 from lit_prune.errors import InputError
 from lit_prune.evaluate import measure, parameters, zeros
 from lit_prune.families import find_blocks
 from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.prune import Magnitude, Wanda
-from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery, adapter_config
+from lit_prune.quantised import MASK
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Recovery, adapter_config
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
 
@@ -266,3 +267,42 @@ def test_half_precision_weights_are_pruned_in_the_precision_they_are_trained_in(
         for name in block.linears:
             weight = module.model.model.layers[block.index].get_submodule(name).base_layer.weight
             assert zeros([weight])[0] == round(weight.numel() * 0.5)
+
+
+@pytest.mark.parametrize("at_step", [0, 1])
+def test_ddp_does_not_send_the_masks_of_quantised_weights_in_every_step(at_step: int) -> None:
+    module = Foreign()
+    fit(
+        module,
+        callback(at_step=at_step, recovery=QLoRA(form="merged", quantization="int8")),
+        max_steps=2,
+        limit_val_batches=0,
+    )
+    masks = {name for name, _ in module.named_buffers() if name.endswith(MASK)}
+    assert len(masks) == 3 * 7
+    assert masks == set(module._ddp_params_and_buffers_to_ignore)
+
+
+class Data(LightningDataModule):
+    """With windows for calibration."""
+
+    def calibration_windows(self, num_samples: int, seq_length: int, seed: int) -> Windows:
+        return draw_windows(torch.arange(1, 64), num_samples, seq_length, seed)
+
+    def train_dataloader(self) -> DataLoader:
+        return loader()
+
+
+def test_too_few_calibration_windows_for_the_processes_are_told_before_there_is_a_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "number", lambda: 2)
+    monkeypatch.setattr(processes, "agree_on_threads", lambda: None)
+    few = Calibration(num_samples=2, seq_length=8, batch_size=2)
+    module: Any = Foreign()
+    monkeypatch.setattr(module, "configure_model", lambda: (_ for _ in ()).throw(InterruptedError))
+    told = "`calibration.num_samples` must give every process a batch, got 1 batches for 2 processes"
+    for method, error, match in ((Wanda(), InputError, told), (Magnitude(), InterruptedError, None)):
+        pruning = callback(method=method, allocation=Uniform(), at_step=1, calibration=few)
+        with pytest.raises(error, match=match):
+            Trainer(**QUIET, max_steps=2, callbacks=[pruning]).fit(module, datamodule=Data())

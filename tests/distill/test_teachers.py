@@ -153,6 +153,17 @@ def test_a_copy_comes_back_from_its_weights_to_the_bit(store: Any, name: str) ->
     assert torch.equal(again.lesson(ids).logits_NV, first.lesson(ids).logits_NV)  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("store", ["bfloat16", "nf4"])
+def test_no_second_model_in_full_precision_is_made_on_the_way(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[int] = []
+    monkeypatch.setattr(torch.nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self.numel()) or self)
+    model = small_model()
+    teaching: Any = kept(Copy(store), model, STUDENTS["FullFineTuning"])
+    assert copied == []
+    assert not {id(p) for p in teaching.model.parameters()} & {id(p) for p in model.parameters()}
+    assert teaching.own.keys() & teaching.parts.keys() == set()
+
+
 def test_windows_are_known_by_their_tokens() -> None:
     model = small_model()
     looked: list[int] = []
@@ -174,8 +185,44 @@ def test_windows_are_known_by_their_tokens() -> None:
     mask[:, -1] = 0
     with pytest.raises(InputError, match="gives other windows"):
         teaching.lesson({"input_ids": IDS, "attention_mask": mask})
-    with pytest.raises(InputError, match="where the LLM is called with position_ids, without which it looked up"):
-        teaching.lesson({"input_ids": IDS, "position_ids": torch.arange(16)[None]})
+    teaching.lesson({"input_ids": IDS, "position_ids": torch.arange(16)[None]})
+    with pytest.raises(InputError, match="gives other windows"):
+        teaching.lesson({"input_ids": IDS, "position_ids": torch.arange(1, 17)[None]})
+    with pytest.raises(InputError, match="where the LLM is called with cache_position, without which it looked up"):
+        teaching.lesson({"input_ids": IDS, "cache_position": torch.arange(16)})
+
+
+def padded(rows: list[torch.Tensor], pad: int) -> dict[str, torch.Tensor]:
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ids = torch.nn.functional.pad(ids, (0, pad))
+    mask = torch.stack([torch.arange(ids.shape[1]) < len(row) for row in rows]).long()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_padded_windows_are_known_whatever_they_share_a_batch_with() -> None:
+    """As conversations, which are padded to the longest of their batch: in another epoch to another length."""
+    model, rows = small_model(), [IDS[0, :5], IDS[1, :9], IDS[2, :9]]
+    teaching = kept(TopK(64), model, STUDENTS["LoRA"], windows=[padded(rows[:2], 0), padded(rows[2:], 2)])
+    assert teaching.size_bytes() == (5 + 9 + 9) * 64 * 6
+    log_p = torch.randn(2 * 12, 64, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    lesson = teaching.lesson(padded([rows[2], rows[0]], 3))
+    found = lesson.log_q(torch.arange(24), log_p, 1.0).unflatten(0, (2, 12))
+    for row, said in ((rows[2], found[0]), (rows[0], found[1])):
+        expected = model(row[None]).logits[0].log_softmax(-1)
+        torch.testing.assert_close(said[: len(row)], expected, rtol=1e-3, atol=4e-3)
+    assert torch.equal(found[0, 9:], log_p[9:12])  # nothing is said of padding
+    assert torch.equal(found[1, 5:], log_p[17:])
+
+
+def test_packed_windows_are_known_by_their_positions_too() -> None:
+    model, positions = small_model(), torch.cat([torch.arange(6), torch.arange(10)])[None]
+    packed = {"input_ids": IDS[:1], "position_ids": positions}
+    teaching = kept(TopK(64), model, STUDENTS["LoRA"], windows=[packed])
+    expected = model(**packed, use_cache=False).logits[0].log_softmax(-1)
+    assert (expected - model(IDS[:1]).logits[0].log_softmax(-1)).abs().max() > 0.01
+    assert (says(teaching, model, IDS[:1], position_ids=positions) - expected).abs().max() < 4e-3
+    with pytest.raises(InputError, match="gives other windows"):
+        teaching.lesson({"input_ids": IDS[:1]})
 
 
 @pytest.mark.parametrize(

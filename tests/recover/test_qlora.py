@@ -18,9 +18,10 @@ from lit_prune.errors import InputError
 from lit_prune.evaluate import full_bytes, parameters, pruned, size_bytes, zeros
 from lit_prune.export import check_merge, export, exported, form, merges, without_adapter
 from lit_prune.families import find_blocks
+from lit_prune.kept import attach, check_kept, take_zeros
 from lit_prune.pipeline import Recipe, prune
 from lit_prune.quantised import compute_exactly, dequantised, mask, quantised_linears
-from lit_prune.recover import QLoRA, adapter_config, merged_weight, rebuild, snapshot
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, adapter_config, merged_weight, rebuild, snapshot
 from lit_prune.recover.masked_quantised import MaskedQuantised, QuantisedProduct
 from lit_prune.slice import Slicing
 from lit_prune.verify import verify
@@ -41,6 +42,11 @@ def healed(family: str = "llama", sliced: bool = False, dtype: torch.dtype = tor
 def recovering(model: Any, **fields: Any) -> Any:
     """``model`` quantised, under an adapter that does something; in training."""
     QLoRA(**{"r": 3, **fields}).attach(model)
+    return with_weights(model)
+
+
+def with_weights(model: Any) -> Any:
+    """``model`` with an adapter that does something; in training."""
     random = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
@@ -259,7 +265,9 @@ def test_refusals() -> None:
 
 
 def test_merge_of_an_adapter_that_stays_beside_quantised_weights_is_refused() -> None:
-    with pytest.raises(InputError, match="`merge` must be left out for QLoRA whose form is adapter.*form merged"):
+    with pytest.raises(
+        InputError, match="`merge` must be left out for an adapter that was trained to stay.*form merged"
+    ):
         check_merge(snapshot(healed()))
     for form_ in ("merged", "requantised"):
         check_merge(snapshot(healed(form=form_)))
@@ -269,6 +277,42 @@ def test_a_quantised_model_is_not_pruned_again() -> None:
     plain = exported(healed(form="requantised"))
     with pytest.raises(InputError, match="`model` must be pruned in full precision, self_attn.q_proj is quantised"):
         prune(plain, [ids()], Recipe())
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantised_folder_is_trained_on_by_lora_beside_it(quantization: Any, tmp_path: Path) -> None:
+    export(healed(form="requantised", quantization=quantization), tmp_path / "first")
+    first = opened(tmp_path / "first")
+    for other in (MaskedLoRA(), FullFineTuning(), QLoRA(), None):
+        with pytest.raises(
+            InputError, match=r"`pruning.recovery` must be LoRA for a model whose linears are quant.*got"
+        ):
+            check_kept(first, other)
+    check_kept(first, LoRA(r=3))
+    attach(first, LoRA(r=3))
+    with_weights(first)
+    assert (form(first), merges(first)) == ("adapter", False)
+    export(first, tmp_path / "second")
+    second, before = opened(tmp_path / "second"), opened(tmp_path / "first")
+    assert adapter_config(second) is not None
+    torch.testing.assert_close(logits(second), logits(first), rtol=1e-4, atol=1e-6)
+    packed = without_adapter(second).state_dict()
+    assert all(torch.equal(packed[name], tensor) for name, tensor in before.state_dict().items())
+    rebuild(before, snapshot(first))  # a run that goes on
+    before.load_state_dict(first.state_dict())
+    assert torch.equal(logits(before), logits(first))
+
+
+def test_zeros_of_rounding_are_no_mask(tmp_path: Path) -> None:
+    export(recovering(small_model(**WIDE), form="requantised"), tmp_path)
+    model = opened(tmp_path)
+    del model.config.lit_prune
+    assert zeros(dequantised(module) for _, module in quantised_linears(model))[0] > 0.05 * 3 * 7 * 64 * 16
+    for keep in (None, False):
+        take_zeros(model, keep, LoRA())
+    assert not structure.masked(model)
+    with pytest.raises(InputError, match="`pruning.keep_zeros` must be null for a model whose linears are quantised"):
+        take_zeros(model, True, LoRA())
 
 
 def test_dropout_of_a_masked_adapter_is_off_in_evaluation() -> None:

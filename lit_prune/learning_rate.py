@@ -1,0 +1,42 @@
+"""The learning rate over the steps of one optimizer: a linear warm-up, then a cosine; both begin anew at every cut."""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+MOST_STEPS, MOST_SHARE = 10, 10  # of a warm-up that is not given: ten, and a tenth of the steps until the next cut
+
+
+def warm_up_steps(until_cut: int) -> int:
+    """Returns how many steps of warm-up are right where ``until_cut`` are left until the next cut or the end.
+
+    Ten, but at most a tenth of them, so that a short stretch is not all warm-up: 10 of 100 or of 5000, 2 of 20, 1 of 8.
+    """
+    return max(1, min(MOST_STEPS, until_cut // MOST_SHARE))
+
+
+def share_of_peak(step: int, *, warmup: int, steps: int, least: float) -> float:
+    """Returns the share of the peak rate that a step is made with.
+
+    (t + 1) / w in the warm-up, which ends at the peak; then l + (1 - l) * (1 + cos(pi * p)) / 2, p = (t + 1 - w) /
+    (n - w), which the last step ends at l. Of four steps with w = 2, l = 0.1: 0.5, 1, 0.55, 0.1.
+
+    Args:
+        step: t, from 0.
+        warmup: w, steps of warm-up; the first step of 0 or 1 has the peak rate.
+        steps: n, all steps until the end of the training.
+        least: l, share of the peak at the end.
+    """
+    done, warmup = step + 1, max(1, warmup)
+    if done <= warmup:
+        return done / warmup
+    progress = min(1.0, (done - warmup) / max(1, steps - warmup))
+    return least + (1 - least) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def warm_up_and_cosine(optimizer: Optimizer, *, warmup: int, steps: int, least: float) -> LambdaLR:
+    """Returns the schedule of :func:`share_of_peak` for ``optimizer``, whose own rate is the peak."""
+    return LambdaLR(optimizer, lambda step: share_of_peak(step, warmup=warmup, steps=steps, least=least))
