@@ -17,7 +17,8 @@ from lit_prune.tasks import describe
 PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "bitsandbytes", "torchmetrics", "datasets")
 Report = dict[str, Any]
 SHOWN = 5e-5
-COLORS = {"dense": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
+FIRST = ("dense", "before")  # what the perplexity is called that the others are compared with
+COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
 TITLE_LETTERS = 100
 
 
@@ -83,10 +84,12 @@ def _cut(report: Report) -> dict[str, str]:
 
 def _cuts(report: Report) -> dict[str, str]:
     """A row for every cut where there were several, or where the one came after the start."""
-    cuts = report.get("cuts", [])
-    if not cuts or cuts[-1]["step"] == 0:
+    cuts, later = report.get("cuts", []), report.get("cuts_not_made", [])
+    not_made = {f"cut at step {cut['step']}": f"{cut['sparsity']:.4f}, not made" for cut in later}
+    if not later and (not cuts or cuts[-1]["step"] == 0):
         return {}
-    return {f"cut at step {done['step']}": f"{done['sparsity']:.4f}{_jump(done['perplexity'])}" for done in cuts}
+    made = {f"cut at step {done['step']}": f"{done['sparsity']:.4f}{_jump(done['perplexity'])}" for done in cuts}
+    return made | not_made
 
 
 def _jump(perplexity: dict[str, float]) -> str:
@@ -142,14 +145,14 @@ def _size(report: Report) -> str:
 
 
 def _change(report: Report, name: str) -> str:
-    """How a perplexity stands to the dense one, and how much of the loss recovery won back."""
+    """How a perplexity stands to the first one, and how much of the loss recovery won back."""
     values = report["perplexity"]
-    dense, pruned, recovered = (values.get(key) for key in ("dense", "pruned", "recovered"))
-    if name == "dense" or dense is None:
+    first = next((key for key in FIRST if values.get(key) is not None), None)
+    if first is None or name == first:
         return ""
-    text = f"  ({values[name] / dense:.2f} x dense"
-    if name == "recovered" and pruned is not None and pruned > dense:
-        text += f"; {(pruned - recovered) / (pruned - dense):.0%} of the loss won back"
+    text, start, pruned = f"  ({values[name] / values[first]:.2f} x {first}", values[first], values.get("pruned")
+    if name in ("recovered", "requantised") and pruned is not None and pruned > start:
+        text += f"; {(pruned - values[name]) / (pruned - start):.0%} of the loss won back"
     return text + ")"
 
 
@@ -229,8 +232,9 @@ def _bars(report: Report) -> dict[str, float]:
     if len(cuts) < 2 or "pruned" not in perplexity:
         return perplexity
     after = {f"cut {done['step']}": done["perplexity"]["after"] for done in cuts}
-    ends = {name: perplexity[name] for name in ("dense", "recovered") if name in perplexity}
-    return {name: ends[name] for name in ("dense",) if name in ends} | after | ends
+    first = {name: perplexity[name] for name in FIRST if name in perplexity}
+    rest = {name: value for name, value in perplexity.items() if name not in (*FIRST, "pruned")}
+    return first | after | rest
 
 
 def _title(report: Report) -> str:
@@ -265,7 +269,7 @@ def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str
 
 # {base}, {"pruned" if recipe and not report.get("kept") else "trained"} with lit_prune
 
-Made from `{base}`. {_done(report)}
+Made from `{base}`. {_done(report)}{_not_done(report)}
 {_healed(report)}
 Parameters: {_size(report)}.
 
@@ -351,6 +355,15 @@ def _at_steps(report: Report) -> str:
     return f", during training, before optimizer step{'s' if len(cuts) > 1 else ''} {steps}"
 
 
+def _not_done(report: Report) -> str:
+    """Which cuts were still to come."""
+    later = report.get("cuts_not_made", [])
+    if not later:
+        return ""
+    steps = ", ".join(f"{cut['step']} ({cut['sparsity']:.2%})" for cut in later)
+    return f" The training was not through, not made were the cuts before optimizer step {steps}."
+
+
 def _found(report: Report) -> str:
     """What is known of a model without a recipe."""
     if not _has_zeros(report):
@@ -359,6 +372,11 @@ def _found(report: Report) -> str:
         f"It came with zeros, {report['sparsity']['found']:.2%} of the weights of the linears of its blocks, which "
         f"were kept: {report['sparsity']['achieved_linears']:.2%} are exactly zero."
     )
+
+
+def _came(sparsity: dict[str, Any]) -> str:
+    """What share of the linears had been zero before."""
+    return f" {sparsity['found']:.2%} of the linears were before." if sparsity.get("found") else ""
 
 
 def _done(report: Report) -> str:
@@ -372,8 +390,8 @@ def _done(report: Report) -> str:
             f"Pruned with {how}, at a sparsity of {sparsity['requested']:g} ({_requested_of(sparsity)})"
             f"{_at_steps(report)}. "
             f"{sparsity['achieved_linears']:.2%} of the weights of the linears that were pruned are exactly zero, "
-            f"{sparsity['achieved_all']:.2%} of all parameters. The zeros are stored, so that masks alone make nothing "
-            "smaller."
+            f"{sparsity['achieved_all']:.2%} of all parameters.{_came(sparsity)} The zeros are stored, so that masks "
+            "alone make nothing smaller."
         )
     return (
         f"Sliced with {how}{_at_steps(report)}: the residual stream has {min(sliced['sizes'])} to "

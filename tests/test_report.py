@@ -59,6 +59,27 @@ def test_the_table_tells_everything() -> None:
         assert told in text
 
 
+def test_a_model_that_was_not_dense_is_not_called_so(tmp_path: Path) -> None:
+    perplexity = {"before": 20.0, "pruned": 60.0, "quantised": 66.0, "recovered": 30.0, "requantised": 40.0}
+    report = {**REPORT, "perplexity": perplexity, "sparsity": {**REPORT["sparsity"], "found": 0.25}}
+    text = shown(table(report))
+    for told in ("perplexity, before", "66.000  (3.30 x before)", "40.000  (2.00 x before; 50% of the loss won back)"):
+        assert told in text
+    assert "dense" not in text
+    assert "25.00% of the linears were before." in model_card(report, "x")
+    picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], report)
+
+
+def test_cuts_that_were_not_made_are_told() -> None:
+    done = {"step": 0, "sparsity": 0.3, "perplexity": {"before": 20.0, "after": 60.0}}
+    report = {**REPORT, "cuts": [done], "cuts_not_made": [{"step": 9, "sparsity": 0.5}]}
+    text = shown(table(report))
+    assert "0.3000, perplexity 20.000 to 60.000" in text
+    assert "0.5000, not made" in text
+    assert "not through, not made were the cuts before optimizer step 9 (50.00%)." in model_card(report, "x")
+    assert "not made" not in model_card({**report, "cuts_not_made": []}, "x")
+
+
 def test_what_was_requested_and_by_how_much_it_was_missed() -> None:
     assert "0.4999  (missed by -0.0001)" in shown(table(REPORT))
     exact = {**REPORT["sparsity"], "missed": 1e-6}
