@@ -56,6 +56,7 @@ from lit_prune.run_folder import write_text  # noqa: E402
 from lit_prune.sharded import shards  # noqa: E402
 from lit_prune.tasks import HarnessSettings, Tasks, names_of  # noqa: E402
 
+ADVICE = ("Tip:", "Seed set to", "GPU available", "TPU available")  # of Lightning
 ADAPTERS = (LoRA, MaskedLoRA, QLoRA)
 ONCE = ("ckpt_path", "weights_only", "verbose", "merge", "push_to_hub")  # what no configuration keeps
 WRITES = ("fit", "prune", "export")  # verbs that leave a model
@@ -64,6 +65,59 @@ DESCRIPTION = "Prune a large language model while it is being fine-tuned, and he
 
 class PruneTrainer(Trainer):
     """A Lightning Trainer that can also prune without training, look without pruning, and export a checkpoint."""
+
+    def fit(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Prune, train and heal in one run; writes a Hugging Face folder, a report and a picture.
+
+        Args:
+            ckpt_path: A checkpoint to go on from, or `last`, the last one in the output folder.
+            weights_only: Refuse a checkpoint that holds anything but weights and plain values.
+        """
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def validate(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Measure the perplexity of the model, or of a checkpoint, on the validation text; writes nothing.
+
+        Args:
+            ckpt_path: A checkpoint of a fit whose weights are measured; null measures the model.
+            verbose: Print the perplexity.
+            weights_only: Refuse a checkpoint that holds anything but weights and plain values.
+        """
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def test(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Measure the perplexity of the model, or of a checkpoint, on the test text; writes nothing.
+
+        Args:
+            ckpt_path: A checkpoint of a fit whose weights are measured; null measures the model.
+            verbose: Print the perplexity.
+            weights_only: Refuse a checkpoint that holds anything but weights and plain values.
+        """
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def prune(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Prune in one shot, without training; writes the same folder as fit, with the pruned model."""
@@ -491,7 +545,7 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advice.addFilter(lambda record: "Tip:" not in record.getMessage())
+    advice.addFilter(lambda record: not any(text in record.getMessage() for text in ADVICE))
     for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*Checkpoint directory.*"):
         warnings.filterwarnings("ignore", message)
 

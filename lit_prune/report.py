@@ -19,7 +19,7 @@ Report = dict[str, Any]
 SHOWN = 5e-5
 FIRST = ("dense", "before")  # what the perplexity is called that the others are compared with
 COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
-TITLE_LETTERS = 100
+TITLE_LETTERS, LEGEND_COLUMNS = 100, 5
 
 
 def versions() -> dict[str, str]:
@@ -201,28 +201,41 @@ def picture(path: Path, scores: list[float], rates: list[float], report: Report)
     blocks = range(len(rates))
     if report.get("slice") is None:
         axes[0].bar(blocks, rates, color="#4c78a8", label="share removed (left)")
-        for done in report.get("cuts", [])[:-1]:
-            label = f"after step {done['step']} (left)"
-            axes[0].plot(blocks, done["rates"], drawstyle="steps-mid", color="#1f3b5c", linewidth=0.8, label=label)
+        _draw_earlier_cuts(axes[0], report.get("cuts", [])[:-1])
         axes[0].axhline(report["sparsity"]["target"], color="#4c78a8", linestyle=":", label="mean asked for (left)")
         axes[0].set(xlabel="block", ylabel="share removed", ylim=(0, 1))
     else:
         _draw_widths(axes[0], report["slice"])
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     other = axes[0].twinx()
-    other.plot(blocks, scores, color="#e45756", marker="o", markersize=3, label="score (right)")
+    other.plot(blocks, scores, color="#222222", marker="o", markersize=3, label="score (right)")
     other.set_ylabel("score")
     other.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     handles = [handle for axis in (axes[0], other) for handle in axis.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8)
+    figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), LEGEND_COLUMNS), fontsize=8)
     axes[0].set_title(_title(report), fontsize=9)
     if len(perplexity) > 1:
-        colors = [COLORS.get(name, "#e45756") for name in perplexity]
-        bars = axes[1].bar(list(perplexity), list(perplexity.values()), color=colors)
-        axes[1].bar_label(bars, fmt="%.1f")
-        axes[1].set(title="perplexity", ylim=(0, 1.1 * max(perplexity.values())))
-        axes[1].tick_params(axis="x", labelrotation=20)
+        _draw_perplexity(axes[1], perplexity)
     figure.savefig(path, dpi=120, format="png")
+
+
+def _draw_earlier_cuts(axis: Any, cuts: list[dict[str, Any]]) -> None:
+    """A line of every cut's rates, the later the lighter."""
+    from matplotlib import colormaps
+
+    for index, done in enumerate(cuts):
+        color, label = colormaps["plasma"](0.9 * (index + 1) / len(cuts)), f"after step {done['step']} (left)"
+        axis.plot(range(len(done["rates"])), done["rates"], drawstyle="steps-mid", color=color, label=label)
+
+
+def _draw_perplexity(axis: Any, perplexity: dict[str, float]) -> None:
+    """A bar of every perplexity on a logarithmic axis that begins at 1: its length is the loss."""
+    colors, values = [COLORS.get(name, "#e45756") for name in perplexity], list(perplexity.values())
+    bars = axis.barh(list(perplexity), [value - 1 for value in values], left=1, color=colors)
+    axis.bar_label(bars, [f"{value:,.1f}" for value in values], padding=2, fontsize=8)
+    axis.set(title="perplexity", xscale="log", xlim=(1, max(values) ** 1.4))
+    axis.minorticks_off()
+    axis.invert_yaxis()
 
 
 def _bars(report: Report) -> dict[str, float]:

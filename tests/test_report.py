@@ -8,6 +8,8 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from lit_prune.report import (
+    _draw_earlier_cuts,
+    _draw_perplexity,
     _draw_widths,
     _title,
     block_table,
@@ -118,6 +120,20 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
     # the line across the rates is what their mean was to be, not what was requested of all parameters
     picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], {**REPORT, "sparsity": {"target": 0.5}})
     assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_several_cuts_tells_them_apart(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    cuts = [{"step": step, "rates": [0.1, 0.2], "perplexity": {"after": 1e5}} for step in range(6)]
+    axis, perplexity = Figure().subplots(1, 2)
+    _draw_earlier_cuts(axis, cuts)
+    assert len({line.get_color() for line in axis.get_lines()}) == 6
+    _draw_perplexity(perplexity, {"dense": 11.0, "pruned": 1e5})
+    assert perplexity.get_xscale() == "log"
+    assert [bar.get_width() for bar in perplexity.patches] == [10, 1e5 - 1]
+    assert perplexity.get_xlim()[1] > 1e6  # room for the number at the longest bar
+    picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], {**REPORT, "cuts": cuts})
 
 
 def test_the_card_says_what_was_done_and_what_it_cost() -> None:
