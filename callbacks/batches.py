@@ -47,13 +47,19 @@ def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[lis
     Beside them, what the report says of them: the settings, which text and tokenizer, and where in the text the windows
     begin.
     """
-    datamodule, settings = getattr(trainer, "datamodule", None), asdict(calibration)
-    described = getattr(datamodule, "describe", lambda _part: "training dataloader")("train")
-    settings |= {"text": described, "tokenizer": getattr(datamodule, "tokenizer_name", None), "positions": None}
+    datamodule = getattr(trainer, "datamodule", None)
+    settings = calibration_settings(datamodule, calibration)
     if datamodule is not None and hasattr(datamodule, "calibration_windows"):
-        windows = datamodule.calibration_windows(calibration.num_samples, calibration.seq_length, calibration.seed)
+        windows = datamodule.calibration_windows(calibration.num_samples, calibration.tokens, calibration.seed)
         return batches_of(windows, calibration.batch_size), settings | {"positions": windows.positions}
     return first_batches(_first_loader(trainer.fit_loop._data_source), calibration), settings
+
+
+def calibration_settings(datamodule: Any, calibration: Calibration) -> dict[str, Any]:
+    """Returns what is known of calibration windows before any text is read."""
+    described = getattr(datamodule, "describe", lambda _part: "training dataloader")("train")
+    told = {"text": described, "tokenizer": getattr(datamodule, "tokenizer_name", None), "positions": None}
+    return asdict(calibration) | {"seq_length": calibration.tokens} | told
 
 
 def named(settings: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:

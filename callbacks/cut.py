@@ -58,6 +58,7 @@ def cut(
         "achieved": pruned.achieved,
         "sparsity": pruned.sparsity,
         "search": pruned.search,
+        "found": pruned.found,
     }
 
 

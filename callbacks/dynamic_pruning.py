@@ -10,11 +10,18 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy
-from lit_prune.callbacks.batches import calibration_batches, check_calibration, check_processes, named, validation_data
+from lit_prune.callbacks.batches import (
+    calibration_batches,
+    calibration_settings,
+    check_calibration,
+    check_processes,
+    named,
+    validation_data,
+)
 from lit_prune.callbacks.best_scores import reset_best_scores
 from lit_prune.callbacks.cut import Done, cut
 from lit_prune.callbacks.kept import look
-from lit_prune.callbacks.resume import Settings, check_settings, run_settings, stored_run
+from lit_prune.callbacks.resume import PROCESSES, Settings, check_settings, run_settings, stored_run
 from lit_prune.callbacks.sharding import check_cuts, check_sharded, check_strategy, check_whole
 from lit_prune.callbacks.teaching import Teaching
 from torch import Tensor, nn
@@ -28,9 +35,11 @@ from lit_prune.calibrate import Batch, Calibration
 from lit_prune.checkpoint import Source, fill
 from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
+from lit_prune.evaluate import measure
 from lit_prune.families import Block
 from lit_prune.kept import attach, check_kept, check_unfilled, take_zeros
-from lit_prune.pipeline import Recipe, check_stored, recipe_record
+from lit_prune.on_disk import placed
+from lit_prune.pipeline import Recipe, check_stored, check_stored_unread, recipe_record
 from lit_prune.progress import say
 from lit_prune.prune import Method
 from lit_prune.quantised import MASK
@@ -167,9 +176,10 @@ class DynamicPruningCallback(Callback):
         """Makes a cut that is due at the start of fit, or rebuilds what was done before a checkpoint's weights load."""
         if stage != "fit":
             return
-        self.check_strategy(trainer)
+        self.check_trainer(trainer)
         if not self.idle:
-            self._check_steps(trainer)
+            if trainer.max_steps == -1:
+                self._check_steps(trainer.estimated_stepping_batches)
             processes.agree_on_threads()
         if self.recipe is not None and self.recipe.reads:
             check_calibration(trainer, self.calibration)
@@ -205,6 +215,7 @@ class DynamicPruningCallback(Callback):
             validation = validation_data(trainer) if self.measure else None
             self.kept = look(model, validation, trainer.strategy.root_device, moves=not shards(trainer))
             attach(model, self.recovery)
+            self._look_quantised(trainer, model, self.kept)
         elif self.cuts[0].step == 0:
             self._cut(trainer, model)
         elif self.before is not None:
@@ -274,19 +285,30 @@ class DynamicPruningCallback(Callback):
         if self.recovery is not None:
             self.recovery.attach(model)
             structure.write(model, recovery=repr(self.recovery))
+        self._look_quantised(trainer, model, done)
         if self.teaching is not None:
             self.teaching.put_on(model)
             structure.write(model, distillation=repr(self.distillation))
+
+    def _look_quantised(self, trainer: Trainer, model: PreTrainedModel, done: Done) -> None:
+        """Adds to ``done`` what the model is worth once it is quantised, and its adapter has learnt nothing yet."""
+        validation = validation_data(trainer) if self.measure else None
+        if self.recovery is None or not self.recovery.quantises or validation is None:
+            return
+        found = measure(placed(model, trainer.strategy.root_device), *validation, label="Perplexity, quantised")
+        done["perplexity"]["quantised"], done["seconds"]["perplexity_quantised"] = found.perplexity, found.seconds
 
     def check_statistics(self, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:
         """Raises InputError where the statistics that were stored are not those of this model and this text."""
         if self.stored is not None and self.recipe is not None:
             check_stored(self.stored, model, batches, self.recipe, named(settings, model))
 
-    def check_strategy(self, trainer: Trainer) -> None:
-        """Raises InputError for a strategy that nothing can be cut under, or not what this would cut."""
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Raises InputError for a strategy that cuts are not made under, and for cuts that the training ends before."""
         check_strategy(trainer)
         if not self.idle:
+            if trainer.max_steps != -1:
+                self._check_steps(trainer.max_steps)
             check_processes(trainer)
             check_cuts(trainer, self.cuts[-1].step if self.cuts else 0, self.recovery, self.distillation)
 
@@ -384,6 +406,27 @@ class DynamicPruningCallback(Callback):
         check_settings(self._pruning_settings(), stored["settings"])
         return stored
 
+    def check_resumed(self, trainer: Trainer, pl_module: LightningModule, datamodule: Any, path: str) -> None:
+        """Raises InputError for a checkpoint of another run, as far as that is known before any text is read."""
+        unread: Settings = getattr(datamodule, "unread_settings", dict)()
+        own = self.settings(trainer, pl_module) | unread
+        own.pop(PROCESSES)  # which are not there yet
+        check_settings(own, stored_run(path)["settings"])
+
+    def check_unloaded(self, model: PreTrainedModel, datamodule: Any, *, trains: bool) -> None:
+        """Raises InputError for what does not fit ``model``, whose weights are not there yet.
+
+        Names of linears, adapters, and statistics of another text or other versions.
+        """
+        if self.recipe is not None:
+            self.recipe.find(model)
+        for recovery in (self.before, self.recovery) if trains else ():
+            if recovery is not None:
+                recovery.check(model)
+        if self.stored is not None and self.recipe is not None:
+            settings = named(calibration_settings(datamodule, self.calibration), model)
+            check_stored_unread(self.stored, model, self.recipe, settings)
+
     def _teaching(self, distillation: Distillation | None, recovery: Recovery | None) -> Teaching | None:
         if distillation is None:
             return None
@@ -446,13 +489,10 @@ class DynamicPruningCallback(Callback):
                 "use MaskedLoRA, or make one cut."
             )
 
-    def _check_steps(self, trainer: Trainer) -> None:
+    def _check_steps(self, steps: float) -> None:
         """Refuses cuts that the training would end before."""
         last = self.cuts[-1].step if self.cuts else 0
-        if last == 0:
-            return
-        steps = trainer.max_steps if trainer.max_steps != -1 else trainer.estimated_stepping_batches
-        if last >= steps:
+        if 0 < last >= steps:
             raise InputError(
                 f"`pruning.at_step` must be below the number of optimizer steps, {steps} (`trainer.max_steps`), got "
                 f"{last}."

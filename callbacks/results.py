@@ -16,14 +16,16 @@ from lit_prune.callbacks.loggers import log_results
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune import processes
 from lit_prune.errors import InputError
 from lit_prune.evaluate import Measurement, measure
+from lit_prune.export import exported, form
 from lit_prune.hub import check_repository, push
 from lit_prune.progress import say
 from lit_prune.report import Report, table
-from lit_prune.results import Validation, summary, write_results
+from lit_prune.results import Validation, summary, write_results, write_tasks
 from lit_prune.run_folder import RunFolder, write_text
 from lit_prune.sharded import gathered, is_sharded, shards
 from lit_prune.tasks import Tasks
@@ -64,7 +66,7 @@ class ResultsCallback(Callback):
             check_repository(push_to_hub)
         self.folder = RunFolder(output, overwrite=overwrite)
         self.config, self.csv_log, self.push_to_hub = config, csv_log, push_to_hub
-        self.tasks = tasks
+        self.tasks, self._checked = tasks, False
         self.seconds = 0.0
         self._begin = 0.0
 
@@ -75,15 +77,16 @@ class ResultsCallback(Callback):
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
             if processes.first():
                 self.folder.check()
-                self.check_tasks(trainer)
+                self.check_tasks(getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
 
-    def check_tasks(self, trainer: Trainer) -> None:
-        """Asks whether the tasks can be asked, before anything is done."""
-        if self.tasks is None:
+    def check_tasks(self, tokenizer: Tokenizer | None) -> None:
+        """Asks once whether the tasks can be asked, before anything is done."""
+        if self.tasks is None or self._checked:
             return
-        if getattr(trainer.datamodule, "tokenizer", None) is None:  # type: ignore[attr-defined]
+        if tokenizer is None:
             raise InputError("`tasks` needs a data module with a `tokenizer`, there is none.")
-        self.tasks.check(load=True)
+        self.tasks.check(tokenizer, load=True)
+        self._checked = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the folder: the cut is done."""
@@ -121,7 +124,7 @@ class ResultsCallback(Callback):
         model = pruning.find_model(pl_module)
         if not is_sharded(model):
             model = model.to(trainer.strategy.root_device)
-        name = "recovered" if pruning.recipe is not None else "dense" if pruning.idle else "after"
+        name = "after" if pruning.recipe is None else "recovered"
         validation = validation_data(trainer)
         measured = None if validation is None else measure(model, *validation, label=f"Perplexity, {name}")
         whole = gathered(model)
@@ -133,7 +136,7 @@ class ResultsCallback(Callback):
         self, pruning: DynamicPruningCallback, model: PreTrainedModel, name: str, measured: Measurement | None
     ) -> Report:
         """The report of the trained ``model``, with its perplexity by ``name``."""
-        report = summary(model, pruning.recipe, pruning.done, pruning.kept)
+        report = summary(model, pruning.recipe, pruning.done, pruning.kept, pruning.cuts[len(pruning.done) :])
         within = sum(sum(done["seconds"].values()) for done in pruning.done if done["step"] > 0)  # cuts, told apart
         report["seconds"]["train"] = self.seconds - within
         if measured is not None:
@@ -154,26 +157,45 @@ class ResultsCallback(Callback):
     ) -> None:
         """Exports ``model``, writes and prints what the report says; sends the folder to the hub where asked to."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        if self.tasks is not None:
-            assert tokenizer is not None
-            report["tasks"] = self.tasks.run(model, tokenizer)
-        base = Path(getattr(pl_module, "pretrained", type(model).__name__)).name
+        base, plain = Path(getattr(pl_module, "pretrained", type(model).__name__)).name, exported(model)
         written = write_results(
             self.folder,
             model,
             report,
+            written=plain,
             base=base,
             tokenizer=tokenizer,
             validation=validation,
             device=model.device if shards(trainer) else trainer.strategy.root_device,
         )
         self.folder.finish()
+        failed = self._ask(plain if form(model) == "requantised" else model, report, base, tokenizer)
         picture = self.folder.path / "blocks.png"
         log_results(trainer.loggers, report, picture if picture in written else None, trainer.global_step)
         config = [] if self.config is None else [self.folder.path / "config.yaml"]
         tell([table(report)], written + config)
         if self.push_to_hub is not None:
             say(f"Sent to {push(self.folder.path / 'model', self.push_to_hub)}")
+        if failed is not None:
+            raise failed
+
+    def _ask(self, model: PreTrainedModel, report: Report, base: str, tokenizer: Tokenizer | None) -> InputError | None:
+        """Asks the model its tasks, once its folder is written; returns what went wrong, which loses nothing."""
+        if self.tasks is None:
+            return None
+        assert tokenizer is not None
+        try:
+            report["tasks"] = self.tasks.run(model, tokenizer)
+        except Exception as error:  # of the harness, the task, its data
+            first, folder = (str(error).strip() or type(error).__name__).splitlines()[0], self.folder.path / "model"
+            again = f"lit-prune evaluate --model.pretrained {folder} --tasks {','.join(self.tasks.names)}"
+            failed = InputError(
+                f"`tasks` could not be asked: {first}. The model is in {folder}: ask again by `{again}`."
+            )
+            failed.__cause__ = error
+            return failed
+        write_tasks(self.folder, report, base=base, tokenizer=tokenizer)
+        return None
 
     @contextmanager
     def opened(self) -> Iterator[None]:

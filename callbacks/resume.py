@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lit_prune.errors import InputError
 from lit_prune.sharded import shards
 
 Settings = dict[str, Any]
+PROCESSES = "trainer.devices * trainer.num_nodes"
 
 
 def run_settings(trainer: Trainer, pl_module: LightningModule) -> Settings:
@@ -22,7 +24,7 @@ def run_settings(trainer: Trainer, pl_module: LightningModule) -> Settings:
     settings: Settings = {
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.precision": str(trainer.precision),
-        "trainer.devices * trainer.num_nodes": trainer.world_size,
+        PROCESSES: trainer.world_size,
         "trainer.strategy": "ModelParallelStrategy" if shards(trainer) else "one that keeps weights whole",
     }
     for part in (pl_module, getattr(trainer, "datamodule", None)):
@@ -50,10 +52,25 @@ def stored_run(path: str) -> dict[str, Any]:
 
 
 def check_settings(settings: Settings, made_with: Settings) -> None:
-    """Raises InputError for the first setting that is not what the checkpoint was made with."""
-    for field, value in settings.items():
-        if field in made_with and made_with[field] != value:
-            raise InputError(
-                f"`{field}` must be what the checkpoint was made with, {made_with[field]}, got {value}; change it "
-                "back, or begin a new run."
-            )
+    """Raises InputError that names every setting that is not what the checkpoint was made with."""
+    others = {field: value for field, value in settings.items() if field in made_with and made_with[field] != value}
+    if others:
+        raise InputError(_message(others, made_with))
+
+
+def _message(others: Settings, made_with: Settings) -> str:
+    """What differs: the first in full, the rest after it."""
+    told = [(f"`{field}`", _differing(made_with[field], value)) for field, value in others.items()]
+    rest = "".join(f"; so must {field}, {values}" for field, values in told[1:])
+    return (
+        f"{told[0][0]} must be what the checkpoint was made with, {told[0][1]}{rest}; change "
+        f"{'them' if rest else 'it'} back, or begin a new run."
+    )
+
+
+def _differing(before: Any, now: Any) -> str:
+    """Two values in words, with short numbers unless those are what differs."""
+    texts = [f"{before}", f"{now}"]
+    short = [re.sub(r"\d+\.\d{7,}", lambda found: f"{float(found[0]):.6g}", text) for text in texts]
+    before, now = short if short[0] != short[1] else texts
+    return f"{before}, got {now}"

@@ -43,6 +43,7 @@ __all__ = [
     "unwrap",
 ]
 
+CALIBRATION_TOKENS = 2048
 Batch = dict[str, Tensor]
 INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -54,7 +55,7 @@ class Calibration:
 
     Args:
         num_samples: Number of windows.
-        seq_length: Tokens per window.
+        seq_length: Tokens per window; null takes 2048, on the command line the model's limit where that is less.
         seed: Seed of the draw.
         batch_size: Windows per forward pass.
 
@@ -63,14 +64,20 @@ class Calibration:
     """
 
     num_samples: int = 128
-    seq_length: int = 2048
+    seq_length: int | None = None
     seed: int = 0
     batch_size: int = 1
 
     def __post_init__(self) -> None:
         for name, least in {"num_samples": 1, "seq_length": 2, "batch_size": 1}.items():
-            if getattr(self, name) < least:
-                raise InputError(f"`calibration.{name}` must be at least {least}, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"`calibration.{name}` must be at least {least}, got {value}.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per window."""
+        return CALIBRATION_TOKENS if self.seq_length is None else self.seq_length
 
 
 class Windows(NamedTuple):
@@ -132,7 +139,7 @@ def first_batches(loader: Iterable[Any], calibration: Calibration) -> list[Batch
                 "`calibration`: batches of the training dataloader must be dicts with a tensor `input_ids`, got "
                 f"{type(batch).__name__}."
             )
-        take = (slice(calibration.num_samples - rows), slice(calibration.seq_length))
+        take = (slice(calibration.num_samples - rows), slice(calibration.tokens))
         batches.append({key: batch[key][take] for key in ("input_ids", "attention_mask") if key in batch})
         rows += len(batches[-1]["input_ids"])
         if rows == calibration.num_samples:

@@ -6,7 +6,8 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,7 +23,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.plugins.precision import HalfPrecision  # noqa: E402
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
+from lit_prune.calibrate import CALIBRATION_TOKENS  # noqa: E402
 from lit_prune.callbacks.batches import (  # noqa: E402
     calibration_batches,
     check_one_process,
@@ -33,24 +36,28 @@ from lit_prune.callbacks.batches import (  # noqa: E402
 from lit_prune.callbacks.cut import cut  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, one, tell  # noqa: E402
+from lit_prune.callbacks.resume import stored_run  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from lit_prune.cli_errors import explain  # noqa: E402
-from lit_prune.data import TextDataModule  # noqa: E402
+from lit_prune.data import WINDOW_TOKENS, TextDataModule  # noqa: E402
 from lit_prune.disk import refused  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.export import check_merge  # noqa: E402
 from lit_prune.families import blocks_path, packs  # noqa: E402
+from lit_prune.load import architecture_config, load_config, skeleton  # noqa: E402
 from lit_prune.module import PrunableLM  # noqa: E402
-from lit_prune.on_disk import placed, working  # noqa: E402
+from lit_prune.on_disk import on_disk, placed, working  # noqa: E402
 from lit_prune.pipeline import look, recipe_record  # noqa: E402
 from lit_prune.progress import say  # noqa: E402
-from lit_prune.recover import LoRA, MaskedLoRA  # noqa: E402
+from lit_prune.recover import LoRA, MaskedLoRA, QLoRA  # noqa: E402
 from lit_prune.report import block_table, task_table, to_json, versions  # noqa: E402
 from lit_prune.results import summary, write_scores  # noqa: E402
 from lit_prune.run_folder import write_text  # noqa: E402
 from lit_prune.sharded import shards  # noqa: E402
 from lit_prune.tasks import HarnessSettings, Tasks, names_of  # noqa: E402
 
+ADVICE = ("Tip:", "Seed set to", "GPU available", "TPU available")  # of Lightning
+ADAPTERS = (LoRA, MaskedLoRA, QLoRA)
 ONCE = ("ckpt_path", "weights_only", "verbose", "merge", "push_to_hub")  # what no configuration keeps
 WRITES = ("fit", "prune", "export")  # verbs that leave a model
 DESCRIPTION = "Prune a large language model while it is being fine-tuned, and heal it in the same run."
@@ -58,6 +65,59 @@ DESCRIPTION = "Prune a large language model while it is being fine-tuned, and he
 
 class PruneTrainer(Trainer):
     """A Lightning Trainer that can also prune without training, look without pruning, and export a checkpoint."""
+
+    def fit(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Prune, train and heal in one run; writes a Hugging Face folder, a report and a picture.
+
+        Args:
+            ckpt_path: A checkpoint to go on from, or `last`, the last one in the output folder.
+            weights_only: Refuse a checkpoint that holds anything but weights and plain values.
+        """
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def validate(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Measure the perplexity of the model, or of a checkpoint, on the validation text; writes nothing.
+
+        Args:
+            ckpt_path: A checkpoint of a fit whose weights are measured; null measures the model.
+            verbose: Print the perplexity.
+            weights_only: Refuse a checkpoint that holds anything but weights and plain values.
+        """
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def test(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Measure the perplexity of the model, or of a checkpoint, on the test text; writes nothing.
+
+        Args:
+            ckpt_path: A checkpoint of a fit whose weights are measured; null measures the model.
+            verbose: Print the perplexity.
+            weights_only: Refuse a checkpoint that holds anything but weights and plain values.
+        """
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def prune(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Prune in one shot, without training; writes the same folder as fit, with the pruned model."""
@@ -68,7 +128,7 @@ class PruneTrainer(Trainer):
         calibration = calibration_batches(self, pruning.calibration)
         pruning.check_statistics(llm, *calibration)
         measured, stored = pruning.measure, pruning.stored
-        with working(llm, results.folder.path):
+        with working(llm, results.folder.path), self._logging():
             done = cut(llm, pruning.recipe, calibration, validation, device, measured=measured, stored=stored)
             with results.opened():
                 results.write(self, model, llm, summary(llm, pruning.recipe, [done]), validation)
@@ -97,7 +157,7 @@ class PruneTrainer(Trainer):
             "seconds": {"score": scored.seconds},
             "versions": versions(),
         }
-        with results.opened():
+        with results.opened(), self._logging():
             written = write_scores(results.folder.path, report, stored)
         results.folder.finish()
         tell([block_table(report)], written)
@@ -118,24 +178,18 @@ class PruneTrainer(Trainer):
         if merge:
             check_merge(stored)
         self._data_connector.attach_data(model, datamodule=datamodule)
-        results.check_tasks(self)
-        model.configure_model()
-        if isinstance(self.precision_plugin, HalfPrecision):
-            self.precision_plugin.convert_module(pruning.find_model(model))
+        self._loaded(model, pruning)
         _load(ckpt_path, model, [pruning, results])
         written = results.measured(self, model)
         assert written is not None  # of one process
-        with results.opened():
+        with results.opened(), self._logging():
             results.write(self, model, *written)
 
     def evaluate(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Ask the model tasks of lm-eval, `--tasks arc_easy,piqa`; writes report.json, and no model."""
         pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
-        if results.tasks is None:
-            raise InputError("`tasks` must be given, such as `--tasks arc_easy,piqa`, got none.")
-        results.tasks.check()
-        model.configure_model()
-        llm = placed(pruning.find_model(model), self.strategy.root_device)
+        assert results.tasks is not None
+        llm = placed(self._loaded(model, pruning), self.strategy.root_device)
         report = {
             "model": getattr(model, "pretrained", None),
             "dtype": str(llm.dtype).removeprefix("torch."),
@@ -155,11 +209,34 @@ class PruneTrainer(Trainer):
         if pruning.recipe is None:
             raise InputError("`pruning.method` must be a method for this, such as Wanda, got null.")
         self._data_connector.attach_data(model, datamodule=datamodule)
-        results.check_tasks(self)
-        model.configure_model()
-        pruning.take_zeros(pruning.find_model(model))
-        pruning.recipe.check(pruning.find_model(model))
+        llm = self._loaded(model, pruning)
+        pruning.take_zeros(llm)
+        pruning.recipe.check(llm)
         return pruning, results
+
+    def _loaded(self, model: LightningModule, pruning: DynamicPruningCallback) -> PreTrainedModel:
+        """Loads the LLM, in the precision that fit would give it before a cut."""
+        model.configure_model()
+        llm = pruning.find_model(model)
+        if isinstance(self.precision_plugin, HalfPrecision):
+            if on_disk(llm) is not None:
+                raise InputError(
+                    f"`trainer.precision` must be 32-true with `model.on_disk`, got {self.precision}: the weights are "
+                    "computed with as they are stored."
+                )
+            self.precision_plugin.convert_module(llm)
+        return llm
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Lets every logger finish what it was given, as fit does."""
+        status = "failed"
+        try:
+            yield
+            status = "success"
+        finally:
+            for logger in self.loggers:
+                logger.finalize(status)
 
 
 def _load(path: str, model: LightningModule, callbacks: Sequence[Callback]) -> None:
@@ -219,7 +296,9 @@ class LitPruneCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
         """Parses the command line; what is exported has the settings of its run."""
-        self.config = parser.parse_args(_of_export(sys.argv[1:] if args is None else args))
+        given = sys.argv[1:] if args is None else args
+        _check_verb(given, self.subcommands())
+        self.config = parser.parse_args(_of_export(given))
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration as the user gave it: our checkpoints hold no hyper-parameters to put over it."""
@@ -264,6 +343,11 @@ class LitPruneCLI(LightningCLI):
         if DynamicPruningCallback.__name__ in str(config.trainer.callbacks):
             raise InputError("`trainer.callbacks` must not hold a DynamicPruningCallback: `pruning` is one already.")
         output = Path(config.output)
+        if config.get("ckpt_path"):
+            config.ckpt_path = _checkpoint(config.ckpt_path, output)
+            if self.subcommand in ("fit", "export"):
+                stored_run(config.ckpt_path)
+        _fill_lengths(config)
         if config.push_to_hub is not None and self.subcommand not in WRITES:
             raise InputError(f"`push_to_hub` must be left out for {self.subcommand}, which writes no model.")
         saved = self._saved(config)
@@ -276,8 +360,6 @@ class LitPruneCLI(LightningCLI):
             tasks=self._tasks(config),
         )
         self.trainer_defaults["callbacks"] = [results]
-        if config.get("ckpt_path"):
-            config.ckpt_path = _checkpoint(config.ckpt_path, output)
         if (
             self.subcommand in (*WRITES, "score", "evaluate") and _rank() == 0
         ):  # the others start when the first is there
@@ -288,6 +370,11 @@ class LitPruneCLI(LightningCLI):
                     f"`output` has a model already, {output / 'model'}: choose another with `--output DIR`, or replace "
                     "it with `--overwrite`."
                 )
+        if config.trainer.max_steps < -1 or (config.trainer.max_steps == 0 and self.subcommand == "fit"):
+            raise InputError(
+                f"`trainer.max_steps` must be at least 1, or -1 for as many as `trainer.max_epochs` take, got "
+                f"{config.trainer.max_steps}; `lit-prune prune` prunes without training."
+            )
         endless = config.trainer.max_steps == -1 and config.trainer.max_epochs == -1
         if endless and self.subcommand in ("fit", "prune", "score"):
             raise InputError("`trainer.max_steps` or `trainer.max_epochs` must be given: the cosine needs an end.")
@@ -351,12 +438,19 @@ class LitPruneCLI(LightningCLI):
         self.trainer.fit(model, datamodule=datamodule, weights_only=weights_only)
 
     def after_instantiate_classes(self) -> None:
-        """Checks what hangs on the LLM's config and on the data together."""
-        pruning = one(self.trainer, DynamicPruningCallback)
-        if self.subcommand == "fit":
-            pruning.check_strategy(self.trainer)
+        """Checks what hangs on the LLM's config and on the data together, before weights and text are read."""
+        pruning, results = one(self.trainer, DynamicPruningCallback), one(self.trainer, ResultsCallback)
+        fits = self.subcommand == "fit"
+        if fits:
+            pruning.check_trainer(self.trainer)
+            if path := self.config[self.subcommand].get("ckpt_path"):
+                pruning.check_resumed(self.trainer, self.model, self.datamodule, path)
         elif shards(self.trainer) and self.subcommand in ("validate", "test"):
             raise InputError(f"`trainer.strategy` must not be ModelParallelStrategy for {self.subcommand}: use ddp.")
+        if self.subcommand == "evaluate" and results.tasks is None:
+            raise InputError("`tasks` must be given, such as `--tasks arc_easy,piqa`, got none.")
+        if results.tasks is not None and _rank() == 0:  # no other process is there yet
+            results.check_tasks(self.datamodule.tokenizer)
         if self.subcommand == "evaluate":  # which reads no data of ours
             return
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -367,7 +461,7 @@ class LitPruneCLI(LightningCLI):
             check_processes(self.trainer)
             if self.subcommand != "fit":
                 check_one_process(self.trainer, self.subcommand)
-        elif isinstance(pruning.recovery, (LoRA, MaskedLoRA)) and self.model.architecture is not None:
+        elif fits and isinstance(pruning.recovery, ADAPTERS) and self.model.architecture is not None:
             raise InputError(
                 "`pruning.recovery` must be null where `model.architecture` begins from random weights and nothing is "
                 f"cut, they would be frozen; got {pruning.recovery}."
@@ -378,9 +472,36 @@ class LitPruneCLI(LightningCLI):
                 "`data.instructions.packed` must be false for the family "
                 f"{self.model.config.model_type!r}, whose attention would not keep the conversations of a window apart."
             )
+        if self.subcommand in ("fit", "prune", "score"):
+            pruning.check_unloaded(skeleton(self.model.config), self.datamodule, trains=fits)
         for field, length in lengths.items():
             if limit is not None and length > limit:
                 raise InputError(f"`{field}` must be at most {limit}, the model's limit, got {length}.")
+
+
+def _check_verb(args: list[str], verbs: dict[str, Any]) -> None:
+    """Refuses options before the verb, and tasks for a verb that asks none; a configuration may name some."""
+    verb = next((arg for arg in args if arg in verbs), None)
+    options = {arg.partition("=")[0] for arg in args}
+    if verb is not None and args[0].startswith("-"):
+        before = " ".join(args[: args.index(verb)])
+        raise InputError(f"the verb must come first: lit-prune {verb} {before}")
+    if verb not in (None, *WRITES, "evaluate") and "--tasks" in options:
+        raise InputError(
+            f"`tasks` must be left out for {verb}, which asks none: use `lit-prune evaluate`, or fit, prune and export."
+        )
+
+
+def _fill_lengths(config: Namespace) -> None:
+    """Sets the windows that the user left open, as long as the model takes."""
+    usual = {"data.seq_length": WINDOW_TOKENS, "pruning.calibration.seq_length": CALIBRATION_TOKENS}
+    missing = [field for field in usual if config[field] is None]
+    if not missing:
+        return
+    model = config.model
+    found = load_config(model.pretrained) if model.architecture is None else architecture_config(model.architecture)
+    for field in missing:
+        config[field] = min(usual[field], getattr(found, "max_position_embeddings", None) or usual[field])
 
 
 def _of_export(args: list[str]) -> list[str]:
@@ -424,7 +545,7 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advice.addFilter(lambda record: "Tip:" not in record.getMessage())
+    advice.addFilter(lambda record: not any(text in record.getMessage() for text in ADVICE))
     for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*Checkpoint directory.*"):
         warnings.filterwarnings("ignore", message)
 

@@ -27,6 +27,15 @@ BASES: dict[str, type] = {
     "schedule": Schedule,
 }
 
+WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list",
+    "Sequence": "a list",
+    "dict": "a mapping",
+}
+
 
 def explain(message: str, parser: Any) -> str:
     """Returns ``message`` in a few lines.
@@ -48,6 +57,7 @@ def explain(message: str, parser: Any) -> str:
         (r"Unexpected config:\s*$", _empty),
         (r"Problem with given class_path '([\w.]+)':\s+the following arguments are required: (\S+)", _required),
         (r"argument subcommand: invalid choice: '(\S+)'|expected \"subcommand\" to be one of", _verb),
+        (r"(?:Got value|Given value): (?!NestedArg)(.*)", _value),
     ):
         found = re.search(pattern, message, re.DOTALL if pattern.startswith(r"Problem") else 0)
         if found and (told := say(found, message, parser)):
@@ -108,7 +118,32 @@ def _class(found: re.Match[str], message: str, parser: Any) -> str:
         f"`{where}` must be one of {', '.join(choices)}, or the dotted path of a class of your own, got {word!r}",
         word,
         choices,
+        _as_n_of_m(word, where),
     )
+
+
+def _as_n_of_m(word: str, where: str) -> str:
+    """How a pattern such as 2:4 is written."""
+    found = re.fullmatch(r"(\d+):(\d+)", word)
+    if found is None or not where.endswith("pattern"):
+        return ""
+    return f"{word} is --{where} NofM --{where}.n {found[1]} --{where}.m {found[2]}"
+
+
+def _value(found: re.Match[str], message: str, parser: Any) -> str:
+    """What kind of value a setting takes, of those that were tried for it."""
+    value, before = found.group(1).strip(), message[: found.start()]
+    tried = before[before.rfind("Parser key") :]  # of the innermost key
+    kinds = [WORDS[name] for name in re.findall(r"Expected an? <class '(?:[\w]+\.)*(\w+)'>", tried) if name in WORDS]
+    choices = re.findall(r"'([^']+)'", " ".join(re.findall(r"Expected a typing\.Literal\[(.*?)\]", tried)))
+    kinds += [f"one of {', '.join(choices)}"] if choices else []
+    where = _where(message, found.start())
+    if not where or not kinds:
+        return ""
+    hint = f"a list is written [{value}]" if kinds == [WORDS["list"]] else ""
+    if re.fullmatch(r"[\d.]+%", value) and WORDS["float"] in kinds:
+        hint = f"a share is written {float(value[:-1]) / 100:g}"
+    return _not_known(f"`{where}` must be {' or '.join(kinds)}, got {value}", value, choices, hint)
 
 
 def _abstract(found: re.Match[str], message: str, parser: Any) -> str:

@@ -39,6 +39,12 @@ from lit_prune.sharded import shards
 
 BUILDERS = {".txt": "text", ".raw": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 Part = Literal["train", "val", "test"]
+WINDOW_TOKENS = 1024
+PYTHON_DOCS: dict[Part, str] = {
+    "train": "training documents",
+    "val": "validation documents",
+    "test": "validation documents, as it has none to test on",
+}
 Files = str | list[str] | None
 
 
@@ -86,7 +92,8 @@ class TextDataModule(LightningDataModule):
             protocol); null keeps rows apart, each ended by the tokenizer's end-of-text token.
         packages: With `python-docs`, train on the docstrings of all installed packages too.
         instructions: Take the rows of files or of a hub data set for conversations, and train on their answers alone.
-        seq_length: Tokens per training window.
+        seq_length: Tokens per training window; null takes 1024, on the command line the model's limit where that is
+            less.
         val_seq_length: Tokens per window of validation and test; null takes `seq_length`.
         batch_size: Windows per batch.
         val_windows: Use only the first so many windows for validation and test; null uses all.
@@ -113,7 +120,7 @@ class TextDataModule(LightningDataModule):
         separator: str | None = None,
         packages: bool = False,
         instructions: Instructions | None = None,
-        seq_length: int = 1024,
+        seq_length: int | None = None,
         val_seq_length: int | None = None,
         batch_size: int = 8,
         val_windows: int | None = None,
@@ -121,6 +128,7 @@ class TextDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        seq_length = WINDOW_TOKENS if seq_length is None else seq_length
         lengths = {"seq_length": seq_length, "val_seq_length": seq_length if val_seq_length is None else val_seq_length}
         for field, length in lengths.items():
             if length < 2:
@@ -234,19 +242,23 @@ class TextDataModule(LightningDataModule):
         if self._local():
             return " + ".join(Path(file).name for file in self.files[part])
         if self.source == "python-docs":
-            return f"python-docs ({'training' if part == 'train' else 'validation'} documents)"
+            return f"python-docs ({PYTHON_DOCS[part]})"
         return f"{self.source}{f' {self.name}' if self.name else ''}, split {self.splits[part]}"
 
     def resume_settings(self) -> dict[str, Any]:
         """Returns what the position in the data means nothing without, by field; a resumed run must have the same."""
         stream = self.stream("train")
         digest = hashlib.sha256(stream.numpy().tobytes()).hexdigest()[:12]
+        text = f"text of {stream.numel():,} tokens, SHA-256 {digest}"
+        return self.unread_settings() | {"data.train_files (or data.source)": text}
+
+    def unread_settings(self) -> dict[str, Any]:
+        """Returns those of :meth:`resume_settings` that are known before any text is read."""
         return {
             "data.instructions": None if self.instructions is None else repr(self.instructions),
             "data.seed": self.seed,
             "data.batch_size": self.batch_size,
             "data.seq_length": self.seq_length,
-            "data.train_files (or data.source)": f"text of {stream.numel():,} tokens, SHA-256 {digest}",
         }
 
     def _loader(self, part: Part) -> DataLoader:

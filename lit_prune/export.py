@@ -8,7 +8,6 @@ adapter together (where peft is installed). A model that QLoRA quantised is writ
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +30,7 @@ from lit_prune.quantised import (
     quantisation,
     quantised_linears,
     shell,
+    unquantised,
 )
 from lit_prune.recover import adapter_config, mark, merged_weight, quantise, snapshot
 
@@ -148,7 +148,7 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     if adapter_config(model) is None:
         return model
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(_unquantised(model.config), dtype=model.dtype)
+        plain = AutoModelForCausalLM.from_config(unquantised(model.config), dtype=model.dtype)
     packed = {name.replace(".base_layer", ""): module for name, module in quantised_linears(model)}
     for name, module in packed.items():
         plain.set_submodule(name, shell(module))
@@ -171,18 +171,10 @@ def share_buffers(model: PreTrainedModel, plain: PreTrainedModel) -> None:
             module._buffers[last] = buffer
 
 
-def _unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of ``config`` that says nothing of quantised weights."""
-    plain = copy.deepcopy(config)
-    if hasattr(plain, "quantization_config"):
-        del plain.quantization_config
-    return plain
-
-
 def _tell_quantised(model: PreTrainedModel) -> None:
     """Has the config of ``model`` say how its linears are quantised, so that transformers opens them, or not."""
     mark(model)
-    model.config = _unquantised(model.config)
+    model.config = unquantised(model.config)
     if quantisation(model) is not None:
         model.config.quantization_config = bitsandbytes_config(model)
 

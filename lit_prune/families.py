@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lit_prune import structure
 from lit_prune.errors import InputError
 from lit_prune.linears import Linear, linears_of
 from lit_prune.on_disk import OnDisk, on_disk
@@ -136,7 +137,7 @@ def find_blocks(
             f"`pruning.blocks` must lead to a list of decoder layers, {path!r} is {type(layers).__name__}."
         )
     every = [linears_of(layer) for layer in layers]
-    _check_linears(every, layers, quantised)
+    _check_linears(model, every, layers, quantised)
     names = dict.fromkeys(name for linears in every for name in linears)  # blocks differ where some have no experts
     _check_patterns(names, {"targets": targets or [], "ignore": ignore})
     return [
@@ -145,21 +146,39 @@ def find_blocks(
     ]
 
 
-def _check_linears(every: Sequence[Mapping[str, Linear]], layers: nn.ModuleList, quantised: bool) -> None:
+def _check_linears(
+    model: PreTrainedModel, every: Sequence[Mapping[str, Linear]], layers: nn.ModuleList, quantised: bool
+) -> None:
     for linears, layer in zip(every, layers, strict=True):
         if not linears:
             kinds = ", ".join(sorted({type(module).__name__ for module in layer.modules()}))
             raise InputError(f"`pruning.blocks` must lead to blocks with linears, there is none among {kinds}.")
         for name, linear in linears.items():
-            if ".base_layer" in name or "lora_" in name:
-                raise InputError(
-                    f"`model` must be pruned before adapters are attached, {name} is under one; merge it first."
-                )
-            if not (quantised or linear.parameter.is_floating_point()):
-                raise InputError(
-                    f"`model` must be pruned in full precision, {name} is quantised ({linear.parameter.dtype}); load "
-                    "it unquantised, prune, and quantise after that."
-                )
+            adapted = ".base_layer" in name or "lora_" in name
+            if not linear.parameter.is_floating_point() and (adapted or not quantised):
+                raise InputError(_quantised(name, linear))
+            if adapted:
+                raise InputError(_adapted(name, masked=structure.masked(model)))
+
+
+def _quantised(name: str, linear: Linear) -> str:
+    return (
+        f"`model` must be pruned in full precision, {name} is quantised ({linear.parameter.dtype}): prune the model "
+        "that it was made from, and quantise after that; QLoRA leaves weights that can be pruned again where it was "
+        "trained with `--pruning.recovery.form merged`."
+    )
+
+
+def _adapted(name: str, *, masked: bool) -> str:
+    """What to do about an adapter; LoRA over masks is one that cannot be merged, or every zero would be filled."""
+    rule = f"`model` must be pruned before adapters are attached, {name} is under one"
+    if masked:
+        return (
+            f"{rule}, over masks whose zeros a merge would fill: train with `--pruning.recovery MaskedLoRA`, which is "
+            "merged, or give up what was trained by moving adapter_config.json and adapter_model.safetensors out of "
+            "the folder."
+        )
+    return f"{rule}: merge it by peft's `merge_and_unload`, save that as a folder of its own, and prune it."
 
 
 def _check_patterns(names: Collection[str], chosen_by: Mapping[str, Sequence[str]]) -> None:

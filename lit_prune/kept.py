@@ -138,14 +138,15 @@ def check_kept(model: PreTrainedModel, recovery: Recovery | None) -> None:
         )
     if recovery is None:
         check_unfilled(model, "recovery", "MaskedLoRA, FullFineTuning or LoRA")
-        return
-    if adapter is None:
+        if adapter is None or any(parameter.requires_grad for parameter in model.parameters()):
+            return
+    elif adapter is None:
         recovery.check(model)
-    elif not _same_adapter(adapter, recovery):
+    if adapter is not None and not _same_adapter(adapter, recovery):
         raise InputError(
             f"`pruning.recovery` must be the adapter that lies in `model.pretrained`, LoRA(r={adapter['r']}, "
             f"alpha={adapter['lora_alpha']}, dropout={adapter['lora_dropout']}), which is trained on then, got "
-            f"{recovery}: over masks it cannot be merged to make room for another."
+            f"{'null' if recovery is None else recovery}: over masks it cannot be merged to make room for another."
         )
 
 
@@ -172,7 +173,7 @@ def _fills(model: PreTrainedModel) -> bool:
     return any(linear.parameter.requires_grad for block in blocks for linear in block.linears.values())
 
 
-def _same_adapter(adapter: dict[str, Any], recovery: Recovery) -> bool:
+def _same_adapter(adapter: dict[str, Any], recovery: Recovery | None) -> bool:
     """Whether an adapter is what ``recovery`` would attach; null `target_modules` are whatever it has."""
     if not isinstance(recovery, LoRA):
         return False

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lit_prune.errors import InputError, near_misses
 from lit_prune.mappable import check_mappable
 from lit_prune.on_disk import keep_on_disk
-from lit_prune.quantised import compute_exactly
+from lit_prune.quantised import compute_exactly, unquantised
 
 EMBEDDED = Path(__file__).parent / "embedded"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -103,6 +103,19 @@ def new_model(architecture: dict[str, Any], dtype: Dtype = "float32") -> PreTrai
     config = architecture_config(architecture)
     wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
     return AutoModelForCausalLM.from_config(config, dtype=wanted)
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Returns the causal LM of a config on the meta device: its parts and their shapes, and no weights.
+
+    Raises:
+        InputError: if transformers has no causal LM for it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(unquantised(config))
+    except ValueError as error:
+        raise InputError(f"`model.pretrained` is no causal LM that transformers knows: {_first_line(error)}") from error
 
 
 def architecture_config(architecture: dict[str, Any]) -> PreTrainedConfig:

@@ -179,6 +179,7 @@ class Scored:
         seconds: How long it took.
         observed: What passed through each block, where statistics were taken.
         search: What an allocation that tries rates out tells of it, see ``allocate.base.Refined``.
+        found: The share that was gone before, weighted by ``sizes``; 0 for a dense model.
     """
 
     scores: list[float]
@@ -188,6 +189,7 @@ class Scored:
     seconds: float
     observed: list[Observed] = field(repr=False)
     search: dict[str, Any] = field(default_factory=dict)
+    found: float = 0.0
 
     @property
     def planned(self) -> float:
@@ -208,6 +210,7 @@ class Pruned:
         sizes: What each block had to give: its prunable weights, for slices its dimensions.
         seconds: How long scoring and pruning took, by phase.
         search: What an allocation that tries rates out tells of it.
+        found: The share that was gone before; 0 for a dense model.
     """
 
     scores: list[float]
@@ -218,6 +221,7 @@ class Pruned:
     sizes: list[int]
     seconds: dict[str, float]
     search: dict[str, Any] = field(default_factory=dict)
+    found: float = 0.0
 
 
 def score(
@@ -292,7 +296,17 @@ def prune(
     total = weighted_mean(achieved, scored.sizes)
     structure.write(model, recipe=recipe_record(recipe), rates=scored.rates)
     seconds = {"score": scored.seconds, "prune": time.perf_counter() - begin}
-    return Pruned(scored.scores, scored.rates, scored.target, achieved, total, scored.sizes, seconds, scored.search)
+    return Pruned(
+        scores=scored.scores,
+        rates=scored.rates,
+        target=scored.target,
+        achieved=achieved,
+        sparsity=total,
+        sizes=scored.sizes,
+        seconds=seconds,
+        search=scored.search,
+        found=scored.found,
+    )
 
 
 def _check_same(blocks: Sequence[Block]) -> None:
@@ -332,6 +346,11 @@ def check_stored(
     stored.check(key_of(model, batches, settings), recipe.find(model), _needs(recipe))
 
 
+def check_stored_unread(stored: Stored, model: PreTrainedModel, recipe: Recipe, settings: Mapping[str, Any]) -> None:
+    """Asks the same of a ``model`` without weights, before the text is read, as far as that can be told."""
+    stored.check(stored.key.unread(settings), recipe.find(model), _needs(recipe))
+
+
 def _needs(recipe: Recipe) -> frozenset[str]:
     """The statistics of the unpruned model that a cut reads."""
     return _looks(recipe) | (recipe.method.needs if recipe.method.propagate == "dense" else frozenset())
@@ -369,11 +388,12 @@ def _score(
                 seen = seen.to(next(block.module.parameters()).device)
                 scores.append(known[block.index] if known else recipe.allocation.score(_weights(block), seen))
             observed.append(seen.to(model.device))
-    if limits.gone >= TOLD:
-        say(f"{limits.gone:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
+    found = limits.gone if limits.gone >= TOLD else 0.0
+    if found:
+        say(f"{found:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
     refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, observed=observed, key=key)
     seconds = time.perf_counter() - begin
-    return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, observed, refined.told)
+    return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, observed, refined.told, found)
 
 
 def _refine(

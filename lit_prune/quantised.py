@@ -7,6 +7,7 @@ Suffixes: O output channels, I input channels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any, Literal, final
 
@@ -14,7 +15,7 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.bits import packed, unpacked
@@ -216,6 +217,14 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=next(module for _, module in quantised_linears(model)).compute_dtype,
         llm_int8_skip_modules=rest,
     )
+
+
+def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Returns a copy of ``config`` that says nothing of quantised weights."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
 
 
 def compute_exactly(model: nn.Module) -> None:

@@ -17,8 +17,9 @@ from lit_prune.tasks import describe
 PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "bitsandbytes", "torchmetrics", "datasets")
 Report = dict[str, Any]
 SHOWN = 5e-5
-COLORS = {"dense": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
-TITLE_LETTERS = 100
+FIRST = ("dense", "before")  # what the perplexity is called that the others are compared with
+COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
+TITLE_LETTERS, LEGEND_COLUMNS = 100, 5
 
 
 def versions() -> dict[str, str]:
@@ -83,10 +84,12 @@ def _cut(report: Report) -> dict[str, str]:
 
 def _cuts(report: Report) -> dict[str, str]:
     """A row for every cut where there were several, or where the one came after the start."""
-    cuts = report.get("cuts", [])
-    if not cuts or cuts[-1]["step"] == 0:
+    cuts, later = report.get("cuts", []), report.get("cuts_not_made", [])
+    not_made = {f"cut at step {cut['step']}": f"{cut['sparsity']:.4f}, not made" for cut in later}
+    if not later and (not cuts or cuts[-1]["step"] == 0):
         return {}
-    return {f"cut at step {done['step']}": f"{done['sparsity']:.4f}{_jump(done['perplexity'])}" for done in cuts}
+    made = {f"cut at step {done['step']}": f"{done['sparsity']:.4f}{_jump(done['perplexity'])}" for done in cuts}
+    return made | not_made
 
 
 def _jump(perplexity: dict[str, float]) -> str:
@@ -142,14 +145,14 @@ def _size(report: Report) -> str:
 
 
 def _change(report: Report, name: str) -> str:
-    """How a perplexity stands to the dense one, and how much of the loss recovery won back."""
+    """How a perplexity stands to the first one, and how much of the loss recovery won back."""
     values = report["perplexity"]
-    dense, pruned, recovered = (values.get(key) for key in ("dense", "pruned", "recovered"))
-    if name == "dense" or dense is None:
+    first = next((key for key in FIRST if values.get(key) is not None), None)
+    if first is None or name == first:
         return ""
-    text = f"  ({values[name] / dense:.2f} x dense"
-    if name == "recovered" and pruned is not None and pruned > dense:
-        text += f"; {(pruned - recovered) / (pruned - dense):.0%} of the loss won back"
+    text, start, pruned = f"  ({values[name] / values[first]:.2f} x {first}", values[first], values.get("pruned")
+    if name in ("recovered", "requantised") and pruned is not None and pruned > start:
+        text += f"; {(pruned - values[name]) / (pruned - start):.0%} of the loss won back"
     return text + ")"
 
 
@@ -198,28 +201,41 @@ def picture(path: Path, scores: list[float], rates: list[float], report: Report)
     blocks = range(len(rates))
     if report.get("slice") is None:
         axes[0].bar(blocks, rates, color="#4c78a8", label="share removed (left)")
-        for done in report.get("cuts", [])[:-1]:
-            label = f"after step {done['step']} (left)"
-            axes[0].plot(blocks, done["rates"], drawstyle="steps-mid", color="#1f3b5c", linewidth=0.8, label=label)
+        _draw_earlier_cuts(axes[0], report.get("cuts", [])[:-1])
         axes[0].axhline(report["sparsity"]["target"], color="#4c78a8", linestyle=":", label="mean asked for (left)")
         axes[0].set(xlabel="block", ylabel="share removed", ylim=(0, 1))
     else:
         _draw_widths(axes[0], report["slice"])
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     other = axes[0].twinx()
-    other.plot(blocks, scores, color="#e45756", marker="o", markersize=3, label="score (right)")
+    other.plot(blocks, scores, color="#222222", marker="o", markersize=3, label="score (right)")
     other.set_ylabel("score")
     other.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     handles = [handle for axis in (axes[0], other) for handle in axis.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8)
+    figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), LEGEND_COLUMNS), fontsize=8)
     axes[0].set_title(_title(report), fontsize=9)
     if len(perplexity) > 1:
-        colors = [COLORS.get(name, "#e45756") for name in perplexity]
-        bars = axes[1].bar(list(perplexity), list(perplexity.values()), color=colors)
-        axes[1].bar_label(bars, fmt="%.1f")
-        axes[1].set(title="perplexity", ylim=(0, 1.1 * max(perplexity.values())))
-        axes[1].tick_params(axis="x", labelrotation=20)
+        _draw_perplexity(axes[1], perplexity)
     figure.savefig(path, dpi=120, format="png")
+
+
+def _draw_earlier_cuts(axis: Any, cuts: list[dict[str, Any]]) -> None:
+    """A line of every cut's rates, the later the lighter."""
+    from matplotlib import colormaps
+
+    for index, done in enumerate(cuts):
+        color, label = colormaps["plasma"](0.9 * (index + 1) / len(cuts)), f"after step {done['step']} (left)"
+        axis.plot(range(len(done["rates"])), done["rates"], drawstyle="steps-mid", color=color, label=label)
+
+
+def _draw_perplexity(axis: Any, perplexity: dict[str, float]) -> None:
+    """A bar of every perplexity on a logarithmic axis that begins at 1: its length is the loss."""
+    colors, values = [COLORS.get(name, "#e45756") for name in perplexity], list(perplexity.values())
+    bars = axis.barh(list(perplexity), [value - 1 for value in values], left=1, color=colors)
+    axis.bar_label(bars, [f"{value:,.1f}" for value in values], padding=2, fontsize=8)
+    axis.set(title="perplexity", xscale="log", xlim=(1, max(values) ** 1.4))
+    axis.minorticks_off()
+    axis.invert_yaxis()
 
 
 def _bars(report: Report) -> dict[str, float]:
@@ -229,8 +245,9 @@ def _bars(report: Report) -> dict[str, float]:
     if len(cuts) < 2 or "pruned" not in perplexity:
         return perplexity
     after = {f"cut {done['step']}": done["perplexity"]["after"] for done in cuts}
-    ends = {name: perplexity[name] for name in ("dense", "recovered") if name in perplexity}
-    return {name: ends[name] for name in ("dense",) if name in ends} | after | ends
+    first = {name: perplexity[name] for name in FIRST if name in perplexity}
+    rest = {name: value for name, value in perplexity.items() if name not in (*FIRST, "pruned")}
+    return first | after | rest
 
 
 def _title(report: Report) -> str:
@@ -265,7 +282,7 @@ def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str
 
 # {base}, {"pruned" if recipe and not report.get("kept") else "trained"} with lit_prune
 
-Made from `{base}`. {_done(report)}
+Made from `{base}`. {_done(report)}{_not_done(report)}
 {_healed(report)}
 Parameters: {_size(report)}.
 
@@ -349,6 +366,15 @@ def _at_steps(report: Report) -> str:
     return f", during training, before optimizer step{'s' if len(cuts) > 1 else ''} {steps}"
 
 
+def _not_done(report: Report) -> str:
+    """Which cuts were still to come."""
+    later = report.get("cuts_not_made", [])
+    if not later:
+        return ""
+    steps = ", ".join(f"{cut['step']} ({cut['sparsity']:.2%})" for cut in later)
+    return f" The training was not through, not made were the cuts before optimizer step {steps}."
+
+
 def _found(report: Report) -> str:
     """What is known of a model without a recipe."""
     if not _has_zeros(report):
@@ -357,6 +383,11 @@ def _found(report: Report) -> str:
         f"It came with zeros, {report['sparsity']['found']:.2%} of the weights of the linears of its blocks, which "
         f"were kept: {report['sparsity']['achieved_linears']:.2%} are exactly zero."
     )
+
+
+def _came(sparsity: dict[str, Any]) -> str:
+    """What share of the linears had been zero before."""
+    return f" {sparsity['found']:.2%} of the linears were before." if sparsity.get("found") else ""
 
 
 def _done(report: Report) -> str:
@@ -370,8 +401,8 @@ def _done(report: Report) -> str:
             f"Pruned with {how}, at a sparsity of {sparsity['requested']:g} ({_requested_of(sparsity)})"
             f"{_at_steps(report)}. "
             f"{sparsity['achieved_linears']:.2%} of the weights of the linears that were pruned are exactly zero, "
-            f"{sparsity['achieved_all']:.2%} of all parameters. The zeros are stored, so that masks alone make nothing "
-            "smaller."
+            f"{sparsity['achieved_all']:.2%} of all parameters.{_came(sparsity)} The zeros are stored, so that masks "
+            "alone make nothing smaller."
         )
     return (
         f"Sliced with {how}{_at_steps(report)}: the residual stream has {min(sliced['sizes'])} to "

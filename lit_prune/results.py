@@ -15,7 +15,7 @@ from lit_prune import structure
 from lit_prune.allocate import write_plan
 from lit_prune.allocate.plan import MEAN_TOLERANCE
 from lit_prune.evaluate import full_bytes, measure, parameters, pruned, size_bytes
-from lit_prune.export import export, exported, form, merged, merges, without_adapter
+from lit_prune.export import export, form, merged, merges, without_adapter
 from lit_prune.kept import zero_shares
 from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.pipeline import Recipe
@@ -23,6 +23,7 @@ from lit_prune.quantised import quantisation
 from lit_prune.recover import adapter_config
 from lit_prune.report import Report
 from lit_prune.run_folder import RunFolder, write_text, written_aside
+from lit_prune.schedule import Cut
 from lit_prune.slice import slices
 from lit_prune.stored import FILE, Stored, write_stored
 from lit_prune.verify import Validation, verify
@@ -33,11 +34,12 @@ def summary(
     recipe: Recipe | None,
     cuts: Sequence[dict[str, Any]],
     kept: dict[str, Any] | None = None,
+    following: Sequence[Cut] = (),
 ) -> Report:
     """Returns the report of what ``model`` is now, and of the ``cuts`` that were made (see DynamicPruningCallback).
 
     What it says of scores, rates and the like is the last cut's; `cuts` tells every one. Where nothing was cut, it is
-    what ``kept`` tells of the model before it was trained.
+    what ``kept`` tells of the model before it was trained. Where training ended early, cuts were still ``following``.
     """
     plain, done = without_adapter(model), dict(cuts[-1]) if cuts else {}
     sparsity: dict[str, Any] = {"requested": None, "achieved_linears": 0.0}
@@ -54,11 +56,11 @@ def summary(
             "target": target,
             "achieved_linears": zero / total,
             "missed": zero / total - target,
-        }
+        } | _found(cuts)
     fills = merges(model) and not structure.masked(model)
     zero, total = pruned(merged(model) if fills else plain)
     return {
-        "perplexity": _perplexities(cuts) if kept is None else {**kept["perplexity"], "after": None},
+        "perplexity": _perplexities(plain, recipe, cuts) if kept is None else {**kept["perplexity"], "after": None},
         "protocol": done.get("protocol"),
         "sparsity": sparsity | {"achieved_all": zero / total},
         "recipe": done.get("recipe"),
@@ -78,8 +80,9 @@ def summary(
         "slice": _slice(plain, recipe, done),
         "sliced": isinstance(plain, SlicedCausalLM),
         "cuts": [_told_of(done) for done in cuts],
+        "cuts_not_made": [cut._asdict() for cut in following],
         "kept": None if kept is None else kept["record"],
-        "seconds": _seconds(cuts) if kept is None else dict(kept["seconds"]),
+        "seconds": _seconds(cuts, _first(plain, recipe, cuts)) if kept is None else dict(kept["seconds"]),
         "versions": reports.versions(),
     }
 
@@ -117,10 +120,27 @@ def _quantised(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Any]
     return kind and kind | {"form": form(model), "bytes_unquantised": full_bytes(plain)}
 
 
-def _perplexities(cuts: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Before the first cut, after the last, and what will be measured at the end."""
-    measured = [done["perplexity"] for done in cuts] or [{}]
-    return {"dense": measured[0].get("before"), "pruned": measured[-1].get("after"), "recovered": None}
+def _first(plain: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[str, Any]]) -> str:
+    """What the model is called before the first cut: one that had zeros or slices is not dense."""
+    sliced = isinstance(plain, SlicedCausalLM) and recipe is not None and not recipe.method.changes_shapes
+    return "before" if _found(cuts) or sliced else "dense"
+
+
+def _found(cuts: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The share of zeros that the model came with, where there were any."""
+    found = cuts[0].get("found", 0.0) if cuts else 0.0
+    return {"found": found} if found else {}
+
+
+def _perplexities(
+    plain: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[str, Any]]
+) -> dict[str, float | None]:
+    """Before the first cut, after the last, and what will be measured at the end; without a cut that alone."""
+    if recipe is None:
+        return {"after": None}
+    measured, first = [done["perplexity"] for done in cuts] or [{}], _first(plain, recipe, cuts)
+    quantised = {name: value for name, value in measured[-1].items() if name == "quantised"}
+    return {first: measured[0].get("before"), "pruned": measured[-1].get("after"), **quantised, "recovered": None}
 
 
 def _told_of(done: dict[str, Any]) -> dict[str, Any]:
@@ -129,14 +149,13 @@ def _told_of(done: dict[str, Any]) -> dict[str, Any]:
     return {"requested": done["recipe"]["sparsity"]} | {field: done[field] for field in fields}
 
 
-def _seconds(cuts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The seconds of all cuts together; of the dense perplexity, that before the first."""
+def _seconds(cuts: Sequence[dict[str, Any]], first: str) -> dict[str, float]:
+    """The seconds of all cuts together; of the ``first`` perplexity, that before the first."""
     total: dict[str, float] = {}
     for index, done in enumerate(cuts):
         for name, seconds in done["seconds"].items():
-            dense = name == "perplexity_before" and index == 0
-            name = "perplexity_dense" if dense else name
-            name = "perplexity_pruned" if name.startswith("perplexity_") and not dense else name
+            if name in ("perplexity_before", "perplexity_after"):
+                name = "perplexity_pruned" if index or name == "perplexity_after" else f"perplexity_{first}"
             total[name] = total.get(name, 0.0) + seconds
     return total
 
@@ -169,6 +188,7 @@ def write_results(
     model: PreTrainedModel,
     report: Report,
     *,
+    written: PreTrainedModel,
     base: str,
     tokenizer: Tokenizer | None,
     validation: Validation | None,
@@ -176,21 +196,31 @@ def write_results(
 ) -> list[Path]:
     """Writes `model/`, `report.json` and `blocks.png` into ``folder``; returns what was written.
 
+    ``written`` is the model whose weights are exported for ``model``, see ``export.exported``.
+
     The exported folder is reopened and compared before it gets its name; see ``verify``.
 
     Raises:
         RuntimeError: if the reopened model is another.
     """
     target = folder.path / "model"
-    written = exported(model)
     if form(model) == "requantised" and validation is not None:
         found = measure(written, *validation, label="Perplexity, requantised", device=device)
         report["perplexity"]["requantised"] = found.perplexity
     with written_aside(target) as draft:
-        card = reports.model_card(report, base, base if tokenizer is None else "this/folder")
-        export(model, draft, tokenizer, card, written=written)
+        export(model, draft, tokenizer, _card(report, base, tokenizer), written=written)
         report["export"] = verify(draft, model, written, report, validation, device)
     return [target, *_told(folder.path, report)]
+
+
+def write_tasks(folder: RunFolder, report: Report, *, base: str, tokenizer: Tokenizer | None) -> None:
+    """Writes model card and `report.json` once more, now that the ``report`` has tasks."""
+    write_text(folder.path / "model" / "README.md", _card(report, base, tokenizer))
+    write_text(folder.path / "report.json", reports.to_json(report))
+
+
+def _card(report: Report, base: str, tokenizer: Tokenizer | None) -> str:
+    return reports.model_card(report, base, base if tokenizer is None else "this/folder")
 
 
 def write_scores(folder: Path, report: Report, stored: Stored) -> list[Path]:

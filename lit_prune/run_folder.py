@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ def written_aside(target: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as folder:
             draft = Path(folder) / target.name
             yield draft
+            _open_as_usual(draft)
             if target.is_dir():
                 target.rename(Path(folder) / REPLACED)
             draft.replace(target)
@@ -121,6 +123,16 @@ def written_aside(target: Path) -> Iterator[Path]:
             f"{'The earlier one is as it was' if target.exists() else 'Nothing of it is left'}; free some space, or "
             "choose another `--output DIR`."
         ) from error
+
+
+def _open_as_usual(draft: Path) -> None:
+    """Lets others read what safetensors made for its owner alone, as far as the umask does."""
+    probe = draft.parent / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    for file in (draft, *draft.rglob("*.safetensors")):
+        if file.is_file() and not file.is_symlink():
+            file.chmod(mode)
 
 
 def _clear(draft: Path) -> None:

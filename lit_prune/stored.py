@@ -46,6 +46,12 @@ class Key:
     versions: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)
 
+    def unread(self, settings: Mapping[str, Any]) -> Key:
+        """Returns what the key of a cut with ``settings`` will be at best: windows of other sizes are other tokens."""
+        sizes = ("calibration.num_samples", "calibration.seq_length")
+        same = all(self.settings.get(name, settings[name]) == settings[name] for name in sizes)
+        return Key(self.weights, self.tokens if same else "", _versions(), dict(settings))
+
     def differences(self, other: Key) -> list[str]:
         """Returns what is another in ``other``, in words; nothing where the statistics serve."""
         told = [
@@ -116,8 +122,11 @@ class Stored:
 
 def key_of(model: PreTrainedModel, batches: Iterable[Batch | Tensor], settings: Mapping[str, Any] | None = None) -> Key:
     """Returns the key of statistics of ``model`` over ``batches``; ``settings`` as in :class:`Key`."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return Key(_weights(model), _tokens(batches), versions, dict(settings or {}))
+    return Key(_weights(model), _tokens(batches), _versions(), dict(settings or {}))
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def write_stored(path: Path, stored: Stored) -> None:

@@ -67,10 +67,11 @@ class Tasks:
     names: Sequence[str]
     settings: HarnessSettings = field(default_factory=HarnessSettings)
 
-    def check(self, *, load: bool = False) -> Any:
+    def check(self, tokenizer: Tokenizer | None = None, *, load: bool = False) -> Any:
         """Asks whether every task is there; returns the harness's manager of tasks.
 
         Args:
+            tokenizer: What the model is asked with; for `lm_eval.chat` it must have a chat template.
             load: Read the tasks and their data, too, so that a run does not find out at its end that there is none.
 
         Raises:
@@ -78,6 +79,10 @@ class Tasks:
         """
         if importlib.util.find_spec("lm_eval") is None:
             raise InputError("`tasks` needs lm-eval, which is not installed: pip install 'lit-prune[eval]'.")
+        if self.settings.chat and tokenizer is not None and tokenizer.chat_template is None:
+            raise InputError(
+                "`lm_eval.chat` must be false for a tokenizer without a chat template, as this is: leave it out."
+            )
         manager = self._manager()
         if load:
             self._load(manager)

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_prune.cli import main
+from lit_prune.cli import _fill_lengths, main
 from lit_prune.evaluate import measure, zeros
 from lit_prune.load import EMBEDDED, load_model, new_model
 from lit_prune.module import PrunableLM
@@ -116,7 +117,9 @@ def test_the_written_configuration_gives_the_same_run_again() -> None:
 
 
 def test_prune_trains_nothing() -> None:
-    run("prune", "--output=runs/x", "--pruning.allocation=Uniform")
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+    run("prune", "--output=runs/x", "--pruning.allocation=Uniform", *logger)
+    assert "perplexity/pruned" in next(Path("logs").rglob("metrics.csv")).read_text()  # once it is finalised
     told = report()
     assert told["perplexity"]["recovered"] is None
     assert told["perplexity"]["pruned"] > told["perplexity"]["dense"]
@@ -146,15 +149,11 @@ def test_score_once_sweep_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert (told["text"], told["tokenizer"]) == ("train.txt", "embedded")
     stored = "--pruning.statistics=runs/look"
     run("prune", "--output=runs/plain", "--pruning.allocation=OWL", "--pruning.sparsity=0.6")
-    with pytest.raises(SystemExit):
-        run(
-            "prune",
-            "--output=runs/other",
-            stored,
-            "--pruning.calibration.num_samples=3",
-            "--data.train_files=val.txt",
-            "--data.val_files=train.txt",
-        )
+    other = ["--pruning.calibration.num_samples=3", "--data.train_files=val.txt", "--data.val_files=train.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr("lit_prune.module.load_model", lambda *_: pytest.fail("weights were read"))
+        with pytest.raises(SystemExit):
+            run("prune", "--output=runs/other", stored, *other)
     assert re.search(
         r"`pruning.statistics` must be of this model and this calibration text, runs/look/statistics.safetensors is of "
         r"others: other calibration tokens; `calibration.num_samples` 4, now 3; `calibration.text` train.txt, now val",
@@ -247,7 +246,7 @@ def test_method_and_recovery_null_are_plain_training(capsys: pytest.CaptureFixtu
     told = report()
     assert told["sparsity"]["requested"] is None
     assert told["recipe"] is None
-    assert told["perplexity"]["dense"] is not None
+    assert list(told["perplexity"]) == ["after"]
     assert zeros(AutoModelForCausalLM.from_pretrained("runs/x/model").parameters())[0] < 100
 
 
@@ -257,6 +256,7 @@ def test_validate_and_test_write_nothing(capsys: pytest.CaptureFixture[str]) -> 
     told = capsys.readouterr()
     printed = told.out
     assert "val.txt; 8 windows of 64 tokens" in told.err
+    assert not re.search("Seed set|TPU available", told.err)
     assert "val/perplexity" in printed
     assert "test/perplexity" in printed
     assert not Path("runs").exists()
@@ -292,6 +292,10 @@ OTHER_RUNS = [
     (["--ckpt_path=dense.ckpt"], "whole checkpoint of a fit with a DynamicPruningCallback, dense.ckpt is none"),
     (["--ckpt_path=train.txt"], "train.txt cannot be read as one"),
     (["--output=runs/y"], "`output` must be a new folder"),
+    (
+        ["--pruning.sparsity=0.30000000000000004", "--data.seed=1", "--model.lr=1"],
+        "made with, 0.5, got 0.3; so must `model.lr`, 0.001, got 1.0; so must `data.seed`, 0, got 1; change them back",
+    ),
 ]
 
 
@@ -366,7 +370,9 @@ def test_a_quantised_model_is_exported_from_its_checkpoint_and_validated(capsys:
     told = report()
     assert told["quantised"]["form"] == "requantised"
     assert told["bytes"] < 0.4 * told["quantised"]["bytes_unquantised"]
+    assert list(told["perplexity"]) == ["dense", "pruned", "quantised", "recovered", "requantised"]
     assert told["perplexity"]["requantised"] != told["perplexity"]["recovered"]
+    assert told["perplexity"]["quantised"] != told["perplexity"]["pruned"]
     assert told["export"]["perplexity"] == pytest.approx(told["perplexity"]["requantised"])
     main(["export", "--ckpt_path=runs/x/checkpoints/last.ckpt", "--merge", "--output=runs/y"])
     assert report("runs/y")["perplexity"] == pytest.approx(told["perplexity"])
@@ -384,6 +390,9 @@ def test_export_in_half_precision_and_of_slices() -> None:
     main(["export", "--ckpt_path=runs/x/checkpoints/last.ckpt", "--output=runs/y", "--merge", "true"])
     assert AutoModelForCausalLM.from_pretrained("runs/y/model").dtype == torch.bfloat16
     assert report("runs/y")["perplexity"] == pytest.approx(report()["perplexity"])
+    run("prune", "--output=runs/h", "--trainer.precision=bf16-true")
+    assert AutoModelForCausalLM.from_pretrained("runs/h/model").dtype == torch.bfloat16
+    assert report("runs/h")["perplexity"]["pruned"] == report()["perplexity"]["pruned"]  # as fit cuts
     run("fit", "--output=runs/s", "--pruning.method=Slicing", "--pruning.allocation=Uniform", "--pruning.sparsity=0.25")
     main(["export", "--ckpt_path=runs/s/checkpoints/last.ckpt", "--output=runs/t", "--merge"])
     assert report("runs/t")["slice"] == report("runs/s")["slice"]
@@ -395,7 +404,7 @@ def test_export_in_half_precision_and_of_slices() -> None:
     [
         ([], "arguments are required: export.ckpt_path"),
         (["--ckpt_path=last"], "`ckpt_path` must be a checkpoint that is there, runs/lit_prune/checkpoints/last.ckpt"),
-        (["--ckpt_path=train.txt", *SMALL], "`ckpt_path` must be a checkpoint of a fit, train.txt cannot be read"),
+        (["--ckpt_path=train.txt"], "`ckpt_path` must be a checkpoint of a fit, train.txt cannot be read"),
         (["--ckpt_path=runs/x/checkpoints/last.ckpt", "--pruning.sparsity=0.3"], "`pruning.sparsity` must be what"),
         (
             ["--ckpt_path=runs/x/checkpoints/last.ckpt", "--model.pretrained=other"],
@@ -502,6 +511,10 @@ def test_print_config_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for option in ("--pruning.sparsity", "--data.train_files", "--model.pretrained", "--output", "--overwrite"):
         assert option in printed
+    assert "A checkpoint to go on from, or `last`" in printed
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "on the test text; writes nothing" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
@@ -576,13 +589,23 @@ MISTAKES = [
         ["--pruning.at_step=[0,1]"],
         r"`pruning.recovery` must keep zeros .*, got LoRA\(r=8.*: use MaskedLoRA",
     ),
-    (["--pruning.at_step=soon"], r"`pruning.at_step`: Expected a int.*soon"),
+    (["--pruning.at_step=soon"], r"`pruning.at_step` must be a whole number or a list, got soon\.$"),
     (["--pruning.schedule=Qubic"], r"`pruning.schedule` must be one of Cubic, Linear, OneShot, .*Did you mean Cubic"),
     (["--pruning.before=MaskLoRA"], r"`pruning.before` must be one of FullFineTuning, .*Did you mean MaskedLoRA"),
     (["--pruning.before=LoRA"], r"`pruning.before` must be null where the first cut comes at step 0"),
     (["--checkpoint_every=0"], r"`checkpoint_every` must be at least 1"),
     (["--pruning.sparsity=1.2"], r"`pruning.sparsity` must be in \[0, 1\).*got 1.2"),
-    (["--pruning.budget=weights"], r"`pruning.budget`: .*one of .*'linears', 'parameters'.*weights"),
+    (["--pruning.budget=weights"], r"`pruning.budget` must be one of linears, parameters, got weights\.$"),
+    (["--pruning.budget=linear"], r"`pruning.budget` must be one of .*, got linear\. Did you mean linears\?$"),
+    (
+        ["--pruning.sparsity=50%"],
+        r"`pruning.sparsity` must be a number or a list, got 50%\. \(a share is written 0.5\)",
+    ),
+    (["--pruning.targets=q_proj"], r"`pruning.targets` must be a list, got q_proj\. \(a list is written \[q_proj\]\)$"),
+    (
+        ["--pruning.method.pattern=2:4"],
+        r"got '2:4'. \(2:4 is --pruning.method.pattern NofM --pruning.method.pattern.n 2 --pruning.method.pattern.m 4",
+    ),
     (["--pruning.budget=parameters", "--pruning.sparsity=0.9"], r"must be between 0 and 0.7\d* of all parameters"),
     (["--pruning.sparsity=0.8", "--pruning.max_rate=0.7"], r"`pruning.sparsity` must be between 0 and 0.7"),
     (["--pruning.sparsty=0.5"], r"`--pruning.sparsty` is not an option. Did you mean --pruning.sparsity"),
@@ -597,7 +620,7 @@ MISTAKES = [
     ),
     (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
     (["--pruning.allocation.alpha=0.7"], r"`DLP.alpha` must be in \[0, 0.5\], got 0.7"),
-    (["--pruning.allocation.alpha=much"], r"`pruning.allocation.alpha`: .*Expected a float.*much"),
+    (["--pruning.allocation.alpha=much"], r"`pruning.allocation.alpha` must be a number, got much\.$"),
     (["--pruning.allocation=Plan"], r"`pruning.allocation.path` must be given: Plan needs it"),
     (
         ["--pruning.allocation=Plan", "--pruning.allocation.path=none.yaml"],
@@ -638,7 +661,7 @@ MISTAKES = [
     ),
     (
         ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=two"],
-        r"`pruning.method.pattern.n`: Expected a int. Got value: two$",
+        r"`pruning.method.pattern.n` must be a whole number, got two\.$",
     ),
     (
         ["--pruning.method=SparseGPT", "--pruning.method.pattern=NofM", "--pruning.method.pattern.m=6"],
@@ -677,6 +700,12 @@ MISTAKES = [
         ["--pruning.recovery.target_modules=[qproj]"],
         r"`LoRA.target_modules` must match linears of the model, got 'qproj'",
     ),
+    (["--trainer.max_steps=-5"], r"`trainer.max_steps` must be at least 1, or -1 .*, got -5"),
+    (["--trainer.max_steps=0"], r"`trainer.max_steps` must be at least 1, .*, got 0; `lit-prune prune` prunes"),
+    (
+        ["--model.architecture={'model_type': 'llama'}", "--pruning.method=null", "--pruning.recovery=QLoRA"],
+        r"`pruning.recovery` must be null where `model.architecture` begins from random weights",
+    ),
     (["--pruning.ignore=['(']"], r"`pruning.ignore` must be suffixes or regular expressions"),
     (
         [
@@ -701,6 +730,42 @@ def test_a_mistake_is_one_clear_line_and_nothing_is_written(
     assert re.search(message, line), line
     assert "Traceback" not in told
     assert sorted(here.rglob("*")) == before
+
+
+def test_what_settings_tell_is_refused_before_weights_and_text_are_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"lit_prune": {"settings": {"pruning.sparsity": 0.5, "data.seed": 7}}}, "run.ckpt")
+    monkeypatch.setattr("lit_prune.module.load_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("lit_prune.data.TextDataModule.stream", lambda *_: pytest.fail("text was read"))
+    for args, message in (
+        (["--pruning.at_step=2"], "`pruning.at_step` must be below"),
+        (["--pruning.recovery.target_modules=[qproj]"], "`LoRA.target_modules` must match linears"),
+        (["--pruning.targets=[qproj]"], "`pruning.targets` must match a linear"),
+        (["--ckpt_path=run.ckpt"], "`data.seed` must be what the checkpoint was made with, 7, got 0"),
+    ):
+        with pytest.raises(SystemExit):
+            run("fit", "--output=runs/x", *args)
+        assert message in capsys.readouterr().err
+
+
+def test_a_length_that_is_left_open_is_what_the_model_takes() -> None:
+    def filled(**model: object) -> tuple[int, int]:
+        fields = {"pretrained": "embedded", "architecture": None} | model
+        config = Namespace(model=Namespace(**fields), data=Namespace(seq_length=None))
+        config["pruning.calibration.seq_length"] = None
+        _fill_lengths(config)
+        return config.data.seq_length, config.pruning.calibration.seq_length
+
+    assert filled() == (512, 512)
+    long = {"model_type": "llama", "max_position_embeddings": 4096}
+    assert filled(architecture=long) == (1024, 2048)
+
+
+def test_the_verb_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--config", "run.yaml", "prune"])
+    assert "the verb must come first: lit-prune prune --config run.yaml" in capsys.readouterr().err
 
 
 def test_a_misspelt_key_in_a_yaml(capsys: pytest.CaptureFixture[str]) -> None:
@@ -742,7 +807,11 @@ def test_prune_on_disk_writes_what_prune_in_memory_writes(capsys: pytest.Capture
     assert len(list(Path("runs/y/model").glob("model-*-of-00009.safetensors"))) == 9
     again = ["--model.pretrained=runs/y/model", stored, "--model.on_disk=true", "--pruning.sparsity=0.7"]
     run("prune", "--output=runs/z", *again)
-    assert report("runs/z")["sparsity"]["achieved_linears"] == pytest.approx(0.7, abs=1e-3)
+    told = report("runs/z")
+    assert told["sparsity"]["achieved_linears"] == pytest.approx(0.7, abs=1e-3)
+    assert told["sparsity"]["found"] == pytest.approx(0.5, abs=1e-3)
+    assert told["perplexity"]["before"] == pytest.approx(expected["perplexity"]["pruned"])  # not dense
+    assert "perplexity_before" in told["seconds"]
     run("validate", "--model.pretrained=runs/y/model", stored, "--model.on_disk=true")
     assert "val/perplexity" in capsys.readouterr().out
 
@@ -751,6 +820,7 @@ def test_on_disk_is_refused_where_it_cannot_be(capsys: pytest.CaptureFixture[str
     for verb, args, told in (
         ("fit", ["--model.dtype=auto"], "`model.on_disk` must be false for fit, training keeps all weights in memory"),
         ("prune", [], "`model.dtype` must be bfloat16 with `model.on_disk`"),
+        ("prune", ["--model.dtype=auto", "--trainer.precision=bf16-true"], "`trainer.precision` must be 32-true with"),
         ("prune", ["--model.architecture={'model_type': 'llama'}"], "`model.on_disk` must be false with `model.arch"),
     ):
         with pytest.raises(SystemExit):

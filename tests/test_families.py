@@ -86,11 +86,19 @@ def test_a_path_that_leads_to_no_blocks(model: PreTrainedModel, path: str, messa
 
 
 def test_quantised_and_adapted_weights_are_refused(model: PreTrainedModel) -> None:
-    from lit_prune.recover import LoRA
+    from lit_prune import structure
+    from lit_prune.recover import LoRA, QLoRA
 
     LoRA().attach(model)
-    with pytest.raises(InputError, match="must be pruned before adapters are attached"):
+    with pytest.raises(InputError, match="must be pruned before adapters are attached, .*: merge it by peft's `merge_"):
         find_blocks(model)
+    structure.write(model, masked=True)
+    with pytest.raises(InputError, match="masks whose zeros a merge would fill: train with .* MaskedLoRA.*, or give"):
+        find_blocks(model)
+    packed = conftest.small_model(hidden_size=64, intermediate_size=64)
+    QLoRA().attach(packed)
+    with pytest.raises(InputError, match=r"is quantised \(torch.uint8\): prune the model that it was made from"):
+        find_blocks(packed)
     quantised = conftest.small_model()
     weight = quantised.model.layers[0].mlp.up_proj.weight
     quantised.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.data.to(torch.uint8), requires_grad=False)

@@ -8,6 +8,8 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from lit_prune.report import (
+    _draw_earlier_cuts,
+    _draw_perplexity,
     _draw_widths,
     _title,
     block_table,
@@ -59,6 +61,27 @@ def test_the_table_tells_everything() -> None:
         assert told in text
 
 
+def test_a_model_that_was_not_dense_is_not_called_so(tmp_path: Path) -> None:
+    perplexity = {"before": 20.0, "pruned": 60.0, "quantised": 66.0, "recovered": 30.0, "requantised": 40.0}
+    report = {**REPORT, "perplexity": perplexity, "sparsity": {**REPORT["sparsity"], "found": 0.25}}
+    text = shown(table(report))
+    for told in ("perplexity, before", "66.000  (3.30 x before)", "40.000  (2.00 x before; 50% of the loss won back)"):
+        assert told in text
+    assert "dense" not in text
+    assert "25.00% of the linears were before." in model_card(report, "x")
+    picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], report)
+
+
+def test_cuts_that_were_not_made_are_told() -> None:
+    done = {"step": 0, "sparsity": 0.3, "perplexity": {"before": 20.0, "after": 60.0}}
+    report = {**REPORT, "cuts": [done], "cuts_not_made": [{"step": 9, "sparsity": 0.5}]}
+    text = shown(table(report))
+    assert "0.3000, perplexity 20.000 to 60.000" in text
+    assert "0.5000, not made" in text
+    assert "not through, not made were the cuts before optimizer step 9 (50.00%)." in model_card(report, "x")
+    assert "not made" not in model_card({**report, "cuts_not_made": []}, "x")
+
+
 def test_what_was_requested_and_by_how_much_it_was_missed() -> None:
     assert "0.4999  (missed by -0.0001)" in shown(table(REPORT))
     exact = {**REPORT["sparsity"], "missed": 1e-6}
@@ -97,6 +120,20 @@ def test_the_picture_is_a_png(tmp_path: Path) -> None:
     # the line across the rates is what their mean was to be, not what was requested of all parameters
     picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], {**REPORT, "sparsity": {"target": 0.5}})
     assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_of_several_cuts_tells_them_apart(tmp_path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    cuts = [{"step": step, "rates": [0.1, 0.2], "perplexity": {"after": 1e5}} for step in range(6)]
+    axis, perplexity = Figure().subplots(1, 2)
+    _draw_earlier_cuts(axis, cuts)
+    assert len({line.get_color() for line in axis.get_lines()}) == 6
+    _draw_perplexity(perplexity, {"dense": 11.0, "pruned": 1e5})
+    assert perplexity.get_xscale() == "log"
+    assert [bar.get_width() for bar in perplexity.patches] == [10, 1e5 - 1]
+    assert perplexity.get_xlim()[1] > 1e6  # room for the number at the longest bar
+    picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], {**REPORT, "cuts": cuts})
 
 
 def test_the_card_says_what_was_done_and_what_it_cost() -> None:

@@ -1,7 +1,10 @@
 import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lit_prune.errors import InputError
 from lit_prune.run_folder import RunFolder, write_text, written_aside
@@ -95,3 +98,19 @@ def test_what_a_kill_left_is_cleared_and_a_model_between_two_names_has_its_own_a
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
         "deeper/model/a"
     ]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_what_safetensors_keeps_to_itself_is_open_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        for target in (tmp_path / "statistics.safetensors", tmp_path / "model"):
+            with written_aside(target) as draft:
+                if target.suffix == "":
+                    draft.mkdir()
+                save_file({"weight": torch.zeros(1)}, draft if target.suffix else draft / "model.safetensors")
+    finally:
+        os.umask(before)
+    for written in tmp_path.rglob("*.safetensors"):
+        assert stat.S_IMODE(written.stat().st_mode) == mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "statistics.safetensors"]

@@ -15,7 +15,8 @@ from lit_prune.errors import InputError
 from lit_prune.load import load_model, load_tokenizer
 from lit_prune.pipeline import Recipe, prune
 from lit_prune.prune import Wanda
-from lit_prune.recover import LoRA, MaskedLoRA
+from lit_prune.quantised import quantisation
+from lit_prune.recover import LoRA, MaskedLoRA, adapter_config
 from lit_prune.slice import Slicing
 from lit_prune.tasks import HarnessSettings, Tasks, describe, names_of
 
@@ -201,9 +202,43 @@ def test_a_fit_asks_what_it_exports(folder: Path, here: Path) -> None:
     assert again == told
 
 
+def test_a_task_that_fails_loses_nothing(
+    folder: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def fails(self: Tasks, model: PreTrainedModel, tokenizer: object) -> None:
+        asked.append((quantisation(model) is not None, adapter_config(model)))
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Tasks, "run", fails)
+    steps = ["--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--data.batch_size=2"]
+    steps += ["--pruning.recovery=QLoRA", "--pruning.recovery.form=requantised"]
+    with pytest.raises(SystemExit):
+        main(["fit", *SMALL, *steps, *WINDOWS, f"--tasks={folder / 'ends.yaml'}", "--output=x"])
+    told = capsys.readouterr()
+    assert "`tasks` could not be asked: out of luck. The model is in x/model: ask again by `lit-prune eval" in told.err
+    assert "Traceback" not in told.err
+    assert "perplexity, requantised" in told.out
+    assert "tasks" not in json.loads(Path("x/report.json").read_text())
+    assert Path("x/model/model.safetensors").is_file()
+    assert asked == [(True, None)]  # what was written, not what was trained
+
+
+def test_a_chat_needs_a_template(folder: Path) -> None:
+    tasks = Tasks([str(folder / "ends.yaml")], HarnessSettings(chat=True))
+    tokenizer = load_tokenizer("embedded")
+    with pytest.raises(InputError, match="`lm_eval.chat` must be false for a tokenizer without a chat template"):
+        tasks.check(tokenizer)
+    tokenizer.chat_template = "{{ messages }}"
+    tasks.check(tokenizer)
+
+
 @pytest.mark.parametrize(
     ("verb", "args", "told"),
     [
+        ("score", ["--tasks", "ends"], "`tasks` must be left out for score, which asks none: use `lit-prune evaluate`"),
+        ("evaluate", [f"--tasks={SHIPPED}", "--lm_eval.chat=true"], "`lm_eval.chat` must be false for a tokenizer"),
         ("evaluate", [], "`tasks` must be given, such as `--tasks arc_easy,piqa`, got none"),
         ("fit", ["--tasks=no.yaml"], "`tasks` must be names or YAML files that are there, got no.yaml"),
         ("prune", ["--tasks=no.yaml"], "`tasks` must be names or YAML files that are there, got no.yaml"),
@@ -212,8 +247,15 @@ def test_a_fit_asks_what_it_exports(folder: Path, here: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line(
-    verb: str, args: list[str], told: str, here: Path, capsys: pytest.CaptureFixture[str]
+    verb: str,
+    args: list[str],
+    told: str,
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for other in ("fit", "prune", "evaluate"):  # where other processes are started
+        monkeypatch.setattr(f"lit_prune.cli.PruneTrainer.{other}", lambda *_args, **_fields: pytest.fail("it began"))
     with pytest.raises(SystemExit):
         main([verb, *SMALL, *WINDOWS, *(["--trainer.max_steps=2"] if verb == "fit" else []), *args, "--output=x"])
     message = capsys.readouterr().err

@@ -178,14 +178,17 @@ def test_every_cut_is_logged_and_reported(tmp_path: Path) -> None:
     assert "during training, before optimizer steps 0 (43.7" in card
 
 
-def test_a_training_that_ends_before_a_cut_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_training_that_ends_before_a_cut_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     class Enough(Callback):
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
             trainer.should_stop = True
 
-    watched(callback(at_step=[0, 3], recovery=MaskedLoRA()), max_steps=5, callbacks=[Enough()])
+    results = ResultsCallback(str(tmp_path / "run"))
+    watched(callback(at_step=[0, 3], recovery=MaskedLoRA()), max_steps=5, callbacks=[Enough(), results])
     told = " ".join(capsys.readouterr().err.split())
     assert "Warning: training ended at step 1, before the cut at step 3: 1 of 2 cuts were made." in told
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["cuts_not_made"] == [{"step": 3, "sparsity": 0.5}]
 
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
