@@ -79,13 +79,13 @@ class ResultsCallback(Callback):
                 self.folder.check()
                 self.check_tasks(getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
 
-    def check_tasks(self, tokenizer: Tokenizer | None) -> None:
-        """Asks once whether the tasks can be asked, before anything is done."""
+    def check_tasks(self, tokenizer: Tokenizer | None, *, load: bool = True) -> None:
+        """Asks once whether the tasks can be asked, before anything is done; where ``load``, reads their data."""
         if self.tasks is None or self._checked:
             return
         if tokenizer is None:
             raise InputError("`tasks` needs a data module with a `tokenizer`, there is none.")
-        self.tasks.check(tokenizer, load=True)
+        self.tasks.check(tokenizer, load=load)
         self._checked = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision  # noqa: E402
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
-from lit_prune.calibrate import CALIBRATION_TOKENS  # noqa: E402
+from lit_prune.arguments import WRITES, check_verb, fill_lengths, found_checkpoint, of_export  # noqa: E402
 from lit_prune.callbacks.batches import (  # noqa: E402
     calibration_batches,
     check_one_process,
@@ -39,12 +39,12 @@ from lit_prune.callbacks.results import ResultsCallback, one, tell  # noqa: E402
 from lit_prune.callbacks.resume import stored_run  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from lit_prune.cli_errors import explain  # noqa: E402
-from lit_prune.data import WINDOW_TOKENS, TextDataModule  # noqa: E402
+from lit_prune.data import TextDataModule  # noqa: E402
 from lit_prune.disk import refused  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.export import check_merge  # noqa: E402
 from lit_prune.families import blocks_path, packs  # noqa: E402
-from lit_prune.load import architecture_config, load_config, skeleton  # noqa: E402
+from lit_prune.load import skeleton  # noqa: E402
 from lit_prune.module import PrunableLM  # noqa: E402
 from lit_prune.on_disk import on_disk, placed, working  # noqa: E402
 from lit_prune.pipeline import look, recipe_record  # noqa: E402
@@ -59,7 +59,6 @@ from lit_prune.tasks import HarnessSettings, Tasks, names_of  # noqa: E402
 ADVICE = ("Tip:", "Seed set to", "GPU available", "TPU available")  # of Lightning
 ADAPTERS = (LoRA, MaskedLoRA, QLoRA)
 ONCE = ("ckpt_path", "weights_only", "verbose", "merge", "push_to_hub")  # what no configuration keeps
-WRITES = ("fit", "prune", "export")  # verbs that leave a model
 DESCRIPTION = "Prune a large language model while it is being fine-tuned, and heal it in the same run."
 
 
@@ -297,8 +296,8 @@ class LitPruneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:  # type: ignore[override]
         """Parses the command line; what is exported has the settings of its run."""
         given = sys.argv[1:] if args is None else args
-        _check_verb(given, self.subcommands())
-        self.config = parser.parse_args(_of_export(given))
+        check_verb(given, self.subcommands())
+        self.config = parser.parse_args(of_export(given))
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration as the user gave it: our checkpoints hold no hyper-parameters to put over it."""
@@ -344,10 +343,10 @@ class LitPruneCLI(LightningCLI):
             raise InputError("`trainer.callbacks` must not hold a DynamicPruningCallback: `pruning` is one already.")
         output = Path(config.output)
         if config.get("ckpt_path"):
-            config.ckpt_path = _checkpoint(config.ckpt_path, output)
+            config.ckpt_path = found_checkpoint(config.ckpt_path, output)
             if self.subcommand in ("fit", "export"):
                 stored_run(config.ckpt_path)
-        _fill_lengths(config)
+        fill_lengths(config)
         if config.push_to_hub is not None and self.subcommand not in WRITES:
             raise InputError(f"`push_to_hub` must be left out for {self.subcommand}, which writes no model.")
         saved = self._saved(config)
@@ -385,8 +384,8 @@ class LitPruneCLI(LightningCLI):
         if config.trainer.enable_progress_bar is not False and "ProgressBar" not in str(config.trainer.callbacks):
             self.trainer_defaults["callbacks"].append(TQDMProgressBar())  # the rich one counts epochs to -2
         if config.trainer.enable_checkpointing is not False:
-            checkpoint = RunCheckpoint(str(output / "checkpoints"), config.checkpoint_every)
-            self.trainer_defaults["callbacks"].append(checkpoint)
+            keeps = RunCheckpoint(str(output / "checkpoints"), config.checkpoint_every)
+            self.trainer_defaults["callbacks"].append(keeps)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Makes the Trainer; what it refuses is told in a line."""
@@ -450,7 +449,7 @@ class LitPruneCLI(LightningCLI):
         if self.subcommand == "evaluate" and results.tasks is None:
             raise InputError("`tasks` must be given, such as `--tasks arc_easy,piqa`, got none.")
         if results.tasks is not None and _rank() == 0:  # no other process is there yet
-            results.check_tasks(self.datamodule.tokenizer)
+            results.check_tasks(self.datamodule.tokenizer, load=self.subcommand != "evaluate")
         if self.subcommand == "evaluate":  # which reads no data of ours
             return
         limit = getattr(self.model.config, "max_position_embeddings", None)
@@ -477,55 +476,6 @@ class LitPruneCLI(LightningCLI):
         for field, length in lengths.items():
             if limit is not None and length > limit:
                 raise InputError(f"`{field}` must be at most {limit}, the model's limit, got {length}.")
-
-
-def _check_verb(args: list[str], verbs: dict[str, Any]) -> None:
-    """Refuses options before the verb, and tasks for a verb that asks none; a configuration may name some."""
-    verb = next((arg for arg in args if arg in verbs), None)
-    options = {arg.partition("=")[0] for arg in args}
-    if verb is not None and args[0].startswith("-"):
-        before = " ".join(args[: args.index(verb)])
-        raise InputError(f"the verb must come first: lit-prune {verb} {before}")
-    if verb not in (None, *WRITES, "evaluate") and "--tasks" in options:
-        raise InputError(
-            f"`tasks` must be left out for {verb}, which asks none: use `lit-prune evaluate`, or fit, prune and export."
-        )
-
-
-def _fill_lengths(config: Namespace) -> None:
-    """Sets the windows that the user left open, as long as the model takes."""
-    usual = {"data.seq_length": WINDOW_TOKENS, "pruning.calibration.seq_length": CALIBRATION_TOKENS}
-    missing = [field for field in usual if config[field] is None]
-    if not missing:
-        return
-    model = config.model
-    found = load_config(model.pretrained) if model.architecture is None else architecture_config(model.architecture)
-    for field in missing:
-        config[field] = min(usual[field], getattr(found, "max_position_embeddings", None) or usual[field])
-
-
-def _of_export(args: list[str]) -> list[str]:
-    """Returns the arguments with what `export` may leave out: the value of --merge, and its run's config.yaml."""
-    if args[:1] != ["export"]:
-        return args
-    given = {}
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
-        option, is_set, value = arg.partition("=")
-        given[option] = value if is_set else following
-    args = ["--merge=true" if arg == "--merge" and given[arg][:2] in ("", "--") else arg for arg in args]
-    last = given.get("--ckpt_path") == "last"
-    run = Path(given.get("--output", "")) if last else Path(given.get("--ckpt_path", "")).parent.parent
-    if {"--config", "-c"} & given.keys() or not (run / "config.yaml").is_file():
-        return args
-    return ["export", f"--config={run / 'config.yaml'}", *args[1:]]
-
-
-def _checkpoint(path: str, output: Path) -> str:
-    """Returns the checkpoint to resume from; Lightning itself would start afresh where there is none."""
-    found = output / "checkpoints" / "last.ckpt" if path == "last" else Path(path)
-    if not found.is_file():
-        raise InputError(f"`ckpt_path` must be a checkpoint that is there, {found} is not.")
-    return str(found)
 
 
 def _rank() -> int:

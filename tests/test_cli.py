@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from jsonargparse import Namespace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_prune.cli import _fill_lengths, main
+from lit_prune.cli import main
 from lit_prune.evaluate import measure, zeros
 from lit_prune.load import EMBEDDED, load_model, new_model
 from lit_prune.module import PrunableLM
@@ -747,19 +746,6 @@ def test_what_settings_tell_is_refused_before_weights_and_text_are_read(
         with pytest.raises(SystemExit):
             run("fit", "--output=runs/x", *args)
         assert message in capsys.readouterr().err
-
-
-def test_a_length_that_is_left_open_is_what_the_model_takes() -> None:
-    def filled(**model: object) -> tuple[int, int]:
-        fields = {"pretrained": "embedded", "architecture": None} | model
-        config = Namespace(model=Namespace(**fields), data=Namespace(seq_length=None))
-        config["pruning.calibration.seq_length"] = None
-        _fill_lengths(config)
-        return config.data.seq_length, config.pruning.calibration.seq_length
-
-    assert filled() == (512, 512)
-    long = {"model_type": "llama", "max_position_embeddings": 4096}
-    assert filled(architecture=long) == (1024, 2048)
 
 
 def test_the_verb_comes_first(capsys: pytest.CaptureFixture[str]) -> None:
