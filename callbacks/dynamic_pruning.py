@@ -29,17 +29,17 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from lit_prune import processes, structure
-from lit_prune.allocate import DLP, Allocation, Plan
+from lit_prune.allocate import DLP, Allocation
 from lit_prune.budget import Budget
 from lit_prune.calibrate import Batch, Calibration
 from lit_prune.checkpoint import Source, fill
-from lit_prune.distill import Distillation, Student
+from lit_prune.course import Course
+from lit_prune.distill import Distillation
 from lit_prune.errors import InputError
 from lit_prune.evaluate import measure
-from lit_prune.families import Block
-from lit_prune.kept import attach, check_kept, check_unfilled, take_zeros
+from lit_prune.kept import attach
 from lit_prune.on_disk import placed
-from lit_prune.pipeline import Recipe, check_stored, check_stored_unread, recipe_record
+from lit_prune.pipeline import Recipe, check_stored, check_stored_unread
 from lit_prune.progress import say
 from lit_prune.prune import Method
 from lit_prune.quantised import MASK
@@ -128,13 +128,13 @@ class DynamicPruningCallback(Callback):
         keep_zeros: bool | None = None,
         full_checkpoint: bool = False,
     ) -> None:
-        self.recipe: Recipe | None = None
-        self.cuts: tuple[Cut, ...] = ()
+        recipe: Recipe | None = None
+        steps: tuple[Cut, ...] = ()
         if method is not None:
-            self.cuts = cuts(at_step, sparsity, schedule)
-            self.recipe = Recipe(
+            steps = cuts(at_step, sparsity, schedule)
+            recipe = Recipe(
                 method=method,
-                sparsity=self.cuts[-1].sparsity,
+                sparsity=steps[-1].sparsity,
                 allocation=allocation or DLP(),
                 min_rate=min_rate,
                 max_rate=max_rate,
@@ -143,10 +143,18 @@ class DynamicPruningCallback(Callback):
                 blocks=blocks,
                 budget=budget,
             )
-        self.blocks, self.keep_zeros = blocks, keep_zeros
-        self.before, self.recovery, self.calibration = before, recovery, calibration
-        self.distillation, self.teaching = distillation, self._teaching(distillation, recovery)
-        self.stored = None if statistics is None else read_stored(statistics)
+        self.course = Course(
+            recipe=recipe,
+            cuts=steps,
+            before=before,
+            recovery=recovery,
+            distillation=distillation,
+            calibration=calibration,
+            stored=None if statistics is None else read_stored(statistics),
+            blocks=blocks,
+            keep_zeros=keep_zeros,
+        )
+        self.teaching = None if distillation is None else Teaching(distillation, self.course.student())
         self.target, self.measure, self.full_checkpoint = target, measure, full_checkpoint
         self.done: list[Done] = []
         self.kept: Done | None = None
@@ -155,40 +163,34 @@ class DynamicPruningCallback(Callback):
         self._random: dict[str, Any] | None = None
         self._settings: Settings = {}
         self._holds = False
-        self._check_cuts()
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is to be done to the LLM."""
-        return self.recipe is None and self.recovery is None
 
     @property
     def cut_steps(self) -> tuple[int, ...]:
         """The optimizer steps before which cuts come; PrunableLM fits its warm-up to them."""
-        return tuple(cut.step for cut in self.cuts)
+        return self.course.steps
 
     @property
     def following(self) -> Cut | None:
         """The cut that comes next; None when all are done."""
-        return self.cuts[len(self.done)] if len(self.done) < len(self.cuts) else None
+        return self.course.cuts[len(self.done)] if len(self.done) < len(self.course.cuts) else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes a cut that is due at the start of fit, or rebuilds what was done before a checkpoint's weights load."""
         if stage != "fit":
             return
         self.check_trainer(trainer)
-        if not self.idle:
+        if not self.course.idle:
             if trainer.max_steps == -1:
-                self._check_steps(trainer.estimated_stepping_batches)
+                self.course.check_end(trainer.estimated_stepping_batches)
             processes.agree_on_threads()
-        if self.recipe is not None and self.recipe.reads:
-            check_calibration(trainer, self.calibration)
+        if self.course.recipe is not None and self.course.recipe.reads:
+            check_calibration(trainer, self.course.calibration)
         self._settings = self.settings(trainer, pl_module)
         stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None
         if stored is not None:
             check_settings(self._settings, stored["settings"])
         pl_module.configure_model()
-        if self.idle and not isinstance(_at(pl_module, self.target), PreTrainedModel):
+        if self.course.idle and not isinstance(_at(pl_module, self.target), PreTrainedModel):
             return
         model = self.find_model(pl_module)
         check_whole(model)
@@ -204,35 +206,22 @@ class DynamicPruningCallback(Callback):
 
     def _begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Checks everything against the LLM, and makes the cut that comes before all training."""
-        self.take_zeros(model)
-        self._check(model)
-        if self.idle:
+        self.course.take_zeros(model)
+        self.course.check(model)
+        if self.course.idle:
             return
         # a model that was made on the spot has no source, and of one that is sharded no process has all weights
         if not self.full_checkpoint and model.name_or_path and not shards(trainer):
             self.source = Source.of(model)
-        if self.recipe is None:
+        if self.course.recipe is None:
             validation = validation_data(trainer) if self.measure else None
             self.kept = look(model, validation, trainer.strategy.root_device, moves=not shards(trainer))
-            attach(model, self.recovery)
+            attach(model, self.course.recovery)
             self._look_quantised(trainer, model, self.kept)
-        elif self.cuts[0].step == 0:
+        elif self.course.cuts[0].step == 0:
             self._cut(trainer, model)
-        elif self.before is not None:
-            self.before.attach(model)
-
-    def take_zeros(self, model: PreTrainedModel) -> None:
-        """Takes the zeros of an LLM that somebody else pruned for its mask; refuses a fit that would fill them."""
-        if self.recipe is None or self.cuts[0].step > 0:
-            first = self.recovery if self.recipe is None else self.before
-            take_zeros(model, self.keep_zeros, first, blocks=self.blocks)
-        elif self.keep_zeros is False and self.recipe.method.makes_zeros:
-            raise InputError(
-                f"`pruning.keep_zeros` must not be false with {self.recipe.method}: zeros that are there stay, and "
-                "count."
-            )
-        elif self.keep_zeros:
-            take_zeros(model, True, None, blocks=self.blocks)
+        elif self.course.before is not None:
+            self.course.before.attach(model)
 
     def _rebuild(self, trainer: Trainer, model: PreTrainedModel, stored: dict[str, Any]) -> None:
         """Gives ``model`` the structure of a checkpoint, and lets what that leaves out be filled in when it loads."""
@@ -252,16 +241,16 @@ class DynamicPruningCallback(Callback):
 
     def _cut(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Makes the following cut: folds what was learnt, prunes, and attaches what is to heal."""
-        assert self.recipe is not None
+        assert self.course.recipe is not None
         assert self.following is not None
         step, sparsity = self.following
-        attached = self.recovery if self.done else (self.before if step > 0 else None)
+        attached = self.course.recovery if self.done else (self.course.before if step > 0 else None)
         if attached is not None:
             attached.detach(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in self._trainable)
-        recipe = replace(self.recipe, sparsity=sparsity)
-        calibration = calibration_batches(trainer, self.calibration)
+        recipe = replace(self.course.recipe, sparsity=sparsity)
+        calibration = calibration_batches(trainer, self.course.calibration)
         self.check_statistics(model, *calibration)
         validation, device = validation_data(trainer), trainer.strategy.root_device
         if self.teaching is not None and not self.done:
@@ -279,38 +268,38 @@ class DynamicPruningCallback(Callback):
                 measured=self.measure,
                 moves=not shards(trainer),
                 step=step,
-                stored=self.stored,
+                stored=self.course.stored,
             )
         self.done.append(done)
-        if self.recovery is not None:
-            self.recovery.attach(model)
-            structure.write(model, recovery=repr(self.recovery))
+        if self.course.recovery is not None:
+            self.course.recovery.attach(model)
+            structure.write(model, recovery=repr(self.course.recovery))
         self._look_quantised(trainer, model, done)
         if self.teaching is not None:
             self.teaching.put_on(model)
-            structure.write(model, distillation=repr(self.distillation))
+            structure.write(model, distillation=repr(self.course.distillation))
 
     def _look_quantised(self, trainer: Trainer, model: PreTrainedModel, done: Done) -> None:
         """Adds to ``done`` what the model is worth once it is quantised, and its adapter has learnt nothing yet."""
         validation = validation_data(trainer) if self.measure else None
-        if self.recovery is None or not self.recovery.quantises or validation is None:
+        if self.course.recovery is None or not self.course.recovery.quantises or validation is None:
             return
         found = measure(placed(model, trainer.strategy.root_device), *validation, label="Perplexity, quantised")
         done["perplexity"]["quantised"], done["seconds"]["perplexity_quantised"] = found.perplexity, found.seconds
 
     def check_statistics(self, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:
         """Raises InputError where the statistics that were stored are not those of this model and this text."""
-        if self.stored is not None and self.recipe is not None:
-            check_stored(self.stored, model, batches, self.recipe, named(settings, model))
+        if self.course.stored is not None and self.course.recipe is not None:
+            check_stored(self.course.stored, model, batches, self.course.recipe, named(settings, model))
 
     def check_trainer(self, trainer: Trainer) -> None:
         """Raises InputError for a strategy that cuts are not made under, and for cuts that the training ends before."""
         check_strategy(trainer)
-        if not self.idle:
-            if trainer.max_steps != -1:
-                self._check_steps(trainer.max_steps)
+        if not self.course.idle:
             check_processes(trainer)
-            check_cuts(trainer, self.cuts[-1].step if self.cuts else 0, self.recovery, self.distillation)
+            if trainer.max_steps != -1:
+                self.course.check_end(trainer.max_steps)
+            check_cuts(trainer, self.course.last_step, self.course.recovery, self.course.distillation)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Readies a model that was sharded since it was cut: its parameters are others."""
@@ -356,7 +345,7 @@ class DynamicPruningCallback(Callback):
         if self.following is not None:
             say(
                 f"Warning: training ended at step {trainer.global_step}, before the cut at step {self.following.step}: "
-                f"{len(self.done)} of {len(self.cuts)} cuts were made."
+                f"{len(self.done)} of {len(self.course.cuts)} cuts were made."
             )
 
     def _log(self, trainer: Trainer) -> None:
@@ -384,17 +373,7 @@ class DynamicPruningCallback(Callback):
     def settings(self, trainer: Trainer, pl_module: LightningModule) -> Settings:
         """Returns the settings that a resumed run must have in common with the first."""
         taught = {} if self.teaching is None else self.teaching.settings(trainer)
-        return self._pruning_settings() | run_settings(trainer, pl_module) | taught
-
-    def _pruning_settings(self) -> Settings:
-        recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
-        made: Settings = {"at_step": list(self.cut_steps), "sparsity": [share for _, share in self.cuts]}
-        objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
-        if self.recipe is None:
-            objects["calibration"] = None
-        told = {name: None if value is None else repr(value) for name, value in objects.items()}
-        fields = recipe | {name: _one(value) for name, value in made.items()} | told
-        return {f"pruning.{field}": value for field, value in fields.items()}
+        return self.course.settings() | run_settings(trainer, pl_module) | taught
 
     def checkpointed(self, path: str) -> dict[str, Any]:
         """Returns what a checkpoint says was done to the LLM.
@@ -403,7 +382,7 @@ class DynamicPruningCallback(Callback):
             InputError: if it is no checkpoint of a fit, or not what this run would do was done.
         """
         stored = stored_run(path)
-        check_settings(self._pruning_settings(), stored["settings"])
+        check_settings(self.course.settings(), stored["settings"])
         return stored
 
     def check_resumed(self, trainer: Trainer, pl_module: LightningModule, datamodule: Any, path: str) -> None:
@@ -418,119 +397,19 @@ class DynamicPruningCallback(Callback):
 
         Names of linears, adapters, and statistics of another text or other versions.
         """
-        if self.recipe is not None:
-            self.recipe.find(model)
-        for recovery in (self.before, self.recovery) if trains else ():
+        if self.course.recipe is not None:
+            self.course.recipe.find(model)
+        for recovery in (self.course.before, self.course.recovery) if trains else ():
             if recovery is not None:
                 recovery.check(model)
-        if self.stored is not None and self.recipe is not None:
-            settings = named(calibration_settings(datamodule, self.calibration), model)
-            check_stored_unread(self.stored, model, self.recipe, settings)
-
-    def _teaching(self, distillation: Distillation | None, recovery: Recovery | None) -> Teaching | None:
-        if distillation is None:
-            return None
-        if self.recipe is None:
-            raise InputError(
-                f"`pruning.distillation` must be null where `pruning.method` is, a model does not teach itself, got "
-                f"{distillation}."
-            )
-        return Teaching(distillation, Student(self.recipe, recovery, self.cut_steps))
-
-    def _check_cuts(self) -> None:
-        """Refuses several cuts where the parts allow one, and adapters that would be lost at a cut."""
-        if self.recipe is None:
-            if self.before is not None:
-                raise InputError(
-                    f"`pruning.before` must be null where nothing is cut, use `recovery`; got {self.before}."
-                )
-            return
-        method, count = self.recipe.method, len(self.cuts)
-        self._check_full(self.before, "before")
-        if self.before is not None and self.cuts[0].step == 0:
-            raise InputError(
-                "`pruning.before` must be null where the first cut comes at step 0, nothing is trained before it, got "
-                f"{self.before}; give a later `pruning.at_step`, or use `pruning.recovery`."
-            )
-        if self.stored is not None and self.cuts[-1].step > 0:
-            raise InputError(
-                "`pruning.statistics` must be null for cuts after step 0, the model is another by then, got cuts at "
-                f"{', '.join(str(step) for step, _ in self.cuts)}."
-            )
-        if count == 1:
-            if method.changes_shapes and self.recovery is not None:
-                self.recovery.check_sliced()
-            return
-        if not method.repeats():
-            raise InputError(
-                f"`pruning.at_step` must be one step for {method}, which cannot cut again what it has cut, got "
-                f"{count}: give one, or use masks that can be cut again, Unstructured or MixedNofM."
-            )
-        if isinstance(self.recipe.allocation, Plan):
-            raise InputError(
-                f"`pruning.allocation` must not be a Plan for {count} cuts, it has the rates of one; give one "
-                "`pruning.at_step`, or an allocation that scores."
-            )
-        self._check_full(self.recovery, "recovery")
-        self._check_folds(self.recovery, "recovery", f"{count} cuts of masks")
-
-    def _check_full(self, recovery: Recovery | None, field: str) -> None:
-        """Refuses a recovery that quantises where a cut comes after it."""
-        if recovery is not None and recovery.quantises:
-            raise InputError(
-                f"`pruning.{field}` must leave the weights in full precision where a cut comes after it, got "
-                f"{recovery}: use MaskedLoRA, or LoRA before the first cut, and QLoRA as `pruning.recovery` of one cut."
-            )
-
-    def _check_folds(self, recovery: Recovery | None, field: str, where: str) -> None:
-        if recovery is not None and not recovery.folds_under_masks:
-            raise InputError(
-                f"`pruning.{field}` must keep zeros when it is folded into the weights, for {where}, got {recovery}: "
-                "use MaskedLoRA, or make one cut."
-            )
-
-    def _check_steps(self, steps: float) -> None:
-        """Refuses cuts that the training would end before."""
-        last = self.cuts[-1].step if self.cuts else 0
-        if 0 < last >= steps:
-            raise InputError(
-                f"`pruning.at_step` must be below the number of optimizer steps, {steps} (`trainer.max_steps`), got "
-                f"{last}."
-            )
-
-    def _check(self, model: PreTrainedModel) -> None:
-        """Refuses what cannot be done to ``model``, at any of the cuts."""
-        if self.recipe is None:
-            check_kept(model, self.recovery)
-            return
-        for _, sparsity in self.cuts:
-            blocks = replace(self.recipe, sparsity=sparsity).check(model)
-        self._check_trained(blocks)
-        if structure.masked(model):
-            self._check_folds(self.before, "before", "a model that is masked already")
-            if self.before is None and self.cuts[0].step > 0:
-                check_unfilled(model, "before", "MaskedLoRA or FullFineTuning")
-        for recovery in (self.before, self.recovery):
-            if recovery is not None:
-                recovery.check(model)
-
-    def _check_trained(self, blocks: Sequence[Block]) -> None:
-        """Refuses a fit that would train pruned weights away from zero."""
-        assert self.recipe is not None
-        if not self.recipe.method.makes_zeros:
-            return
-        trained = any(linear.parameter.requires_grad for block in blocks for linear in block.linears.values())
-        if self.recovery is None and trained:
-            raise InputError(
-                "`pruning.recovery` must be given where pruned weights are trained, or training fills the zeros: use "
-                "MaskedLoRA, FullFineTuning or LoRA, freeze the LLM yourself, or prune without training by `lit-prune "
-                "prune`."
-            )
+        if self.course.stored is not None and self.course.recipe is not None:
+            settings = named(calibration_settings(datamodule, self.course.calibration), model)
+            check_stored_unread(self.course.stored, model, self.course.recipe, settings)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stores what the LLM was made into and the run's settings; leaves out weights that its source has."""
         stored: dict[str, Any] = {"settings": self._settings, "left_out": None}
-        if not self.idle:
+        if not self.course.idle:
             model = self.find_model(pl_module)
             teacher = None if self.teaching is None else self.teaching.state()
             stored |= snapshot(model) | {"held": held_masks(model), "teacher": teacher}
@@ -560,11 +439,6 @@ def _at(pl_module: LightningModule, path: str) -> Any:
     for name in path.split("."):
         found = getattr(found, name, None)
     return found
-
-
-def _one(values: list[Any]) -> Any:
-    """A list of one as the user writes it."""
-    return values[0] if len(values) == 1 else values
 
 
 def _train_on(trainer: Trainer) -> None:

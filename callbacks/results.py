@@ -124,7 +124,7 @@ class ResultsCallback(Callback):
         model = pruning.find_model(pl_module)
         if not is_sharded(model):
             model = model.to(trainer.strategy.root_device)
-        name = "after" if pruning.recipe is None else "recovered"
+        name = "after" if pruning.course.recipe is None else "recovered"
         validation = validation_data(trainer)
         measured = None if validation is None else measure(model, *validation, label=f"Perplexity, {name}")
         whole = gathered(model)
@@ -136,7 +136,9 @@ class ResultsCallback(Callback):
         self, pruning: DynamicPruningCallback, model: PreTrainedModel, name: str, measured: Measurement | None
     ) -> Report:
         """The report of the trained ``model``, with its perplexity by ``name``."""
-        report = summary(model, pruning.recipe, pruning.done, pruning.kept, pruning.cuts[len(pruning.done) :])
+        report = summary(
+            model, pruning.course.recipe, pruning.done, pruning.kept, pruning.course.cuts[len(pruning.done) :]
+        )
         within = sum(sum(done["seconds"].values()) for done in pruning.done if done["step"] > 0)  # cuts, told apart
         report["seconds"]["train"] = self.seconds - within
         if measured is not None:

@@ -123,24 +123,24 @@ class PruneTrainer(Trainer):
         pruning, results = self._ready(model, datamodule)
         llm, device = pruning.find_model(model), self.strategy.root_device
         validation = validation_data(self) if pruning.measure else None
-        assert pruning.recipe is not None
-        calibration = calibration_batches(self, pruning.calibration)
+        assert pruning.course.recipe is not None
+        calibration = calibration_batches(self, pruning.course.calibration)
         pruning.check_statistics(llm, *calibration)
-        measured, stored = pruning.measure, pruning.stored
+        measured, stored = pruning.measure, pruning.course.stored
         with working(llm, results.folder.path), self._logging():
-            done = cut(llm, pruning.recipe, calibration, validation, device, measured=measured, stored=stored)
+            done = cut(llm, pruning.course.recipe, calibration, validation, device, measured=measured, stored=stored)
             with results.opened():
-                results.write(self, model, llm, summary(llm, pruning.recipe, [done]), validation)
+                results.write(self, model, llm, summary(llm, pruning.course.recipe, [done]), validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Look before you cut: table and picture of the scores and rates, a plan to edit, and statistics to reuse."""
         pruning, results = self._ready(model, datamodule)
-        recipe = pruning.recipe
+        recipe = pruning.course.recipe
         assert recipe is not None
-        llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.calibration)
+        llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.course.calibration)
         pruning.check_statistics(llm, batches, settings)
         device, names = self.strategy.root_device, named(settings, llm)
-        scored, stored = look(llm, batches, recipe, device=device, settings=names, stored=pruning.stored)
+        scored, stored = look(llm, batches, recipe, device=device, settings=names, stored=pruning.course.stored)
         report = {
             "sparsity": {
                 "requested": recipe.sparsity,
@@ -205,12 +205,12 @@ class PruneTrainer(Trainer):
     ) -> tuple[DynamicPruningCallback, ResultsCallback]:
         """Loads the LLM, attaches the data, and checks the recipe against the LLM."""
         pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
-        if pruning.recipe is None:
+        if pruning.course.recipe is None:
             raise InputError("`pruning.method` must be a method for this, such as Wanda, got null.")
         self._data_connector.attach_data(model, datamodule=datamodule)
         llm = self._loaded(model, pruning)
-        pruning.take_zeros(llm)
-        pruning.recipe.check(llm)
+        pruning.course.take_zeros(llm)
+        pruning.course.recipe.check(llm)
         return pruning, results
 
     def _loaded(self, model: LightningModule, pruning: DynamicPruningCallback) -> PreTrainedModel:
@@ -454,16 +454,16 @@ class LitPruneCLI(LightningCLI):
             return
         limit = getattr(self.model.config, "max_position_embeddings", None)
         lengths = {f"data.{field}": getattr(self.datamodule, field) for field in ("seq_length", "val_seq_length")}
-        if pruning.recipe is not None and self.subcommand in ("fit", "prune", "score"):
-            lengths["pruning.calibration.seq_length"] = pruning.calibration.seq_length
-            blocks_path(self.model.config, pruning.recipe.blocks)
+        if pruning.course.recipe is not None and self.subcommand in ("fit", "prune", "score"):
+            lengths["pruning.calibration.seq_length"] = pruning.course.calibration.seq_length
+            blocks_path(self.model.config, pruning.course.recipe.blocks)
             check_processes(self.trainer)
             if self.subcommand != "fit":
                 check_one_process(self.trainer, self.subcommand)
-        elif fits and isinstance(pruning.recovery, ADAPTERS) and self.model.architecture is not None:
+        elif fits and isinstance(pruning.course.recovery, ADAPTERS) and self.model.architecture is not None:
             raise InputError(
                 "`pruning.recovery` must be null where `model.architecture` begins from random weights and nothing is "
-                f"cut, they would be frozen; got {pruning.recovery}."
+                f"cut, they would be frozen; got {pruning.course.recovery}."
             )
         instructions = self.datamodule.instructions
         if instructions is not None and instructions.packed and not packs(self.model.config):

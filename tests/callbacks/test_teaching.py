@@ -116,7 +116,7 @@ def test_the_teacher_is_the_model_right_before_the_first_cut(fields: dict[str, A
             said.append(pl_module.model(IDS).logits[0])
 
     fit(module, pruning, callbacks=[watch, Before()], max_steps=5)
-    exact = pruning.distillation is not None and pruning.distillation.teacher == Copy()
+    exact = pruning.course.distillation is not None and pruning.course.distillation.teacher == Copy()
     torch.testing.assert_close(dense_of(pruning).float(), said[first], **({} if exact else {"rtol": 0.1, "atol": 0.02}))
     assert not torch.allclose(watch.said[first], said[first], atol=1e-3)  # it was cut
     assert ["train/distillation" in logged for logged in watch.logged] == [step >= first for step in range(5)]
