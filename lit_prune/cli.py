@@ -494,8 +494,8 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    advice = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advice.addFilter(lambda record: not any(text in record.getMessage() for text in ADVICE))
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in ADVICE))
     for message in (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*Checkpoint directory.*"):
         warnings.filterwarnings("ignore", message)
 
