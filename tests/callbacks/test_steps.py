@@ -13,11 +13,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks import DynamicPruningCallback, ResultsCallback
 
 from lit_prune import structure
-from lit_prune.allocate import Plan, Uniform
 from lit_prune.errors import InputError
 from lit_prune.evaluate import zeros
 from lit_prune.modeling_sliced import SlicedCausalLM
-from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
+from lit_prune.prune import Magnitude, MixedNofM, SparseGPT, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, adapter_config
 from lit_prune.schedule import Linear
 from lit_prune.slice import Slicing
@@ -212,22 +211,11 @@ def test_a_foreign_module_loads_what_its_checkpoint_leaves_out(tmp_path: Path) -
     assert sizes == {False: adapter, True: sum(tensor.numel() for tensor in one.values())}
 
 
-def plan(folder: Path) -> Plan:
-    (folder / "plan.yaml").write_text("0: 0.5\n1: 0.5\n2: 0.5\n")
-    return Plan(str(folder / "plan.yaml"))
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"at_step": [0, 2]}, r"`pruning.recovery` must keep zeros .*, for 2 cuts of masks, got LoRA.*use MaskedLoRA"),
-        ({"at_step": 0, "before": LoRA()}, "`pruning.before` must be null where the first cut comes at step 0"),
         ({"at_step": [0, 2], "method": Slicing()}, r"`pruning.at_step` must be one step for Slicing\("),
-        (
-            {"at_step": [0, 2], "method": Wanda(NofM(2, 4)), "allocation": Uniform()},
-            r"`pruning.at_step` must be one step for Wanda\(pattern=NofM",
-        ),
-        ({"at_step": [0, 2], "allocation": plan}, "`pruning.allocation` must not be a Plan for 2 cuts"),
         ({"at_step": 4}, r"`pruning.at_step` must be below the number of optimizer steps, 4 .*, got 4"),
         ({"at_step": 3, "max_steps": -1, "max_epochs": 1, "limit_train_batches": 3}, "optimizer steps, 3 .*, got 3"),
         ({"at_step": 1, "recovery": None}, "`pruning.recovery` must be given where pruned weights are trained"),
@@ -238,8 +226,8 @@ def plan(folder: Path) -> Plan:
         ({"at_step": 1, "before": LoRA(target_modules=["no"])}, "`LoRA.target_modules` must match linears"),
     ],
 )
-def test_what_cannot_be_is_refused_before_work(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
-    settings = {name: value(tmp_path) if value is plan else value for name, value in fields.items()}
+def test_what_cannot_be_is_refused_before_work(fields: dict[str, Any], message: str) -> None:
+    settings = dict(fields)
     training = {
         name: settings.pop(name) for name in ("max_steps", "max_epochs", "limit_train_batches") if name in settings
     }
