@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -52,7 +52,9 @@ def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[lis
     if datamodule is not None and hasattr(datamodule, "calibration_windows"):
         windows = datamodule.calibration_windows(calibration.num_samples, calibration.tokens, calibration.seed)
         return batches_of(windows, calibration.batch_size), settings | {"positions": windows.positions}
-    return first_batches(_first_loader(trainer.fit_loop._data_source), calibration), settings
+    loader = _first_loader(trainer.fit_loop._data_source)
+    with _aside(loader):
+        return first_batches(loader, calibration), settings
 
 
 def calibration_settings(datamodule: Any, calibration: Calibration) -> dict[str, Any]:
@@ -124,11 +126,16 @@ def _undrawn(loader: DataLoader) -> Iterator[None]:
     own = {id(g): g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
     states, before = {key: generator.get_state() for key, generator in own.items()}, random_states()
     try:
-        yield
+        with _aside(loader):
+            yield
     finally:
         restore_random_states(before)
         for key, generator in own.items():
             generator.set_state(states[key])
+
+
+def _aside(loader: Any) -> AbstractContextManager[None]:
+    return loader.aside() if isinstance(loader, ResumableLoader) else nullcontext()
 
 
 def _first_loader(source: Any) -> Any:

@@ -302,7 +302,11 @@ class DynamicPruningCallback(Callback):
             check_cuts(trainer, self.course.last_step, self.course.recovery, self.course.distillation)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Readies a model that was sharded since it was cut: its parameters are others."""
+        """Lets a resumed run read on in its data; readies a model that was sharded since it was cut."""
+        if (
+            trainer.ckpt_path
+        ):  # whose position is given to a loader only when it is made: who counted steps has made one
+            trainer.fit_loop._combined_loader = None
         model = _at(pl_module, self.target)
         if not shards(trainer) or not isinstance(model, PreTrainedModel):
             return

@@ -160,6 +160,8 @@ class Course:
             self._check_folds(self.before, "before", "a model that is masked already")
             if self.before is None and self.cuts[0].step > 0:
                 check_unfilled(model, "before", "MaskedLoRA or FullFineTuning")
+            if self.recovery is None:
+                check_unfilled(model, "recovery", "MaskedLoRA, FullFineTuning or LoRA")
         for recovery in (self.before, self.recovery):
             if recovery is not None:
                 recovery.check(model)

@@ -169,8 +169,17 @@ def check_unfilled(model: PreTrainedModel, field: str, others: str) -> None:
 
 
 def _fills(model: PreTrainedModel) -> bool:
-    blocks = pruned_blocks(without_adapter(model)) if adapter_config(model) is None else []
-    return any(linear.parameter.requires_grad for block in blocks for linear in block.linears.values())
+    """Whether a linear with zeros is trained; one of an earlier cut, which had other `targets`, is known by them."""
+    if adapter_config(model) is not None:
+        return False
+    recorded = {id(linear.parameter) for block in pruned_blocks(model) for linear in block.linears.values()}
+    blocks = find_blocks(model, blocks=(structure.record(model).get("recipe") or {}).get("blocks"), quantised=True)
+    return any(
+        linear.parameter.requires_grad
+        and (id(linear.parameter) in recorded or linear.pruned >= NOTICEABLE * linear.size)
+        for block in blocks
+        for linear in block.linears.values()
+    )
 
 
 def _same_adapter(adapter: dict[str, Any], recovery: Recovery | None) -> bool:

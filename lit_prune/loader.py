@@ -7,6 +7,7 @@ In several processes a step of the training reads the windows that one process r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +102,16 @@ class ResumableLoader(DataLoader):
         for batch in super().__iter__():
             self.position["batches"] += 1
             yield batch
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within it the loader may be read for another purpose than training, which goes on where it was."""
+        kept = self.position, self._resumed, self.ordered.epoch, self.ordered.begin
+        try:
+            self._resumed = False
+            yield
+        finally:
+            self.position, self._resumed, self.ordered.epoch, self.ordered.begin = kept
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the epoch, and how many of its batches were given."""

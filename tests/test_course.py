@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lit_prune import structure
 from lit_prune.allocate import DLP, Plan, write_plan
 from lit_prune.calibrate import Calibration
 from lit_prune.course import Course
@@ -78,3 +79,16 @@ def test_trained_weights_must_be_held() -> None:
         course().check(small_model())
     course(recovery=MaskedLoRA()).check(small_model())
     course().check(small_model().requires_grad_(False))
+
+
+def test_weights_that_an_earlier_cut_masked_are_held_too() -> None:
+    model = small_model()
+    structure.write(model, masked=True)
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name:  # which this cut leaves alone
+            parameter.data[:, ::2] = 0
+        parameter.requires_grad_("q_proj" in name)
+    narrow = Recipe(Wanda(), 0.5, DLP(), targets=["down_proj"])
+    with pytest.raises(InputError, match="`pruning.recovery` must be given for a model with masks"):
+        course(recipe=narrow).check(model)
+    course(recipe=narrow).check(model.requires_grad_(False))

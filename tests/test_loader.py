@@ -68,6 +68,23 @@ def test_the_end_of_an_epoch_is_the_beginning_of_the_next() -> None:
     assert epoch(resumed, 1) == epoch(loader(), 1)
 
 
+def test_who_reads_aside_leaves_the_position() -> None:
+    one, other = loader(), loader()
+    training, undisturbed = iter(one), iter(other)
+    for _ in range(3):
+        next(training), next(undisturbed)
+    with one.aside():
+        one.sampler.set_epoch(4)
+        assert [batch.tolist() for batch in one] == epoch(loader(), 4)
+    assert one.state_dict() == other.state_dict() == {"epoch": 0, "batches": 3}
+    assert [batch.tolist() for batch in training] == [batch.tolist() for batch in undisturbed]
+    resumed = loader()
+    resumed.load_state_dict({"epoch": 0, "batches": 3})
+    with resumed.aside():
+        assert len(list(resumed)) == 6
+    assert epoch(resumed) == epoch(loader())[3:]
+
+
 def test_it_draws_nothing_from_the_global_random_numbers() -> None:
     before = torch.get_rng_state()
     epoch(loader())

@@ -139,3 +139,14 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(case: str, steps:
         trainer = run(text, callback(**CASES[case]), resume=path)
         assert trainer.global_step == STEPS
         assert_same(whole, ended(trainer))
+
+
+def test_a_run_of_so_many_epochs_goes_on_in_the_middle_of_one(text: Path) -> None:
+    """Whoever asks Lightning how many steps they are has the loader made before its position is known."""
+    length: dict[str, Any] = {"max_steps": -1, "max_epochs": 2}
+    whole = ended(run(text, callback(method=Wanda(), recovery=LoRA(r=2)), KeepAll(), **length))
+    for step in (2, 7):
+        path = text / "checkpoints" / f"{step}.ckpt"
+        trainer = run(text, callback(method=Wanda(), recovery=LoRA(r=2)), resume=path, **length)
+        assert trainer.global_step == 10
+        assert_same(whole, ended(trainer))
