@@ -21,6 +21,7 @@ SHOWN = 5e-5
 FIRST = ("dense", "before")  # what the perplexity is called that the others are compared with
 COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
 TITLE_LETTERS, LEGEND_COLUMNS = 100, 5
+LONG = 1e6  # perplexity, from which on its digits say nothing
 LONGEST_BAR = 1e100  # perplexity, beyond which an axis overflows
 
 
@@ -32,6 +33,15 @@ def versions() -> dict[str, str]:
 def to_json(report: Report) -> str:
     """Returns ``report`` as report.json has it."""
     return json.dumps(report, indent=2) + "\n"
+
+
+def short(value: float, usual: str = ".3f") -> str:
+    """Returns a perplexity in few letters: as ``usual``, or with an exponent from a million on.
+
+    >>> short(21.5), short(1.5e158)
+    ('21.500', '1.50e+158')
+    """
+    return format(value, usual if value < LONG else ".2e")
 
 
 def table(report: Report) -> Table:
@@ -235,7 +245,7 @@ def _draw_perplexity(axis: Any, perplexity: dict[str, float]) -> None:
     colors, values = [COLORS.get(name, "#e45756") for name in perplexity], list(perplexity.values())
     drawn = [min(value, LONGEST_BAR) for value in values]
     bars = axis.barh(list(perplexity), [value - 1 for value in drawn], left=1, color=colors)
-    axis.bar_label(bars, [f"{value:,.1f}" for value in values], padding=2, fontsize=8)
+    axis.bar_label(bars, [short(value, ",.1f") for value in values], padding=2, fontsize=8)
     axis.set(title="perplexity", xscale="log", xlim=(1, max(drawn) ** 1.4))
     axis.minorticks_off()
     axis.invert_yaxis()
