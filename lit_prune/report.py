@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import textwrap
 from pathlib import Path
@@ -20,6 +21,8 @@ SHOWN = 5e-5
 FIRST = ("dense", "before")  # what the perplexity is called that the others are compared with
 COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
 TITLE_LETTERS, LEGEND_COLUMNS = 100, 5
+LONG = 1e6  # perplexity, from which on its digits say nothing
+LONGEST_BAR = 1e100  # perplexity, beyond which an axis overflows
 
 
 def versions() -> dict[str, str]:
@@ -30,6 +33,15 @@ def versions() -> dict[str, str]:
 def to_json(report: Report) -> str:
     """Returns ``report`` as report.json has it."""
     return json.dumps(report, indent=2) + "\n"
+
+
+def short(value: float, usual: str = ".3f") -> str:
+    """Returns a perplexity in few letters: as ``usual``, or with an exponent from a million on.
+
+    >>> short(21.5), short(1.5e158)
+    ('21.500', '1.50e+158')
+    """
+    return format(value, usual if value < LONG else ".2e")
 
 
 def table(report: Report) -> Table:
@@ -231,23 +243,22 @@ def _draw_earlier_cuts(axis: Any, cuts: list[dict[str, Any]]) -> None:
 def _draw_perplexity(axis: Any, perplexity: dict[str, float]) -> None:
     """A bar of every perplexity on a logarithmic axis that begins at 1: its length is the loss."""
     colors, values = [COLORS.get(name, "#e45756") for name in perplexity], list(perplexity.values())
-    bars = axis.barh(list(perplexity), [value - 1 for value in values], left=1, color=colors)
-    axis.bar_label(bars, [f"{value:,.1f}" for value in values], padding=2, fontsize=8)
-    axis.set(title="perplexity", xscale="log", xlim=(1, max(values) ** 1.4))
+    drawn = [min(value, LONGEST_BAR) for value in values]
+    bars = axis.barh(list(perplexity), [value - 1 for value in drawn], left=1, color=colors)
+    axis.bar_label(bars, [short(value, ",.1f") for value in values], padding=2, fontsize=8)
+    axis.set(title="perplexity", xscale="log", xlim=(1, max(drawn) ** 1.4))
     axis.minorticks_off()
     axis.invert_yaxis()
 
 
 def _bars(report: Report) -> dict[str, float]:
-    """The perplexities to draw: where there were several cuts, that after each."""
-    perplexity = {name: value for name, value in report.get("perplexity", {}).items() if value is not None}
-    cuts = report.get("cuts", [])
-    if len(cuts) < 2 or "pruned" not in perplexity:
-        return perplexity
-    after = {f"cut {done['step']}": done["perplexity"]["after"] for done in cuts}
-    first = {name: perplexity[name] for name in FIRST if name in perplexity}
-    rest = {name: value for name, value in perplexity.items() if name not in (*FIRST, "pruned")}
-    return first | after | rest
+    """The perplexities to draw, those that were measured and are numbers: where there were several cuts, after each."""
+    told, cuts = report.get("perplexity", {}), report.get("cuts", [])
+    if len(cuts) > 1 and told.get("pruned") is not None:
+        after = {f"cut {done['step']}": done["perplexity"].get("after") for done in cuts}
+        first = {name: told[name] for name in FIRST if name in told}
+        told = first | after | {name: value for name, value in told.items() if name not in (*FIRST, "pruned")}
+    return {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
 
 
 def _title(report: Report) -> str:

@@ -14,11 +14,13 @@ from lit_prune import report as reports
 from lit_prune import structure
 from lit_prune.allocate import write_plan
 from lit_prune.allocate.plan import MEAN_TOLERANCE
+from lit_prune.errors import InputError
 from lit_prune.evaluate import full_bytes, measure, parameters, pruned, size_bytes
 from lit_prune.export import export, form, merged, merges, without_adapter
 from lit_prune.kept import zero_shares
 from lit_prune.modeling_sliced import SlicedCausalLM
 from lit_prune.pipeline import Recipe
+from lit_prune.progress import say
 from lit_prune.quantised import quantisation
 from lit_prune.recover import adapter_config
 from lit_prune.report import Report
@@ -240,10 +242,17 @@ def write_scores(folder: Path, report: Report, stored: Stored) -> list[Path]:
 
 
 def _told(folder: Path, report: Report) -> list[Path]:
-    """Writes the picture, where there are scores to draw, and then report.json; returns what was written."""
+    """Writes report.json, then the picture, where there are scores to draw; returns what was written."""
     image, numbers = folder / "blocks.png", folder / "report.json"
-    if report["scores"] is not None:
+    write_text(numbers, reports.to_json(report))
+    if report["scores"] is None:
+        return [numbers]
+    try:
         with written_aside(image) as draft:
             reports.picture(draft, report["scores"], report["rates"], report)
-    write_text(numbers, reports.to_json(report))
-    return [numbers] if report["scores"] is None else [image, numbers]
+    except InputError:
+        raise
+    except Exception as error:  # of the drawing: a run that is through is not lost by its picture
+        say(f"{image} could not be drawn: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        return [numbers]
+    return [image, numbers]

@@ -1,5 +1,6 @@
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from lit_prune.report import (
+    _bars,
     _draw_earlier_cuts,
     _draw_perplexity,
     _draw_widths,
@@ -134,6 +136,19 @@ def test_the_picture_of_several_cuts_tells_them_apart(tmp_path: Path) -> None:
     assert [bar.get_width() for bar in perplexity.patches] == [10, 1e5 - 1]
     assert perplexity.get_xlim()[1] > 1e6  # room for the number at the longest bar
     picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], {**REPORT, "cuts": cuts})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1.7e308, 1.0])
+def test_the_picture_of_a_perplexity_that_is_no_number_or_a_huge_one(value: float, tmp_path: Path) -> None:
+    report = {**REPORT, "perplexity": {"dense": 20.0, "pruned": 60.0, "recovered": value}}
+    assert ("recovered" in _bars(report)) == math.isfinite(value)
+    picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], report)
+    assert (tmp_path / "blocks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cut_that_was_not_measured_has_no_bar() -> None:
+    cuts = [{"step": 0, "perplexity": {}}, {"step": 4, "perplexity": {"before": 50.0, "after": 60.0}}]
+    assert list(_bars({**REPORT, "cuts": cuts})) == ["dense", "cut 4", "recovered"]
 
 
 def test_the_card_says_what_was_done_and_what_it_cost() -> None:
