@@ -96,7 +96,7 @@ def training_windows(trainer: Trainer) -> Iterator[Batch]:
     Of a loader whose order is known those that will be seen, else one epoch's, all of them.
 
     Raises:
-        InputError: for a loader without an end.
+        InputError: for a loader without an end, and for a `limit_train_batches` that leaves none of its batches.
     """
     loader = _first_loader(trainer.fit_loop._data_source)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
@@ -110,6 +110,10 @@ def training_windows(trainer: Trainer) -> Iterator[Batch]:
             yield from loader
             return
         each = int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
+        if each < 1:
+            raise InputError(
+                f"`trainer.limit_train_batches` must leave at least one batch, {limit} of {len(loader)} does not."
+            )
         left = steps if trainer.max_steps != -1 else each * (trainer.max_epochs or 1)
         for epoch in itertools.count():
             loader.ordered.set_epoch(epoch)

@@ -40,8 +40,13 @@ def fill_lengths(config: Namespace) -> None:
         config[field] = min(usual[field], getattr(found, "max_position_embeddings", None) or usual[field])
 
 
-def of_export(args: list[str]) -> list[str]:
-    """Returns the arguments with what `export` may leave out: the value of --merge, and its run's config.yaml."""
+def of_export(args: list[str], output: str) -> list[str]:
+    """Returns the arguments with what `export` may leave out: the value of --merge, and its run's config.yaml.
+
+    Args:
+        args: As the user gave them.
+        output: The folder of results where none is given.
+    """
     if args[:1] != ["export"]:
         return args
     given = {}
@@ -50,10 +55,11 @@ def of_export(args: list[str]) -> list[str]:
         given[option] = value if is_set else following
     args = ["--merge=true" if arg == "--merge" and given[arg][:2] in ("", "--") else arg for arg in args]
     last = given.get("--ckpt_path") == "last"
-    run = Path(given.get("--output", "")) if last else Path(given.get("--ckpt_path", "")).parent.parent
+    run = Path(given.get("--output", output)) if last else Path(given.get("--ckpt_path", "")).parent.parent
     if {"--config", "-c"} & given.keys() or not (run / "config.yaml").is_file():
         return args
-    return ["export", f"--config={run / 'config.yaml'}", *args[1:]]
+    here = [f"--output={run}"] if last else []  # which the folder may have been moved to
+    return ["export", f"--config={run / 'config.yaml'}", *here, *args[1:]]
 
 
 def found_checkpoint(path: str, output: Path) -> str:

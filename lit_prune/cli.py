@@ -297,7 +297,7 @@ class LitPruneCLI(LightningCLI):
         """Parses the command line; what is exported has the settings of its run."""
         given = sys.argv[1:] if args is None else args
         check_verb(given, self.subcommands())
-        self.config = parser.parse_args(of_export(given))
+        self.config = parser.parse_args(of_export(given, self._parser("export").get_default("output")))
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the configuration as the user gave it: our checkpoints hold no hyper-parameters to put over it."""

@@ -93,12 +93,17 @@ class Stored:
         """Asks whether the statistics serve.
 
         Raises:
-            InputError: if they are of another model or text, lack one of ``needs`` or a linear of ``blocks``.
+            InputError: if they are of another model or text, lack one of ``needs``, or a block or linear of ``blocks``.
         """
         if differing := self.key.differences(key):
             raise InputError(
                 f"`pruning.statistics` must be of this model and this calibration text, {self.source} is of others: "
                 f"{'; '.join(differing)}. Run `lit-prune score` again, or leave it out."
+            )
+        if len(blocks) != len(self.observed):
+            raise InputError(
+                f"`pruning.statistics` must be of this model, which has {len(blocks)} blocks, {self.source} is of "
+                f"{len(self.observed)}. Run `lit-prune score` again, or leave it out."
             )
         if missing := sorted(set(needs) - self.taken):
             raise InputError(

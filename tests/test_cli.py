@@ -364,8 +364,10 @@ def test_export_of_lora_over_masks_leaves_the_adapter_beside_the_weights(capsys:
     assert Path("runs/x/model/adapter_model.safetensors").is_file()
     assert report()["perplexity"] == pytest.approx(first["perplexity"])
     assert report()["export"]["adapter"] == "unmerged, at the root of model/"
-    main(["export", "--ckpt_path", "last", "--output", "runs/x", "--overwrite"])
-    assert Path("runs/x/checkpoints/last.ckpt").is_file()
+    Path("runs/x").rename("runs/lit_prune")
+    main(["export", "--ckpt_path", "last", "--overwrite"])
+    assert report("runs/lit_prune")["perplexity"] == pytest.approx(first["perplexity"])
+    assert Path("runs/lit_prune/checkpoints/last.ckpt").is_file()
 
 
 def test_a_quantised_model_is_exported_from_its_checkpoint_and_validated(capsys: pytest.CaptureFixture[str]) -> None:

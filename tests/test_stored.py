@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
 from lit_prune.calibrate import COSINE, GRAM, INPUTS
 from lit_prune.errors import InputError
-from lit_prune.pipeline import Recipe, check_stored, look, prune, score
+from lit_prune.pipeline import Recipe, check_stored, check_stored_unread, look, prune, score
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
 from lit_prune.slice import Slicing
 from lit_prune.stored import FILE, Stored, key_of, read_stored, write_stored
@@ -126,6 +126,10 @@ def test_what_is_not_there_is_said(batches: Batches, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has none of self_attn.k_proj of block 0; run"):
         prune(model, batches, Recipe(Wanda()), stored=stored)
     prune(small_model(), batches, Recipe(Slicing(multiple=4), 0.25, LayerRedundancy()), stored=stored)
+    read = {"model": "small", "calibration.num_samples": 4, "calibration.seq_length": 16}
+    check_stored_unread(stored, model, Recipe(Wanda(), targets=["q_proj"]), read)
+    with pytest.raises(InputError, match=r"must be of this model, which has 4 blocks, .* is of 3\. Run `lit-prune sc"):
+        check_stored_unread(stored, small_model(num_hidden_layers=4), Recipe(Slicing()), read)
 
 
 def test_no_file_of_statistics(tmp_path: Path) -> None:

@@ -297,6 +297,13 @@ def test_windows_that_will_be_seen_of_a_loader_whose_order_is_known(fields: dict
             assert torch.equal(expected["input_ids"], batch)
 
 
+@pytest.mark.parametrize("limit", [0, 0.1])
+def test_no_windows_are_left_to_look_up(limit: float) -> None:
+    given = ResumableLoader(PackedWindows(torch.arange(160), 5), batch_size=4, seed=3)
+    with pytest.raises(InputError, match=f"`trainer.limit_train_batches` must leave at least one batch, {limit} of 8"):
+        windows_of(given, limit_train_batches=limit, max_steps=-1, max_epochs=1)
+
+
 def test_all_windows_of_a_loader_whose_order_is_not_known_and_nothing_drawn() -> None:
     rows = [{"input_ids": row} for row in torch.arange(40).view(8, 5)]
     own = torch.Generator().manual_seed(1)
