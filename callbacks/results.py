@@ -159,7 +159,7 @@ class ResultsCallback(Callback):
     ) -> None:
         """Exports ``model``, writes and prints what the report says; sends the folder to the hub where asked to."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        base, plain = Path(getattr(pl_module, "pretrained", type(model).__name__)).name, exported(model)
+        base, plain = _base(getattr(pl_module, "pretrained", type(model).__name__)), exported(model)
         written = write_results(
             self.folder,
             model,
@@ -246,3 +246,9 @@ def tell(tables: Sequence[Table], written: Sequence[Path]) -> None:
         console.print(grid)
     for path in written:
         console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def _base(pretrained: str) -> str:
+    """What a card calls the model that was begun with: its id, of a folder the last names, since most end in model."""
+    path = Path(pretrained)
+    return "/".join(path.absolute().parts[-2:]) if path.exists() else pretrained

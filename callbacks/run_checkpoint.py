@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lit_prune.checkpoint_io import AtomicCheckpointIO
 from lit_prune.errors import InputError
+from lit_prune.progress import say
 
 
 class RunCheckpoint(Checkpoint):
@@ -68,6 +69,8 @@ class RunCheckpoint(Checkpoint):
         through = progress.ready == progress.processed and not loop._should_accumulate()
         if trainer.training and through and self._saved not in (None, trainer.global_step):
             self._save(trainer)
+        if isinstance(exception, KeyboardInterrupt) and self._saved is not None:
+            say(f"Interrupted: {self.path} has step {self._saved}; the same command with `--ckpt_path last` goes on.")
 
     def _save(self, trainer: Trainer) -> None:
         self._saved = trainer.global_step  # before it is, so that one that fails is not tried again on the exception

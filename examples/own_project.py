@@ -26,7 +26,7 @@ class MyModule(LightningModule):
 
     def __init__(self, name: str = str(EMBEDDED), lr: float = 1e-3) -> None:
         super().__init__()
-        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).train()
         self.lr, self.perplexity = lr, Perplexity()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -374,9 +374,13 @@ class LitPruneCLI(LightningCLI):
                 f"`trainer.max_steps` must be at least 1, or -1 for as many as `trainer.max_epochs` take, got "
                 f"{config.trainer.max_steps}; `lit-prune prune` prunes without training."
             )
-        endless = config.trainer.max_steps == -1 and config.trainer.max_epochs == -1
-        if endless and self.subcommand in ("fit", "prune", "score"):
-            raise InputError("`trainer.max_steps` or `trainer.max_epochs` must be given: the cosine needs an end.")
+        ends = {None: config.trainer.max_time is not None, -1: False}  # null without either is Lightning's 1000 epochs
+        endless = config.trainer.max_steps == -1 and not ends.get(config.trainer.max_epochs, True)
+        if endless and self.subcommand == "fit":
+            raise InputError(
+                "`trainer.max_steps` or `trainer.max_epochs` must be given: the cosine needs an end. `lit-prune prune` "
+                "prunes without training."
+            )
         if config.trainer.logger is None:
             config.trainer.logger = False  # results.csv_log stands in for it
         if self.subcommand != "fit":

@@ -322,6 +322,7 @@ class TextDataModule(LightningDataModule):
         if self._local():
             return self._from_files(part)
         if self.source == "python-docs":
+            say(f"Reading Python's documentation, {'training' if part == 'train' else 'validation'} documents ...")
             rows = python_docs("train" if part == "train" else "validation", packages=self.packages)
             return Dataset.from_list(rows).select_columns("text")
         if self.source is None:

@@ -9,6 +9,7 @@ validation where the standard library's training documents have it, from package
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import sysconfig
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ def python_docs(part: Part, packages: bool = False) -> list[dict[str, str]]:
         part: `train` or `validation`; both are the same mixture of language topics and module docstrings.
         packages: Add the docstrings of all installed packages to the training part (tens of megabytes).
     """
-    standard = {**_topics(), **_modules(Path(sysconfig.get_path("stdlib")), "", {"site-packages"})}
+    standard = _standard()
     training = {name: pieces for name, pieces in standard.items() if not _is_validation(name)}
     validation = {name: pieces for name, pieces in standard.items() if _is_validation(name)}
     held_out = _without(_documents(validation), _paragraphs(_documents(training)))
@@ -37,6 +38,12 @@ def python_docs(part: Part, packages: bool = False) -> list[dict[str, str]]:
     if packages:
         training |= _modules(Path(sysconfig.get_path("purelib")), "site-packages.", set())
     return _without(_documents(training), _paragraphs(held_out))
+
+
+@functools.cache
+def _standard() -> dict[str, list[tuple[str, str]]]:
+    """All that Python itself documents: several thousand files are read, once for both parts."""
+    return {**_topics(), **_modules(Path(sysconfig.get_path("stdlib")), "", {"site-packages"})}
 
 
 def _is_validation(name: str) -> bool:

@@ -398,7 +398,8 @@ def _found(report: Report) -> str:
 
 def _came(sparsity: dict[str, Any]) -> str:
     """What share of the linears had been zero before."""
-    return f" {sparsity['found']:.2%} of the linears were before." if sparsity.get("found") else ""
+    found = sparsity.get("found")
+    return f" Before, {found:.2%} of the weights of the linears were zero." if found else ""
 
 
 def _done(report: Report) -> str:

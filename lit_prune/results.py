@@ -53,7 +53,7 @@ def summary(
         zero, total = sum(block.pruned for block in blocks), sum(block.size for block in blocks)
         target = done.get("target", recipe.sparsity)
         sparsity = {
-            "requested": recipe.sparsity,
+            "requested": done["recipe"]["sparsity"] if done.get("recipe") else recipe.sparsity,
             "budget": recipe.budget,
             "target": target,
             "achieved_linears": zero / total,

@@ -697,6 +697,7 @@ MISTAKES = [
     ),
     (["--model.pretrained=embeded"], r"there is no model 'embeded' here. Did you mean embedded"),
     (["--trainer.accelerator=gpu"], r"No supported gpu backend found"),
+    (["--trainer.max_steps=-1"], r"`trainer.max_steps` or `trainer.max_epochs` must be given"),
     (
         ["--trainer.max_steps=-1", "--trainer.max_epochs=-1"],
         r"`trainer.max_steps` or `trainer.max_epochs` must be given",

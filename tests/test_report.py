@@ -70,7 +70,7 @@ def test_a_model_that_was_not_dense_is_not_called_so(tmp_path: Path) -> None:
     for told in ("perplexity, before", "66.000  (3.30 x before)", "40.000  (2.00 x before; 50% of the loss won back)"):
         assert told in text
     assert "dense" not in text
-    assert "25.00% of the linears were before." in model_card(report, "x")
+    assert "Before, 25.00% of the weights of the linears were zero." in model_card(report, "x")
     picture(tmp_path / "blocks.png", [1.0, 2.0], [0.4, 0.6], report)
 
 

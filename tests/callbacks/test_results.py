@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lit_prune.callbacks import ResultsCallback, RunCheckpoint
+from lit_prune.callbacks.results import _base
 from transformers import AutoModelForCausalLM
 
 from lit_prune.allocate import Uniform
@@ -123,3 +124,10 @@ def test_an_export_that_is_not_what_was_measured_is_not_kept(tmp_path: Path, mon
     with pytest.raises(RuntimeError, match=r"the exported model's perplexity is .*, in memory it is .*; not kept"):
         fit(Foreign(), callback(), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))])
     assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_card_names_what_was_begun_with(tmp_path: Path) -> None:
+    (tmp_path / "cut" / "model").mkdir(parents=True)
+    assert _base(str(tmp_path / "cut" / "model")) == "cut/model"
+    assert _base("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
+    assert _base("embedded") == "embedded"

@@ -69,13 +69,15 @@ class Stop(Callback):
     ("hook", "index", "steps"), [("on_train_batch_end", 4, [0, 5]), ("on_train_batch_start", 4, [0])]
 )
 def test_an_exception_is_saved_where_the_step_is_through(
-    tmp_path: Path, hook: str, index: int, steps: list[int]
+    tmp_path: Path, hook: str, index: int, steps: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = Saved(tmp_path, 100)
     with pytest.raises(SystemExit):
         fit(checkpoint, Stop(hook, index))
     assert checkpoint.steps == steps
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == steps[-1]
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"last.ckpt has step {steps[-1]}; the same command with `--ckpt_path last` goes on." in told
 
 
 def test_an_early_end_is_saved(tmp_path: Path) -> None:

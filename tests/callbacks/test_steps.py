@@ -188,6 +188,7 @@ def test_a_training_that_ends_before_a_cut_says_so(capsys: pytest.CaptureFixture
     assert "Warning: training ended at step 1, before the cut at step 3: 1 of 2 cuts were made." in told
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["cuts_not_made"] == [{"step": 3, "sparsity": 0.5}]
+    assert report["sparsity"]["requested"] == report["recipe"]["sparsity"] < 0.5
 
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable")
