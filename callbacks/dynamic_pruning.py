@@ -303,9 +303,7 @@ class DynamicPruningCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets a resumed run read on in its data; readies a model that was sharded since it was cut."""
-        if (
-            trainer.ckpt_path
-        ):  # whose position is given to a loader only when it is made: who counted steps has made one
+        if trainer.ckpt_path:  # gives its position only to a loader that is made after it; who counted steps made one
             trainer.fit_loop._combined_loader = None
         model = _at(pl_module, self.target)
         if not shards(trainer) or not isinstance(model, PreTrainedModel):
