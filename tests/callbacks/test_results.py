@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_prune.callbacks import ResultsCallback, RunCheckpoint
 from transformers import AutoModelForCausalLM
 
 from lit_prune.allocate import Uniform
 from lit_prune.errors import InputError
 from lit_prune.pipeline import Recipe, prune
+from lit_prune.recover import MaskedLoRA, QLoRA, Recovery
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader, slicing
 
@@ -122,4 +123,19 @@ def test_an_export_that_is_not_what_was_measured_is_not_kept(tmp_path: Path, mon
     monkeypatch.setattr("lit_prune.results.export", other)
     with pytest.raises(RuntimeError, match=r"the exported model's perplexity is .*, in memory it is .*; not kept"):
         fit(Foreign(), callback(), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))])
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+class Diverging(Callback):
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if ".lora_" in name:
+                parameter.data.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("recovery", [MaskedLoRA(), QLoRA(form="merged", quantization="int8")])
+def test_a_training_that_diverged_is_told_so_before_anything_is_written(recovery: Recovery, tmp_path: Path) -> None:
+    results = ResultsCallback(str(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"`model.lr` must be lower: the training diverged, .*lora_A.* is not finite"):
+        fit(Foreign(), callback(recovery=recovery), loader(1), callbacks=[Diverging(), results], max_steps=1)
     assert list((tmp_path / "run").iterdir()) == []
