@@ -29,6 +29,7 @@ from lit_prune.results import Validation, summary, write_results, write_tasks
 from lit_prune.run_folder import RunFolder, write_text
 from lit_prune.sharded import gathered, is_sharded, shards
 from lit_prune.tasks import Tasks
+from lit_prune.verify import check_trained
 
 Found = TypeVar("Found", bound=Callback)
 
@@ -158,6 +159,7 @@ class ResultsCallback(Callback):
         validation: Validation | None,
     ) -> None:
         """Exports ``model``, writes and prints what the report says; sends the folder to the hub where asked to."""
+        check_trained(model, report)
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         base, plain = _base(getattr(pl_module, "pretrained", type(model).__name__)), exported(model)
         written = write_results(

@@ -21,7 +21,7 @@ SHOWN = 5e-5
 FIRST = ("dense", "before")  # what the perplexity is called that the others are compared with
 COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of bars; what was cut is red
 TITLE_LETTERS, LEGEND_COLUMNS = 100, 5
-LONG = 1e6  # perplexity, from which on its digits say nothing
+LONG = 1e6  # perplexity, from which on more digits say nothing
 LONGEST_BAR = 1e100  # perplexity, beyond which an axis overflows
 
 
@@ -31,16 +31,26 @@ def versions() -> dict[str, str]:
 
 
 def to_json(report: Report) -> str:
-    """Returns ``report`` as report.json has it."""
-    return json.dumps(report, indent=2) + "\n"
+    """Returns ``report`` as report.json has it, where a number that is not finite, which JSON has not, is null."""
+    return json.dumps(_finite(report), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def short(value: float, usual: str = ".3f") -> str:
-    """Returns a perplexity in few letters: as ``usual``, or with an exponent from a million on.
+    """Returns a perplexity, or a ratio of two, in few letters: as ``usual``, with an exponent from a million on.
 
-    >>> short(21.5), short(1.5e158)
-    ('21.500', '1.50e+158')
+    >>> short(21.5), short(1.5e158), short(math.inf)
+    ('21.500', '1.50e+158', 'not finite')
     """
+    if not math.isfinite(value):
+        return "not finite"
     return format(value, usual if value < LONG else ".2e")
 
 
@@ -51,7 +61,7 @@ def table(report: Report) -> Table:
     grid.add_column(overflow="fold")
     for name, value in report.get("perplexity", {}).items():
         if value is not None:
-            grid.add_row(f"perplexity, {name}", f"{value:.3f}{_change(report, name)}")
+            grid.add_row(f"perplexity, {name}", f"{short(value)}{_change(report, name)}")
     if report.get("protocol"):
         grid.add_row("protocol", describe_protocol(report["protocol"]))
     for label, value in {**_cut(report), **_cuts(report)}.items():
@@ -108,7 +118,7 @@ def _jump(perplexity: dict[str, float]) -> str:
     """From which perplexity to which a cut went."""
     if not perplexity:
         return ""
-    return f", perplexity {perplexity['before']:.3f} to {perplexity['after']:.3f}"
+    return f", perplexity {short(perplexity['before'])} to {short(perplexity['after'])}"
 
 
 def _zeros(sparsity: dict[str, Any]) -> dict[str, str]:
@@ -157,15 +167,16 @@ def _size(report: Report) -> str:
 
 
 def _change(report: Report, name: str) -> str:
-    """How a perplexity stands to the first one, and how much of the loss recovery won back."""
-    values = report["perplexity"]
-    first = next((key for key in FIRST if values.get(key) is not None), None)
-    if first is None or name == first:
+    """How a perplexity stands to the first one, and how much of the loss recovery won back, or that it lost more."""
+    values = {key: value for key, value in report["perplexity"].items() if value is not None and math.isfinite(value)}
+    first = next((key for key in FIRST if key in values), None)
+    if first is None or name == first or name not in values:
         return ""
-    text, start, pruned = f"  ({values[name] / values[first]:.2f} x {first}", values[first], values.get("pruned")
+    text, value, start, pruned = "", values[name], values[first], values.get("pruned")
     if name in ("recovered", "requantised") and pruned is not None and pruned > start:
-        text += f"; {(pruned - values[name]) / (pruned - start):.0%} of the loss won back"
-    return text + ")"
+        won = f"{(pruned - value) / (pruned - start):.0%} of the loss won back"
+        text = f"; {won if value <= pruned else short(value / pruned, '.2f') + ' x pruned'}"
+    return f"  ({short(value / start, '.2f')} x {first}{text})"
 
 
 def describe_protocol(protocol: dict[str, Any]) -> str:
@@ -284,7 +295,7 @@ def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str
     """Returns the README.md of the exported folder; ``tokenizer`` says where the tokenizer is."""
     data = ModelCardData(library_name="transformers", tags=["pruning", "sparse", "lit-prune"])
     perplexity = "\n".join(
-        f"| {name} | {value:.3f} |" for name, value in report["perplexity"].items() if value is not None
+        f"| {name} | {short(value)} |" for name, value in report["perplexity"].items() if value is not None
     )
     recipe = report.get("recipe")
     return f"""---

@@ -1,5 +1,6 @@
 """Reopens an exported folder and compares it with the model in memory, before it gets its name.
 
+A training that diverged leaves nothing to compare, NaN is not even itself: that is asked before anything is written.
 Its weights are those that were written, bit for bit; nothing that was pruned has been filled; its logits on one window
 are those of the model as it was trained and validated, adapter and all; so is its perplexity. Weights that were
 quantised again after a merge are another model's than the one that was trained: there it is the model that was written.
@@ -7,6 +8,7 @@ quantised again after a merge are another model's than the one that was trained:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune import structure
 from lit_prune.calibrate import Batch
+from lit_prune.errors import InputError
 from lit_prune.evaluate import evaluating, measure, zeros
 from lit_prune.export import without_adapter
 from lit_prune.families import Block
@@ -31,6 +34,26 @@ WINDOW_TOKENS = 128
 TOLERANCE = 1e-3  # share of the perplexity, and of the largest logit; the wider ones are for half precision
 PERPLEXITY_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2}
 LOGIT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+
+def check_trained(model: PreTrainedModel, report: Report) -> None:
+    """Asks whether the training left a model.
+
+    Args:
+        model: The model in memory, perhaps with an adapter.
+        report: The report so far; one that knows no seconds of training is not asked about.
+
+    Raises:
+        InputError: for weights that are not finite, and for a perplexity that is no number.
+    """
+    if "train" not in report["seconds"]:
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise InputError(f"`model.lr` must be lower: the training diverged, {name} is not finite; nothing is kept.")
+    measured = [value for value in report["perplexity"].values() if value is not None]
+    if measured and math.isnan(measured[-1]):
+        raise InputError("`model.lr` must be lower: the training diverged, the perplexity is NaN; nothing is kept.")
 
 
 def verify(
@@ -53,6 +76,7 @@ def verify(
 
     Raises:
         RuntimeError: if the folder holds another model.
+        InputError: if the model in memory gives no numbers.
     """
     opened = AutoModelForCausalLM.from_pretrained(folder).to(written.device)  # type: ignore[arg-type]
     compute_exactly(opened)
@@ -116,6 +140,11 @@ def _compare_logits(model: PreTrainedModel, opened: PreTrainedModel, validation:
     ids_BT = _window(model, validation)
     with evaluating(model):
         expected = model(ids_BT, use_cache=False).logits.float()
+    if not expected.isfinite().all():
+        raise InputError(
+            "the model's logits are not finite, which no folder can be compared with; not kept. Where it was trained, "
+            "`model.lr` must be lower."
+        )
     difference = float((opened(ids_BT, use_cache=False).logits.float() - expected).abs().max())
     allowed = LOGIT_TOLERANCE.get(model.dtype, TOLERANCE) * float(expected.abs().max())
     if not difference <= allowed:

@@ -243,5 +243,37 @@ def test_the_card_of_a_sliced_model() -> None:
     assert "import lit_prune" in model_card({**REPORT, "sliced": True}, "sliced in an earlier run")
 
 
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (60.0, "60.000  (3.00 x dense; 0% of the loss won back)"),
+        (90.0, "90.000  (4.50 x dense; 1.50 x pruned)"),
+        (6e157, "6.00e+157  (3.00e+156 x dense; 1.00e+156 x pruned)"),
+        (math.inf, "not finite"),
+        (math.nan, "not finite"),
+    ],
+)
+def test_a_run_that_lost_more_than_the_cut_did_has_won_nothing_back(value: float, told: str) -> None:
+    report = {**REPORT, "perplexity": {"dense": 20.0, "pruned": 60.0, "recovered": value}}
+    row = next(line for line in shown(table(report)).splitlines() if "perplexity, recovered" in line)
+    assert row.strip("│ ").removeprefix("perplexity, recovered").strip("│ ") == told
+    assert f"| recovered | {told.partition('  ')[0]} |" in model_card(report, "x")
+
+
+def test_what_is_compared_with_a_perplexity_that_is_no_number() -> None:
+    cut = {"step": 4, "sparsity": 0.5, "perplexity": {"before": 2e6, "after": math.inf}}
+    report = {**REPORT, "perplexity": {"dense": 20.0, "pruned": math.inf, "recovered": 30.0}, "cuts": [cut]}
+    text = shown(table(report))
+    assert "30.000  (1.50 x dense) " in text
+    assert "0.5000, perplexity 2.00e+06 to not finite" in text
+    text = shown(table({**report, "perplexity": {"dense": math.nan, "recovered": 30.0}}))
+    assert "x dense" not in text
+
+
+def test_what_json_has_no_number_for_is_null() -> None:
+    text = to_json({"perplexity": {"dense": 20.0, "recovered": math.nan}, "cuts": [{"rates": (0.5, math.inf)}]})
+    assert json.loads(text) == {"perplexity": {"dense": 20.0, "recovered": None}, "cuts": [{"rates": [0.5, None]}]}
+
+
 def test_json_round_trips() -> None:
     assert json.loads(to_json(REPORT)) == json.loads(json.dumps(REPORT))

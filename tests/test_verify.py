@@ -1,5 +1,6 @@
 """An export that is not what is in memory is found out, whatever it is that differs."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate import Uniform
 from lit_prune.calibrate import Batch
+from lit_prune.errors import InputError
 from lit_prune.evaluate import measure
 from lit_prune.export import export
 from lit_prune.pipeline import Recipe, prune, recipe_record
@@ -16,7 +18,7 @@ from lit_prune.prune import Magnitude
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery
 from lit_prune.results import summary
 from lit_prune.slice import Slicing
-from lit_prune.verify import verify
+from lit_prune.verify import check_trained, verify
 from tests.conftest import small_model
 
 RECIPE = Recipe(Magnitude(), 0.5, Uniform(), ignore=["down_proj"])
@@ -115,3 +117,25 @@ def test_a_perplexity_that_was_another(tmp_path: Path) -> None:
     report = report_of(model) | {"perplexity": {"pruned": 1.0}}
     with pytest.raises(RuntimeError, match=r"the exported model's perplexity is .*, in memory it is 1.0000; not kept"):
         verify(tmp_path, model, export(model, tmp_path), report, (batches(), "text"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_training_that_diverged(value: float) -> None:
+    model = recovered(LoRA())
+    report: dict[str, Any] = {"seconds": {"train": 1.0}, "perplexity": {"pruned": 60.0, "recovered": 30.0}}
+    check_trained(model, report)
+    check_trained(model, report | {"perplexity": {"pruned": math.nan, "recovered": None, "after": math.inf}})
+    with pytest.raises(InputError, match=r"`model.lr` must be lower: the training diverged, the perplexity is NaN;"):
+        check_trained(model, report | {"perplexity": {"pruned": 60.0, "recovered": math.nan}})
+    name, adapter = next((name, weight) for name, weight in model.named_parameters() if ".lora_B" in name)
+    adapter.data[0, 0] = value
+    with pytest.raises(InputError, match=rf"`model.lr` must be lower: the training diverged, {name} is not finite;"):
+        check_trained(model, report)
+    check_trained(model, report | {"seconds": {"prune": 1.0}})
+
+
+def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
+    model = recovered()
+    model.model.norm.weight.data.fill_(3e38)
+    with pytest.raises(InputError, match=r"the model's logits are not finite, .* `model.lr` must be lower"):
+        verify(tmp_path, model, export(model, tmp_path), report_of(model), None)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_prune.callbacks import ResultsCallback, RunCheckpoint
 from lit_prune.callbacks.results import _base
 from transformers import AutoModelForCausalLM
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from lit_prune.allocate import Uniform
 from lit_prune.errors import InputError
 from lit_prune.pipeline import Recipe, prune
+from lit_prune.recover import MaskedLoRA, QLoRA, Recovery
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader, slicing
 
@@ -131,3 +132,18 @@ def test_a_card_names_what_was_begun_with(tmp_path: Path) -> None:
     assert _base(str(tmp_path / "cut" / "model")) == "cut/model"
     assert _base("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
     assert _base("embedded") == "embedded"
+
+
+class Diverging(Callback):
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for name, parameter in pl_module.named_parameters():
+            if ".lora_" in name:
+                parameter.data.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("recovery", [MaskedLoRA(), QLoRA(form="merged", quantization="int8")])
+def test_a_training_that_diverged_is_told_so_before_anything_is_written(recovery: Recovery, tmp_path: Path) -> None:
+    results = ResultsCallback(str(tmp_path / "run"))
+    with pytest.raises(InputError, match=r"`model.lr` must be lower: the training diverged, .*lora_A.* is not finite"):
+        fit(Foreign(), callback(recovery=recovery), loader(1), callbacks=[Diverging(), results], max_steps=1)
+    assert list((tmp_path / "run").iterdir()) == []
