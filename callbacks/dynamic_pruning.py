@@ -225,6 +225,8 @@ class DynamicPruningCallback(Callback):
 
     def _rebuild(self, trainer: Trainer, model: PreTrainedModel, stored: dict[str, Any]) -> None:
         """Gives ``model`` the structure of a checkpoint, and lets what that leaves out be filled in when it loads."""
+        if self.course.idle and "record" not in stored:  # of a LightningModule that keeps none itself
+            return
         if self.teaching is not None:
             self.teaching.resume(trainer, model, stored["teacher"])
         rebuild(model, stored)

@@ -209,7 +209,7 @@ class PruneTrainer(Trainer):
             raise InputError("`pruning.method` must be a method for this, such as Wanda, got null.")
         self._data_connector.attach_data(model, datamodule=datamodule)
         llm = self._loaded(model, pruning)
-        pruning.course.take_zeros(llm)
+        pruning.course.take_zeros(llm, trains=False)
         pruning.course.recipe.check(llm)
         return pruning, results
 

@@ -126,9 +126,14 @@ class Course:
         fields = recipe | {name: _one(value) for name, value in made.items()} | told
         return {f"pruning.{field}": value for field, value in fields.items()}
 
-    def take_zeros(self, model: PreTrainedModel) -> None:
-        """Takes the zeros of an LLM that somebody else pruned for its mask; refuses a fit that would fill them."""
-        if self.recipe is None or self.cuts[0].step > 0:
+    def take_zeros(self, model: PreTrainedModel, *, trains: bool = True) -> None:
+        """Takes the zeros of an LLM that somebody else pruned for its mask; refuses a fit that would fill them.
+
+        Args:
+            model: The LLM, before anything is done to it.
+            trains: Whether it is trained up to the first cut; else that comes at once, whatever its step.
+        """
+        if self.recipe is None or (trains and self.cuts[0].step > 0):
             first = self.recovery if self.recipe is None else self.before
             take_zeros(model, self.keep_zeros, first, blocks=self.blocks)
         elif self.keep_zeros is False and self.recipe.method.makes_zeros:

@@ -100,19 +100,23 @@ class RunFolder:
 def written_aside(target: Path) -> Iterator[Path]:
     """Gives a path beside ``target`` to write a file or a folder to, and renames it when the context ends well.
 
-    What stood at ``target`` is replaced; after an exception it stands as it was, and nothing is left beside it.
+    What stood at ``target`` is replaced; after an exception it stands as it was, and nothing is left beside it. An
+    interrupt between the two renames that replace a folder leaves the new one there, which is whole.
 
     Raises:
         InputError: if the disk takes no more.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as folder:
-            draft = Path(folder) / target.name
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
+        try:
+            draft = folder / target.name
             yield draft
             _open_as_usual(draft)
             if target.is_dir():
-                target.rename(Path(folder) / REPLACED)
+                target.rename(folder / REPLACED)
             draft.replace(target)
+        finally:
+            _clear(folder)
     except InputError:
         raise
     except Exception as error:
@@ -136,7 +140,7 @@ def _open_as_usual(draft: Path) -> None:
 
 
 def _clear(draft: Path) -> None:
-    """Deletes what a killed run was writing; a folder that was whole, and killed between two names, gets its own."""
+    """Deletes what was being written aside; a folder that was whole, and stopped between two names, gets its own."""
     name = draft.name.removeprefix(".").rpartition(".partial-")[0]
     if (draft / REPLACED).is_dir() and (draft / name).is_dir() and not (draft.parent / name).exists():
         (draft / name).rename(draft.parent / name)

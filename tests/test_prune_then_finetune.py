@@ -204,6 +204,11 @@ def test_zeros_that_may_be_filled_are(tmp_path: Path, train: Callable[..., dict]
     assert "Not pruned." in (tmp_path / "x/model/README.md").read_text()
 
 
+def test_a_cut_that_nothing_is_trained_before_fills_no_zeros(train: Callable[..., dict]) -> None:
+    told = train("foreign", "--pruning.method=Wanda", "--pruning.sparsity=0.6", "--pruning.at_step=1", verb="prune")
+    assert told["sparsity"]["achieved_linears"] == pytest.approx(0.6, abs=1e-3)
+
+
 def pruned(batches: list[torch.Tensor]) -> PreTrainedModel:
     """A model of somebody else's: half of its weights are zero, and nothing says so."""
     model = small_model()

@@ -100,6 +100,22 @@ def test_what_a_kill_left_is_cleared_and_a_model_between_two_names_has_its_own_a
     ]
 
 
+def test_an_interrupt_between_two_names_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    target = tmp_path / "model"
+    target.mkdir()
+    for renames, left in (("rename", "old"), ("replace", "new")):
+        (target / "a").write_text("old")
+        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch, written_aside(target) as draft:  # noqa: PT012
+            draft.mkdir()
+            (draft / "a").write_text("new")
+            patch.setattr(Path, renames, interrupt)
+        assert os.listdir(tmp_path) == ["model"]
+        assert (target / "a").read_text() == left
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
 def test_what_safetensors_keeps_to_itself_is_open_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)

@@ -119,11 +119,14 @@ def test_the_calibration_is_the_first_rows_of_the_training_loader() -> None:
     assert prune(other.model, [rows], Recipe()).rates == pytest.approx(pruning.done[0]["rates"], abs=1e-6)
 
 
-def test_switched_off() -> None:
-    module = Foreign()
-    fit(module, callback(method=None, recovery=None))
+def test_switched_off(tmp_path: Path) -> None:
+    module, resumed = Foreign(), Foreign()
+    trainer = fit(module, callback(method=None, recovery=None))
     assert sparsity(module) == 0
     assert adapter_config(module.model) is None
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    fit(resumed, callback(method=None, recovery=None), ckpt_path=tmp_path / "x.ckpt")
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), resumed.parameters(), strict=True))
 
 
 def test_without_a_method_the_recovery_trains_the_model_as_it_is() -> None:
