@@ -266,7 +266,7 @@ def _bars(report: Report) -> dict[str, float]:
     """The perplexities to draw, those that were measured and are numbers: where there were several cuts, after each."""
     told, cuts = report.get("perplexity", {}), report.get("cuts", [])
     if len(cuts) > 1 and told.get("pruned") is not None:
-        after = {f"cut {done['step']}": done["perplexity"].get("after") for done in cuts}
+        after = {f"cut at {done['step']}": done["perplexity"].get("after") for done in cuts}
         first = {name: told[name] for name in FIRST if name in told}
         told = first | after | {name: value for name, value in told.items() if name not in (*FIRST, "pruned")}
     return {name: value for name, value in told.items() if value is not None and math.isfinite(value)}

@@ -148,7 +148,7 @@ def test_the_picture_of_a_perplexity_that_is_no_number_or_a_huge_one(value: floa
 
 def test_a_cut_that_was_not_measured_has_no_bar() -> None:
     cuts = [{"step": 0, "perplexity": {}}, {"step": 4, "perplexity": {"before": 50.0, "after": 60.0}}]
-    assert list(_bars({**REPORT, "cuts": cuts})) == ["dense", "cut 4", "recovered"]
+    assert list(_bars({**REPORT, "cuts": cuts})) == ["dense", "cut at 4", "recovered"]
 
 
 def test_the_card_says_what_was_done_and_what_it_cost() -> None:
