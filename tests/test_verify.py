@@ -1,6 +1,7 @@
 """An export that is not what is in memory is found out, whatever it is that differs."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import Uniform
 from lit_prune.calibrate import Batch
 from lit_prune.errors import InputError
-from lit_prune.evaluate import measure
+from lit_prune.evaluate import Measurement, measure
 from lit_prune.export import export
 from lit_prune.pipeline import Recipe, prune, recipe_record
 from lit_prune.prune import Magnitude
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery
 from lit_prune.results import summary
 from lit_prune.slice import Slicing
-from lit_prune.verify import check_trained, verify
+from lit_prune.verify import _compare_perplexity, check_trained, verify
 from tests.conftest import small_model
 
 RECIPE = Recipe(Magnitude(), 0.5, Uniform(), ignore=["down_proj"])
@@ -117,6 +118,27 @@ def test_a_perplexity_that_was_another(tmp_path: Path) -> None:
     report = report_of(model) | {"perplexity": {"pruned": 1.0}}
     with pytest.raises(RuntimeError, match=r"the exported model's perplexity is .*, in memory it is 1.0000; not kept"):
         verify(tmp_path, model, export(model, tmp_path), report, (batches(), "text"))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "right"),
+    [
+        (20.01, 20.0, True),
+        (20.1, 20.0, False),
+        (math.nan, 20.0, False),
+        (20.0, math.nan, False),
+        (math.inf, 20.0, False),
+        (20.0, math.inf, False),
+        (math.inf, math.inf, True),
+    ],
+)
+def test_a_perplexity_that_is_no_number_is_another(
+    found: float, expected: float, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_prune.verify.measure", lambda *args, **fields: Measurement(found, {}, 0.0))
+    with nullcontext() if right else pytest.raises(RuntimeError, match=r"the exported model's perplexity is"):
+        said = _compare_perplexity(small_model(), {"perplexity": {"pruned": expected}}, (batches(), "text"), None)
+        assert said == {"perplexity": found}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
