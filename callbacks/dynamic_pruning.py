@@ -461,4 +461,6 @@ def _leave_masks_alone(pl_module: LightningModule) -> None:
     """Lets DDP not send the masks of quantised weights in every step: all processes have the same, for good."""
     masks = [name for name, _ in pl_module.named_buffers() if name.rpartition(".")[2] == MASK]
     if masks:
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, masks)
+        before = getattr(pl_module, "_ddp_params_and_buffers_to_ignore", [])  # a module of somebody's own may have some
+        names = list(dict.fromkeys([*before, *masks]))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(pl_module, names)
