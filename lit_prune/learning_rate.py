@@ -28,7 +28,7 @@ def share_of_peak(step: int, *, warmup: int, steps: int, least: float) -> float:
         step: t, from 0.
         warmup: w, steps of warm-up; the first step of 0 or 1 has the peak rate.
         steps: n, all steps until the end of the training.
-        least: l, share of the peak at the end.
+        least: l, share of the peak that the last step is made with; with 0 it changes nothing.
     """
     done, warmup = step + 1, max(1, warmup)
     if done <= warmup:

@@ -47,7 +47,7 @@ class PrunableLM(LightningModule):
         betas: AdamW's coefficients.
         warmup_steps: Optimizer steps of linear warm-up, at the start and after every cut; null is 10, but at most a
             tenth of the steps until the next cut or the end.
-        min_lr_share: Share of `lr` at which the cosine ends.
+        min_lr_share: Share of `lr` that the cosine gives the last step; with 0 that step changes nothing.
 
     Raises:
         InputError: if the model is not to be had, or a number is out of its range.

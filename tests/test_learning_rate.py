@@ -29,4 +29,6 @@ def test_the_first_step_is_made_and_the_last_has_the_least_rate(warmup: int, exp
 
 
 def test_a_step_beyond_the_last_keeps_the_least_rate() -> None:
-    assert share_of_peak(9, warmup=2, steps=4, least=0.1) == share_of_peak(3, warmup=2, steps=4, least=0.1) == 0.1
+    for least in (0.1, 0.0):
+        for step in (3, 9):
+            assert share_of_peak(step, warmup=2, steps=4, least=least) == least
