@@ -50,10 +50,12 @@ def check_trained(model: PreTrainedModel, report: Report) -> None:
         return
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.isfinite().all():
-            raise InputError(f"`model.lr` must be lower: the training diverged, {name} is not finite; nothing is kept.")
+            raise InputError(
+                f"`model.lr` must be lower: the training diverged, {name} is not finite; no model is written."
+            )
     measured = [value for value in report["perplexity"].values() if value is not None]
     if measured and math.isnan(measured[-1]):
-        raise InputError("`model.lr` must be lower: the training diverged, the perplexity is NaN; nothing is kept.")
+        raise InputError("`model.lr` must be lower: the training diverged, the perplexity is NaN; no model is written.")
 
 
 def verify(
