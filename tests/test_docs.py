@@ -122,3 +122,9 @@ def test_snippets_run(page: str, project: Path) -> None:
             "val_loader": loader,
         }
         exec(snippet.replace("FOLDER", STANDING["FOLDER"]), space)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_number_is_left_to_be_filled_in(page: str) -> None:
+    prose = re.sub(r"```.*?```|`[^`]*`|^    .*$", "", PAGES[page].read_text(), flags=re.S | re.M)
+    assert re.findall(r"\b[A-Z]{2,}_[A-Z0-9_]+\b|\bTODO\b|\bTBD\b", prose) == []
