@@ -255,7 +255,7 @@ def test_a_mistake_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for other in ("fit", "prune", "evaluate"):  # where other processes are started
-        monkeypatch.setattr(f"lit_prune.cli.PruneTrainer.{other}", lambda *_args, **_fields: pytest.fail("it began"))
+        monkeypatch.setattr(f"lit_prune.callbacks.trainer.PruneTrainer.{other}", lambda *_args, **_fields: pytest.fail("it began"))
     with pytest.raises(SystemExit):
         main([verb, *SMALL, *WINDOWS, *(["--trainer.max_steps=2"] if verb == "fit" else []), *args, "--output=x"])
     message = capsys.readouterr().err
