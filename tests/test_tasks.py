@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lit_prune.callbacks.trainer import PruneTrainer
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import LayerRedundancy
@@ -255,7 +256,7 @@ def test_a_mistake_is_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for other in ("fit", "prune", "evaluate"):  # where other processes are started
-        monkeypatch.setattr(f"lit_prune.callbacks.trainer.PruneTrainer.{other}", lambda *_args, **_fields: pytest.fail("it began"))
+        monkeypatch.setattr(PruneTrainer, other, lambda *_args, **_fields: pytest.fail("it began"))
     with pytest.raises(SystemExit):
         main([verb, *SMALL, *WINDOWS, *(["--trainer.max_steps=2"] if verb == "fit" else []), *args, "--output=x"])
     message = capsys.readouterr().err
