@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy
@@ -214,10 +215,10 @@ class DynamicPruningCallback(Callback):
         if not self.full_checkpoint and model.name_or_path and not shards(trainer):
             self.source = Source.of(model)
         if self.course.recipe is None:
-            validation = validation_data(trainer) if self.measure else None
-            self.kept = look(model, validation, trainer.strategy.root_device, moves=not shards(trainer))
+            validation, device = validation_data(trainer) if self.measure else None, trainer.strategy.root_device
+            self.kept = look(model, validation, device, moves=not shards(trainer))
             attach(model, self.course.recovery)
-            self._look_quantised(trainer, model, self.kept)
+            self._look_quantised(model, validation, device, self.kept)
         elif self.course.cuts[0].step == 0:
             self._cut(trainer, model)
         elif self.course.before is not None:
@@ -276,17 +277,19 @@ class DynamicPruningCallback(Callback):
         if self.course.recovery is not None:
             self.course.recovery.attach(model)
             structure.write(model, recovery=repr(self.course.recovery))
-        self._look_quantised(trainer, model, done)
+        self._look_quantised(model, validation, device, done)
         if self.teaching is not None:
             self.teaching.put_on(model)
             structure.write(model, distillation=repr(self.course.distillation))
 
-    def _look_quantised(self, trainer: Trainer, model: PreTrainedModel, done: Done) -> None:
+    def _look_quantised(
+        self, model: PreTrainedModel, validation: tuple[Iterable[Batch], str] | None, device: torch.device, done: Done
+    ) -> None:
         """Adds to ``done`` what the model is worth once it is quantised, and its adapter has learnt nothing yet."""
-        validation = validation_data(trainer) if self.measure else None
-        if self.course.recovery is None or not self.course.recovery.quantises or validation is None:
+        recovery = self.course.recovery
+        if not self.measure or validation is None or recovery is None or not recovery.quantises:
             return
-        found = measure(placed(model, trainer.strategy.root_device), *validation, label="Perplexity, quantised")
+        found = measure(placed(model, device), *validation, label="Perplexity, quantised")
         done["perplexity"]["quantised"], done["seconds"]["perplexity_quantised"] = found.perplexity, found.seconds
 
     def check_statistics(self, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:
