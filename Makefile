@@ -33,13 +33,13 @@ format: $(VENV)/installed-dev
 
 # The reference of all public classes and functions, from their docstrings.
 api: $(VENV)/installed-dev
-	$(BIN)/pdoc --docformat google --output-directory build/api lit_prune lit_prune.callbacks '!lit_prune.embedded'
+	$(BIN)/pdoc --docformat google --output-directory build/api lit_prune lit_prune.callbacks '!lit_prune.models.embedded'
 
 # The model inside the package, made again from its text: about an hour.
 embedded: $(VENV)/installed-dev
-	$(BIN)/python -m lit_prune.embedded.train_tokenizer lit_prune/embedded
+	$(BIN)/python tools/train_tokenizer.py lit_prune/models/embedded
 	$(BIN)/lit-prune fit --config configs/pretrain_embedded.yaml --overwrite
-	$(BIN)/python -m lit_prune.embedded.install runs/pretrain_embedded
+	$(BIN)/python tools/install_embedded.py runs/pretrain_embedded
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

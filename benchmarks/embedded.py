@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from jsonargparse import auto_cli
 
-from lit_prune.calibrate import batches_of
-from lit_prune.data import TextDataModule
-from lit_prune.evaluate import measure
-from lit_prune.load import load_model
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.calibration.windows import batches_of
+from lit_prune.data.datamodule import TextDataModule
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.models.load import load_model
+from lit_prune.pipeline import prune
+from lit_prune.recipe import Recipe
 
 
 def unigram_perplexity(train: torch.Tensor, val: torch.Tensor, words: int) -> float:

@@ -30,13 +30,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, LayerRedundancy, Uniform
-from lit_prune.calibrate import Batch, batches_of
-from lit_prune.data import TextDataModule
-from lit_prune.evaluate import measure
-from lit_prune.families import find_blocks
-from lit_prune.load import load_model
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.calibration.windows import Batch, batches_of
+from lit_prune.data.datamodule import TextDataModule
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.models.families import find_blocks
+from lit_prune.models.load import load_model
+from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
+from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
 
 

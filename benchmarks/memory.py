@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lit_prune.load import EMBEDDED, load_config
+from lit_prune.models.load import EMBEDDED, load_config
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
 MB = 1e6
@@ -97,7 +97,7 @@ def _random(shape: torch.Size, random: torch.Generator) -> Tensor:
 
 
 def limit_bytes(pretrained: str, method: str, tokens: int) -> int:
-    """Returns the limit of ``lit_prune.on_disk`` without the constant, for a Llama in bfloat16 whose MLP is its widest.
+    """Returns the limit of ``models.on_disk`` without the constant, for a Llama in bfloat16 whose MLP is its widest.
 
     max(4 W, B + work) + 2 * tokens * hidden size, where W are the weights of a block and B = 2 W its bytes. A block of
     TinyLlama has 44 million weights, 23 million of them in gate and up; Wanda's limit is 88 + 46 + 185 MB beside the

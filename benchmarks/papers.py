@@ -17,11 +17,12 @@ from resumable import Protocol, Results, Row, arguments
 from rich.progress import track
 
 from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Search, Uniform
-from lit_prune.load import load_model
-from lit_prune.pipeline import Recipe, look
+from lit_prune.calibration.cached_statistics import Stored, read_stored, write_stored
+from lit_prune.files import written_aside
+from lit_prune.models.load import load_model
+from lit_prune.pipeline import look
 from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
-from lit_prune.run_folder import written_aside
-from lit_prune.stored import Stored, read_stored, write_stored
+from lit_prune.recipe import Recipe
 
 Method = Magnitude | Wanda | SparseGPT
 ALLOCATIONS: Sequence[Allocation] = (Uniform(), OWL(), AlphaPruning(), DLP(), LayerRedundancy())

@@ -25,11 +25,12 @@ from peft.tuners.lora import LoraLayer
 from resumable import Results, Row
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_prune.data import TextDataModule
-from lit_prune.evaluate import measure, zeros
-from lit_prune.export import without_adapter
-from lit_prune.families import find_blocks
+from lit_prune.data.datamodule import TextDataModule
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.masks.zeros import zeros
+from lit_prune.models.families import find_blocks
 from lit_prune.recover import merged_weight
+from lit_prune.recover.merge import without_adapter
 
 SPARSITIES, RANK = (0.5, 0.6), 16
 CLI = (sys.executable, "-m", "lit_prune.cli")

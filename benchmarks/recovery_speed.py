@@ -15,9 +15,10 @@ import torch
 from jsonargparse import auto_cli
 
 from lit_prune.allocate import Uniform
-from lit_prune.load import load_model
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.models.load import load_model
+from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude
+from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP
 from lit_prune.allocate.base import allocate
-from lit_prune.calibrate import Batch
+from lit_prune.calibration.windows import Batch
 
 Name = Literal["Magnitude", "Wanda", "SparseGPT"]
 SPAN = 128

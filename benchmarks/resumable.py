@@ -11,12 +11,14 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lit_prune.calibrate import Batch, batches_of
-from lit_prune.data import TextDataModule
-from lit_prune.evaluate import measure, parameters
-from lit_prune.load import load_model
-from lit_prune.pipeline import Recipe, prune
-from lit_prune.stored import Stored
+from lit_prune.calibration.cached_statistics import Stored
+from lit_prune.calibration.windows import Batch, batches_of
+from lit_prune.data.datamodule import TextDataModule
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.models.load import load_model
+from lit_prune.pipeline import prune
+from lit_prune.recipe import Recipe
 
 Row = dict[str, Any]
 

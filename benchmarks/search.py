@@ -16,17 +16,17 @@ from unittest import mock
 from jsonargparse import ArgumentParser
 from resumable import Protocol, Results, Row
 
-from lit_prune import evolve
 from lit_prune.allocate import DLP, Allocation, Search, Uniform
-from lit_prune.pipeline import Recipe
 from lit_prune.prune import Wanda
+from lit_prune.recipe import Recipe
+from lit_prune.search import evolution
 
 
 def cases(evaluations: int, seeds: int, results: Results) -> Iterator[tuple[str, Allocation, int]]:
     """Yields a name, an allocation, and how many blocks contend for a move: 1 draws them evenly, as EvoPress does."""
     yield "Uniform", Uniform(), 1
     yield "DLP", DLP(), 1
-    for contenders, moves in ((evolve.CONTENDERS, "learned"), (1, "drawn evenly")):
+    for contenders, moves in ((evolution.CONTENDERS, "learned"), (1, "drawn evenly")):
         for seed in range(seeds):
             state = results.path.with_suffix(f".{moves.split()[0]}{seed}.json")
             yield (
@@ -51,7 +51,7 @@ def main() -> None:
     protocol = Protocol(**settings.as_dict())
 
     def run(allocation: Allocation, contenders: int) -> Row:
-        with mock.patch.object(evolve, "CONTENDERS", contenders):
+        with mock.patch.object(evolution, "CONTENDERS", contenders):
             return protocol.run(Recipe(Wanda(), sparsity, allocation))
 
     print("| case | perplexity | seconds |\n| --- | ---: | ---: |")

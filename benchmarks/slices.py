@@ -18,8 +18,9 @@ import tables
 from resumable import Protocol, Results, Row, arguments
 
 from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Plan, Uniform, allocate, write_plan
-from lit_prune.load import load_config, load_model
-from lit_prune.pipeline import Recipe, score
+from lit_prune.models.load import load_config, load_model
+from lit_prune.pipeline import score
+from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing, sizes_from_rates, sliced_parameters
 
 MEANS = (0.20, 0.25, 0.30)

@@ -9,8 +9,8 @@ from statistics import median
 
 from jsonargparse import auto_cli
 
-from lit_prune.load import load_model
-from lit_prune.speed import tokens_per_second
+from lit_prune.evaluation.speed import tokens_per_second
+from lit_prune.models.load import load_model
 
 
 def main(dense: str = "embedded", other: str = "embedded", turns: int = 5) -> None:

@@ -19,12 +19,13 @@ import torch
 from resumable import Protocol, Row, arguments
 from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_warmup
 
-from lit_prune.calibrate import Batch
-from lit_prune.data import TextDataModule
+from lit_prune.calibration.windows import Batch
+from lit_prune.data.datamodule import TextDataModule
 from lit_prune.distill import Copy, Dense, Distillation, Distilled, Removed, Student, TopK
-from lit_prune.evaluate import measure
-from lit_prune.load import load_model
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.models.load import load_model
+from lit_prune.pipeline import prune
+from lit_prune.recipe import Recipe
 from lit_prune.recover import MaskedLoRA
 
 STEPS, BATCH, LR = 60, 8, 2e-3

@@ -11,7 +11,25 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy
-from lit_prune.callbacks.batches import (
+from lit_prune.callbacks.best_scores import reset_best_scores
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from lit_prune import distributed
+from lit_prune.allocate import DLP, Allocation
+from lit_prune.allocate.budget import Budget
+from lit_prune.calibration.cached_statistics import read_stored
+from lit_prune.calibration.windows import Batch, Calibration
+from lit_prune.checkpointing.random_states import random_states, restore_random_states
+from lit_prune.checkpointing.resume import PROCESSES, Settings, check_settings, run_settings, stored_run
+from lit_prune.checkpointing.weights import Source, fill
+from lit_prune.distill import Distillation
+from lit_prune.distributed import shards
+from lit_prune.errors import InputError
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.fit.baseline import look
+from lit_prune.fit.batches import (
     calibration_batches,
     calibration_settings,
     check_calibration,
@@ -19,36 +37,21 @@ from lit_prune.callbacks.batches import (
     named,
     validation_data,
 )
-from lit_prune.callbacks.best_scores import reset_best_scores
-from lit_prune.callbacks.cut import Done, cut
-from lit_prune.callbacks.kept import look
-from lit_prune.callbacks.resume import PROCESSES, Settings, check_settings, run_settings, stored_run
-from lit_prune.callbacks.sharding import check_cuts, check_sharded, check_strategy, check_whole
-from lit_prune.callbacks.teaching import Teaching
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
-
-from lit_prune import processes, structure
-from lit_prune.allocate import DLP, Allocation
-from lit_prune.budget import Budget
-from lit_prune.calibrate import Batch, Calibration
-from lit_prune.checkpoint import Source, fill
-from lit_prune.course import Course
-from lit_prune.distill import Distillation
-from lit_prune.errors import InputError
-from lit_prune.evaluate import measure
-from lit_prune.kept import attach
-from lit_prune.on_disk import placed
-from lit_prune.pipeline import Recipe, check_stored, check_stored_unread
+from lit_prune.fit.cut import Done, cut
+from lit_prune.fit.existing_masks import attach
+from lit_prune.fit.fsdp import begin_states
+from lit_prune.fit.fsdp_checks import check_cuts, check_sharded, check_strategy, check_whole
+from lit_prune.fit.plan import Course
+from lit_prune.fit.teaching import Teaching
+from lit_prune.models import structure
+from lit_prune.models.on_disk import placed
+from lit_prune.models.quantised import MASK
+from lit_prune.pipeline import check_stored, check_stored_unread
 from lit_prune.progress import say
 from lit_prune.prune import Method
-from lit_prune.quantised import MASK
-from lit_prune.random_states import random_states, restore_random_states
+from lit_prune.recipe import Recipe
 from lit_prune.recover import Recovery, held_masks, hold_masks, hold_zeros, holds_zeros, rebuild, snapshot
 from lit_prune.schedule import Cut, Schedule, cuts
-from lit_prune.sharded import begin_states, shards
-from lit_prune.stored import read_stored
 
 
 class DynamicPruningCallback(Callback):
@@ -183,7 +186,7 @@ class DynamicPruningCallback(Callback):
         if not self.course.idle:
             if trainer.max_steps == -1:
                 self.course.check_end(trainer.estimated_stepping_batches)
-            processes.agree_on_threads()
+            distributed.agree_on_threads()
         if self.course.recipe is not None and self.course.recipe.reads:
             check_calibration(trainer, self.course.calibration)
         self._settings = self.settings(trainer, pl_module)
@@ -432,11 +435,11 @@ class DynamicPruningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has been done, and the states of the random numbers."""
-        return {"done": self.done, "kept": self.kept, "random": processes.gathered(random_states())}
+        return {"done": self.done, "kept": self.kept, "random": distributed.gathered(random_states())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what had been done."""
-        self.done, self._random = state_dict["done"], state_dict["random"][processes.rank()]
+        self.done, self._random = state_dict["done"], state_dict["random"][distributed.rank()]
         self.kept = state_dict.get("kept")
 
 

@@ -10,26 +10,29 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lit_prune.callbacks.batches import validation_data
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
-from lit_prune.callbacks.loggers import log_results
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lit_prune import processes
+from lit_prune import distributed
+from lit_prune.distributed import shards
 from lit_prune.errors import InputError
-from lit_prune.evaluate import Measurement, measure
-from lit_prune.export import exported, form
-from lit_prune.hub import check_repository, push
+from lit_prune.evaluation.perplexity import Measurement, measure
+from lit_prune.evaluation.tasks import Tasks
+from lit_prune.export.folder import exported, form
+from lit_prune.export.hub import check_repository, push
+from lit_prune.export.run_folder import RunFolder
+from lit_prune.export.verify import check_trained
+from lit_prune.files import write_text
+from lit_prune.fit.batches import validation_data
+from lit_prune.fit.fsdp import gathered, is_sharded
 from lit_prune.progress import say
-from lit_prune.report import Report, table
-from lit_prune.results import Validation, summary, write_results, write_tasks
-from lit_prune.run_folder import RunFolder, write_text
-from lit_prune.sharded import gathered, is_sharded, shards
-from lit_prune.tasks import Tasks
-from lit_prune.verify import check_trained
+from lit_prune.report.loggers import log_results
+from lit_prune.report.report import Report, table
+from lit_prune.report.summary import summary
+from lit_prune.report.write import Validation, write_results, write_tasks
 
 Found = TypeVar("Found", bound=Callback)
 
@@ -76,7 +79,7 @@ class ResultsCallback(Callback):
         if stage == "fit":
             one(trainer, DynamicPruningCallback)
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
-            if processes.first():
+            if distributed.first():
                 self.folder.check()
                 self.check_tasks(getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
 
@@ -91,7 +94,7 @@ class ResultsCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the folder: the cut is done."""
-        if processes.first():
+        if distributed.first():
             self.open()
         if self.csv_log and trainer.logger is None:
             trainer.logger = CSVLogger(self.folder.path, name="logs")
@@ -114,7 +117,7 @@ class ResultsCallback(Callback):
         """Measures the trained model, exports it, and tells; of several processes the first one writes."""
         measured = self.measured(trainer, pl_module)
         if measured is not None:
-            with processes.alone():
+            with distributed.alone():
                 self.write(trainer, pl_module, *measured)
 
     def measured(
@@ -129,7 +132,7 @@ class ResultsCallback(Callback):
         validation = validation_data(trainer)
         measured = None if validation is None else measure(model, *validation, label=f"Perplexity, {name}")
         whole = gathered(model)
-        if whole is None or not processes.first():
+        if whole is None or not distributed.first():
             return None
         return whole, self._report(pruning, whole, name, measured), validation
 

@@ -9,7 +9,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from lit_prune.checkpoint_io import AtomicCheckpointIO
+from lit_prune.checkpointing.io import AtomicCheckpointIO
 from lit_prune.errors import InputError
 from lit_prune.progress import say
 

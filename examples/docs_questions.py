@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from lit_prune.python_docs import python_docs
+from lit_prune.data.python_docs import python_docs
 
 FUNCTION = re.compile(r"^def (\w+\(.{0,80}\))\n([A-Z].{15,150}?\.)$", re.MULTILINE)
 

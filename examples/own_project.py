@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_prune.evaluate import Perplexity
-from lit_prune.load import EMBEDDED
-from lit_prune.python_docs import python_docs
+from lit_prune.data.python_docs import python_docs
+from lit_prune.evaluation.perplexity import Perplexity
+from lit_prune.models.load import EMBEDDED
 
 Batch = dict[str, Tensor]
 

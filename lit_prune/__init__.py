@@ -3,6 +3,6 @@
 Importing it makes ``AutoModelForCausalLM.from_pretrained`` open the folders of sliced models.
 """
 
-from lit_prune.modeling_sliced import register
+from lit_prune.models.modeling_sliced import register
 
 register()

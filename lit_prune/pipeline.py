@@ -16,155 +16,30 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune import processes, structure
-from lit_prune.allocate import DLP, Allocation, Uniform, allocate
-from lit_prune.allocate.base import TOLERANCE, Refined, weighted_mean
-from lit_prune.budget import Budget, Limits, over_linears
-from lit_prune.calibrate import COSINE, INPUTS, Batch, Observed, Stream, observe, on_device
-from lit_prune.checkpoint import digest
+from lit_prune import distributed
+from lit_prune.allocate.base import Refined, weighted_mean
+from lit_prune.allocate.budget import Limits
+from lit_prune.calibration.cached_statistics import Key, Stored, key_of
+from lit_prune.calibration.statistics import COSINE, INPUTS, Observed
+from lit_prune.calibration.stream import Stream, observe, on_device
+from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
-from lit_prune.evaluate import evaluating
-from lit_prune.families import Block, find_blocks
-from lit_prune.on_disk import check_working, on_disk
+from lit_prune.evaluation.perplexity import evaluating
+from lit_prune.models import structure
+from lit_prune.models.digest import digest
+from lit_prune.models.families import Block
+from lit_prune.models.on_disk import check_working
 from lit_prune.progress import say, track
-from lit_prune.prune import Method, Wanda
-from lit_prune.stored import Key, Stored, key_of
+from lit_prune.recipe import Recipe, recipe_record
 
+DEFAULT = Recipe()
 TOLD = 1e-3  # share of zeros that is no accident of a weight's data type
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is to be removed, and how.
-
-    Args:
-        method: How the blocks become smaller: by masks, or by slices.
-        sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights, or of the dimensions.
-        allocation: How blocks are scored, and how the sparsity is spread over them.
-        min_rate: Least share that any block gives.
-        max_rate: Greatest share that any block gives.
-        targets: Name suffixes or regular expressions of the linears to prune; None takes all in the blocks.
-        ignore: Suffixes or regular expressions of linears to leave alone.
-        blocks: Dotted path of the decoder layers, for a family that is not known.
-        budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
-            of the model, tied weights counted once, of which the linears then give more than that share.
-
-    Raises:
-        InputError: for a number out of its range, linears chosen for a method that takes from all, a search by a
-            method that cannot try rates, or a budget that the method does not know.
-    """
-
-    method: Method = field(default_factory=Wanda)
-    sparsity: float = 0.5
-    allocation: Allocation = field(default_factory=DLP)
-    min_rate: float = 0.0
-    max_rate: float = 0.99
-    targets: Sequence[str] | None = None
-    ignore: Sequence[str] = ()
-    blocks: str | None = None
-    budget: Budget = "linears"
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise InputError(f"`pruning.sparsity` must be in [0, 1), the share to remove, got {self.sparsity}.")
-        if not 0 <= self.min_rate <= self.max_rate <= 1:
-            raise InputError(
-                "`pruning.min_rate` and `pruning.max_rate` must be in [0, 1], the first at most the second, got "
-                f"{self.min_rate} and {self.max_rate}."
-            )
-        if not self.method.chooses_linears and (self.targets is not None or self.ignore):
-            raise InputError(
-                f"`pruning.targets` and `pruning.ignore` must be left out for {type(self.method).__name__}: it takes "
-                "from all linears of a block together."
-            )
-        if self.allocation.refines and not self.method.tries:
-            raise InputError(
-                f"`pruning.allocation` must not be {type(self.allocation).__name__} for {type(self.method).__name__}, "
-                "which offers no trial of rates."
-            )
-        if self.budget not in get_args(Budget):
-            raise InputError(f"`pruning.budget` must be one of {', '.join(get_args(Budget))}, got {self.budget!r}.")
-        if self.budget != "linears" and not self.method.makes_zeros:
-            raise InputError(
-                f"`pruning.budget` must be linears for {type(self.method).__name__}, which sets no weights to zero, "
-                f"got {self.budget}."
-            )
-
-    @property
-    def reads(self) -> bool:
-        """Whether a cut looks at calibration text."""
-        return bool(self.allocation.needs | self.method.needs) or self.method.changes_shapes
-
-    def find(self, model: PreTrainedModel, *, quantised: bool = False) -> list[Block]:
-        """Returns the blocks of ``model`` with the linears that are to be pruned; see ``families.find_blocks``."""
-        chosen: dict[str, Any] = {"targets": self.targets, "ignore": self.ignore, "blocks": self.blocks}
-        return find_blocks(model, **chosen, quantised=quantised)
-
-    def check(self, model: PreTrainedModel) -> list[Block]:
-        """Returns the blocks of ``model``, having checked all that can be checked without running it.
-
-        Raises:
-            InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
-                the bounds do not allow, or that is below what is gone already, a search on a model that stays on disk.
-        """
-        return self.bounded(model)[0]
-
-    def bounded(self, model: PreTrainedModel) -> tuple[list[Block], Limits]:
-        """Returns what :meth:`check` does, with what bounds the rates of the blocks; arguments and errors as there."""
-        self.method.check(model, self.sparsity)
-        if self.allocation.refines and processes.number() > 1:
-            raise InputError(
-                f"`pruning.allocation` must not be {type(self.allocation).__name__} in several processes: search in "
-                "one, and use the plan that `lit-prune score` writes."
-            )
-        if self.allocation.refines and on_disk(model) is not None:
-            raise InputError(
-                f"`pruning.allocation` must not be {type(self.allocation).__name__} with `model.on_disk`, every try "
-                "runs the whole model: search in memory, and use the plan that `lit-prune score` writes."
-            )
-        blocks = self.find(model)
-        limits = self.limits(model, blocks)
-        if limits.aim < limits.gone - TOLERANCE:
-            raise InputError(
-                f"`pruning.sparsity` must be at least what is gone already, {limits.gone:.4g} of the linears: it stays "
-                f"pruned, and counts; got {limits.target:.4g}."
-            )
-        self.method.check_rates(blocks, self.allocation, limits.aim)
-        self.allocation.check(limits.sizes, limits.aim, limits.lower, limits.upper)
-        self.spread(limits, [1.0] * len(blocks), equal=True)
-        return blocks, limits
-
-    def limits(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Limits:
-        """Returns what bounds the rates of the blocks, and the mean that the sparsity comes to.
-
-        Raises:
-            InputError: if the budget is that of all parameters, and the linears cannot give it.
-        """
-        least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.most(model)))
-        taken, sizes = [self.method.taken(block) for block in blocks], self.method.sizes(model, blocks)
-        lower, target = [max(least, gone) for gone in taken], self.sparsity
-        slack = self.method.rounding(blocks)  # which an earlier cut may have taken more than was asked for
-        if self.budget == "parameters":
-            target = over_linears(self.sparsity, model, blocks, lower=lower, upper=upper, slack=slack)
-        return Limits(sizes, lower, upper, target, weighted_mean(taken, sizes), slack)
-
-    def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
-        """Returns the rate of every block; ``equal`` only asks whether the limits allow any."""
-        rates = allocate(
-            Uniform() if equal else self.allocation,
-            scores,
-            limits.aim,
-            sizes=limits.sizes,
-            present=limits.lower,
-            max_rate=limits.upper,
-        )
-        return self.method.rates(rates, limits.sizes)
 
 
 @dataclass(frozen=True)
@@ -227,7 +102,7 @@ class Pruned:
 def score(
     model: PreTrainedModel,
     batches: Iterable[Batch | Tensor],
-    recipe: Recipe = Recipe(),
+    recipe: Recipe = DEFAULT,
     *,
     device: torch.device | str | None = None,
     stored: Stored | None = None,
@@ -251,7 +126,7 @@ def score(
 def look(
     model: PreTrainedModel,
     batches: Iterable[Batch | Tensor],
-    recipe: Recipe = Recipe(),
+    recipe: Recipe = DEFAULT,
     *,
     device: torch.device | str | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -272,7 +147,7 @@ def look(
 def prune(
     model: PreTrainedModel,
     batches: Iterable[Batch | Tensor],
-    recipe: Recipe = Recipe(),
+    recipe: Recipe = DEFAULT,
     *,
     device: torch.device | str | None = None,
     stored: Stored | None = None,
@@ -311,24 +186,9 @@ def prune(
 
 def _check_same(blocks: Sequence[Block]) -> None:
     """Raises RuntimeError where the processes have not come to the same weights, to the bit."""
-    if processes.number() > 1:
+    if distributed.number() > 1:
         weights = [{name: digest(tensor) for name, tensor in block.module.state_dict().items()} for block in blocks]
-        processes.check_same("The pruned weights", weights)
-
-
-def recipe_record(recipe: Recipe) -> dict[str, object]:
-    """Returns ``recipe`` as JSON can hold it; objects as they would be written in Python."""
-    return {
-        "method": repr(recipe.method),
-        "allocation": repr(recipe.allocation),
-        "sparsity": recipe.sparsity,
-        "min_rate": recipe.min_rate,
-        "max_rate": recipe.max_rate,
-        "targets": None if recipe.targets is None else list(recipe.targets),
-        "ignore": list(recipe.ignore),
-        "blocks": recipe.blocks,
-        "budget": recipe.budget,
-    }
+        distributed.check_same("The pruned weights", weights)
 
 
 def check_stored(
@@ -431,7 +291,7 @@ def _stream(
     batches: Iterable[Batch | Tensor],
     device: torch.device | str | None,
 ) -> Stream:
-    own = processes.share(_dicts(model, batches))
+    own = distributed.share(_dicts(model, batches))
     return Stream(model, blocks, own, torch.device(device or model.device))
 
 

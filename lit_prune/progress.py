@@ -9,7 +9,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lit_prune import processes
+from lit_prune import distributed
 
 Item = TypeVar("Item")
 console = Console(stderr=True)
@@ -17,14 +17,14 @@ console = Console(stderr=True)
 
 def say(text: str) -> None:
     """Prints a line beside the progress bars."""
-    if processes.first():
+    if distributed.first():
         console.print(text, highlight=False, soft_wrap=True)
 
 
 def track(items: Iterable[Item], label: str) -> Iterator[Item]:
     """Yields ``items`` under a progress bar on stderr; without a terminal one line tells that the work begins."""
     total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
-    if not processes.first():
+    if not distributed.first():
         yield from items
         return
     if not console.is_terminal:

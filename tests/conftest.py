@@ -14,9 +14,9 @@ from hypothesis import settings
 from torch import nn
 from transformers import PreTrainedModel
 
-from lit_prune.families import Block, blocks_path
-from lit_prune.linears import ExpertSlice
-from lit_prune.load import load_model, new_model
+from lit_prune.models.families import Block, blocks_path
+from lit_prune.models.linears import ExpertSlice
+from lit_prune.models.load import load_model, new_model
 
 settings.register_profile("lit_prune", deadline=None, derandomize=True, database=None)
 settings.load_profile("lit_prune")

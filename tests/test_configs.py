@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI
 from torch.utils.data import DataLoader
 
-from lit_prune.cli import main
+from lit_prune.cli.main import main
 from tests.conftest import small_model
 
 FOLDER = Path(__file__).parent.parent / "configs"

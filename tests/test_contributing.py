@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from lit_prune.calibrate import Seen
-from lit_prune.cli import main
+from lit_prune.calibration.statistics import Seen
+from lit_prune.cli.main import main
 from tests.prune.test_methods import test_contract as contract
 
 BLOCKS = re.findall(r"```python\n(.*?)```", Path(__file__).parent.parent.joinpath("CONTRIBUTING.md").read_text(), re.S)

@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lit_prune.checkpoint_io import AtomicCheckpointIO
-from lit_prune.cli import main
-from lit_prune.disk import refused
+from lit_prune.checkpointing.io import AtomicCheckpointIO
+from lit_prune.cli.main import main
 from lit_prune.errors import InputError
-from lit_prune.run_folder import RunFolder, write_text, written_aside
+from lit_prune.export.run_folder import RunFolder
+from lit_prune.files import refused, write_text, written_aside
 from tests.test_kill import command, write_data
 
 LINE = "lit-prune: error: `output` must be where there is room, .* could not be written: {why}. {kept}; free some space"

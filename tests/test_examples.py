@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
-from lit_prune.callbacks.loggers import PICTURE, TABLE, log_results
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from lit_prune.evaluate import zeros
-from tests.test_report import REPORT
+from lit_prune.masks.zeros import zeros
+from lit_prune.report.loggers import PICTURE, TABLE, log_results
+from tests.report.test_report import REPORT
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SMALL = ["--data.windows=48", "--data.tokens=32", "--data.batch_size=2", "--trainer.max_steps=24"]
@@ -31,7 +31,7 @@ def test_a_project_of_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = FOLDER / "own_project.yaml"
     assert "examples/own_project.py fit --config examples/own_project.yaml" in config.read_text()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lit_prune.python_docs.python_docs", docs)
+    monkeypatch.setattr("lit_prune.data.python_docs.python_docs", docs)
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.val_check_interval=8", "--trainer.log_every_n_steps=4"]
     monkeypatch.setattr("sys.argv", ["own_project.py", "fit", f"--config={config}", *SMALL, *quiet])
     runpy.run_path(str(FOLDER / "own_project.py"), run_name="__main__")

@@ -52,7 +52,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def work(args: list[str], log: str) -> None:
     """The command, in a process of its own that writes what it says to a file."""
-    from lit_prune.cli import main
+    from lit_prune.cli.main import main
 
     file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(file, 1)

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune import structure
 from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
 from lit_prune.allocate.base import weighted_mean
-from lit_prune.calibrate import Observed, Seen
+from lit_prune.calibration.statistics import Observed, Seen
 from lit_prune.errors import InputError
-from lit_prune.families import find_blocks
-from lit_prune.pipeline import Recipe, prune, score
+from lit_prune.models import structure
+from lit_prune.models.families import find_blocks
+from lit_prune.pipeline import prune, score
 from lit_prune.prune import (
     Magnitude,
     MaskMethod,
@@ -22,6 +22,7 @@ from lit_prune.prune import (
     Unstructured,
     Wanda,
 )
+from lit_prune.recipe import Recipe
 from tests.conftest import inputs_by_linear, small_model
 
 CASES: list[tuple[Pattern, float, Allocation]] = [

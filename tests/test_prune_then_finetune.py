@@ -11,16 +11,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_prune.cli import main
+from lit_prune.cli.main import main
 from lit_prune.errors import InputError
-from lit_prune.export import without_adapter
-from lit_prune.families import FAMILIES
-from lit_prune.kept import attach, check_kept, pruned_blocks, take_zeros, zero_shares
-from lit_prune.load import load_tokenizer
-from lit_prune.module import PrunableLM
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.fit.existing_masks import attach, check_kept, take_zeros
+from lit_prune.fit.module import PrunableLM
+from lit_prune.masks.zeros import pruned_blocks, zero_shares
+from lit_prune.models.families import FAMILIES
+from lit_prune.models.load import load_tokenizer
+from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude
+from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery
+from lit_prune.recover.merge import without_adapter
 from tests.conftest import small_model
 
 SMALL = [

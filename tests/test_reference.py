@@ -5,9 +5,10 @@ import torch
 
 from benchmarks import reference
 from lit_prune.allocate import DLP, Uniform
-from lit_prune.families import find_blocks
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.models.families import find_blocks
+from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude, MaskMethod, SparseGPT, Wanda
+from lit_prune.recipe import Recipe
 from tests.conftest import small_model
 
 

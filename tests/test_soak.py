@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.allocate import DLP, OWL, AlphaPruning, LayerRedundancy, Search, Uniform
-from lit_prune.calibrate import Calibration
+from lit_prune.calibration.windows import Calibration
 from lit_prune.errors import InputError
-from lit_prune.evaluate import measure
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.models.quantised import compute_exactly
 from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Unstructured, Wanda
-from lit_prune.quantised import compute_exactly
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
 from lit_prune.schedule import Cubic, Linear
 from lit_prune.slice import Slicing

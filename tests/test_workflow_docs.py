@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_prune.cli import main
-from lit_prune.load import load_tokenizer
+from lit_prune.cli.main import main
+from lit_prune.models.load import load_tokenizer
 from tests.conftest import small_model
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +38,7 @@ def docs(part: str) -> list[dict[str, str]]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     warnings.simplefilter("ignore")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lit_prune.python_docs.python_docs", docs)
+    monkeypatch.setattr("lit_prune.data.python_docs.python_docs", docs)
     for folder in ("configs", "examples"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     Path("train.txt").write_text("Return the number of items in a container, or raise an error.\n" * 80)

@@ -1,6 +1,6 @@
 """How much each block gives. One file an allocation; importing them here makes their short names resolve."""
 
-from lit_prune.allocate.alpha import AlphaPruning
+from lit_prune.allocate.alpha_pruning import AlphaPruning
 from lit_prune.allocate.base import Allocation, allocate
 from lit_prune.allocate.dlp import DLP
 from lit_prune.allocate.layer_redundancy import LayerRedundancy

@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lit_prune.budget import Limits
-from lit_prune.calibrate import Observed
+from lit_prune.allocate.budget import Limits
+from lit_prune.calibration.statistics import Observed
 from lit_prune.errors import InputError
-from lit_prune.trial import Trial
+from lit_prune.search.trial import Trial
 
 TOLERANCE = 1e-6
 
@@ -39,7 +39,7 @@ class Allocation(ABC):
     """How much each block gives: a score per block, and rates from the scores.
 
     Attributes:
-        needs: The statistics that :meth:`score` reads, of those in ``lit_prune.calibrate``.
+        needs: The statistics that :meth:`score` reads, of those in ``lit_prune.calibration.stream``.
         refines: Whether :meth:`refine` tries rates out.
     """
 

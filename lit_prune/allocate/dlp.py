@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_prune.allocate.base import Allocation, min_max, rates_of
 from lit_prune.allocate.metric import metric_of
-from lit_prune.calibrate import INPUTS, Observed
+from lit_prune.calibration.statistics import INPUTS, Observed
 from lit_prune.errors import InputError
 
 

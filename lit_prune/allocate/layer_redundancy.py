@@ -9,7 +9,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from lit_prune.allocate.base import Allocation, min_max
-from lit_prune.calibrate import COSINE, Observed
+from lit_prune.calibration.statistics import COSINE, Observed
 from lit_prune.errors import InputError
 
 

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from lit_prune.allocate.base import Allocation, weighted_mean
-from lit_prune.calibrate import Observed
+from lit_prune.calibration.statistics import Observed
 from lit_prune.errors import InputError
 
 MEAN_TOLERANCE = 1e-4

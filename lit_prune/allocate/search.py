@@ -1,4 +1,4 @@
-"""Search: rates that were tried out, after EvoPress (ICML 2025, arXiv 2410.14649); ``lit_prune/evolve.py`` has how."""
+"""Search: rates that were tried out, after EvoPress (ICML 2025, arXiv 2410.14649); see ``search/evolution.py``."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, ClassVar, final
 from torch import Tensor
 
 from lit_prune.allocate.base import Allocation, Refined
+from lit_prune.allocate.budget import Limits
 from lit_prune.allocate.dlp import DLP
-from lit_prune.budget import Limits
-from lit_prune.calibrate import Observed
+from lit_prune.calibration.statistics import Observed
 from lit_prune.errors import InputError
-from lit_prune.evolve import Evolution, Moved, Rounds, Space
-from lit_prune.measured import Measured
 from lit_prune.progress import counted, say
-from lit_prune.trial import Trial
+from lit_prune.search.evolution import Evolution, Moved, Rounds, Space
+from lit_prune.search.losses import Measured
+from lit_prune.search.trial import Trial
 
 IDLE = 20  # generations in a row in which nothing was left to measure: the search has seen all it can
 BROKEN = (

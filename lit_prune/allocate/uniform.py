@@ -9,7 +9,7 @@ from typing import final
 from torch import Tensor
 
 from lit_prune.allocate.base import Allocation
-from lit_prune.calibrate import Observed
+from lit_prune.calibration.statistics import Observed
 
 
 @final

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune.calibrate import Batch
-from lit_prune.pipeline import Recipe
+from lit_prune.calibration.windows import Batch
+from lit_prune.recipe import Recipe
 from lit_prune.recover import Recovery
 
 

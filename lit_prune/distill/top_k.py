@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lit_prune.distill.base import Dense, Kept, Lesson, Student, Teacher
 from lit_prune.errors import InputError
-from lit_prune.evaluate import evaluating
-from lit_prune.on_disk import placed
+from lit_prune.evaluation.perplexity import evaluating
+from lit_prune.models.on_disk import placed
 from lit_prune.progress import track
 
 KNOWN = {"input_ids", "attention_mask", "position_ids"}

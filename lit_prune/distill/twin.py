@@ -14,7 +14,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from lit_prune.distill.base import Kept, Lesson
-from lit_prune.pipeline import Recipe
+from lit_prune.recipe import Recipe
 
 
 @final

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune import structure
 from lit_prune.allocate.base import Allocation
-from lit_prune.calibrate import Batch, Observed, Seen, Stream, observe, on_device
-from lit_prune.evaluate import zeros
-from lit_prune.families import Block
-from lit_prune.ladder import MaskedTrial, climbing
+from lit_prune.calibration.statistics import Observed, Seen
+from lit_prune.calibration.stream import Stream, observe, on_device
+from lit_prune.calibration.windows import Batch
+from lit_prune.masks.zeros import zeros
+from lit_prune.models import structure
+from lit_prune.models.families import Block
 from lit_prune.progress import track
 from lit_prune.prune.patterns import Pattern
-from lit_prune.trial import Trial, moved
+from lit_prune.search.mask_cache import MaskedTrial, climbing
+from lit_prune.search.trial import Trial, moved
 
 Propagate = Literal["dense", "pruned"]
 
@@ -28,7 +30,7 @@ class Method(ABC):
     """How every block of a model gives the share that its rate says.
 
     Attributes:
-        needs: The statistics that the method reads, of those in ``lit_prune.calibrate``.
+        needs: The statistics that the method reads, of those in ``lit_prune.calibration.stream``.
         propagate: `dense`: the statistics of the one pass over the unpruned model serve for scoring and pruning alike.
             `pruned`: each block sees what the pruned blocks before it give, which takes more passes.
         chooses_linears: Whether `targets` and `ignore` mean anything to the method.

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from lit_prune.calibrate import Seen
+from lit_prune.calibration.statistics import Seen
 from lit_prune.prune.base import Propagate, ScoredMethod
 from lit_prune.prune.patterns import Pattern, Unstructured
 

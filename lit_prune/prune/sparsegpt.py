@@ -12,7 +12,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lit_prune.calibrate import GRAM, Seen
+from lit_prune.calibration.statistics import GRAM, Seen
 from lit_prune.errors import InputError
 from lit_prune.progress import say
 from lit_prune.prune.base import MaskMethod, Propagate

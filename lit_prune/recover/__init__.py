@@ -1,9 +1,9 @@
 """What heals the model after the cut. One file a recovery; importing them here makes their short names resolve."""
 
+from lit_prune.masks.freeze import held_masks, hold_masks, hold_zeros, holds_zeros
 from lit_prune.recover.adapter import adapter_config, merged_weight, train_adapter
 from lit_prune.recover.base import Recovery
 from lit_prune.recover.full import FullFineTuning
-from lit_prune.recover.held import held_masks, hold_masks, hold_zeros, holds_zeros
 from lit_prune.recover.lora import LoRA
 from lit_prune.recover.masked_lora import MaskedLoRA
 from lit_prune.recover.qlora import QLoRA

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune import structure
 from lit_prune.errors import InputError
-from lit_prune.linears import has_fused_experts
-from lit_prune.quantised import Linear4bit, Linear8bit, dequantised, is_quantised
+from lit_prune.models import structure
+from lit_prune.models.linears import has_fused_experts
+from lit_prune.models.quantised import Linear4bit, Linear8bit, dequantised, is_quantised
 from lit_prune.recover.masked_linear import MaskedLayer, MaskedLinear
 from lit_prune.recover.masked_quantised import MaskedQuantised
 

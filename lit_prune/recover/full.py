@@ -8,8 +8,8 @@ from typing import ClassVar, final
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
+from lit_prune.masks.freeze import hold_zeros
 from lit_prune.recover.base import Recovery
-from lit_prune.recover.held import hold_zeros
 
 
 @final

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lit_prune.quantised import dequantised, mask
+from lit_prune.models.quantised import dequantised, mask
 from lit_prune.recover.masked_linear import MaskedLayer, zeroed
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar, Literal, final, get_args
 
 from transformers import PreTrainedModel
 
-from lit_prune import structure
 from lit_prune.errors import InputError, unknown
-from lit_prune.linears import has_fused_experts, linears_of
-from lit_prune.quantised import MULTIPLES, Quantization
+from lit_prune.models import structure
+from lit_prune.models.linears import has_fused_experts, linears_of
+from lit_prune.models.quantised import MULTIPLES, Quantization
 from lit_prune.recover.adapter import add_adapter, check_settings, check_targets, lora_config
 from lit_prune.recover.base import Recovery
 from lit_prune.recover.quantise import quantise

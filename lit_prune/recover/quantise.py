@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lit_prune import structure
-from lit_prune.families import find_blocks
-from lit_prune.quantised import Quantization, quantisation, quantised
+from lit_prune.models import structure
+from lit_prune.models.families import find_blocks
+from lit_prune.models.quantised import Quantization, quantisation, quantised
 
 
 def quantise(model: PreTrainedModel, quantization: Quantization, double_quant: bool) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from transformers import PreTrainedModel
 
-from lit_prune import structure
-from lit_prune.modeling_sliced import SlicedCausalLM, take_shape
-from lit_prune.quantised import make_loadable, quantisation
+from lit_prune.masks.freeze import hold_zeros, holds_zeros
+from lit_prune.models import structure
+from lit_prune.models.modeling_sliced import SlicedCausalLM, take_shape
+from lit_prune.models.quantised import make_loadable, quantisation
 from lit_prune.recover.adapter import adapter_config, add_adapter, has_masked_adapter
-from lit_prune.recover.held import hold_zeros, holds_zeros
 from lit_prune.recover.quantise import quantise
 
 

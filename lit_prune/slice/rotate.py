@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_prune import processes
-from lit_prune.modeling_sliced import NormWeights, set_weight
+from lit_prune import distributed
+from lit_prune.models.modeling_sliced import NormWeights, set_weight
 
 ROWS_AT_ONCE = 8192  # so that an embedding or a head is not held in float64 as a whole
 
@@ -37,7 +37,7 @@ class Covariance:
         the same axes. Positions [[3, 0], [0, -2]] give [[1, 0], [0, 1]].
         """
         assert self.sum_DD is not None
-        axes_DD = torch.linalg.eigh(processes.total(self.sum_DD)).eigenvectors.flip(1)
+        axes_DD = torch.linalg.eigh(distributed.total(self.sum_DD)).eigenvectors.flip(1)
         largest_1D = axes_DD.abs().argmax(0, keepdim=True)
         return axes_DD * axes_DD.gather(0, largest_1D).sign()
 

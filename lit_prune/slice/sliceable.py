@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lit_prune import structure
 from lit_prune.errors import InputError
-from lit_prune.modeling_sliced import SLICED, SlicedCausalLM
+from lit_prune.models import structure
+from lit_prune.models.modeling_sliced import SLICED, SlicedCausalLM
 
 POST_NORM = (
     "it norms what attention and MLP give before that is added to the residual stream, and a norm with weights does "
@@ -49,7 +49,7 @@ def _check_family(config: PreTrainedConfig) -> None:
     family = config.model_type
     if family in SLICED:
         return
-    reason = REASONS.get(family, "nobody has described its norms and linears in lit_prune.modeling_sliced yet")
+    reason = REASONS.get(family, "nobody has described its norms and linears in lit_prune.models.modeling_sliced yet")
     raise InputError(
         f"`pruning.method` Slicing cannot slice the family {family!r}: {reason}. It slices "
         f"{', '.join(sorted(SLICED))}; masks, such as Wanda, work for {family!r}."

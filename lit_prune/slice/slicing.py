@@ -17,19 +17,21 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_prune import structure
-from lit_prune.calibrate import Batch, Observed, Stream, on_device
+from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.stream import Stream, on_device
+from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
-from lit_prune.evaluate import parameters
-from lit_prune.families import Block, find_blocks
-from lit_prune.modeling_sliced import SlicedLayer, Step, become, replace_norm, sliced_class, untied_head
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.models import structure
+from lit_prune.models.families import Block, find_blocks
+from lit_prune.models.modeling_sliced import SlicedLayer, Step, become, replace_norm, sliced_class, untied_head
 from lit_prune.progress import say, track
 from lit_prune.prune.base import Method, Propagate
+from lit_prune.search.trial import Trial, moved
 from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
 from lit_prune.slice.sizes import check_multiple, sizes_from_rates, slices
 from lit_prune.slice.sliceable import check_sliceable
 from lit_prune.slice.trial import SlicedTrial
-from lit_prune.trial import Trial, moved
 
 
 @final

@@ -11,9 +11,9 @@ from itertools import pairwise
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_prune.calibrate import Batch
-from lit_prune.modeling_sliced import SlicedLayer, Step, set_weight, sliced_class
-from lit_prune.trial import Trial
+from lit_prune.calibration.windows import Batch
+from lit_prune.models.modeling_sliced import SlicedLayer, Step, set_weight, sliced_class
+from lit_prune.search.trial import Trial
 
 Whole = tuple[nn.Module, Tensor, Tensor | None]
 

@@ -9,7 +9,7 @@ import torch
 
 from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Plan, Uniform, allocate
 from lit_prune.allocate.base import weighted_mean
-from lit_prune.calibrate import Observed
+from lit_prune.calibration.statistics import Observed
 from lit_prune.errors import InputError
 
 LEAVES = [leaf for leaf in Allocation.__subclasses__() if leaf.__module__.startswith("lit_prune.") and leaf is not Plan]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_prune.allocate import OWL, allocate
-from lit_prune.calibrate import Observed
+from lit_prune.calibration.statistics import Observed
 from lit_prune.errors import InputError
 
 

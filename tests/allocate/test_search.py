@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import DLP, OWL, Plan, Search, Uniform
 from lit_prune.allocate import search as searches
 from lit_prune.allocate.base import Refined, weighted_mean
-from lit_prune.budget import Limits
-from lit_prune.calibrate import batches_of
-from lit_prune.data import TextDataModule
+from lit_prune.allocate.budget import Limits
+from lit_prune.calibration.windows import batches_of
+from lit_prune.data.datamodule import TextDataModule
 from lit_prune.errors import InputError
-from lit_prune.evaluate import measure
-from lit_prune.load import load_model
-from lit_prune.pipeline import Recipe, prune, score
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.models.load import load_model
+from lit_prune.pipeline import prune, score
 from lit_prune.prune import Magnitude, Method, MixedNofM, NofM, SparseGPT, Wanda
+from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
 from tests.conftest import lively_model, small_model
 

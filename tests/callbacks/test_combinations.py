@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.allocate import Uniform
-from lit_prune.calibrate import Calibration
+from lit_prune.calibration.windows import Calibration
 from lit_prune.errors import InputError
-from lit_prune.export import without_adapter
-from lit_prune.families import find_blocks
+from lit_prune.models.families import find_blocks
+from lit_prune.models.quantised import compute_exactly, is_quantised, mask
 from lit_prune.prune import NofM, Wanda
-from lit_prune.quantised import compute_exactly, is_quantised, mask
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Recovery, adapter_config
+from lit_prune.recover.merge import without_adapter
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, loader
 from tests.conftest import WIDE, small_model
@@ -102,7 +102,7 @@ def run(cut: str, recovery: str, time: str, folder: Path) -> tuple[Tiny, Gone]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_prune.report.picture", lambda path, *_: path.write_bytes(b""))
+    monkeypatch.setattr("lit_prune.report.report.picture", lambda path, *_: path.write_bytes(b""))
 
 
 @pytest.mark.parametrize(("cut", "recovery", "time"), [case for case in TABLE if case in REFUSED])

@@ -10,15 +10,18 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lit_prune.callbacks import DynamicPruningCallback
 from torch.utils.data import DataLoader
 
-from lit_prune import processes, structure
+from lit_prune import distributed
 from lit_prune.allocate import LayerRedundancy, Uniform
-from lit_prune.calibrate import Calibration, Windows, draw_windows
+from lit_prune.calibration.windows import Calibration, Windows, draw_windows
 from lit_prune.errors import InputError
-from lit_prune.evaluate import measure, parameters, zeros
-from lit_prune.families import find_blocks
-from lit_prune.modeling_sliced import SlicedCausalLM
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.masks.zeros import zeros
+from lit_prune.models import structure
+from lit_prune.models.families import find_blocks
+from lit_prune.models.modeling_sliced import SlicedCausalLM
+from lit_prune.models.quantised import MASK
 from lit_prune.prune import Magnitude, Wanda
-from lit_prune.quantised import MASK
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Recovery, adapter_config
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
@@ -113,7 +116,8 @@ def test_the_calibration_is_the_first_rows_of_the_training_loader() -> None:
     module, other = Foreign(), Foreign()
     pruning = callback(calibration=Calibration(num_samples=6, seq_length=16), recovery=LoRA())
     fit(module, pruning)
-    from lit_prune.pipeline import Recipe, prune
+    from lit_prune.pipeline import prune
+    from lit_prune.recipe import Recipe
 
     rows = torch.cat([batch["input_ids"] for batch in loader()])[:6]
     assert prune(other.model, [rows], Recipe()).rates == pytest.approx(pruning.done[0]["rates"], abs=1e-6)
@@ -301,8 +305,8 @@ class Data(LightningDataModule):
 def test_too_few_calibration_windows_for_the_processes_are_told_before_there_is_a_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(processes, "number", lambda: 2)
-    monkeypatch.setattr(processes, "agree_on_threads", lambda: None)
+    monkeypatch.setattr(distributed, "number", lambda: 2)
+    monkeypatch.setattr(distributed, "agree_on_threads", lambda: None)
     few = Calibration(num_samples=2, seq_length=8, batch_size=2)
     module: Any = Foreign()
     monkeypatch.setattr(module, "configure_model", lambda: (_ for _ in ()).throw(InterruptedError))

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from lit_prune.allocate import Uniform
 from lit_prune.errors import InputError
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.pipeline import prune
+from lit_prune.recipe import Recipe
 from lit_prune.recover import MaskedLoRA, QLoRA, Recovery
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader, slicing
@@ -119,9 +120,9 @@ def test_an_export_that_is_not_what_was_measured_is_not_kept(tmp_path: Path, mon
             parameter.data.mul_(1.1)
         return export(model, *args, **fields)  # type: ignore[arg-type]
 
-    from lit_prune.results import export
+    from lit_prune.report.write import export
 
-    monkeypatch.setattr("lit_prune.results.export", other)
+    monkeypatch.setattr("lit_prune.report.write.export", other)
     with pytest.raises(RuntimeError, match=r"the exported model's perplexity is .*, in memory it is .*; not kept"):
         fit(Foreign(), callback(), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))])
     assert list((tmp_path / "run").iterdir()) == []

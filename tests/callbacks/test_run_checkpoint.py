@@ -8,7 +8,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lit_prune.callbacks import RunCheckpoint
 
-from lit_prune.checkpoint_io import AtomicCheckpointIO
+from lit_prune.checkpointing.io import AtomicCheckpointIO
 from lit_prune.errors import InputError
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, loader
 

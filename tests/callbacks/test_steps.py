@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks import DynamicPruningCallback, ResultsCallback
 
-from lit_prune import structure
 from lit_prune.errors import InputError
-from lit_prune.evaluate import zeros
-from lit_prune.modeling_sliced import SlicedCausalLM
+from lit_prune.masks.zeros import zeros
+from lit_prune.models import structure
+from lit_prune.models.modeling_sliced import SlicedCausalLM
 from lit_prune.prune import Magnitude, MixedNofM, SparseGPT, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, adapter_config
 from lit_prune.schedule import Linear

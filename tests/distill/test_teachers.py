@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import Uniform
 from lit_prune.distill import Copy, Dense, Distillation, Distilled, Kept, Removed, Student, Teacher, TopK
 from lit_prune.errors import InputError
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
+from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
 from lit_prune.slice import Slicing
 from tests.conftest import FAMILIES, small_model

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 
-from lit_prune.calibrate import Seen
+from lit_prune.calibration.statistics import Seen
 from lit_prune.prune import Magnitude, MaskMethod, Wanda
 
 WEIGHT = torch.tensor([[1.0, -2.0, 3.0], [4.0, -5.0, 6.0]])

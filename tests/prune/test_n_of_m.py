@@ -8,13 +8,15 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, OWL, AlphaPruning, LayerRedundancy, Plan, Uniform
 from lit_prune.allocate.base import weighted_mean
-from lit_prune.budget import Budget
-from lit_prune.calibrate import Seen
+from lit_prune.allocate.budget import Budget
+from lit_prune.calibration.statistics import Seen
 from lit_prune.errors import InputError
-from lit_prune.evaluate import parameters, zeros
-from lit_prune.families import find_blocks
-from lit_prune.pipeline import Recipe, prune, score
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.masks.zeros import zeros
+from lit_prune.models.families import find_blocks
+from lit_prune.pipeline import prune, score
 from lit_prune.prune import Magnitude, MixedNofM, NofM, Wanda
+from lit_prune.recipe import Recipe
 
 
 def test_the_largest_of_every_group_stay() -> None:

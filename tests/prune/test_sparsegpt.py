@@ -7,13 +7,14 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, Uniform
-from lit_prune.calibrate import GRAM, Observed, Seen
+from lit_prune.calibration.statistics import GRAM, Observed, Seen
 from lit_prune.errors import InputError
-from lit_prune.evaluate import zeros
-from lit_prune.families import find_blocks
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.masks.zeros import zeros
+from lit_prune.models.families import find_blocks
+from lit_prune.pipeline import prune
 from lit_prune.prune import MixedNofM, NofM, Pattern, SparseGPT, Wanda, base, sparsegpt
 from lit_prune.prune.sparsegpt import inverse_factor, shares
+from lit_prune.recipe import Recipe
 from tests.conftest import inputs_by_linear, small_model
 
 

@@ -6,7 +6,8 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.pipeline import prune
+from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA, merged_weight
 from lit_prune.recover.masked_linear import MaskedLinear, MaskedProduct, masked_sum, zeroed
 from tests.conftest import small_model

@@ -13,18 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_prune import structure
 from lit_prune.errors import InputError
-from lit_prune.evaluate import full_bytes, parameters, pruned, size_bytes, zeros
-from lit_prune.export import check_merge, export, exported, form, merges, without_adapter
-from lit_prune.families import find_blocks
-from lit_prune.kept import attach, check_kept, take_zeros
-from lit_prune.pipeline import Recipe, prune
-from lit_prune.quantised import compute_exactly, dequantised, mask, quantised_linears
+from lit_prune.evaluation.sizes import full_bytes, parameters, pruned, size_bytes
+from lit_prune.export.folder import check_merge, export, exported, form, merges
+from lit_prune.export.verify import verify
+from lit_prune.fit.existing_masks import attach, check_kept, take_zeros
+from lit_prune.masks.zeros import zeros
+from lit_prune.models import structure
+from lit_prune.models.families import find_blocks
+from lit_prune.models.quantised import compute_exactly, dequantised, mask, quantised_linears
+from lit_prune.pipeline import prune
+from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, adapter_config, merged_weight, rebuild, snapshot
 from lit_prune.recover.masked_quantised import MaskedQuantised, QuantisedProduct
+from lit_prune.recover.merge import without_adapter
 from lit_prune.slice import Slicing
-from lit_prune.verify import verify
 from tests.callbacks.test_dynamic_pruning import callback, fit
 from tests.conftest import WIDE, small_model
 

@@ -9,14 +9,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.allocate import Uniform
 from lit_prune.errors import InputError
-from lit_prune.export import export, without_adapter
-from lit_prune.families import find_blocks
-from lit_prune.linears import has_fused_experts
-from lit_prune.pipeline import Recipe, prune
+from lit_prune.export.folder import export
+from lit_prune.models.families import find_blocks
+from lit_prune.models.linears import has_fused_experts
+from lit_prune.models.quantised import compute_exactly, mask
+from lit_prune.pipeline import prune
 from lit_prune.prune import NofM, Wanda
-from lit_prune.quantised import compute_exactly, mask
+from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA, Recovery, adapter_config, rebuild, snapshot
 from lit_prune.recover.masked_linear import MaskedLinear
+from lit_prune.recover.merge import without_adapter
 from tests.conftest import WIDE, small_model
 
 LEAVES = [leaf for leaf in Recovery.__subclasses__() if leaf.__module__.startswith("lit_prune.")]

@@ -3,8 +3,8 @@ import random
 import pytest
 
 from lit_prune.errors import InputError
-from lit_prune.evaluate import parameters
-from lit_prune.modeling_sliced import take_shape
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.models.modeling_sliced import take_shape
 from lit_prune.slice import sizes_from_rates, sliced_parameters, slices
 from lit_prune.slice.sizes import check_multiple
 from tests.conftest import small_model

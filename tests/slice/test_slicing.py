@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune import structure
 from lit_prune.allocate import DLP, LayerRedundancy, Plan, Uniform, write_plan
 from lit_prune.errors import InputError
-from lit_prune.evaluate import parameters
-from lit_prune.modeling_sliced import SLICED, SlicedCausalLM, SlicedNorm
-from lit_prune.pipeline import Recipe, prune, score
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.models import structure
+from lit_prune.models.modeling_sliced import SLICED, SlicedCausalLM, SlicedNorm
+from lit_prune.pipeline import prune, score
 from lit_prune.prune import Wanda
+from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA
 from lit_prune.slice import Slicing
 from tests.conftest import lively_model, small_model

@@ -1,0 +1,222 @@
+"""The statistics that are taken of one block while calibration batches run through it.
+
+Positions whose attention mask is 0 are left out of every one; an expert's are over the tokens that it saw.
+Suffixes: B batch, T tokens, D hidden size, I input channels, P positions that count, S positions of one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_prune import distributed
+from lit_prune.models.families import Block
+from lit_prune.models.linears import watching
+
+INPUTS = "inputs"
+COSINE = "cosine"
+GRAM = "gram"
+STRIPS = 8
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of the input of one linear, or of several that share it.
+
+    Attributes:
+        norm_I: ||X_j||, root mean square of each input channel, fp32; None if INPUTS was not asked for.
+        gram_II: Mean over tokens of x x^T, fp32; None if GRAM was not asked for.
+    """
+
+    norm_I: Tensor | None = None
+    gram_II: Tensor | None = None
+
+    def to(self, device: torch.device) -> Seen:
+        """Returns the same on ``device``."""
+        moved = {name: value if value is None else value.to(device) for name, value in vars(self).items()}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What passed through one block.
+
+    Attributes:
+        norms: ||X_j|| by linear, shape (I,), fp32: the root mean square over the tokens that the linear saw.
+        cosine: mean over tokens of cos(block's input, block's output); None if it was not asked for.
+        grams: Mean of x x^T by linear, shape (I, I), fp32, one tensor for all linears that share the input.
+        leaders: By linear, the first one that is given the same input.
+    """
+
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    cosine: float | None = None
+    grams: dict[str, Tensor] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+
+    def groups(self, names: Iterable[str]) -> list[list[str]]:
+        """Returns ``names`` in groups that share one input; what was not observed stands alone."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(self.leaders.get(name, name), []).append(name)
+        return list(groups.values())
+
+    def seen(self, name: str) -> Seen:
+        """Returns what is known of the input of one linear."""
+        return Seen(self.norms.get(name), self.grams.get(name))
+
+    def to(self, device: torch.device) -> Observed:
+        """Returns the same on ``device``; what is shared stays shared."""
+        moved: dict[int, Tensor] = {}
+
+        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: moved.setdefault(id(tensor), tensor.to(device)) for name, tensor in tensors.items()}
+
+        return replace(self, norms=move(self.norms), grams=move(self.grams))
+
+
+class InputSquares:
+    """Sum of squares of every input channel of one linear, over the positions that count."""
+
+    def __init__(self) -> None:
+        self.sum_I: Tensor | None = None
+        self.tokens = 0
+
+    def update(self, x_PI: Tensor) -> None:
+        """Adds positions, in fp32."""
+        sum_I = x_PI.float().square().sum(0)
+        self.sum_I = sum_I if self.sum_I is None else self.sum_I + sum_I
+        self.tokens += len(x_PI)
+
+    def sum_over_processes(self, width: int) -> None:
+        """Adds what the other processes saw of the input, of ``width`` channels."""
+        self.sum_I = distributed.total(torch.zeros(width) if self.sum_I is None else self.sum_I)
+        self.tokens = distributed.total_count(self.tokens)
+
+    def norm(self) -> Tensor:
+        """Returns the root mean square, shape (I,); channels [3, 4] seen in one token give [3, 4]."""
+        assert self.sum_I is not None
+        return (self.sum_I / max(self.tokens, 1)).sqrt()
+
+
+class InputGram:
+    """Sum of x x^T over the positions that count.
+
+    It is symmetric: of each strip of ``STRIPS`` the products right of the strip's left edge are summed, 9/16 of all.
+    """
+
+    def __init__(self) -> None:
+        self.sum_II: Tensor | None = None
+        self.tokens = 0
+
+    def update(self, x_PI: Tensor) -> None:
+        """Adds positions, in fp32."""
+        x_PI = x_PI.float()
+        if self.sum_II is None:
+            self.sum_II = x_PI.new_zeros(x_PI.shape[1], x_PI.shape[1])
+        for strip, right in _strips(x_PI.shape[1]):
+            self.sum_II[strip, right].addmm_(x_PI[:, strip].T, x_PI[:, right])
+        self.tokens += len(x_PI)
+
+    def sum_over_processes(self, width: int) -> None:
+        """Adds what the other processes saw of the input, of ``width`` channels."""
+        self.sum_II = distributed.total(torch.zeros(width, width) if self.sum_II is None else self.sum_II)
+        self.tokens = distributed.total_count(self.tokens)
+
+    def gram(self) -> Tensor:
+        """Returns the mean, shape (I, I); one token [3, 4] gives [[9, 12], [12, 16]]."""
+        assert self.sum_II is not None
+        mean_II = self.sum_II.triu().div_(max(self.tokens, 1))
+        return mean_II.add_(mean_II.triu(1).T)
+
+
+def _strips(width: int) -> Iterator[tuple[slice, slice]]:
+    """Each strip of the rows of a symmetric matrix, and the columns from its left edge on."""
+    step = -(-width // STRIPS)
+    for begin in range(0, width, step):
+        yield slice(begin, begin + step), slice(begin, width)
+
+
+class Observer:
+    """Takes the wanted statistics of one block while batches run through it.
+
+    Linears that are given the same tensor (q, k, v; gate, up) share one statistic: on the first batch they are told
+    apart by the identity of what they are given.
+    """
+
+    def __init__(self, block: Block, wanted: frozenset[str]) -> None:
+        self.wanted = wanted
+        self.mask_BT: Tensor | None = None
+        self._linears = block.linears.values() if wanted & {INPUTS, GRAM} else ()
+        self._width = {name: linear.weight_OI.shape[1] for name, linear in block.linears.items()}
+        self._leader: dict[str, str] = {}
+        self._squares: dict[str, InputSquares] = {}
+        self._grams: dict[str, InputGram] = {}
+        self._given: dict[int, tuple[str, Tensor]] = {}
+        self._cosine, self._tokens = 0.0, 0
+
+    @contextmanager
+    def watching(self) -> Iterator[Observer]:
+        """Watches the linears for as long as the context lasts."""
+        with watching(self._linears, self._see):
+            yield self
+
+    def _see(self, name: str, x_BTI: Tensor, rows_S: Tensor | None) -> None:
+        if name not in self._leader:
+            leader, _ = self._given.setdefault(id(x_BTI), (name, x_BTI))  # holding x keeps its id from being reused
+            self._leader[name] = leader
+        if self._leader[name] == name:
+            x_PI = self._counted(x_BTI, rows_S)
+            if INPUTS in self.wanted:
+                self._squares.setdefault(name, InputSquares()).update(x_PI)
+            if GRAM in self.wanted:
+                self._grams.setdefault(name, InputGram()).update(x_PI)
+
+    def see_block(self, x_BTD: Tensor, y_BTD: Tensor) -> None:
+        """Adds the cosine of a block's input and output, and forgets what told the linears of a batch apart."""
+        self._given.clear()
+        if COSINE in self.wanted:
+            cosine_P = F.cosine_similarity(self._counted(x_BTD).float(), self._counted(y_BTD).float(), dim=-1)
+            self._cosine += float(cosine_P.cpu().double().sum())
+            self._tokens += len(cosine_P)
+
+    def _counted(self, x_BTD: Tensor, rows_S: Tensor | None = None) -> Tensor:
+        """The positions that count; OPT gives some of its linears (batch * tokens, in)."""
+        x_PD = x_BTD.flatten(0, -2)
+        if self.mask_BT is None:
+            return x_PD
+        mask_P = self.mask_BT.flatten()
+        return x_PD[mask_P if rows_S is None else mask_P[rows_S]]
+
+    def observed(self) -> Observed:
+        """Returns the statistics over everything that was seen, by any process."""
+        leaders = self._agreed_leaders()
+        self._sum_over_processes(leaders.values())
+        norms = {leader: squares.norm() for leader, squares in self._squares.items()}
+        grams = {leader: gram.gram() for leader, gram in self._grams.items()}
+        cosine, tokens = distributed.total(torch.tensor([self._cosine, self._tokens], dtype=torch.float64)).tolist()
+        return Observed(
+            norms={name: norms[leader] for name, leader in leaders.items() if leader in norms},
+            cosine=cosine / tokens if tokens else None,
+            grams={name: grams[leader] for name, leader in leaders.items() if leader in grams},
+            leaders=leaders,
+        )
+
+    def _agreed_leaders(self) -> dict[str, str]:
+        """Which linear stands for which: an expert that no token of this process reached may be known to another."""
+        return {
+            name: leader for known in reversed(distributed.gathered(self._leader)) for name, leader in known.items()
+        }
+
+    def _sum_over_processes(self, leaders: Iterable[str]) -> None:
+        """Adds up what the processes saw, in an order that is the same in all of them."""
+        for leader in sorted(set(leaders)):
+            width = self._width[leader]
+            if INPUTS in self.wanted:
+                self._squares.setdefault(leader, InputSquares()).sum_over_processes(width)
+            if GRAM in self.wanted:
+                self._grams.setdefault(leader, InputGram()).sum_over_processes(width)

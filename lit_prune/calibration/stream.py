@@ -1,0 +1,200 @@
+"""Runs calibration windows through a model one block at a time; ``statistics.py`` has what is taken on the way.
+
+At any time one block, one batch and the statistics are on the accelerator; the rest stays where it was.
+Suffixes: N windows, B batch, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_prune.calibration.statistics import Observed, Observer
+from lit_prune.calibration.windows import Batch, inputs_of
+from lit_prune.errors import InputError
+from lit_prune.models.families import Block
+from lit_prune.models.linears import standing_in
+
+Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class Stream:
+    """The residual stream of all calibration batches, standing between two blocks of a model.
+
+    Making one embeds the batches with every block short-circuited, and records what each block is called with: masks
+    and rotary embeddings differ by the layer's type and by the batch. :meth:`run` takes the stream through one block.
+
+    Args:
+        model: A causal LM in eval mode.
+        blocks: Its blocks.
+        batches: Dicts of `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
+        device: Where a block computes.
+
+    Attributes:
+        hidden: The residual stream of every batch.
+        wraps: Whether the model's blocks give tuples.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch], device: torch.device
+    ) -> None:
+        self.device = device
+        self.home = model.device
+        self.masks: list[Tensor | None] = [_mask(batch) for batch in batches]
+        self.hidden: list[Tensor] = []
+        self.arguments: list[Arguments] = []
+        capture = _Capture(model, [block.module for block in blocks])
+        for batch in batches:
+            inputs, arguments = capture({key: value.to(self.home) for key, value in batch.items()})
+            self.hidden.append(inputs)
+            self.arguments.append([share_of_zeros(now, before) for now, before in self._beside_last(arguments)])
+        self.wraps = bool(capture.wraps)
+
+    def _beside_last(self, arguments: Arguments) -> Iterable[tuple[Any, Any]]:
+        return zip(arguments, self.arguments[-1] if self.arguments else [None] * len(arguments), strict=True)
+
+    @torch.no_grad()
+    def run(self, block: Block, observer: Observer | None = None, *, advance: bool = True, finite: bool = True) -> None:
+        """Runs every batch through ``block``, which must be on the stream's device.
+
+        Args:
+            block: The block that the stream stands before.
+            observer: Takes statistics on the way.
+            advance: Put the block's outputs in the place of its inputs.
+            finite: Ask whether they are numbers.
+
+        Raises:
+            InputError: if the block gives NaN or infinity, where that is asked.
+        """
+        for index, x_BTD in enumerate(self.hidden):
+            args, kwargs = move_data_to_device(self.arguments[index][block.index], self.device)
+            x_BTD = x_BTD.to(self.device)
+            mask_BT = self.masks[index]
+            if observer is not None:
+                observer.mask_BT = None if mask_BT is None else mask_BT.to(self.device)
+            y_BTD = unwrap(block.module(x_BTD, *args, **kwargs))
+            if finite:
+                _check_finite(y_BTD, block, index)
+            if observer is not None:
+                observer.see_block(x_BTD, y_BTD)
+            if advance:
+                self.hidden[index] = y_BTD.to(self.home)
+
+    @torch.no_grad()
+    def map(self, work: Callable[..., Tensor], block: Block | None = None) -> None:
+        """Puts what ``work`` makes of every batch's hidden states in their place.
+
+        Args:
+            work: Is given the batch's index, its hidden states on the stream's device and, by keyword, the arguments
+                that ``block`` is called with.
+            block: The block that the stream stands before.
+
+        Raises:
+            InputError: if NaN or infinity comes out of a block.
+        """
+        for index, x_BTD in enumerate(self.hidden):
+            kwargs = {} if block is None else self.arguments[index][block.index][1]
+            y_BTD = work(index, x_BTD.to(self.device), **move_data_to_device(kwargs, self.device))
+            if block is not None:
+                _check_finite(y_BTD, block, index)
+            self.hidden[index] = y_BTD.to(self.home)
+
+    def counted(self, index: int, x_BTD: Tensor) -> Tensor:
+        """Returns the positions of batch ``index`` that count, (P, D)."""
+        mask_BT = self.masks[index]
+        return x_BTD.flatten(0, -2) if mask_BT is None else x_BTD[mask_BT.to(x_BTD.device)]
+
+
+def _check_finite(y_BTD: Tensor, block: Block, index: int) -> None:
+    if not torch.isfinite(y_BTD.sum(dtype=torch.float32)):
+        raise InputError(
+            f"`calibration`: block {block.index} gives NaN or infinity on calibration batch {index}; the weights are "
+            "broken, or `model.dtype` is too small for them (try float32 or bfloat16)."
+        )
+
+
+def observe(stream: Stream, block: Block, wanted: frozenset[str], *, advance: bool = True) -> Observed:
+    """Returns the wanted statistics of ``block`` over the whole stream."""
+    with Observer(block, wanted).watching() as observer:
+        stream.run(block, observer, advance=advance)
+    return observer.observed()
+
+
+@contextmanager
+def on_device(block: Block, device: torch.device, *, changes: bool = False) -> Iterator[Block]:
+    """Moves one block to the accelerator, and back where it was.
+
+    Args:
+        block: The block.
+        device: Where it computes.
+        changes: Whether its weights are changed there, which a block on disk has to know.
+    """
+    if block.home is not None:
+        with block.home.lent(block.path, block.module, device, changes=changes):
+            yield block
+        return
+    home = next(block.module.parameters()).device
+    block.module.to(device)
+    try:
+        yield block
+    finally:
+        block.module.to(home)
+
+
+def unwrap(output: Tensor | tuple[Any, ...]) -> Tensor:
+    """Returns the hidden states of a block's output, which some families wrap in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _mask(batch: Batch) -> Tensor | None:
+    mask = batch.get("attention_mask")
+    return None if mask is None or bool(mask.all()) else mask.bool()
+
+
+class _Capture:
+    """Embeds batches with every block short-circuited; returns block 0's input and every block's other arguments.
+
+    What stands in for a block gives what the block would give, a tensor or a tuple. Nothing but the block itself can
+    tell which, so that the first one runs once: Falcon takes ``outputs[0]``, which of a tensor is its first row.
+    """
+
+    def __init__(self, model: PreTrainedModel, modules: Sequence[nn.Module]) -> None:
+        self.model, self.modules = model, modules
+        self.first = modules[0].forward
+        self.wraps: bool | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> tuple[Tensor, Arguments]:
+        hidden: list[Tensor] = []
+        arguments: Arguments = []
+
+        def recorder(x_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
+            if self.wraps is None:
+                self.wraps = isinstance(self.first(x_BTD, *args, **kwargs), tuple)
+            hidden.append(x_BTD)
+            arguments.append((args, kwargs))
+            return (x_BTD, None) if self.wraps else x_BTD
+
+        with standing_in(self.modules, recorder):
+            self.model.base_model(**inputs_of(batch), use_cache=False)
+        return hidden[0], arguments
+
+
+def share_of_zeros(now: Any, before: Any) -> Any:
+    """Returns ``now`` with every tensor that equals its counterpart in ``before`` replaced by that one."""
+    if isinstance(now, Tensor):
+        same = isinstance(before, Tensor) and now.shape == before.shape and torch.equal(now, before)
+        return before if same else now
+    if isinstance(now, tuple):
+        pairs = before if isinstance(before, tuple) and len(before) == len(now) else (None,) * len(now)
+        return tuple(share_of_zeros(item, other) for item, other in zip(now, pairs, strict=True))
+    if isinstance(now, dict):
+        counterparts = before if isinstance(before, dict) else {}
+        return {key: share_of_zeros(value, counterparts.get(key)) for key, value in now.items()}
+    return now

@@ -1,0 +1,117 @@
+"""Calibration windows: how many, how long, and where in the text they begin."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_prune.errors import InputError
+
+CALIBRATION_TOKENS = 2048
+Batch = dict[str, Tensor]
+INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How much text the statistics are taken over.
+
+    Args:
+        num_samples: Number of windows.
+        seq_length: Tokens per window; null takes 2048, on the command line the model's limit where that is less.
+        seed: Seed of the draw.
+        batch_size: Windows per forward pass.
+
+    Raises:
+        InputError: for a number below 1 (`seq_length`: below 2).
+    """
+
+    num_samples: int = 128
+    seq_length: int | None = None
+    seed: int = 0
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_samples": 1, "seq_length": 2, "batch_size": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"`calibration.{name}` must be at least {least}, got {value}.")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per window."""
+        return CALIBRATION_TOKENS if self.seq_length is None else self.seq_length
+
+
+class Windows(NamedTuple):
+    """Calibration windows and where in the token stream each begins."""
+
+    input_ids_NT: Tensor
+    positions: list[int]
+
+
+def draw_windows(stream: Tensor, num_samples: int, seq_length: int, seed: int) -> Windows:
+    """Returns windows drawn without replacement from the grid of non-overlapping windows over a token stream.
+
+    Ten tokens and a `seq_length` of 3 make a grid of three windows, at 0, 3 and 6.
+
+    Args:
+        stream: Token ids, shape (tokens,).
+        num_samples: N, how many to draw.
+        seq_length: T, tokens per window.
+        seed: Seed of the draw.
+
+    Raises:
+        InputError: if there are fewer windows than asked for.
+    """
+    available = stream.numel() // seq_length
+    if num_samples > available:
+        raise InputError(
+            f"`calibration.num_samples` must be at most {available}, the number of windows of {seq_length} tokens in "
+            f"the training text ({stream.numel()} tokens), got {num_samples}."
+        )
+    drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
+    grid_NT = stream[: available * seq_length].view(available, seq_length)
+    return Windows(grid_NT[drawn].long(), [int(index) * seq_length for index in drawn])
+
+
+def batches_of(windows: Windows, batch_size: int) -> list[Batch]:
+    """Returns ``windows`` as batches of at most ``batch_size``."""
+    return [{"input_ids": part} for part in windows.input_ids_NT.split(batch_size)]
+
+
+def first_batches(loader: Iterable[Any], calibration: Calibration) -> list[Batch]:
+    """Returns the first ``num_samples`` rows of a dataloader, as it batches them, cut to ``seq_length`` tokens.
+
+    Args:
+        loader: Gives mappings with `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
+        calibration: How many rows and tokens.
+
+    Raises:
+        InputError: if the loader gives something else, or too few rows.
+    """
+    batches, rows = [], 0
+    for batch in loader:
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+            raise InputError(
+                "`calibration`: batches of the training dataloader must be dicts with a tensor `input_ids`, got "
+                f"{type(batch).__name__}."
+            )
+        take = (slice(calibration.num_samples - rows), slice(calibration.tokens))
+        batches.append({key: batch[key][take] for key in ("input_ids", "attention_mask") if key in batch})
+        rows += len(batches[-1]["input_ids"])
+        if rows == calibration.num_samples:
+            return batches
+    raise InputError(
+        f"`calibration.num_samples` must be at most {rows}, the rows that the training dataloader gives, got "
+        f"{calibration.num_samples}."
+    )
+
+
+def inputs_of(batch: Mapping[str, Tensor]) -> Batch:
+    """Returns what of ``batch`` a model is called with: the ids, and mask and positions where there are any."""
+    return {name: batch[name] for name in INPUT_NAMES if batch.get(name) is not None}

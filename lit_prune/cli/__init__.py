@@ -1,0 +1,1 @@
+"""The lit-prune command."""

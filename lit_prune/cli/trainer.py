@@ -1,0 +1,217 @@
+"""PruneTrainer: Lightning's Trainer with the command's verbs, which prune, look, export and ask without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import HalfPrecision
+from transformers import PreTrainedModel
+
+from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
+from lit_prune.callbacks.results import ResultsCallback, one, tell
+from lit_prune.errors import InputError
+from lit_prune.export.folder import check_merge
+from lit_prune.files import write_text
+from lit_prune.fit.batches import calibration_batches, named, validation_data
+from lit_prune.fit.cut import cut
+from lit_prune.models.on_disk import on_disk, placed, working
+from lit_prune.pipeline import look
+from lit_prune.recipe import recipe_record
+from lit_prune.report.report import block_table, task_table, to_json, versions
+from lit_prune.report.summary import summary
+from lit_prune.report.write import write_scores
+
+
+class PruneTrainer(Trainer):
+    """A Lightning Trainer that can also prune without training, look without pruning, and export a checkpoint."""
+
+    def fit(  # type: ignore[override]
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        weights_only: bool | None = None,
+    ) -> None:
+        """Prune, train and heal in one run; writes a Hugging Face folder, a report and a picture.
+
+        Args:
+            ckpt_path: A checkpoint to go on from, or `last`, the last one in the output folder.
+            weights_only: Refuse a checkpoint that holds anything but weights and plain values.
+        """
+        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+
+    def validate(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Measure the perplexity of the model, or of a checkpoint, on the validation text; writes nothing.
+
+        Args:
+            ckpt_path: A checkpoint of a fit whose weights are measured; null measures the model.
+            verbose: Print the perplexity.
+            weights_only: Refuse a checkpoint that holds anything but weights and plain values.
+        """
+        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def test(  # type: ignore[override]
+        self,
+        model: LightningModule | None = None,
+        dataloaders: Any = None,
+        ckpt_path: str | None = None,
+        verbose: bool = True,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+    ) -> Any:
+        """Measure the perplexity of the model, or of a checkpoint, on the test text; writes nothing.
+
+        Args:
+            ckpt_path: A checkpoint of a fit whose weights are measured; null measures the model.
+            verbose: Print the perplexity.
+            weights_only: Refuse a checkpoint that holds anything but weights and plain values.
+        """
+        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+
+    def prune(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Prune in one shot, without training; writes the same folder as fit, with the pruned model."""
+        pruning, results = self._ready(model, datamodule)
+        llm, device = pruning.find_model(model), self.strategy.root_device
+        validation = validation_data(self) if pruning.measure else None
+        assert pruning.course.recipe is not None
+        calibration = calibration_batches(self, pruning.course.calibration)
+        pruning.check_statistics(llm, *calibration)
+        measured, stored = pruning.measure, pruning.course.stored
+        with working(llm, results.folder.path), self._logging():
+            done = cut(llm, pruning.course.recipe, calibration, validation, device, measured=measured, stored=stored)
+            with results.opened():
+                results.write(self, model, llm, summary(llm, pruning.course.recipe, [done]), validation)
+
+    def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Look before you cut: table and picture of the scores and rates, a plan to edit, and statistics to reuse."""
+        pruning, results = self._ready(model, datamodule)
+        recipe = pruning.course.recipe
+        assert recipe is not None
+        llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.course.calibration)
+        pruning.check_statistics(llm, batches, settings)
+        device, names = self.strategy.root_device, named(settings, llm)
+        scored, stored = look(llm, batches, recipe, device=device, settings=names, stored=pruning.course.stored)
+        report = {
+            "sparsity": {
+                "requested": recipe.sparsity,
+                "budget": recipe.budget,
+                "target": scored.target,
+                "planned": scored.planned,
+            },
+            "recipe": recipe_record(recipe),
+            "calibration": settings,
+            "scores": scored.scores,
+            "rates": scored.rates,
+            "search": scored.search,
+            "seconds": {"score": scored.seconds},
+            "versions": versions(),
+        }
+        with results.opened(), self._logging():
+            written = write_scores(results.folder.path, report, stored)
+        results.folder.finish()
+        tell([block_table(report)], written)
+
+    def export(
+        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str, merge: bool = False
+    ) -> None:
+        """Make the Hugging Face folder, as fit leaves it, of a checkpoint of a fit.
+
+        Args:
+            ckpt_path: The checkpoint, or `last`, the last one in the output folder. Settings come from the config.yaml
+                of the run that it lies in, unless `--config` is given.
+            merge: Refuse to leave an adapter beside the weights. MaskedLoRA is merged always, LoRA where nothing is
+                masked.
+        """
+        pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
+        stored = pruning.checkpointed(ckpt_path)
+        if merge:
+            check_merge(stored)
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        self._loaded(model, pruning)
+        _load(ckpt_path, model, [pruning, results])
+        written = results.measured(self, model)
+        assert written is not None  # of one process
+        with results.opened(), self._logging():
+            results.write(self, model, *written)
+
+    def evaluate(self, model: LightningModule, datamodule: LightningDataModule) -> None:
+        """Ask the model tasks of lm-eval, `--tasks arc_easy,piqa`; writes report.json, and no model."""
+        pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
+        assert results.tasks is not None
+        llm = placed(self._loaded(model, pruning), self.strategy.root_device)
+        report = {
+            "model": getattr(model, "pretrained", None),
+            "dtype": str(llm.dtype).removeprefix("torch."),
+            "tasks": results.tasks.run(llm, datamodule.tokenizer),  # type: ignore[attr-defined]
+            "versions": versions(),
+        }
+        with results.opened():
+            write_text(results.folder.path / "report.json", to_json(report))
+        results.folder.finish()
+        tell([task_table(report)], [results.folder.path / "report.json"])
+
+    def _ready(
+        self, model: LightningModule, datamodule: LightningDataModule
+    ) -> tuple[DynamicPruningCallback, ResultsCallback]:
+        """Loads the LLM, attaches the data, and checks the recipe against the LLM."""
+        pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
+        if pruning.course.recipe is None:
+            raise InputError("`pruning.method` must be a method for this, such as Wanda, got null.")
+        self._data_connector.attach_data(model, datamodule=datamodule)
+        llm = self._loaded(model, pruning)
+        pruning.course.take_zeros(llm, trains=False)
+        pruning.course.recipe.check(llm)
+        return pruning, results
+
+    def _loaded(self, model: LightningModule, pruning: DynamicPruningCallback) -> PreTrainedModel:
+        """Loads the LLM, in the precision that fit would give it before a cut."""
+        model.configure_model()
+        llm = pruning.find_model(model)
+        if isinstance(self.precision_plugin, HalfPrecision):
+            if on_disk(llm) is not None:
+                raise InputError(
+                    f"`trainer.precision` must be 32-true with `model.on_disk`, got {self.precision}: the weights are "
+                    "computed with as they are stored."
+                )
+            self.precision_plugin.convert_module(llm)
+        return llm
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Lets every logger finish what it was given, as fit does."""
+        status = "failed"
+        try:
+            yield
+            status = "success"
+        finally:
+            for logger in self.loggers:
+                logger.finalize(status)
+
+
+def _load(path: str, model: LightningModule, callbacks: Sequence[Callback]) -> None:
+    """Puts a checkpoint's weights into ``model``, rebuilt to hold them, and the numbers into the callbacks."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    model.on_load_checkpoint(checkpoint)
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise InputError(
+            f"`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit: {path}."
+        ) from error
+    for callback in callbacks:
+        if callback.state_key in checkpoint["callbacks"]:
+            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])

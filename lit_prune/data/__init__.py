@@ -1,0 +1,1 @@
+"""Text and conversations as token windows, and the loaders that a resumed run continues."""

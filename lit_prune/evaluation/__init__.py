@@ -1,0 +1,1 @@
+"""Perplexity, sizes, tokens per second, and lm-eval's tasks."""

@@ -1,0 +1,209 @@
+"""What a model is worth and what it weighs: perplexity, sparsity, parameters, bytes.
+
+Perplexity is exp(mean token negative log-likelihood), shifted by one, padding left out. It is computed from
+fp32 cross entropy a chunk of tokens at a time: a softmax followed by a log underflows to infinity on fp16 logits of a
+healthy model, and fp32 logits of a 150,000-word vocabulary would double the memory.
+Suffixes: B batch, T tokens, V vocabulary, P predicted positions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+from lit_prune import distributed
+from lit_prune.calibration.windows import inputs_of
+from lit_prune.evaluation.streamed import streamed_logits
+from lit_prune.models.families import is_known
+from lit_prune.models.on_disk import on_disk
+from lit_prune.progress import track
+
+CHUNK_TOKENS = 1024
+
+
+IGNORED = -100  # a label that does not count
+
+
+def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """Returns the token that each position is, (B, T), and -100 where no prediction of it counts.
+
+    A prediction counts where the token and the one before it are attended to, and where `labels`, if the batch has
+    them, are not -100.
+    """
+    labels_BT, mask_BT = batch.get("labels"), batch.get("attention_mask")
+    labels_BT = batch["input_ids"] if labels_BT is None else labels_BT
+    if mask_BT is None:
+        return labels_BT
+    labels_BT = labels_BT.masked_fill(mask_BT == 0, IGNORED)
+    labels_BT[:, 1:] = labels_BT[:, 1:].masked_fill(mask_BT[:, :-1] == 0, IGNORED)
+    return labels_BT
+
+
+def negative_log_likelihood(
+    logits_BTV: Tensor,
+    input_ids_BT: Tensor,
+    attention_mask_BT: Tensor | None = None,
+    labels_BT: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """Returns the summed negative log-likelihood (float64 scalar, nats) and the number of predicted tokens.
+
+    Position t predicts token t + 1; which predictions count, :func:`labels_of` tells.
+    Two tokens under uniform logits over V = 4 give one prediction of log 4 = 1.386.
+
+    Args:
+        logits_BTV: Scores of the vocabulary, any float type.
+        input_ids_BT: Token ids.
+        attention_mask_BT: 1 for tokens, 0 for padding; None means no padding.
+        labels_BT: The token ids, -100 where they do not count; None counts all.
+    """
+    given = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
+    targets_BT = labels_of({name: tensor for name, tensor in given.items() if tensor is not None})[:, 1:]
+    counted_BT = targets_BT != IGNORED
+    total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
+    for logits_TV, targets_T, counted_T in zip(logits_BTV, targets_BT, counted_BT, strict=True):
+        for start in range(0, targets_T.numel(), CHUNK_TOKENS):
+            part = slice(start, min(start + CHUNK_TOKENS, targets_T.numel()))
+            nll_P = F.cross_entropy(logits_TV[part].float(), targets_T[part], reduction="none")
+            total += nll_P[counted_T[part]].double().sum()
+    return total, int(counted_BT.sum())
+
+
+class Perplexity(Metric):
+    """Perplexity of a causal LM over everything it was updated with; sums reduce over processes.
+
+    Raises:
+        ValueError: if no token was predicted.
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    nll: Tensor
+    tokens: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        logits_BTV: Tensor,
+        input_ids_BT: Tensor,
+        attention_mask_BT: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+    ) -> None:
+        """Adds a batch; see :func:`negative_log_likelihood`."""
+        if logits_BTV.shape[:2] != input_ids_BT.shape:
+            raise ValueError(
+                f"`logits` must be (batch, tokens, vocabulary) over `input_ids` (batch, tokens), got "
+                f"{tuple(logits_BTV.shape)} and {tuple(input_ids_BT.shape)}."
+            )
+        nll, tokens = negative_log_likelihood(logits_BTV, input_ids_BT, attention_mask_BT, labels_BT)
+        self.nll += nll
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """Returns exp(nll / tokens), a float64 scalar."""
+        if self.tokens == 0:
+            raise ValueError("`Perplexity` must be updated with at least one predicted token, got none.")
+        return torch.exp(self.nll / self.tokens)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A perplexity, and what it was measured on and how.
+
+    Attributes:
+        perplexity: exp(mean negative log-likelihood).
+        protocol: `data`, `windows`, `seq_length` (tokens of the longest window), `tokens` (predicted), `dtype`. Only
+            values of one protocol may be compared.
+        seconds: How long it took.
+    """
+
+    perplexity: float
+    protocol: dict[str, Any]
+    seconds: float
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    data: str,
+    *,
+    label: str = "Perplexity",
+    device: torch.device | None = None,
+    streamed: bool = False,
+) -> Measurement:
+    """Returns the perplexity of ``model``, where it is and as it is, in eval mode.
+
+    A model on disk goes through its blocks once, with all batches. In several processes each measures its share of the
+    batches, in as many forward passes as the others, and all return what is true of all.
+
+    Args:
+        model: A causal LM.
+        batches: Dicts with `input_ids` (batch, tokens); where there is padding, `attention_mask`; where not every token
+            counts, `labels`; where conversations are packed, `position_ids`.
+        data: What the batches are, for the protocol.
+        label: What the progress bar says.
+        device: Where the blocks of a model on disk compute; None means where the model is.
+        streamed: Move the blocks to ``device`` one at a time, as with a model on disk.
+
+    Raises:
+        ValueError: if the batches predict no token.
+    """
+    metric = Perplexity(sync_on_compute=False).to(model.device)
+    windows, longest, begin = 0, 0, time.perf_counter()
+    with evaluating(model):
+        for batch, logits in _logits(model, batches, device or model.device, label, streamed):
+            ids = batch["input_ids"]
+            metric.update(logits, ids, batch.get("attention_mask"), batch.get("labels"))
+            windows, longest = windows + ids.shape[0], max(longest, ids.shape[1])
+    nll, tokens = distributed.total(metric.nll), distributed.total_count(int(metric.tokens))
+    windows, longest = distributed.total_count(windows), max(distributed.gathered(longest))
+    if tokens == 0:
+        raise ValueError("`batches` must predict at least one token, got none.")
+    protocol = {
+        "data": data,
+        "windows": windows,
+        "seq_length": longest,
+        "tokens": tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    return Measurement(float(torch.exp(nll / tokens)), protocol, time.perf_counter() - begin)
+
+
+def _logits(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], device: torch.device, label: str, streamed: bool
+) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+    """Gives every batch of this process and its logits, where the model is."""
+    if (streamed or on_disk(model) is not None) and is_known(model.config):
+        kept = [dict(batch) for batch, counts in distributed.in_step(batches) if counts]
+        yield from zip(kept, streamed_logits(model, kept, device, label), strict=True)
+        return
+    for batch, counts in distributed.in_step(track(batches, label)):
+        there = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        logits = model(**inputs_of(there), use_cache=False).logits
+        if counts:
+            yield there, logits
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts ``model`` into eval mode for as long as the context lasts."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

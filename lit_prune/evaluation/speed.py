@@ -1,0 +1,57 @@
+"""How many tokens a second a model reads (prefill) and writes (decode)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_prune.evaluation.perplexity import evaluating
+
+PREFILL_TOKENS, DECODE_TOKENS, REPEATS = 512, 32, 3
+
+
+@torch.no_grad()
+def tokens_per_second(model: PreTrainedModel) -> dict[str, float]:
+    """Returns `prefill` and `decode`: tokens per second of one sequence, the best of three runs after one to warm up.
+
+    `prefill` is one forward over 512 tokens (half of what the model takes, where that is less); `decode` the 32
+    forwards of one token that follow, with a KV cache. Which tokens they are does not matter.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or 2 * PREFILL_TOKENS
+    prefill, decode = min(PREFILL_TOKENS, limit // 2), min(DECODE_TOKENS, limit // 2)
+    prompt_BT = torch.arange(prefill, device=model.device)[None] % model.config.vocab_size
+    with evaluating(model):
+        runs = [_run(model, prompt_BT, decode) for _ in range(REPEATS + 1)][1:]
+    return {
+        "prefill": prefill / min(seconds for seconds, _ in runs),
+        "decode": decode / min(seconds for _, seconds in runs),
+    }
+
+
+def _run(model: PreTrainedModel, prompt_BT: Tensor, decode: int) -> tuple[float, float]:
+    """Seconds of the prefill, and of ``decode`` tokens after it."""
+    cache = None
+
+    def read() -> None:
+        nonlocal cache
+        cache = model(prompt_BT, use_cache=True, logits_to_keep=1).past_key_values
+
+    def write() -> None:
+        for _ in range(decode):
+            model(prompt_BT[:, :1], past_key_values=cache, use_cache=True)
+
+    return _seconds(read, model.device), _seconds(write, model.device)
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin

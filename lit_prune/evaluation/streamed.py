@@ -1,0 +1,41 @@
+"""The logits of a model whose blocks are on disk: every block is read once, for all batches, and computes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_prune.calibration.stream import Stream, on_device
+from lit_prune.calibration.windows import Batch, inputs_of
+from lit_prune.models.families import find_blocks
+from lit_prune.models.linears import standing_in
+from lit_prune.progress import track
+
+
+@torch.no_grad()
+def streamed_logits(
+    model: PreTrainedModel, batches: Sequence[Batch], device: torch.device, label: str
+) -> Iterator[Tensor]:
+    """Gives the logits of every batch, (batch, tokens, vocabulary), as ``model`` itself would.
+
+    The residual stream of all batches is held, batch * tokens * hidden size of the model's type.
+
+    Args:
+        model: A causal LM of a known family, in eval mode.
+        batches: Dicts of `input_ids` and, where there is padding, `attention_mask`; packed ones have `position_ids`.
+        device: Where a block computes; embedding and head compute where the model is.
+        label: What the progress bar over the blocks says.
+    """
+    blocks = find_blocks(model)
+    stream = Stream(model, blocks, batches, device)
+    for block in track(blocks, label):
+        with on_device(block, device):
+            stream.run(block, finite=False)
+    modules = [block.module for block in blocks]
+    for batch, hidden_BTD in zip(batches, stream.hidden, strict=True):
+        output = (hidden_BTD, None) if stream.wraps else hidden_BTD
+        with standing_in(modules, lambda *_args, given=output, **_kwargs: given):
+            yield model(**inputs_of(batch), use_cache=False).logits

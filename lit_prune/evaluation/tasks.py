@@ -1,0 +1,210 @@
+"""Tasks of lm-eval (EleutherAI's evaluation harness) on a model in memory, as it is: masked, sliced, with an adapter.
+
+The harness's own model class for Hugging Face and its own ``simple_evaluate`` do it; nothing of a task is done here.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import importlib.util
+import logging
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lit_prune.checkpointing.random_states import random_states, restore_random_states
+from lit_prune.errors import InputError, near_misses
+from lit_prune.evaluation.perplexity import evaluating
+from lit_prune.progress import say
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """How lm-eval asks its tasks.
+
+    Args:
+        num_fewshot: Examples before every question; null takes each task's own number.
+        limit: Use only the first so many questions of every task; for trying out.
+        batch_size: Questions per forward pass.
+        include_path: Folder with task files of your own, by whose names they can be asked for.
+        chat: Put the questions into the tokenizer's chat template.
+
+    Raises:
+        InputError: for a number below 1 (`num_fewshot`: below 0), or a folder that is not there.
+    """
+
+    num_fewshot: int | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    include_path: str | None = None
+    chat: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_fewshot": 0, "limit": 1, "batch_size": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"`lm_eval.{name}` must be at least {least}, got {value}.")
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise InputError(f"`lm_eval.include_path` must be a folder, got {self.include_path}.")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks, by name, pattern or YAML file, and how they are asked.
+
+    Args:
+        names: Such as `arc_easy`, `mmlu*`, or `my_task.yaml`.
+        settings: See HarnessSettings.
+    """
+
+    names: Sequence[str]
+    settings: HarnessSettings = field(default_factory=HarnessSettings)
+
+    def check(self, tokenizer: Tokenizer | None = None, *, load: bool = False) -> Any:
+        """Asks whether every task is there; returns the harness's manager of tasks.
+
+        Args:
+            tokenizer: What the model is asked with; for `lm_eval.chat` it must have a chat template.
+            load: Read the tasks and their data, too, so that a run does not find out at its end that there is none.
+
+        Raises:
+            InputError: without lm-eval; for names that no task has, with near misses; for data that is not to be had.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise InputError("`tasks` needs lm-eval, which is not installed: pip install 'lit-prune[eval]'.")
+        if self.settings.chat and tokenizer is not None and tokenizer.chat_template is None:
+            raise InputError(
+                "`lm_eval.chat` must be false for a tokenizer without a chat template, as this is: leave it out."
+            )
+        manager = self._manager()
+        if load:
+            self._load(manager)
+        return manager
+
+    def _manager(self) -> Any:
+        """The manager of the tasks in files, or of those that the harness has where a name is not among them.
+
+        It has nearly 15,000 and takes seconds to list them.
+        """
+        from lm_eval.tasks import TaskManager
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        for path in (name for name in self.names if _is_path(name)):
+            if not Path(path).is_file():
+                raise InputError(f"`tasks` must be names or YAML files that are there, got {path}.")
+        named, own = [name for name in self.names if not _is_path(name)], self.settings.include_path
+        manager = TaskManager(include_path=own, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in named):
+            return manager
+        say("Looking the tasks up in lm-eval")
+        manager = TaskManager(include_path=own)
+        for name in named:
+            if not manager.match_tasks([name]):
+                near = near_misses(name, manager.all_tasks)
+                hint = f" Did you mean {' or '.join(near)}?" if near else ""
+                raise InputError(
+                    f"`tasks` must be among the {len(manager.all_tasks)} that lm-eval knows, or a YAML file, got "
+                    f"{name!r}.{hint}"
+                )
+        return manager
+
+    def _specs(self, manager: Any) -> list[str]:
+        """The names with patterns spelt out, and the paths."""
+        specs = [[name] if _is_path(name) else manager.match_tasks([name]) for name in self.names]
+        return list(dict.fromkeys(spec for found in specs for spec in found))
+
+    def _load(self, manager: Any) -> list[Any]:
+        """The tasks and groups themselves, with their data."""
+        try:
+            loaded = [(spec, manager.load(spec)) for spec in self._specs(manager)]
+        except Exception as error:  # what datasets raises hangs on the hub's answer and on the data set
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"`tasks`: {', '.join(self.names)} cannot be read, or the data cannot be had: {first}. Without a hub, "
+                "give a task file whose data is local."
+            ) from error
+        groups = [
+            [found["groups"][spec]] if spec in found["groups"] else found["tasks"].values() for spec, found in loaded
+        ]
+        return [item for group in groups for item in group]
+
+    def run(self, model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
+        """Returns what report.json says of the tasks: the harness's version, the settings, and each task's metrics.
+
+        Neither ``model`` nor ``tokenizer`` is changed, nor are the random numbers.
+
+        Args:
+            model: A causal LM, where it is and as it is.
+            tokenizer: Its tokenizer.
+        """
+        manager = self.check()
+        loaded = self._load(manager)
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        begin, states = time.perf_counter(), random_states()
+        try:
+            with evaluating(model):
+                harness: Any = HFLM(
+                    pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.settings.batch_size
+                )
+                found: Any = simple_evaluate(
+                    harness,
+                    tasks=loaded,
+                    num_fewshot=self.settings.num_fewshot,
+                    limit=self.settings.limit,
+                    apply_chat_template=self.settings.chat,
+                    task_manager=manager,
+                    log_samples=False,
+                )
+        finally:
+            restore_random_states(states)
+        return {
+            "harness": f"lm-eval {importlib.metadata.version('lm-eval')}",
+            "settings": asdict(self.settings),
+            "results": {name: _told(name, found) for name in found["results"]},
+            "seconds": time.perf_counter() - begin,
+        }
+
+
+def _is_path(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _told(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A task's metrics by name, a filter in parentheses, and how many questions with how many examples."""
+    metrics = {}
+    for key, value in found["results"][name].items():
+        metric, _, how = key.partition(",")
+        if isinstance(value, (int, float)) and how:
+            metrics[metric if how == "none" else f"{metric} ({how})"] = value
+    samples = found["n-samples"].get(name, {}).get("effective")
+    return metrics | {"samples": samples, "shots": found["n-shot"].get(name), "version": found["versions"].get(name)}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """Returns a task's metrics in one line.
+
+    >>> describe({"acc": 0.5, "acc_stderr": 0.0211, "samples": 9, "shots": 0, "version": 1})
+    'acc 0.5000 ± 0.0211; 9 questions, 0 shots'
+    """
+    told = []
+    for name, value in result.items():
+        if name not in ("samples", "shots", "version") and "_stderr" not in name:
+            error = result.get(re.sub(r"^(\w+)", r"\1_stderr", name))
+            told.append(f"{name} {value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
+    count = "" if result["samples"] is None else f"; {result['samples']} questions, {result['shots']} shots"
+    return ", ".join(told) + count
+
+
+def names_of(given: str | Sequence[str] | None) -> list[str]:
+    """Returns the names in `arc_easy,piqa`, or in a list."""
+    parts = given.split(",") if isinstance(given, str) else given or []
+    return [name.strip() for name in parts if name.strip()]

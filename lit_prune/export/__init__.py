@@ -1,0 +1,1 @@
+"""The Hugging Face folder: written aside, reopened and compared, sent to the hub."""

@@ -1,0 +1,210 @@
+"""PrunableLM, the LightningModule around a Hugging Face causal LM.
+
+It owns the LLM. What was done to the LLM stands in its config (see ``structure``), travels in every checkpoint, and is
+what the model is rebuilt from before a checkpoint's weights load.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lit_prune.calibration.windows import inputs_of
+from lit_prune.checkpointing.weights import fill
+from lit_prune.errors import InputError
+from lit_prune.evaluation.perplexity import Perplexity, labels_of
+from lit_prune.fit.fsdp import is_sharded, shard
+from lit_prune.fit.learning_rate import warm_up_and_cosine, warm_up_steps
+from lit_prune.models import structure
+from lit_prune.models.load import Dtype, architecture_config, load_config, load_model, new_model
+from lit_prune.recover import rebuild, snapshot
+
+Batch = dict[str, Tensor]
+
+
+class PrunableLM(LightningModule):
+    """A causal LM with its loss, its optimizer and its perplexity.
+
+    Batches are dicts with `input_ids` (batch, tokens); where there is padding, `attention_mask`; where not every token
+    is to be learnt, `labels`, -100 for those that are not; where conversations are packed, `position_ids`.
+    Logs `train/loss` (nats a token), `val/perplexity` and `test/perplexity`.
+
+    Args:
+        pretrained: Hub id, folder, .gguf file, or `embedded`, the small model inside the package.
+        architecture: Fields of a Hugging Face config (`model_type`, `hidden_size`, ...) for a model that starts from
+            random weights; `pretrained` then only names the tokenizer.
+        dtype: Data type of the weights; `auto` takes the one they are stored in.
+        attn_implementation: `sdpa`, `eager`, ...; null takes transformers' choice.
+        on_disk: Leave the weights in the safetensors of `pretrained`, one block at a time in memory, for models that
+            are bigger than it; for the verbs that do not train.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Weight decay of matrices; vectors (norms, biases) have none.
+        betas: AdamW's coefficients.
+        warmup_steps: Optimizer steps of linear warm-up, at the start and after every cut; null is 10, but at most a
+            tenth of the steps until the next cut or the end.
+        min_lr_share: Share of `lr` that the cosine gives the last step; with 0 that step changes nothing.
+
+    Raises:
+        InputError: if the model is not to be had, or a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "embedded",
+        architecture: dict[str, Any] | None = None,
+        dtype: Dtype = "auto",
+        attn_implementation: str | None = None,
+        on_disk: bool = False,
+        gradient_checkpointing: bool = False,
+        lr: float = 2e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup_steps: int | None = None,
+        min_lr_share: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if lr <= 0:
+            raise InputError(f"`model.lr` must be above 0, got {lr}.")
+        if warmup_steps is not None and warmup_steps < 0:
+            raise InputError(f"`model.warmup_steps` must be at least 0, got {warmup_steps}.")
+        if on_disk and architecture is not None:
+            raise InputError("`model.on_disk` must be false with `model.architecture`, whose weights are in no file.")
+        self.pretrained, self.architecture, self.dtype_of_weights = pretrained, architecture, dtype
+        self.attn_implementation, self.gradient_checkpointing = attn_implementation, gradient_checkpointing
+        self.on_disk = on_disk
+        self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
+        self.warmup_steps, self.min_lr_share = warmup_steps, min_lr_share
+        self.model: PreTrainedModel | None = None
+        self.perplexity = {"val": Perplexity(), "test": Perplexity()}  # no modules: half precision must not cast them
+        self.config = self._config()
+        self._optimizer_step = 0
+        self._set_up = False
+
+    def _config(self) -> PreTrainedConfig:
+        """The LLM's config alone, so that what hangs on it is checked before weights are read."""
+        return load_config(self.pretrained) if self.architecture is None else architecture_config(self.architecture)
+
+    def configure_model(self) -> None:
+        """Loads the LLM, or makes a fresh one; called again after `setup`, shards it where the strategy does.
+
+        In between, a DynamicPruningCallback cuts whole weights.
+        """
+        if self.model is None:
+            self.model = self._loaded()
+        mesh = self.device_mesh
+        if mesh is not None and self._set_up and not is_sharded(self.model):
+            shard(self.model, mesh["data_parallel"])
+
+    def _loaded(self) -> PreTrainedModel:
+        if self.on_disk and self._trainer is not None and self.trainer.state.fn == "fit":
+            raise InputError(
+                "`model.on_disk` must be false for fit, training keeps all weights in memory: prune first by "
+                "`lit-prune prune --model.on_disk true`, and train what that writes."
+            )
+        if self.architecture is None:
+            model = load_model(self.pretrained, self.dtype_of_weights, self.attn_implementation, self.on_disk)
+        else:
+            model = new_model(self.architecture, self.dtype_of_weights)
+        model.train()
+        if self.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        return model
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns the logits, shape (batch, tokens, vocabulary)."""
+        assert self.model is not None
+        return self.model(**inputs_of(batch), use_cache=False).logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the mean next-token cross entropy of a batch (nats), over the predictions that count."""
+        assert self.model is not None
+        loss = self.model(**inputs_of(batch), labels=labels_of(batch), use_cache=False).loss
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to `val/perplexity`."""
+        self._update("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/perplexity`."""
+        self._log_perplexity("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to `test/perplexity`."""
+        self._update("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/perplexity`."""
+        self._log_perplexity("test")
+
+    def _update(self, part: str, batch: Batch) -> None:
+        metric = self.perplexity[part].to(self.device)
+        metric.update(self(batch), batch["input_ids"], batch.get("attention_mask"), batch.get("labels"))
+
+    def _log_perplexity(self, part: str) -> None:
+        value = self.perplexity[part].compute()  # over all processes
+        self.log(f"{part}/perplexity", value, prog_bar=True, sync_dist=True)
+        self.perplexity[part].reset()
+
+    def setup(self, stage: str) -> None:
+        """Begins a run: its optimizer is made at step 0, unless a checkpoint says otherwise; the LLM may be sharded."""
+        self._optimizer_step, self._set_up = 0, True
+
+    def configure_optimizers(self) -> Any:
+        """Returns AdamW over what is trained, with linear warm-up and a cosine over the steps that remain."""
+        # a resumed Trainer counts from 0 still when it asks for this
+        self._optimizer_step = max(self._optimizer_step, self.trainer.global_step)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr, betas=self.betas)
+        end = int(self.trainer.estimated_stepping_batches)
+        warmup = warm_up_steps(self._until_cut(end)) if self.warmup_steps is None else self.warmup_steps
+        steps = end - self._optimizer_step
+        schedule = warm_up_and_cosine(optimizer, warmup=warmup, steps=steps, least=self.min_lr_share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _until_cut(self, end: int) -> int:
+        """How many steps there are from the one at which the optimizer is made to the next cut, or to ``end``."""
+        begin, callbacks = self._optimizer_step, self.trainer.callbacks  # type: ignore[attr-defined]
+        cuts = [step for callback in callbacks for step in getattr(callback, "cut_steps", ())]
+        return min([end, *(step for step in cuts if step > begin)]) - begin
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Returns the settings that a resumed run must have again, by field."""
+        fields = {
+            "architecture": self.architecture,
+            "dtype": self.dtype_of_weights,
+            "lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "betas": list(self.betas),
+            "warmup_steps": self.warmup_steps,
+            "min_lr_share": self.min_lr_share,
+        }
+        return {f"model.{field}": value for field, value in fields.items()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Stores what was done to the LLM beside its weights, and the step at which the optimizer was made."""
+        assert self.model is not None
+        kept = checkpoint.get(structure.KEY, {})
+        checkpoint[structure.KEY] = kept | snapshot(self.model) | {"optimizer_step": self._optimizer_step}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuilds what was done to the LLM before the weights load, and puts back those that were left out."""
+        if self.on_disk:
+            raise InputError("`model.on_disk` must be false where a checkpoint is loaded, whose weights are in memory.")
+        self.configure_model()
+        assert self.model is not None
+        stored = checkpoint[structure.KEY]
+        if not is_sharded(self.model):  # else it was rebuilt before that, and the weights are loaded
+            rebuild(self.model, stored)
+            fill(self.model, checkpoint["state_dict"], "model.", stored.get("left_out") or {})
+        self._optimizer_step = stored["optimizer_step"]

@@ -1,0 +1,39 @@
+"""Zeros counted: of tensors, of the linears that a model's record says were pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_prune.models import structure
+from lit_prune.models.families import Block, find_blocks
+
+
+def zeros(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """Returns the number of elements that are exactly zero, and the number of all elements."""
+    zero = total = 0
+    for tensor in tensors:
+        zero += tensor.numel() - int(torch.count_nonzero(tensor))
+        total += tensor.numel()
+    return zero, total
+
+
+def pruned_blocks(model: PreTrainedModel) -> list[Block]:
+    """Returns the blocks of ``model``, which has no adapter, with the linears that its record says were pruned."""
+    recipe = structure.record(model).get("recipe") or {}
+    chosen = {field: recipe[field] for field in ("targets", "ignore", "blocks") if recipe.get(field)}
+    return find_blocks(model, **chosen, quantised=True)
+
+
+def zero_shares(model: PreTrainedModel) -> tuple[list[float], float]:
+    """Returns the share of zeros in the pruned linears of each block, and overall; ``model`` has no adapter."""
+    blocks = pruned_blocks(model)
+    return [block.pruned / block.size for block in blocks], share_of_zeros(blocks)
+
+
+def share_of_zeros(blocks: Sequence[Block]) -> float:
+    """Returns the share of zeros in the linears of ``blocks``."""
+    return sum(block.pruned for block in blocks) / sum(block.size for block in blocks)

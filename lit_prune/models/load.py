@@ -1,0 +1,225 @@
+"""Loads an LLM, its config and its tokenizer from a hub id, a folder, a .gguf file, or ``embedded``.
+
+A name that cannot be had is told at once: transformers alone looks for a mistyped folder on the hub, for a minute,
+and ends in several tracebacks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lit_prune.errors import InputError, near_misses
+from lit_prune.models.mappable import check_mappable
+from lit_prune.models.on_disk import keep_on_disk
+from lit_prune.models.quantised import compute_exactly, unquantised
+
+EMBEDDED = Path(__file__).parent / "embedded"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_TIMEOUT_SECONDS = 10
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def load_config(pretrained: str) -> PreTrainedConfig:
+    """Returns the Hugging Face config of ``pretrained`` without loading weights (a .gguf file's weights are read).
+
+    Raises:
+        InputError: if ``pretrained`` is not there, is no model, or the hub cannot be reached.
+    """
+    source, extra = locate(pretrained)
+    return _checked(AutoConfig.from_pretrained, source, "config.json", extra)
+
+
+def load_model(
+    pretrained: str, dtype: Dtype = "auto", attn_implementation: str | None = None, on_disk: bool = False
+) -> PreTrainedModel:
+    """Returns the causal LM ``pretrained`` on the CPU, in eval mode.
+
+    Args:
+        pretrained: A hub id, a folder, a .gguf file (dequantised, so that it can be trained and saved), or `embedded`.
+        dtype: Data type of the weights; `auto` takes the one they are stored in.
+        attn_implementation: `sdpa`, `eager`, ...; None takes transformers' choice.
+        on_disk: Leave the weights in their files, as ``lit_prune.models.on_disk`` tells.
+
+    Raises:
+        InputError: if ``pretrained`` is not there, is no model, or the hub cannot be reached; with ``on_disk``, if the
+            weights are not stored as they are needed.
+    """
+    source, extra = locate(pretrained)
+    if on_disk:
+        _check_on_disk(pretrained, source, extra, dtype)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    if extra:
+        wanted = torch.float32 if dtype == "auto" else wanted
+    if attn_implementation is not None:
+        extra = {**extra, "attn_implementation": attn_implementation}
+    model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", {**extra, "dtype": wanted})
+    compute_exactly(model)
+    if on_disk:
+        return keep_on_disk(model)
+    return _plain(model) if "gguf_file" in extra else model
+
+
+def _check_on_disk(pretrained: str, source: str, extra: dict[str, Any], dtype: Dtype) -> None:
+    if extra:
+        raise InputError(
+            f"`model.on_disk` must be false for the .gguf file {pretrained}, which is dequantised in memory: write it "
+            "as safetensors first, by `save_pretrained`."
+        )
+    config = load_config(pretrained)
+    try:
+        check_mappable(source, config, None if dtype == "auto" else getattr(torch, dtype))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"`model.pretrained` {source!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer of ``name``: a hub id, a folder, a .gguf file, or `embedded`.
+
+    Raises:
+        InputError: if there is none, or the hub cannot be reached.
+    """
+    source, extra = locate(name)
+    return _checked(AutoTokenizer.from_pretrained, source, "tokenizer_config.json", extra)
+
+
+def new_model(architecture: dict[str, Any], dtype: Dtype = "float32") -> PreTrainedModel:
+    """Returns a freshly initialised causal LM from the fields of a Hugging Face config.
+
+    Args:
+        architecture: `model_type` and whatever else of that model's config differs from its defaults.
+        dtype: Data type of the weights; `auto` is float32.
+
+    Raises:
+        InputError: if `model_type` is missing or unknown to transformers.
+    """
+    config = architecture_config(architecture)
+    wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=wanted)
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """Returns the causal LM of a config on the meta device: its parts and their shapes, and no weights.
+
+    Raises:
+        InputError: if transformers has no causal LM for it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(unquantised(config))
+    except ValueError as error:
+        raise InputError(f"`model.pretrained` is no causal LM that transformers knows: {_first_line(error)}") from error
+
+
+def architecture_config(architecture: dict[str, Any]) -> PreTrainedConfig:
+    """Returns the Hugging Face config that ``architecture`` describes; see :func:`new_model`."""
+    fields = dict(architecture)
+    try:
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    except KeyError as error:
+        raise InputError("`model.architecture` must have a `model_type`, such as llama.") from error
+    except ValueError as error:
+        raise InputError(f"`model.architecture` is no config that transformers knows: {_first_line(error)}") from error
+
+
+def locate(pretrained: str) -> tuple[str, dict[str, Any]]:
+    """Returns what ``from_pretrained`` takes for ``pretrained``: a folder or hub id, and extra keyword arguments.
+
+    Raises:
+        InputError: if ``pretrained`` looks like a path and is not there, or the hub cannot be reached.
+    """
+    if pretrained == "embedded":
+        return str(EMBEDDED), {}
+    path = Path(pretrained).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        return str(path), {}
+    if path.exists():
+        raise InputError(f"`model.pretrained` must be a folder, a .gguf file or a hub id, got the file {pretrained}.")
+    if _looks_like_path(pretrained):
+        raise InputError(f"`model.pretrained` must be there, got {pretrained!r}: no such file or folder.")
+    _check_hub(pretrained)
+    return pretrained, {}
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        not HUB_ID.fullmatch(name)
+        or name.endswith(".gguf")
+        or name.startswith((".", "~", os.sep))
+        or ("/" in name and Path(name).parent.is_dir())
+    )
+
+
+def _check_hub(repo: str) -> None:
+    """Asks the hub once whether ``repo`` is there; what is in the local cache needs no asking."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        if isinstance(try_to_load_from_cache(repo, "config.json"), str):
+            return
+    except HFValidationError as error:
+        raise InputError(
+            f"`model.pretrained` must be a folder, a .gguf file or a hub id: there is no folder {repo!r} here, and no "
+            "model on the hub can be named so."
+        ) from error
+    if "/" not in repo and near_misses(repo, ["embedded"]):
+        raise InputError(f"`model.pretrained`: there is no model {repo!r} here. Did you mean embedded?")
+    remedy = "pass a local folder or a .gguf file, or run once with a connection so that the hub's cache has it"
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(f"`model.pretrained`: {repo!r} is not in the hub's cache and HF_HUB_OFFLINE is set; {remedy}.")
+    try:
+        HfApi().model_info(repo, timeout=HUB_TIMEOUT_SECONDS)
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"`model.pretrained` must be a folder, a .gguf file or a hub id: there is no folder {repo!r} here and no "
+            "such model on the hub (a private or gated one needs `hf auth login`)."
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(
+            f"`model.pretrained`: the hub answered {_first_line(error)!r} for {repo!r}; {remedy}."
+        ) from error
+    except Exception as error:  # the http library's own connection errors share no base with OSError
+        raise InputError(
+            f"`model.pretrained`: there is no folder {repo!r} here, and the hub cannot be reached to look for it there "
+            f"({_first_line(error)}); {remedy}."
+        ) from error
+
+
+def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any]) -> Any:
+    """Calls a ``from_pretrained``, telling what is wrong with a folder in one line."""
+    if os.path.isdir(source) and not extra.get("gguf_file") and not os.path.exists(os.path.join(source, needed)):
+        raise InputError(f"`model.pretrained` must be a Hugging Face model folder, got {source!r}: it has no {needed}.")
+    try:
+        return loader(source, **extra)
+    except ImportError as error:
+        raise InputError(
+            f"`model.pretrained`: {_first_line(error)} For .gguf: pip install 'lit-prune[gguf]'."
+        ) from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise InputError(f"`model.pretrained` {source!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns ``model`` rebuilt without the marks of the quantised file it came from, so that it can be saved."""
+    dropped = {"quantization_config", "transformers_version", "architectures", "model_type", "_name_or_path"}
+    fields = {key: value for key, value in model.config.to_dict().items() if key not in dropped}
+    plain = type(model)(type(model.config)(**fields)).to(model.dtype)  # type: ignore[arg-type]
+    plain.load_state_dict(model.state_dict())
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    plain.name_or_path = model.name_or_path
+    return plain.eval()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,233 @@
+"""Linears in 4 or 8 bits, by bitsandbytes: made from full precision, read, counted, and the mask that goes with them.
+
+Every type has an exact zero, so that what is pruned stays zero; but it rounds small weights to zero as well. What was
+pruned can therefore not be read off a quantised weight: its mask is kept beside it, as bits.
+Suffixes: O output channels, I input channels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal, final
+
+import bitsandbytes as bnb
+import torch
+from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from lit_prune.masks.bits import packed, unpacked
+
+Quantization = Literal["nf4", "fp4", "int8"]
+MASK = "mask_bits"
+MULTIPLES = (32, 64)  # of (out, in): what bitsandbytes asks of a 4-bit linear on a CPU that has AVX512-BF16
+THRESHOLD = 6.0  # of LLM.int8(): columns of activations above it stay in half precision; transformers' default
+
+
+@final
+class Linear4bit(bnb.nn.Linear4bit):
+    """bitsandbytes' linear, which a state dict can be loaded into, and which computes what its weights are.
+
+    On a CPU that has AVX512-BF16 the parent rearranges its weights when it first computes without gradients, with
+    scales rounded to bfloat16, and not all the way back.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.support_avx512bf16_for_cpu = False
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        begin = f"{prefix}weight."
+        names = [name for name in state_dict if name.startswith(begin)]
+        if names:
+            told = {name.removeprefix(begin): state_dict.pop(name).clone() for name in names}
+            self.quant_state = QuantState.from_dict(told, self.weight.device)
+            self.weight.quant_state = self.quant_state  # type: ignore[attr-defined]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@final
+class Linear8bit(bnb.nn.Linear8bitLt):
+    """bitsandbytes' linear, whose scales follow it wherever the module that it is in goes."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Linear8bit:
+        super()._apply(fn, recurse)
+        holders: tuple[Any, ...] = (self.weight, self.state)
+        for holder in holders:
+            if holder.SCB is not None:
+                holder.CB, holder.SCB = self.weight.data, holder.SCB.to(self.weight.device)
+        return self
+
+
+def quantised(linear: nn.Linear | Conv1D, quantization: Quantization, double_quant: bool, *, masked: bool) -> nn.Linear:
+    """Returns a linear of the same matrix in 4 or 8 bits, where it is.
+
+    Args:
+        linear: In full precision; it is left as it is.
+        quantization: Type of the weights.
+        double_quant: Quantise the scales of 4-bit weights too.
+        masked: Keep which weights are zero, see :func:`mask`.
+
+    Raises:
+        RuntimeError: if a zero of a masked weight is lost.
+    """
+    weight_OI = linear.weight.detach().T if isinstance(linear, Conv1D) else linear.weight.detach()
+    module = _empty(weight_OI, linear.bias is not None, quantization, double_quant)
+    module.weight = module.weight.to(weight_OI.device)  # which quantises
+    module.bias = linear.bias
+    module.source_cls = type(linear)  # as transformers calls it
+    module.weight_dtype = weight_OI.dtype
+    if masked:
+        module.register_buffer(MASK, packed(weight_OI != 0).to(weight_OI.device))
+        check_zeros(dequantised(module), module, "quantised")
+    return module.train(linear.training)
+
+
+def _empty(weight_OI: Tensor, bias: bool, quantization: Quantization, double_quant: bool) -> Any:
+    """A module whose weight becomes ``weight_OI``, quantised, when it is moved to a device."""
+    (outs, ins), given = weight_OI.shape, weight_OI.contiguous()
+    module: Any
+    with torch.device("meta"):
+        if quantization == "int8":
+            module = Linear8bit(ins, outs, bias, has_fp16_weights=False, threshold=THRESHOLD)
+        else:
+            module = Linear4bit(ins, outs, bias, weight_OI.dtype, double_quant, quantization)
+    if quantization == "int8":
+        module.weight = bnb.nn.Int8Params(given, requires_grad=False, has_fp16_weights=False)
+    else:
+        kind: dict[str, Any] = {"quant_type": quantization, "compress_statistics": double_quant}
+        module.weight = bnb.nn.Params4bit(given, requires_grad=False, module=module, **kind)
+    return module
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Returns whether ``module`` is a linear of bitsandbytes', made here or by transformers."""
+    return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+
+
+def quantised_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Gives the quantised linears of ``model`` by name."""
+    return ((name, module) for name, module in model.named_modules() if is_quantised(module))
+
+
+def quantisation(model: nn.Module) -> dict[str, Any] | None:
+    """Returns how ``model`` is quantised, as :func:`quantised` takes it; None for full precision."""
+    for _, module in quantised_linears(model):
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            return {"quantization": "int8", "double_quant": False}
+        return {"quantization": module.weight.quant_type, "double_quant": module.weight.compress_statistics}
+    return None
+
+
+@torch.no_grad()
+def dequantised(module: Any) -> Tensor:
+    """Returns the matrix of a quantised linear, (out, in), in the type that it was quantised from."""
+    weight: Any = module.weight
+    if isinstance(module, bnb.nn.Linear4bit):
+        return dequantize_4bit(weight.data, weight.quant_state or module.quant_state)
+    scales = weight.SCB if weight.SCB is not None else module.state.SCB
+    return int8_vectorwise_dequant(weight.data, scales).to(getattr(module, "weight_dtype", torch.float32))
+
+
+def mask(module: nn.Module) -> Tensor | None:
+    """Returns which weights of a quantised linear were not pruned, (out, in); None where that was not kept."""
+    bits = getattr(module, MASK, None)
+    return None if bits is None else unpacked(bits, torch.Size((module.out_features, module.in_features)))  # type: ignore[arg-type]
+
+
+def pruned(module: Any) -> int:
+    """Returns how many weights of a quantised linear are pruned: by its mask, else those that are zero."""
+    keep_OI = mask(module)
+    left = torch.count_nonzero(dequantised(module) if keep_OI is None else keep_OI)
+    return module.out_features * module.in_features - int(left)
+
+
+def check_zeros(weight_OI: Tensor, module: Any, name: str) -> None:
+    """Asks whether ``weight_OI`` is zero wherever the mask of a quantised linear says that it was pruned.
+
+    Raises:
+        RuntimeError: if a weight that was pruned is not zero.
+    """
+    keep_OI = mask(module)
+    if keep_OI is not None and bool((weight_OI[~keep_OI] != 0).any()):
+        raise RuntimeError(f"weights that were pruned are not zero in the {name} weight.")
+
+
+def shell(module: Any) -> nn.Linear:
+    """Returns a linear of bitsandbytes' own that shares the weight of ``module``; its mask is in no state dict."""
+    weight, ins, outs, bias = module.weight, module.in_features, module.out_features, module.bias is not None
+    other: Any
+    with torch.device("meta"):
+        if isinstance(module, bnb.nn.Linear8bitLt):
+            other = Linear8bit(ins, outs, bias, has_fp16_weights=False, threshold=module.state.threshold)
+        else:
+            kind = weight.quant_type
+            other = Linear4bit(ins, outs, bias, module.compute_dtype, weight.compress_statistics, kind)
+            other.quant_state = weight.quant_state
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        scales = weight.SCB if weight.SCB is not None else module.state.SCB
+        weight = bnb.nn.Int8Params(weight.data, requires_grad=False, CB=weight.data, SCB=scales)
+    other.weight, other.bias = weight, module.bias
+    other.source_cls, other.weight_dtype = module.source_cls, getattr(module, "weight_dtype", None)
+    if getattr(module, MASK, None) is not None:
+        other.register_buffer(MASK, getattr(module, MASK), persistent=False)
+    return other.train(module.training)
+
+
+def make_loadable(model: nn.Module) -> None:
+    """Puts linears that a state dict can be loaded into in the place of those of a model that transformers opened."""
+    for name, module in list(quantised_linears(model)):
+        if not isinstance(module, (Linear4bit, Linear8bit)):
+            model.set_submodule(name, shell(module))
+
+
+def dense(module: Any, weight_OI: Tensor) -> nn.Module:
+    """Returns a linear in full precision in the place of a quantised one, with another matrix and the same bias."""
+    outs, ins = weight_OI.shape
+    with torch.device("meta"):
+        if module.source_cls is Conv1D:
+            linear: Any = Conv1D(outs, ins)
+        else:
+            linear = nn.Linear(ins, outs, module.bias is not None)
+    linear.weight = nn.Parameter(weight_OI.T.contiguous() if module.source_cls is Conv1D else weight_OI)
+    linear.bias = module.bias
+    return linear.train(module.training)
+
+
+def packed_bytes(module: Any) -> int:
+    """Returns the bytes of a quantised linear's matrix as it is stored: the packed weights, scales and tables."""
+    stored = module.state_dict()
+    return sum(tensor.nbytes for name, tensor in stored.items() if name not in ("bias", MASK))
+
+
+def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
+    """Returns what a config must say for transformers to open ``model``, some of whose linears are quantised."""
+    kind = quantisation(model)
+    assert kind is not None
+    linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    rest = sorted(linears - {name for name, _ in quantised_linears(model)})
+    if kind["quantization"] == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=THRESHOLD, llm_int8_skip_modules=rest)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind["quantization"],
+        bnb_4bit_use_double_quant=kind["double_quant"],
+        bnb_4bit_compute_dtype=next(module for _, module in quantised_linears(model)).compute_dtype,
+        llm_int8_skip_modules=rest,
+    )
+
+
+def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Returns a copy of ``config`` that says nothing of quantised weights."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
+
+
+def compute_exactly(model: nn.Module) -> None:
+    """Lets the 4-bit linears of a model that transformers opened compute as Linear4bit does; see there."""
+    for _, module in quantised_linears(model):
+        module.support_avx512bf16_for_cpu = False

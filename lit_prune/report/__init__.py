@@ -1,0 +1,1 @@
+"""The report of a run: report.json, table, picture and model card."""

@@ -1,0 +1,63 @@
+"""What the loggers of a Trainer get at the end, beside the curves: the numbers, the table and the picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from matplotlib.image import imread
+from rich.console import Console
+
+from lit_prune.report.report import Report, table
+
+TABLE, PICTURE = "pruning/results", "pruning/blocks"
+WIDTH = 100
+
+
+def log_results(loggers: Iterable[Logger], report: Report, picture: Path | None, step: int) -> None:
+    """Gives every logger the perplexities and the sparsity, and table and picture where it has a place for them.
+
+    A logger of another kind, such as CSVLogger, gets the numbers.
+
+    Args:
+        loggers: The Trainer's.
+        report: What report.json says.
+        picture: The PNG file, where there is one.
+        step: The optimizer step.
+    """
+    for logger in loggers:
+        logger.log_metrics(_numbers(report), step=step)
+        if isinstance(logger, TensorBoardLogger):
+            _to_tensorboard(logger.experiment, report, picture, step)
+        elif isinstance(logger, WandbLogger):
+            logger.log_text(TABLE, columns=["table"], data=[[_text(report)]])
+            if picture is not None:
+                logger.log_image(PICTURE, [str(picture)])
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_text(logger.run_id, _text(report), f"{TABLE}.txt")
+            if picture is not None:
+                logger.experiment.log_artifact(logger.run_id, str(picture), "pruning")
+
+
+def _to_tensorboard(writer: Any, report: Report, picture: Path | None, step: int) -> None:
+    text = _text(report)
+    writer.add_text(TABLE, "\n".join(f"    {line}" for line in text.splitlines()), step)
+    if picture is not None:
+        image_HWC = (imread(picture)[..., :3] * 255).round().astype(np.uint8)
+        writer.add_image(PICTURE, image_HWC, step, dataformats="HWC")
+
+
+def _numbers(report: Report) -> dict[str, float]:
+    """The perplexities by name, and the share of zeros."""
+    values = {f"perplexity/{name}": value for name, value in report["perplexity"].items() if value is not None}
+    return values | {"pruning/sparsity": report["sparsity"]["achieved_linears"]}
+
+
+def _text(report: Report) -> str:
+    console = Console(width=WIDTH, file=io.StringIO())
+    console.print(table(report))
+    return console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,0 +1,89 @@
+"""The losses that a search has measured: each once, and kept in a file from which a search that was stopped goes on.
+
+A search draws by a seed, so that the same losses lead it the same way: it begins at its start again, is told what was
+measured before, and measures from where that ends. The file is JSON; its key says what the losses hang on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lit_prune.errors import InputError
+from lit_prune.files import write_text
+from lit_prune.search.evolution import Moved
+
+DIGEST = 64  # letters of a SHA-256, which tells people nothing
+CHANGE = "choose another file by `--pruning.allocation.state FILE`"
+
+
+class Measured:
+    """Losses by what was moved and by window.
+
+    Args:
+        path: The file; None keeps them in memory alone.
+
+    Raises:
+        InputError: if there is a file that is none of a search, or no folder to write it to.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.key: dict[str, Any] | None = None
+        self.losses: dict[tuple[Moved, int], float] = {}
+        self._saved = 0
+        if self.path is None:
+            return
+        if self.path.exists():
+            self._read(self.path)
+        elif not self.path.absolute().parent.is_dir():
+            raise InputError(
+                f"`Search.state` must be a file in a folder that is there, got {path}: make it, or {CHANGE}."
+            )
+
+    def _read(self, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            losses = {(tuple(moved), window): loss for window, loss, moved in content["losses"]}
+            self.key, self.losses = dict(content["key"]), losses
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"`Search.state` must be a file that a search wrote, {path} is none; {CHANGE}.") from error
+        self._saved = len(self.losses)
+
+    def fit(self, key: Mapping[str, Any]) -> None:
+        """Asks whether the losses are those of ``key``, as far as that says; a file without any takes it over.
+
+        Raises:
+            InputError: if not, saying what differs.
+        """
+        now = json.loads(json.dumps(key))
+        if self.key is None:
+            return
+        differing = [_differs(name, self.key.get(name), value) for name, value in now.items()]
+        if found := [told for told in differing if told]:
+            raise InputError(
+                f"`Search.state` must be of the same search, {self.path} is of another: {'; '.join(found)}. Change it "
+                f"back, {CHANGE}."
+            )
+
+    def save(self, key: Mapping[str, Any], rates: list[float]) -> None:
+        """Writes the file, aside and renamed, where there is something new; ``rates`` are the best so far."""
+        if self.path is None or len(self.losses) == self._saved:
+            return
+        losses = [[window, loss, list(moved)] for (moved, window), loss in self.losses.items()]
+        content = {"key": dict(key), "rates": rates, "losses": losses}
+        write_text(self.path, json.dumps(content) + "\n")
+        self._saved = len(self.losses)
+
+
+def _differs(name: str, then: Any, now: Any) -> str:
+    """How a value was another, in words; nothing where it was not."""
+    if then == now:
+        return ""
+    if isinstance(now, dict) and isinstance(then, dict):
+        return "; ".join(filter(None, (_differs(f"{name} {part}", then.get(part), now.get(part)) for part in now)))
+    if (isinstance(now, str) and len(now) == DIGEST) or isinstance(now, list):
+        return f"other {name}"
+    return f"`{name}` {then}, now {now}"

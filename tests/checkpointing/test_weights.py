@@ -1,0 +1,113 @@
+"""What a checkpoint leaves out, and how it comes back."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.checkpointing.weights import Source, fill
+from lit_prune.errors import InputError
+from lit_prune.models.digest import digest
+from lit_prune.pipeline import prune
+from lit_prune.prune import MaskMethod, Method, Wanda
+from lit_prune.recipe import Recipe
+from lit_prune.recover import LoRA, rebuild, snapshot
+from tests.conftest import small_model
+
+
+def leaves(kind: type) -> list[type]:
+    return [leaf for sub in kind.__subclasses__() for leaf in (leaves(sub) or [sub])]
+
+
+METHODS = [leaf for leaf in leaves(MaskMethod) if leaf.__module__.startswith("lit_prune.")]
+
+
+def stripped(model: PreTrainedModel, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state dict and what was left out of it, through a file."""
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    left_out = source.strip(model, state, "model.")
+    buffer = io.BytesIO()
+    torch.save((state, left_out), buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen2"])
+def test_a_pruned_model_comes_back_to_the_bit(method: type[Method], family: str, batches: list[torch.Tensor]) -> None:
+    model, chosen = small_model(family), method()
+    source = Source.of(model)
+    with source.through_cut(model, keeps_values=chosen.keeps_values):
+        prune(model, batches, Recipe(chosen, 0.5))
+    LoRA(r=2).attach(model)
+    state, left_out = stripped(model, source)
+    pruned = [name for name in left_out if "mask" in left_out[name]]
+    assert bool(pruned) is chosen.keeps_values
+    assert all("base_layer" in name or "experts" in name for name in pruned)
+    assert any("lora_A" in name for name in state)
+    assert any("embed" in name or "wte" in name for name in left_out)
+    assert not any("norm" in name or "ln_" in name for name in state)
+    fresh = small_model(family)
+    rebuild(fresh, snapshot(model))
+    fill(fresh, state, "model.", left_out)
+    want = model.state_dict()
+    assert state.keys() == {f"model.{name}" for name in want}
+    assert all(torch.equal(state[f"model.{name}"], want[name]) for name in want)
+    again, left_again = stripped(model, Source.resumed(left_out))  # what the run that goes on leaves out
+    assert left_again.keys() == left_out.keys()
+    assert all(left_again[name]["digest"] == left_out[name]["digest"] for name in left_out)
+    assert again.keys() == {name for name in state if name.removeprefix("model.") not in left_out}
+
+
+def test_what_is_trained_or_was_changed_is_stored(model: PreTrainedModel) -> None:
+    source = Source.of(model)
+    assert stripped(model, source)[1] == {}
+    model.requires_grad_(False)
+    assert stripped(model, source)[0] == {}
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight[0, 0] += 1
+    assert stripped(model, source)[0].keys() == {"model.model.layers.1.mlp.up_proj.weight"}
+
+
+def test_two_cuts_of_frozen_weights_leave_one_mask(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    model.requires_grad_(False)
+    source = Source.of(model)
+    for sparsity in (0.3, 0.6):
+        with source.through_cut(model, keeps_values=True):
+            prune(model, batches, Recipe(Wanda(), sparsity))
+    state, left_out = stripped(model, source)
+    assert state == {}
+    assert sum("mask" in known for known in left_out.values()) == 21
+    fresh = small_model()
+    fill(fresh, state, "model.", left_out)
+    assert all(torch.equal(state[f"model.{name}"], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_negative_zeros_are_not_left_to_a_mask(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    model.requires_grad_(False)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    source = Source.of(model)
+    with source.through_cut(model, keeps_values=True):
+        prune(model, batches, Recipe(Wanda(), 0.5))
+        weight[0, 0] = -0.0
+    assert list(stripped(model, source)[0]) == ["model.model.layers.0.mlp.up_proj.weight"]
+
+
+def test_a_source_that_is_another_is_refused(model: PreTrainedModel) -> None:
+    model.requires_grad_(False)
+    state, left_out = stripped(model, Source.of(model))
+    other = small_model()
+    other.model.norm.weight.data[3] += 1e-6
+    message = "`model.pretrained` must be the model that the checkpoint was made from, .*: model.norm.weight is another"
+    with pytest.raises(InputError, match=message):
+        fill(other, state, "model.", left_out)
+    with pytest.raises(InputError, match=r"model.layers.3.* is another. .*`pruning.full_checkpoint`"):
+        fill(small_model(num_hidden_layers=4), dict(other.state_dict()), "", {})
+
+
+def test_the_digest_knows_type_and_shape() -> None:
+    zeros = torch.zeros(2, 3)
+    assert len({digest(t) for t in (zeros, zeros.T, zeros.bfloat16(), zeros + 1, torch.tensor(0.0))}) == 5
+    assert digest(zeros) == digest(torch.zeros(3, 2).T)

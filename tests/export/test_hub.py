@@ -1,0 +1,53 @@
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from huggingface_hub import constants
+
+from lit_prune.errors import InputError
+from lit_prune.export.folder import hub
+
+
+class StandIn:
+    """What HfApi would do, noted."""
+
+    done: ClassVar[list[tuple[object, ...]]] = []
+    error: ClassVar[Exception | None] = None
+
+    def create_repo(self, repo: str, *, private: bool, exist_ok: bool) -> str:
+        self.done.append(("create", repo, private, exist_ok))
+        return f"https://hub/{repo}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        if self.error is not None:
+            raise self.error
+        self.done.append(("upload", repo_id, folder_path))
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
+    monkeypatch.setattr(hub, "HfApi", StandIn)
+    monkeypatch.setattr(StandIn, "done", [])
+    monkeypatch.setattr(StandIn, "error", None)
+    return StandIn
+
+
+def test_the_folder_goes_into_a_repository_that_is_private_where_it_is_new(tmp_path: Path) -> None:
+    assert hub.push(tmp_path, "me/model") == "https://hub/me/model"
+    assert StandIn.done == [("create", "me/model", True, True), ("upload", "me/model", tmp_path)]
+
+
+def test_a_failure_is_one_line_and_says_how_to_send_it_later(tmp_path: Path) -> None:
+    StandIn.error = ConnectionError("no route\nto host")
+    with pytest.raises(InputError, match=r"`push_to_hub` must be .*'me/model' cannot \(no route\)\. .*`hf upload me/m"):
+        hub.push(tmp_path, "me/model")
+
+
+def test_what_can_be_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.check_repository("me/model")
+    with pytest.raises(InputError, match="`push_to_hub` must be the id of a repository, .*got 'a/b/c'"):
+        hub.check_repository("a/b/c")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="`push_to_hub` must be left out where HF_HUB_OFFLINE is set"):
+        hub.check_repository("me/model")

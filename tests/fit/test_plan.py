@@ -1,0 +1,94 @@
+"""What a fit does to the LLM, and what does not go together, asked without a Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lit_prune.allocate import DLP, Plan, write_plan
+from lit_prune.calibration.windows import Calibration
+from lit_prune.errors import InputError
+from lit_prune.fit.plan import Course
+from lit_prune.models import structure
+from lit_prune.prune import NofM, Wanda
+from lit_prune.recipe import Recipe
+from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
+from lit_prune.schedule import Cut
+from tests.conftest import small_model
+
+ONE, TWO = (Cut(0, 0.5),), (Cut(0, 0.25), Cut(4, 0.5))
+
+
+def course(cuts: tuple[Cut, ...] = ONE, recipe: Recipe | None = Recipe(Wanda(), 0.5, DLP()), **fields: Any) -> Course:  # noqa: B008 (frozen)
+    parts = dict.fromkeys(("before", "recovery", "distillation", "stored", "blocks", "keep_zeros"))
+    return Course(recipe=recipe, cuts=cuts, **parts | {"calibration": Calibration()} | fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"recipe": None, "cuts": (), "before": LoRA()}, "`pruning.before` must be null where nothing is cut"),
+        ({"before": LoRA()}, "`pruning.before` must be null where the first cut comes at step 0"),
+        ({"cuts": (Cut(2, 0.5),), "before": QLoRA()}, "`pruning.before` must leave the weights in full precision"),
+        ({"cuts": TWO, "recovery": QLoRA()}, "`pruning.recovery` must leave the weights in full precision"),
+        ({"cuts": TWO, "recovery": LoRA()}, "`pruning.recovery` must keep zeros when it is folded into the weights"),
+        ({"cuts": TWO, "recipe": Recipe(Wanda(NofM(2, 4)), 0.5, DLP())}, "`pruning.at_step` must be one step for"),
+        ({"cuts": (Cut(3, 0.5),), "stored": object()}, "`pruning.statistics` must be null for cuts after step 0"),
+    ],
+)
+def test_what_does_not_go_together(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        course(**given)
+
+
+def test_a_plan_has_the_rates_of_one_cut(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.yaml"
+    write_plan(plan, [0.5], [1.0], "DLP")
+    with pytest.raises(InputError, match="`pruning.allocation` must not be a Plan for 2 cuts"):
+        course(TWO, Recipe(Wanda(), 0.5, Plan(str(plan))))
+
+
+def test_what_it_is_asked() -> None:
+    made = course(TWO, recovery=MaskedLoRA())
+    assert (made.steps, made.last_step, made.idle) == ((0, 4), 4, False)
+    assert made.student().recovery == MaskedLoRA()
+    nothing = course((), None)
+    assert (nothing.steps, nothing.last_step, nothing.idle) == ((), 0, True)
+    with pytest.raises(InputError, match="`pruning.distillation` must be null where `pruning.method` is"):
+        nothing.student()
+
+
+def test_a_cut_must_come_before_the_end() -> None:
+    made = course(TWO)
+    made.check_end(5)
+    with pytest.raises(InputError, match="`pruning.at_step` must be below the number of optimizer steps, 4 .*, got 4"):
+        made.check_end(4)
+    course().check_end(0)
+
+
+def test_settings_bear_the_users_names_and_one_of_a_kind_stands_alone() -> None:
+    settings = course(recovery=LoRA(r=4)).settings()
+    assert (settings["pruning.at_step"], settings["pruning.sparsity"]) == (0, 0.5)
+    assert settings["pruning.recovery"] == repr(LoRA(r=4))
+    assert course(TWO).settings()["pruning.at_step"] == [0, 4]
+    assert course((), None).settings()["pruning.method"] is None
+
+
+def test_trained_weights_must_be_held() -> None:
+    with pytest.raises(InputError, match="`pruning.recovery` must be given where pruned weights are trained"):
+        course().check(small_model())
+    course(recovery=MaskedLoRA()).check(small_model())
+    course().check(small_model().requires_grad_(False))
+
+
+def test_weights_that_an_earlier_cut_masked_are_held_too() -> None:
+    model = small_model()
+    structure.write(model, masked=True)
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name:  # which this cut leaves alone
+            parameter.data[:, ::2] = 0
+        parameter.requires_grad_("q_proj" in name)
+    narrow = Recipe(Wanda(), 0.5, DLP(), targets=["down_proj"])
+    with pytest.raises(InputError, match="`pruning.recovery` must be given for a model with masks"):
+        course(recipe=narrow).check(model)
+    course(recipe=narrow).check(model.requires_grad_(False))

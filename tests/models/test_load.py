@@ -1,0 +1,144 @@
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_prune.errors import InputError
+from lit_prune.models.load import EMBEDDED, load_config, load_model, load_tokenizer, locate, new_model
+from tests.conftest import SMALL, small_model
+
+
+def test_embedded_is_a_small_llama_with_its_tokenizer() -> None:
+    model, tokenizer = load_model("embedded"), load_tokenizer("embedded")
+    assert model.config.model_type == "llama"
+    assert 2e6 < sum(p.numel() for p in model.parameters()) < 5e6
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.vocab_size == model.config.vocab_size == 4096
+    text = "Return the sum of a 'start' value.\n"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert sum(file.stat().st_size for file in EMBEDDED.glob("*.safetensors")) < 10e6
+
+
+def test_dtype() -> None:
+    assert load_model("embedded", "float32").dtype == torch.float32
+
+
+def test_a_folder(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    assert load_config(str(tmp_path)).hidden_size == 32
+    assert load_model(str(tmp_path)).config.num_hidden_layers == 3
+
+
+def test_a_fresh_model() -> None:
+    assert new_model({"model_type": "qwen3", **SMALL}).config.model_type == "qwen3"
+    with pytest.raises(InputError, match="must have a `model_type`"):
+        new_model({"hidden_size": 32})
+    with pytest.raises(InputError, match="no config that transformers knows"):
+        new_model({"model_type": "lama"})
+
+
+@pytest.mark.parametrize("name", ["./none", "/no/such/folder", "~/none", "tests/typo", "a/b/c", "none.gguf", "../x"])
+def test_a_path_that_is_not_there_is_told_at_once(name: str) -> None:
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match="no such file or folder"):
+        locate(name)
+    assert time.perf_counter() - begin < 1
+
+
+def test_a_hub_id_without_a_hub() -> None:
+    with pytest.raises(InputError, match="not in the hub's cache and HF_HUB_OFFLINE is set; pass a local folder"):
+        locate("nobody/nothing")
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    with pytest.raises(InputError, match=r"`model.pretrained`.*Name or service not known.*pass a local folder"):
+        locate("nobody/nothing")
+
+
+@pytest.mark.parametrize("name", ["my--model", "a..b", "model."])
+def test_a_name_that_no_hub_has(name: str) -> None:
+    with pytest.raises(InputError, match="no model on the hub can be named so"):
+        locate(name)
+
+
+def test_broken_weights(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"must be a Hugging Face model folder, got .*it has no config.json"):
+        load_config(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(str(tmp_path))
+    (tmp_path / "file.txt").write_text("x")
+    with pytest.raises(InputError, match="must be a folder, a .gguf file or a hub id"):
+        locate(str(tmp_path / "file.txt"))
+
+
+def test_a_gguf_file_can_be_loaded_and_saved(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    model, tokenizer = load_model(str(file)), load_tokenizer(str(file))
+    assert model.dtype == torch.float32
+    assert load_config(str(file)).num_hidden_layers == 2
+    model.save_pretrained(tmp_path / "saved")
+    again = load_model(str(tmp_path / "saved"))
+    ids = torch.arange(8)[None]
+    assert torch.equal(model(ids).logits, again(ids).logits)
+    assert tokenizer.decode(tokenizer("abc")["input_ids"]) == "abc"
+
+
+def write_gguf(path: Path) -> Path:
+    """Writes a Llama of two blocks with a byte-level BPE vocabulary, as llama.cpp's converter lays it out."""
+    gguf = pytest.importorskip("gguf")
+    from tokenizers import pre_tokenizers
+
+    width, heads, inner, words = 32, 4, 48, 300
+    random = torch.Generator().manual_seed(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(words)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = alphabet + [a + b for a in "abcdefg" for b in "abcdefg"][: words - len(alphabet)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.NORMAL] * words)
+    writer.add_token_merges([f"{token[0]} {token[1]}" for token in tokens[len(alphabet) :]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+
+    def add(name: str, *shape: int) -> None:
+        writer.add_tensor(name, (torch.randn(shape, generator=random) * 0.1).numpy())
+
+    add("token_embd.weight", words, width)
+    add("output.weight", words, width)
+    add("output_norm.weight", width)
+    for block in range(2):
+        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+            add(f"blk.{block}.{name}.weight", width, width)
+        add(f"blk.{block}.attn_norm.weight", width)
+        add(f"blk.{block}.ffn_norm.weight", width)
+        add(f"blk.{block}.ffn_gate.weight", inner, width)
+        add(f"blk.{block}.ffn_up.weight", inner, width)
+        add(f"blk.{block}.ffn_down.weight", width, inner)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

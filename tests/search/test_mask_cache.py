@@ -1,0 +1,162 @@
+"""Blocks on rungs: what stands there, that each is made once, and that the model is dense again at the end."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.stream import Stream, observe
+from lit_prune.calibration.windows import Batch
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.masks.zeros import zeros
+from lit_prune.models.families import find_blocks
+from lit_prune.models.linears import Dense
+from lit_prune.prune import Magnitude, MaskMethod, MixedNofM, SparseGPT, Wanda
+from lit_prune.search import mask_cache as ladders
+from tests.conftest import small_model
+
+METHODS = [Magnitude(), Wanda(), SparseGPT(), Wanda(MixedNofM(8))]
+RATES = [0.25, 0.75, 0.5]
+NOTHING = [Observed()] * 3
+
+
+@pytest.fixture
+def dicts(batches: list[torch.Tensor]) -> list[Batch]:
+    return [{"input_ids": batch} for batch in batches]
+
+
+def seen(model: PreTrainedModel, dicts: list[Batch], method: MaskMethod) -> list[Observed]:
+    blocks = find_blocks(model)
+    stream = Stream(model, blocks, dicts, model.device)
+    return [observe(stream, block, method.needs) for block in blocks]
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_trial_is_the_cut_and_leaves_the_model_alone(family: str, method: MaskMethod, dicts: list[Batch]) -> None:
+    model, cut = small_model(family), small_model(family)
+    before, blocks, observed = weights(model), find_blocks(model), seen(model, dicts, method)
+    for block, rate in zip(find_blocks(cut), RATES, strict=True):
+        method._prune_next(None, block, observed[block.index], rate)
+    dense = measure(model, dicts, "x").perplexity
+    with method.trial(model, blocks, observed=observed, device=model.device, batches=dicts) as trial:
+        trial.take([0.5, 0.5, 0.75])
+        losses = [trial.loss(RATES, window) for window in range(6)]
+        assert same(model, weights(cut))
+    assert same(model, before)
+    expected = measure(cut, dicts, "x").perplexity
+    assert math.exp(sum(losses) / 6) == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(dense, rel=1e-5)
+
+
+def test_half_precision_and_zeros_that_were_there(dicts: list[Batch]) -> None:
+    model = small_model().to(torch.bfloat16)
+    for block in find_blocks(model):
+        Wanda._prune_next(Magnitude(), None, block, Observed(), 0.3)  # type: ignore[arg-type]
+    before, blocks, method = weights(model), find_blocks(model), SparseGPT()
+    observed = seen(model, dicts, method)
+    with method.trial(model, blocks, observed=observed, device=model.device, batches=dicts) as trial:
+        trial.take([0.6] * 3)
+        zero, total = zeros(linear.weight_OI for block in blocks for linear in block.linears.values())
+        assert zero / total == pytest.approx(0.6, abs=1e-3)
+        assert all((tensor[before[name] == 0] == 0).all() for name, tensor in model.state_dict().items())
+    assert same(model, before)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_error_leaves_the_model_alone(error: type[BaseException], dicts: list[Batch]) -> None:
+    model = small_model()
+    before, blocks = weights(model), find_blocks(model)
+
+    def fail() -> None:
+        with Magnitude().trial(model, blocks, observed=NOTHING, device=model.device, batches=dicts) as trial:
+            trial.take(RATES)
+            assert not same(model, before)
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert same(model, before)
+
+
+def test_an_interrupt_in_the_middle_of_a_swap_leaves_the_model_alone(
+    dicts: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = small_model()
+    before, blocks = weights(model), find_blocks(model)
+    last = blocks[1].linears[max(blocks[1].linears)]  # files give them in the order of their names
+    own = Dense.write
+
+    def write(linear: Dense, weight_OI: torch.Tensor) -> None:
+        if linear == last:
+            monkeypatch.setattr(Dense, "write", own)
+            raise KeyboardInterrupt
+        own(linear, weight_OI)
+
+    def interrupted() -> None:
+        with Magnitude().trial(model, blocks, observed=NOTHING, device=model.device, batches=dicts) as trial:
+            monkeypatch.setattr(Dense, "write", write)
+            trial.take(RATES)
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert same(model, before)
+
+
+def test_a_rung_is_made_once_and_a_block_that_stands_there_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks, made = find_blocks(small_model()), []
+
+    def cut(block: object, rate: float) -> ladders.Weights:
+        made.append((block.index, rate))  # type: ignore[attr-defined]
+        return {name: torch.where(w.weight_OI > 0, w.weight_OI, 0) for name, w in block.linears.items()}  # type: ignore[attr-defined]
+
+    ladder = ladders.Ladder(blocks, cut, tmp_path)
+    ladder.take([0.5, 0.5, 0.5])
+    ladder.take([0.6, 0.5, 0.4])
+    ladder.take([0.5, 0.5, 0.5])
+    assert made == [(0, 0.5), (1, 0.5), (2, 0.5), (0, 0.6), (2, 0.4)]
+    monkeypatch.setattr(ladder, "_write", None)
+    ladder.take([0.5, 0.5, 0.5])
+
+
+def test_a_rung_of_a_mask_takes_a_bit_a_weight(tmp_path: Path) -> None:
+    block = find_blocks(small_model())[0]
+    dense = {name: linear.weight_OI.clone() for name, linear in block.linears.items()}
+    scale = {"by": 1.0}
+
+    def cut(block: object, rate: float) -> ladders.Weights:
+        return {name: torch.where(weight_OI > 0, weight_OI * scale["by"], 0) for name, weight_OI in dense.items()}
+
+    ladder = ladders.Ladder([block], cut, tmp_path)
+    ladder.take([0.5])
+    scale["by"] = 2.0
+    ladder.take([0.6])
+    masks, changed = (held(ladder._file(block, str(round(rate * block.size)))) for rate in (0.5, 0.6))
+    assert masks == pytest.approx(block.size / 8, rel=0.01)
+    assert changed == pytest.approx(block.size / 8 + 4 * block.size / 2, rel=0.05)
+    assert all(torch.equal(block.linears[name].weight_OI, cut(block, 0.6)[name]) for name in dense)
+
+
+def held(file: Path) -> int:
+    return sum(tensor.nbytes for tensor in ladders.load_file(file).values())
+
+
+def test_the_folder_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with ladders.climbing(find_blocks(small_model()), lambda block, rate: {}) as ladder:
+        assert ladder.folder.parent == tmp_path
+        assert len(list(ladder.folder.iterdir())) == 3
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,56 @@
+"""The loss of a trial is the model's own, over whole windows, padding left out."""
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.search.trial import Trial, moved
+from tests.conftest import small_model
+
+
+class AsItIs(Trial):
+    grains = (1, 1, 1)
+
+    def take(self, rates: Sequence[float]) -> None:
+        pass
+
+
+def test_the_loss_of_every_window(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    trial = AsItIs(model, [{"input_ids": batch} for batch in batches])
+    assert trial.tokens == [15] * 6
+    for window, row in enumerate(torch.cat(batches)):
+        alone = measure(model, [{"input_ids": row[None]}], "x").perplexity
+        assert trial.loss([0.5] * 3, window) == pytest.approx(math.log(alone), rel=1e-5)
+
+
+def test_padding_is_left_out_and_windows_that_predict_nothing(model: PreTrainedModel) -> None:
+    ids = torch.randint(1, 64, (3, 16), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 10:] = 0
+    mask[2, 1:] = 0
+    trial = AsItIs(model, [{"input_ids": ids, "attention_mask": mask}])
+    assert trial.tokens == [15, 9]
+    alone = AsItIs(model, [{"input_ids": ids[1:2, :10]}])
+    assert trial.loss([], 1) == pytest.approx(alone.loss([], 0), rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_is_infinite(batches: list[torch.Tensor]) -> None:
+    model = small_model()
+    model.get_output_embeddings().weight.data.fill_(math.nan)
+    assert AsItIs(model, [{"input_ids": batches[0]}]).loss([], 0) == math.inf
+
+
+def test_the_model_is_moved_and_comes_back_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, moves = small_model(), []
+    monkeypatch.setattr(model, "to", lambda device: moves.append(str(device)))
+    with moved(model, torch.device("cpu")):
+        assert moves == []
+    with suppress(RuntimeError), moved(model, torch.device("meta")):
+        assert moves == ["meta"]
+        raise RuntimeError
+    assert moves == ["meta", "cpu"]

@@ -1,0 +1,22 @@
+"""Puts a trained model into the package: ``python tools/install_embedded.py RUN``, a folder of `lit-prune fit`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_prune.models.load import EMBEDDED
+
+
+def install(run: Path) -> None:
+    """Copies the run's model into the package, its weights as bfloat16."""
+    AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.bfloat16).save_pretrained(EMBEDDED)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tools/install_embedded.py RUN")
+    install(Path(sys.argv[1]))
