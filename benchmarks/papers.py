@@ -17,7 +17,7 @@ from resumable import Protocol, Results, Row, arguments
 from rich.progress import track
 
 from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Search, Uniform
-from lit_prune.calibration.cached_statistics import Stored, read_stored, write_stored
+from lit_prune.calibration.cached_statistics import CachedStatistics, read_statistics, write_statistics
 from lit_prune.files import written_aside
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import look
@@ -81,20 +81,20 @@ class Cases:
     def __init__(self, protocol: Protocol, results: Results) -> None:
         self.protocol, self.results = protocol, results
         self.file = results.path.with_suffix(".safetensors")
-        self.stored: Stored | None = None
+        self.stored: CachedStatistics | None = None
 
     def run(self, recipe: Recipe) -> Row:
         """Returns the row of one recipe; its scores are kept for the next one."""
         model, batches = load_model(self.protocol.pretrained, "float32"), self.protocol.batches()
         if self.stored is None and self.file.exists():
-            self.stored = read_stored(self.file)
+            self.stored = read_statistics(self.file)
         rule = recipe.allocation.rule if isinstance(recipe.allocation, Search) else recipe.allocation
         looked = Recipe(SparseGPT(propagate="dense"), recipe.sparsity, rule)  # for the Gram matrices
         known = self.stored is not None and repr(rule) in self.stored.scores
         if not known:
             scored, self.stored = look(model, batches, looked, stored=self.stored)
             with written_aside(self.file) as draft:
-                write_stored(draft, self.stored)
+                write_statistics(draft, self.stored)
         row = self.protocol.run(recipe, self.stored)
         return row | {"look_seconds": 0.0 if known else scored.seconds}
 

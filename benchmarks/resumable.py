@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lit_prune.calibration.cached_statistics import Stored
+from lit_prune.calibration.cached_statistics import CachedStatistics
 from lit_prune.calibration.windows import Batch, batches_of
 from lit_prune.data.datamodule import TextDataModule
 from lit_prune.evaluation.perplexity import measure
@@ -62,7 +62,7 @@ class Protocol:
             self._batches = batches_of(self.data.calibration_windows(self.num_samples, self.seq_length, seed=0), 1)
         return self._batches
 
-    def run(self, recipe: Recipe | None, stored: Stored | None = None) -> Row:
+    def run(self, recipe: Recipe | None, stored: CachedStatistics | None = None) -> Row:
         """Returns the row of one recipe, on a fresh copy of the model; None leaves that dense."""
         model = load_model(self.pretrained, "float32")
         pruned = None if recipe is None else prune(model, self.batches(), recipe, stored=stored)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_w
 
 from lit_prune.calibration.windows import Batch
 from lit_prune.data.datamodule import TextDataModule
-from lit_prune.distill import Copy, Dense, Distillation, Distilled, Removed, Student, TopK
+from lit_prune.distill import Copy, DenseModel, Distillation, Distilled, SparseDelta, Student, TopK
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import prune
@@ -65,7 +65,7 @@ def run(protocol: Protocol, distillation: Distillation | None) -> Row:
     if distillation is not None:
         assert distillation.teacher is not None
         student, device = Student(recipe, recovery), torch.device("cpu")
-        dense = Dense(model, student, distillation.temperature, device, lambda: given)
+        dense = DenseModel(model, student, distillation.temperature, device, lambda: given)
         distilled = Distilled(distillation, distillation.teacher.keep(dense))
     before = time.process_time() - begin
     prune(model, protocol.batches(), recipe)
@@ -90,7 +90,7 @@ def run(protocol: Protocol, distillation: Distillation | None) -> Row:
 def cases() -> Iterator[tuple[str, Distillation | None]]:
     """Yields a name, and what is asked for."""
     yield "none", None
-    for teacher in (Copy(), Copy("nf4"), Removed(), TopK(64), Copy("bfloat16"), TopK(16)):
+    for teacher in (Copy(), Copy("nf4"), SparseDelta(), TopK(64), Copy("bfloat16"), TopK(16)):
         yield f"{teacher}, T 1, weight 0.5", Distillation(1.0, 0.5, teacher)
     for temperature, weight in ((1.0, 0.9), (2.0, 0.5), (1.0, 1.0)):
         yield f"{Copy()}, T {temperature:g}, weight {weight:g}", Distillation(temperature, weight, Copy())

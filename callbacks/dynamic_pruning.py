@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lit_prune import distributed
 from lit_prune.allocate import DLP, Allocation
 from lit_prune.allocate.budget import Budget
-from lit_prune.calibration.cached_statistics import read_stored
+from lit_prune.calibration.cached_statistics import read_statistics
 from lit_prune.calibration.windows import Batch, Calibration
 from lit_prune.checkpointing.random_states import random_states, restore_random_states
 from lit_prune.checkpointing.resume import PROCESSES, Settings, check_settings, run_settings, stored_run
@@ -41,16 +41,24 @@ from lit_prune.fit.cut import Done, cut
 from lit_prune.fit.existing_masks import attach
 from lit_prune.fit.fsdp import begin_states
 from lit_prune.fit.fsdp_checks import check_cuts, check_sharded, check_strategy, check_whole
-from lit_prune.fit.plan import Course
+from lit_prune.fit.plan import FitPlan
 from lit_prune.fit.teaching import Teaching
 from lit_prune.models import structure
 from lit_prune.models.on_disk import placed
 from lit_prune.models.quantised import MASK
-from lit_prune.pipeline import check_stored, check_stored_unread
-from lit_prune.progress import say
+from lit_prune.pipeline import check_expected_statistics, check_statistics
+from lit_prune.progress import log
 from lit_prune.prune import Method
 from lit_prune.recipe import Recipe
-from lit_prune.recover import Recovery, held_masks, hold_masks, hold_zeros, holds_zeros, rebuild, snapshot
+from lit_prune.recover import (
+    Recovery,
+    freeze_zeros,
+    freezes_zeros,
+    gradient_masks,
+    rebuild,
+    restore_gradient_masks,
+    snapshot,
+)
 from lit_prune.schedule import Cut, Schedule, cuts
 
 
@@ -147,18 +155,18 @@ class DynamicPruningCallback(Callback):
                 blocks=blocks,
                 budget=budget,
             )
-        self.course = Course(
+        self.fit_plan = FitPlan(
             recipe=recipe,
             cuts=steps,
             before=before,
             recovery=recovery,
             distillation=distillation,
             calibration=calibration,
-            stored=None if statistics is None else read_stored(statistics),
+            stored=None if statistics is None else read_statistics(statistics),
             blocks=blocks,
             keep_zeros=keep_zeros,
         )
-        self.teaching = None if distillation is None else Teaching(distillation, self.course.student())
+        self.teaching = None if distillation is None else Teaching(distillation, self.fit_plan.student())
         self.target, self.measure, self.full_checkpoint = target, measure, full_checkpoint
         self.done: list[Done] = []
         self.kept: Done | None = None
@@ -171,30 +179,30 @@ class DynamicPruningCallback(Callback):
     @property
     def cut_steps(self) -> tuple[int, ...]:
         """The optimizer steps before which cuts come; PrunableLM fits its warm-up to them."""
-        return self.course.steps
+        return self.fit_plan.steps
 
     @property
     def following(self) -> Cut | None:
         """The cut that comes next; None when all are done."""
-        return self.course.cuts[len(self.done)] if len(self.done) < len(self.course.cuts) else None
+        return self.fit_plan.cuts[len(self.done)] if len(self.done) < len(self.fit_plan.cuts) else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes a cut that is due at the start of fit, or rebuilds what was done before a checkpoint's weights load."""
         if stage != "fit":
             return
         self.check_trainer(trainer)
-        if not self.course.idle:
+        if not self.fit_plan.idle:
             if trainer.max_steps == -1:
-                self.course.check_end(trainer.estimated_stepping_batches)
+                self.fit_plan.check_end(trainer.estimated_stepping_batches)
             distributed.agree_on_threads()
-        if self.course.recipe is not None and self.course.recipe.reads:
-            check_calibration(trainer, self.course.calibration)
+        if self.fit_plan.recipe is not None and self.fit_plan.recipe.reads:
+            check_calibration(trainer, self.fit_plan.calibration)
         self._settings = self.settings(trainer, pl_module)
         stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None
         if stored is not None:
             check_settings(self._settings, stored["settings"])
         pl_module.configure_model()
-        if self.course.idle and not isinstance(_at(pl_module, self.target), PreTrainedModel):
+        if self.fit_plan.idle and not isinstance(_at(pl_module, self.target), PreTrainedModel):
             return
         model = self.find_model(pl_module)
         check_whole(model)
@@ -205,31 +213,31 @@ class DynamicPruningCallback(Callback):
             self._rebuild(trainer, model, stored)
         else:
             self._begin(trainer, model)
-        self._holds = holds_zeros(model)
+        self._holds = freezes_zeros(model)
         _leave_masks_alone(pl_module)
 
     def _begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Checks everything against the LLM, and makes the cut that comes before all training."""
-        self.course.take_zeros(model)
-        self.course.check(model)
-        if self.course.idle:
+        self.fit_plan.take_zeros(model)
+        self.fit_plan.check(model)
+        if self.fit_plan.idle:
             return
         # a model that was made on the spot has no source, and of one that is sharded no process has all weights
         if not self.full_checkpoint and model.name_or_path and not shards(trainer):
             self.source = Source.of(model)
-        if self.course.recipe is None:
+        if self.fit_plan.recipe is None:
             validation, device = validation_data(trainer) if self.measure else None, trainer.strategy.root_device
             self.kept = look(model, validation, device, moves=not shards(trainer))
-            attach(model, self.course.recovery)
+            attach(model, self.fit_plan.recovery)
             self._look_quantised(model, validation, device, self.kept)
-        elif self.course.cuts[0].step == 0:
+        elif self.fit_plan.cuts[0].step == 0:
             self._cut(trainer, model)
-        elif self.course.before is not None:
-            self.course.before.attach(model)
+        elif self.fit_plan.before is not None:
+            self.fit_plan.before.attach(model)
 
     def _rebuild(self, trainer: Trainer, model: PreTrainedModel, stored: dict[str, Any]) -> None:
         """Gives ``model`` the structure of a checkpoint, and lets what that leaves out be filled in when it loads."""
-        if self.course.idle and "record" not in stored:  # of a LightningModule that keeps none itself
+        if self.fit_plan.idle and "record" not in stored:  # of a LightningModule that keeps none itself
             return
         if self.teaching is not None:
             self.teaching.resume(trainer, model, stored["teacher"])
@@ -247,16 +255,16 @@ class DynamicPruningCallback(Callback):
 
     def _cut(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Makes the following cut: folds what was learnt, prunes, and attaches what is to heal."""
-        assert self.course.recipe is not None
+        assert self.fit_plan.recipe is not None
         assert self.following is not None
         step, sparsity = self.following
-        attached = self.course.recovery if self.done else (self.course.before if step > 0 else None)
+        attached = self.fit_plan.recovery if self.done else (self.fit_plan.before if step > 0 else None)
         if attached is not None:
             attached.detach(model)
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in self._trainable)
-        recipe = replace(self.course.recipe, sparsity=sparsity)
-        calibration = calibration_batches(trainer, self.course.calibration)
+        recipe = replace(self.fit_plan.recipe, sparsity=sparsity)
+        calibration = calibration_batches(trainer, self.fit_plan.calibration)
         self.check_statistics(model, *calibration)
         validation, device = validation_data(trainer), trainer.strategy.root_device
         if self.teaching is not None and not self.done:
@@ -274,22 +282,22 @@ class DynamicPruningCallback(Callback):
                 measured=self.measure,
                 moves=not shards(trainer),
                 step=step,
-                stored=self.course.stored,
+                stored=self.fit_plan.stored,
             )
         self.done.append(done)
-        if self.course.recovery is not None:
-            self.course.recovery.attach(model)
-            structure.write(model, recovery=repr(self.course.recovery))
+        if self.fit_plan.recovery is not None:
+            self.fit_plan.recovery.attach(model)
+            structure.write(model, recovery=repr(self.fit_plan.recovery))
         self._look_quantised(model, validation, device, done)
         if self.teaching is not None:
             self.teaching.put_on(model)
-            structure.write(model, distillation=repr(self.course.distillation))
+            structure.write(model, distillation=repr(self.fit_plan.distillation))
 
     def _look_quantised(
         self, model: PreTrainedModel, validation: tuple[Iterable[Batch], str] | None, device: torch.device, done: Done
     ) -> None:
         """Adds to ``done`` what the model is worth once it is quantised, and its adapter has learnt nothing yet."""
-        recovery = self.course.recovery
+        recovery = self.fit_plan.recovery
         if not self.measure or validation is None or recovery is None or not recovery.quantises:
             return
         found = measure(placed(model, device), *validation, label="Perplexity, quantised")
@@ -297,17 +305,17 @@ class DynamicPruningCallback(Callback):
 
     def check_statistics(self, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:
         """Raises InputError where the statistics that were stored are not those of this model and this text."""
-        if self.course.stored is not None and self.course.recipe is not None:
-            check_stored(self.course.stored, model, batches, self.course.recipe, named(settings, model))
+        if self.fit_plan.stored is not None and self.fit_plan.recipe is not None:
+            check_statistics(self.fit_plan.stored, model, batches, self.fit_plan.recipe, named(settings, model))
 
     def check_trainer(self, trainer: Trainer) -> None:
         """Raises InputError for a strategy that cuts are not made under, and for cuts that the training ends before."""
         check_strategy(trainer)
-        if not self.course.idle:
+        if not self.fit_plan.idle:
             check_processes(trainer)
             if trainer.max_steps != -1:
-                self.course.check_end(trainer.max_steps)
-            check_cuts(trainer, self.course.last_step, self.course.recovery, self.course.distillation)
+                self.fit_plan.check_end(trainer.max_steps)
+            check_cuts(trainer, self.fit_plan.last_step, self.fit_plan.recovery, self.fit_plan.distillation)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lets a resumed run read on in its data; readies a model that was sharded since it was cut."""
@@ -318,7 +326,7 @@ class DynamicPruningCallback(Callback):
             return
         check_sharded(model)
         if self._holds:
-            hold_zeros(model)
+            freeze_zeros(model)
         for optimizer in trainer.optimizers:
             begin_states(pl_module, optimizer)
 
@@ -336,7 +344,7 @@ class DynamicPruningCallback(Callback):
         if self.following is None or trainer.global_step < self.following.step:
             return
         model = self.find_model(pl_module)
-        say(f"Step {trainer.global_step}: cutting to a sparsity of {self.following.sparsity:.4g}")
+        log(f"Step {trainer.global_step}: cutting to a sparsity of {self.following.sparsity:.4g}")
         pl_module.zero_grad(set_to_none=True)
         self._cut(trainer, model)
         _train_on(trainer)
@@ -353,9 +361,9 @@ class DynamicPruningCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where training ended before a cut."""
         if self.following is not None:
-            say(
+            log(
                 f"Warning: training ended at step {trainer.global_step}, before the cut at step {self.following.step}: "
-                f"{len(self.done)} of {len(self.course.cuts)} cuts were made."
+                f"{len(self.done)} of {len(self.fit_plan.cuts)} cuts were made."
             )
 
     def _log(self, trainer: Trainer) -> None:
@@ -383,7 +391,7 @@ class DynamicPruningCallback(Callback):
     def settings(self, trainer: Trainer, pl_module: LightningModule) -> Settings:
         """Returns the settings that a resumed run must have in common with the first."""
         taught = {} if self.teaching is None else self.teaching.settings(trainer)
-        return self.course.settings() | run_settings(trainer, pl_module) | taught
+        return self.fit_plan.settings() | run_settings(trainer, pl_module) | taught
 
     def checkpointed(self, path: str) -> dict[str, Any]:
         """Returns what a checkpoint says was done to the LLM.
@@ -392,7 +400,7 @@ class DynamicPruningCallback(Callback):
             InputError: if it is no checkpoint of a fit, or not what this run would do was done.
         """
         stored = stored_run(path)
-        check_settings(self.course.settings(), stored["settings"])
+        check_settings(self.fit_plan.settings(), stored["settings"])
         return stored
 
     def check_resumed(self, trainer: Trainer, pl_module: LightningModule, datamodule: Any, path: str) -> None:
@@ -407,22 +415,22 @@ class DynamicPruningCallback(Callback):
 
         Names of linears, adapters, and statistics of another text or other versions.
         """
-        if self.course.recipe is not None:
-            self.course.recipe.find(model)
-        for recovery in (self.course.before, self.course.recovery) if trains else ():
+        if self.fit_plan.recipe is not None:
+            self.fit_plan.recipe.find(model)
+        for recovery in (self.fit_plan.before, self.fit_plan.recovery) if trains else ():
             if recovery is not None:
                 recovery.check(model)
-        if self.course.stored is not None and self.course.recipe is not None:
-            settings = named(calibration_settings(datamodule, self.course.calibration), model)
-            check_stored_unread(self.course.stored, model, self.course.recipe, settings)
+        if self.fit_plan.stored is not None and self.fit_plan.recipe is not None:
+            settings = named(calibration_settings(datamodule, self.fit_plan.calibration), model)
+            check_expected_statistics(self.fit_plan.stored, model, self.fit_plan.recipe, settings)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stores what the LLM was made into and the run's settings; leaves out weights that its source has."""
         stored: dict[str, Any] = {"settings": self._settings, "left_out": None}
-        if not self.course.idle:
+        if not self.fit_plan.idle:
             model = self.find_model(pl_module)
             teacher = None if self.teaching is None else self.teaching.state()
-            stored |= snapshot(model) | {"held": held_masks(model), "teacher": teacher}
+            stored |= snapshot(model) | {"held": gradient_masks(model), "teacher": teacher}
             if self.source is not None:
                 stored["left_out"] = self.source.strip(model, checkpoint["state_dict"], f"{self.target}.")
         checkpoint[structure.KEY] = stored
@@ -431,7 +439,7 @@ class DynamicPruningCallback(Callback):
         """Takes up which weights training holds at zero; the weights are loaded by now."""
         held = checkpoint.get(structure.KEY, {}).get("held")
         if held:
-            hold_masks(self.find_model(pl_module), held)
+            restore_gradient_masks(self.find_model(pl_module), held)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has been done, and the states of the random numbers."""

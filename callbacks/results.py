@@ -28,7 +28,7 @@ from lit_prune.export.verify import check_trained
 from lit_prune.files import write_text
 from lit_prune.fit.batches import validation_data
 from lit_prune.fit.fsdp import gathered, is_sharded
-from lit_prune.progress import say
+from lit_prune.progress import log
 from lit_prune.report.loggers import log_results
 from lit_prune.report.report import Report, table
 from lit_prune.report.summary import summary
@@ -77,7 +77,7 @@ class ResultsCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Asks whether the folder can be made, before anything is done."""
         if stage == "fit":
-            one(trainer, DynamicPruningCallback)
+            find_callback(trainer, DynamicPruningCallback)
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
             if distributed.first():
                 self.folder.check()
@@ -117,18 +117,18 @@ class ResultsCallback(Callback):
         """Measures the trained model, exports it, and tells; of several processes the first one writes."""
         measured = self.measured(trainer, pl_module)
         if measured is not None:
-            with distributed.alone():
+            with distributed.single_process():
                 self.write(trainer, pl_module, *measured)
 
     def measured(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[PreTrainedModel, Report, Validation | None] | None:
         """Returns the trained model, the report with its perplexity, and what that was measured on; in one process."""
-        pruning = one(trainer, DynamicPruningCallback)
+        pruning = find_callback(trainer, DynamicPruningCallback)
         model = pruning.find_model(pl_module)
         if not is_sharded(model):
             model = model.to(trainer.strategy.root_device)
-        name = "after" if pruning.course.recipe is None else "recovered"
+        name = "after" if pruning.fit_plan.recipe is None else "recovered"
         validation = validation_data(trainer)
         measured = None if validation is None else measure(model, *validation, label=f"Perplexity, {name}")
         whole = gathered(model)
@@ -141,7 +141,7 @@ class ResultsCallback(Callback):
     ) -> Report:
         """The report of the trained ``model``, with its perplexity by ``name``."""
         report = summary(
-            model, pruning.course.recipe, pruning.done, pruning.kept, pruning.course.cuts[len(pruning.done) :]
+            model, pruning.fit_plan.recipe, pruning.done, pruning.kept, pruning.fit_plan.cuts[len(pruning.done) :]
         )
         within = sum(sum(done["seconds"].values()) for done in pruning.done if done["step"] > 0)  # cuts, told apart
         report["seconds"]["train"] = self.seconds - within
@@ -182,7 +182,7 @@ class ResultsCallback(Callback):
         config = [] if self.config is None else [self.folder.path / "config.yaml"]
         tell([table(report)], written + config)
         if self.push_to_hub is not None:
-            say(f"Sent to {push(self.folder.path / 'model', self.push_to_hub)}")
+            log(f"Sent to {push(self.folder.path / 'model', self.push_to_hub)}")
         if failed is not None:
             raise failed
 
@@ -232,7 +232,7 @@ class ResultsCallback(Callback):
         self.seconds = state_dict["seconds"]
 
 
-def one(trainer: Trainer, kind: type[Found]) -> Found:
+def find_callback(trainer: Trainer, kind: type[Found]) -> Found:
     """Returns the Trainer's callback of a kind.
 
     Raises:

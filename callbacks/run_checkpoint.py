@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from lit_prune.checkpointing.io import AtomicCheckpointIO
 from lit_prune.errors import InputError
-from lit_prune.progress import say
+from lit_prune.progress import log
 
 
 class RunCheckpoint(Checkpoint):
@@ -70,7 +70,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.training and through and self._saved not in (None, trainer.global_step):
             self._save(trainer)
         if isinstance(exception, KeyboardInterrupt) and self._saved is not None:
-            say(f"Interrupted: {self.path} has step {self._saved}; the same command with `--ckpt_path last` goes on.")
+            log(f"Interrupted: {self.path} has step {self._saved}; the same command with `--ckpt_path last` goes on.")
 
     def _save(self, trainer: Trainer) -> None:
         self._saved = trainer.global_step  # before it is, so that one that fails is not tried again on the exception

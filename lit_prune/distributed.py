@@ -40,7 +40,7 @@ def first() -> bool:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Lets this process work by itself for as long as the context lasts: the others do not take part."""
     token = _alone.set(True)
     try:
@@ -68,7 +68,7 @@ def check_shares(batches: int) -> None:
         )
 
 
-def in_step(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
+def equal_batches(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
     """Yields this process's part of ``items``, with whether each counts.
 
     All processes have the same number: where a last round has fewer than there are processes, the others are given one

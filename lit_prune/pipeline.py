@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 from lit_prune import distributed
 from lit_prune.allocate.base import Refined, weighted_mean
 from lit_prune.allocate.budget import Limits
-from lit_prune.calibration.cached_statistics import Key, Stored, key_of
-from lit_prune.calibration.statistics import COSINE, INPUTS, Observed
+from lit_prune.calibration.cached_statistics import CachedStatistics, Key, key_of
+from lit_prune.calibration.statistics import COSINE, INPUTS, BlockStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
@@ -35,7 +35,7 @@ from lit_prune.models import structure
 from lit_prune.models.digest import digest
 from lit_prune.models.families import Block
 from lit_prune.models.on_disk import check_working
-from lit_prune.progress import say, track
+from lit_prune.progress import log, track
 from lit_prune.recipe import Recipe, recipe_record
 
 DEFAULT = Recipe()
@@ -62,7 +62,7 @@ class Scored:
     target: float
     sizes: list[int]
     seconds: float
-    observed: list[Observed] = field(repr=False)
+    observed: list[BlockStatistics] = field(repr=False)
     search: dict[str, Any] = field(default_factory=dict)
     found: float = 0.0
 
@@ -105,7 +105,7 @@ def score(
     recipe: Recipe = DEFAULT,
     *,
     device: torch.device | str | None = None,
-    stored: Stored | None = None,
+    stored: CachedStatistics | None = None,
 ) -> Scored:
     """Returns each block's score and the rate that it would give, and changes nothing.
 
@@ -130,8 +130,8 @@ def look(
     *,
     device: torch.device | str | None = None,
     settings: Mapping[str, Any] | None = None,
-    stored: Stored | None = None,
-) -> tuple[Scored, Stored]:
+    stored: CachedStatistics | None = None,
+) -> tuple[Scored, CachedStatistics]:
     """Returns what :func:`score` does, and the statistics to be kept for other recipes and sparsities.
 
     Norms and cosines are taken whatever the recipe, and the Gram matrices where its method reads them unpruned, so that
@@ -140,7 +140,7 @@ def look(
     """
     batches, needs = list(batches), frozenset({INPUTS, COSINE}) | _needs(recipe)
     scored = _score(model, batches, recipe, device, needs, stored)
-    taken = stored or Stored(key_of(model, batches, settings), needs, scored.observed, {})
+    taken = stored or CachedStatistics(key_of(model, batches, settings), needs, scored.observed, {})
     return scored, replace(taken, scores=taken.scores | {repr(recipe.allocation): scored.scores})
 
 
@@ -150,7 +150,7 @@ def prune(
     recipe: Recipe = DEFAULT,
     *,
     device: torch.device | str | None = None,
-    stored: Stored | None = None,
+    stored: CachedStatistics | None = None,
 ) -> Pruned:
     """Prunes ``model`` in place, and returns what was done; arguments and errors as in :func:`score`."""
     check_working(model)
@@ -191,8 +191,8 @@ def _check_same(blocks: Sequence[Block]) -> None:
         distributed.check_same("The pruned weights", weights)
 
 
-def check_stored(
-    stored: Stored,
+def check_statistics(
+    stored: CachedStatistics,
     model: PreTrainedModel,
     batches: Iterable[Batch | Tensor],
     recipe: Recipe,
@@ -206,7 +206,9 @@ def check_stored(
     stored.check(key_of(model, batches, settings), recipe.find(model), _needs(recipe))
 
 
-def check_stored_unread(stored: Stored, model: PreTrainedModel, recipe: Recipe, settings: Mapping[str, Any]) -> None:
+def check_expected_statistics(
+    stored: CachedStatistics, model: PreTrainedModel, recipe: Recipe, settings: Mapping[str, Any]
+) -> None:
     """Asks the same of a ``model`` without weights, before the text is read, as far as that can be told."""
     stored.check(stored.key.unread(settings), recipe.find(model), _needs(recipe))
 
@@ -227,7 +229,7 @@ def _score(
     recipe: Recipe,
     device: torch.device | str | None,
     needs: frozenset[str],
-    stored: Stored | None = None,
+    stored: CachedStatistics | None = None,
 ) -> Scored:
     """Scores the blocks, and keeps the statistics that are needed where the model is."""
     blocks, limits = recipe.bounded(model)
@@ -241,7 +243,7 @@ def _score(
         stream = _stream(model, blocks, batches, device) if needs and not stored else None
         scores, observed = [], []
         for block in track(blocks, "Scoring blocks"):
-            seen = stored.observed[block.index] if stored else Observed()
+            seen = stored.observed[block.index] if stored else BlockStatistics()
             with on_device(block, torch.device(device or model.device)):
                 if stream is not None:
                     seen = observe(stream, block, needs, advance=block is not blocks[-1])
@@ -250,7 +252,7 @@ def _score(
             observed.append(seen.to(model.device))
     found = limits.gone if limits.gone >= TOLD else 0.0
     if found:
-        say(f"{found:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
+        log(f"{found:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
     refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, observed=observed, key=key)
     seconds = time.perf_counter() - begin
     return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, observed, refined.told, found)
@@ -265,7 +267,7 @@ def _refine(
     *,
     limits: Limits,
     scores: Sequence[float],
-    observed: Sequence[Observed],
+    observed: Sequence[BlockStatistics],
     key: Key | None,
 ) -> Refined:
     """Spreads the budget by the scores, and tries other rates where the allocation does."""

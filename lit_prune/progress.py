@@ -15,7 +15,7 @@ Item = TypeVar("Item")
 console = Console(stderr=True)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Prints a line beside the progress bars."""
     if distributed.first():
         console.print(text, highlight=False, soft_wrap=True)

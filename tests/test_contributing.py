@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_prune.calibration.statistics import Seen
+from lit_prune.calibration.statistics import InputStatistics
 from lit_prune.cli.main import main
 from tests.prune.test_methods import test_contract as contract
 
@@ -30,7 +30,7 @@ def ria(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_its_own_test_passes(ria: ModuleType) -> None:
-    space: dict[str, Any] = {"RIA": ria.RIA, "Seen": Seen, "torch": torch}
+    space: dict[str, Any] = {"RIA": ria.RIA, "InputStatistics": InputStatistics, "torch": torch}
     exec(BLOCKS[1], space)
     space["test_ria_by_hand"]()
 

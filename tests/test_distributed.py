@@ -12,9 +12,9 @@ from torch import multiprocessing
 
 from lit_prune import distributed
 from lit_prune.allocate import DLP, LayerRedundancy, Search
-from lit_prune.calibration.statistics import COSINE, GRAM, INPUTS, Observed
+from lit_prune.calibration.statistics import COSINE, GRAM, INPUTS, BlockStatistics
 from lit_prune.calibration.stream import Stream, observe
-from lit_prune.data.loaders import InTurn, ResumableLoader
+from lit_prune.data.loaders import ResumableLoader, ShardedSampler
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.families import find_blocks
@@ -51,7 +51,7 @@ def cut(family: str, method: Any) -> dict[str, Any]:
     }
 
 
-def observed() -> list[Observed]:
+def observed() -> list[BlockStatistics]:
     model = small_model("mixtral")
     blocks = find_blocks(model)
     stream = Stream(model, blocks, distributed.share(windows()), torch.device("cpu"))
@@ -76,9 +76,9 @@ def work(rank: int, number: int, port: int, folder: str) -> None:
     assert torch.get_num_threads() == 1
     assert distributed.total_count(rank + 1) == sum(range(1, number + 1))
     assert distributed.gathered(rank) == list(range(number))
-    own = list(distributed.in_step(range(number + 1)))
+    own = list(distributed.equal_batches(range(number + 1)))
     assert own == [(rank, True), (number, rank == 0)]
-    with distributed.alone():
+    with distributed.single_process():
         assert distributed.number() == 1
         assert distributed.share([1, 2]) == [1, 2]
         assert distributed.total_count(3) == 3
@@ -98,7 +98,7 @@ def orders() -> dict[str, Any]:
     items: Any = list(range(11))
     loader = ResumableLoader(items, batch_size=2, seed=3)
     loader.load_state_dict({"epoch": 0, "batches": 1})
-    return {"train": [batch.tolist() for batch in loader], "in turn": list(InTurn(items))}
+    return {"train": [batch.tolist() for batch in loader], "in turn": list(ShardedSampler(items))}
 
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
@@ -116,7 +116,7 @@ def test_all_processes_see_what_one_sees(found: list[dict[str, Any]]) -> None:
     for block, alone in enumerate(observed()):
         for process in found:
             together = process["observed"][block]
-            assert together.leaders == alone.leaders
+            assert together.shared_inputs == alone.shared_inputs
             assert together.cosine == pytest.approx(alone.cosine, rel=BOUND)
             for kind in ("norms", "grams"):
                 one, several = getattr(alone, kind), getattr(together, kind)
@@ -158,7 +158,7 @@ def test_every_step_reads_what_one_process_reads_in_a_larger_batch(found: list[d
 def test_one_process_does_nothing_special() -> None:
     assert (distributed.number(), distributed.rank(), distributed.first()) == (1, 0, True)
     assert distributed.share([1]) == [1]
-    assert list(distributed.in_step("ab")) == [("a", True), ("b", True)]
+    assert list(distributed.equal_batches("ab")) == [("a", True), ("b", True)]
     threads = torch.get_num_threads()
     distributed.agree_on_threads()
     assert torch.get_num_threads() == threads

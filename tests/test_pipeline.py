@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
 from lit_prune.allocate.base import weighted_mean
-from lit_prune.calibration.statistics import Observed, Seen
+from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
 from lit_prune.errors import InputError
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
@@ -81,7 +81,7 @@ def test_scoring_changes_nothing(model: PreTrainedModel, batches: list[torch.Ten
 def test_scores_by_one_plain_forward(any_model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
     block = find_blocks(any_model)[1]
     given = inputs_by_linear(any_model, block, batches)
-    observed = Observed({name: x_PI.square().mean(0).sqrt() for name, x_PI in given.items()})
+    observed = BlockStatistics({name: x_PI.square().mean(0).sqrt() for name, x_PI in given.items()})
     expected = DLP().score({name: linear.weight_OI for name, linear in block.linears.items()}, observed)
     assert score(any_model, batches, Recipe()).scores[1] == pytest.approx(expected, rel=1e-5)
 
@@ -111,7 +111,7 @@ def test_pruned_statistics_see_the_pruned_blocks_before(batches: list[torch.Tens
         def __init__(self, propagate: str) -> None:
             self.propagate = propagate  # type: ignore[assignment]
 
-        def prune(self, weights: Sequence[torch.Tensor], seen: Seen, rate: float) -> list[torch.Tensor]:
+        def prune(self, weights: Sequence[torch.Tensor], seen: InputStatistics, rate: float) -> list[torch.Tensor]:
             assert seen.norm_I is not None
             norms[self.propagate].append(seen.norm_I)
             return Wanda().prune(weights, seen, rate)

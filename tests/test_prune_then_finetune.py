@@ -273,7 +273,7 @@ def test_another_adapter_than_the_folders_is_refused(model: PreTrainedModel) -> 
 def test_zeros_that_were_filled_are_found_at_export(
     train: Callable[..., dict], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lit_prune.recover.full.hold_zeros", lambda model: None)
+    monkeypatch.setattr("lit_prune.recover.full.freeze_zeros", lambda model: None)
     with pytest.raises(RuntimeError, match=r"has \d+ zeros in the pruned linears of 7680"):
         train("masked", "--pruning.recovery=FullFineTuning")
     assert not (tmp_path / "x/model").exists()

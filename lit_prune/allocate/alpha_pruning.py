@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.allocate.base import Allocation, min_max
-from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 
 BINS = 100
@@ -51,7 +51,7 @@ class AlphaPruning(Allocation):
         if not 0 <= self.epsilon < 1:
             raise InputError(f"`AlphaPruning.epsilon` must be in [0, 1), got {self.epsilon}.")
 
-    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
+    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
         """Returns the mean exponent of the block's linears."""
         fitted = [power_law_exponent(eigenvalues(weight_OI)) for weight_OI in weights.values()]
         found = [exponent for exponent in fitted if exponent is not None]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from lit_prune.allocate.budget import Limits
-from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from lit_prune.search.trial import Trial
 
@@ -47,7 +47,7 @@ class Allocation(ABC):
     refines: ClassVar[bool] = False
 
     @abstractmethod
-    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
+    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
         """Returns the score of one block.
 
         Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_prune.allocate.base import Allocation, min_max, rates_of
 from lit_prune.allocate.metric import metric_of
-from lit_prune.calibration.statistics import INPUTS, Observed
+from lit_prune.calibration.statistics import INPUTS, BlockStatistics
 from lit_prune.errors import InputError
 
 
@@ -43,7 +43,7 @@ class DLP(Allocation):
         if not 0 <= self.alpha <= 0.5:
             raise InputError(f"`DLP.alpha` must be in [0, 0.5], got {self.alpha}.")
 
-    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
+    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
         """Returns U_b over the weights that are still there; 0 for a block without any."""
         metric = metric_of(weights, observed.norms)
         gone = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights.values())

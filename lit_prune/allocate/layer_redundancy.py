@@ -9,7 +9,7 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from lit_prune.allocate.base import Allocation, min_max
-from lit_prune.calibration.statistics import COSINE, Observed
+from lit_prune.calibration.statistics import COSINE, BlockStatistics
 from lit_prune.errors import InputError
 
 
@@ -50,7 +50,7 @@ class LayerRedundancy(Allocation):
         """Returns the base."""
         return sparsity / 2 if self.base is None else self.base
 
-    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
+    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
         """Returns LR_b."""
         assert observed.cosine is not None
         return observed.cosine

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from lit_prune.allocate.base import Allocation, weighted_mean
-from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 
 MEAN_TOLERANCE = 1e-4
@@ -79,7 +79,7 @@ class Plan(Allocation):
                 f"{sparsity:.6g}; edit the plan, or pass `--pruning.sparsity {mean:.6g} --pruning.budget linears`."
             )
 
-    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
+    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
         """Returns 1: a plan looks at nothing."""
         return 1.0
 

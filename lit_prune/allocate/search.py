@@ -15,9 +15,9 @@ from torch import Tensor
 from lit_prune.allocate.base import Allocation, Refined
 from lit_prune.allocate.budget import Limits
 from lit_prune.allocate.dlp import DLP
-from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
-from lit_prune.progress import counted, say
+from lit_prune.progress import counted, log
 from lit_prune.search.evolution import Evolution, Moved, Rounds, Space
 from lit_prune.search.losses import Measured
 from lit_prune.search.trial import Trial
@@ -110,7 +110,7 @@ class Search(Allocation):
         """What the start needs."""
         return self.rule.needs
 
-    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
+    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
         """Returns the start's score."""
         return self.rule.score(weights, observed)
 
@@ -176,7 +176,7 @@ class _Run:
             self._evolve(key, before)
             after = self.loss(self.evolution.best, self.closing)
         except KeyboardInterrupt:
-            say(f"Search stopped after {len(self.used)} evaluations; {self._kept()}.")
+            log(f"Search stopped after {len(self.used)} evaluations; {self._kept()}.")
             raise
         finally:
             self._save(key)

@@ -9,7 +9,7 @@ from typing import final
 from torch import Tensor
 
 from lit_prune.allocate.base import Allocation
-from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.statistics import BlockStatistics
 
 
 @final
@@ -21,7 +21,7 @@ class Uniform(Allocation):
         """Returns True."""
         return True
 
-    def score(self, weights: dict[str, Tensor], observed: Observed) -> float:
+    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
         """Returns 1."""
         return 1.0
 

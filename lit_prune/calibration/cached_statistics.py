@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune.calibration.statistics import GRAM, INPUTS, Observed
+from lit_prune.calibration.statistics import GRAM, INPUTS, BlockStatistics
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.models.digest import digest
@@ -72,7 +72,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Stored:
+class CachedStatistics:
     """Statistics of every block, and the scores that allocations made of them.
 
     Attributes:
@@ -85,7 +85,7 @@ class Stored:
 
     key: Key
     taken: frozenset[str]
-    observed: list[Observed]
+    observed: list[BlockStatistics]
     scores: dict[str, list[float]]
     source: str = "memory"
 
@@ -113,7 +113,7 @@ class Stored:
         if not self.taken & set(needs) & {INPUTS, GRAM}:
             return
         for block, observed in zip(blocks, self.observed, strict=True):
-            if strangers := [name for name in block.linears if name not in observed.leaders]:
+            if strangers := [name for name in block.linears if name not in observed.shared_inputs]:
                 raise InputError(
                     f"`pruning.statistics` must be of all linears that are pruned, {self.source} has none of "
                     f"{strangers[0]} of block {block.index}; run `lit-prune score` with these `pruning.targets`."
@@ -121,7 +121,9 @@ class Stored:
 
     def scores_of(self, allocation: object, blocks: Sequence[Block]) -> list[float] | None:
         """Returns the scores that ``allocation`` made of the same linears; None where they are not there."""
-        same = all(set(block.linears) == set(seen.leaders) for block, seen in zip(blocks, self.observed, strict=True))
+        same = all(
+            set(block.linears) == set(seen.shared_inputs) for block, seen in zip(blocks, self.observed, strict=True)
+        )
         return self.scores.get(repr(allocation)) if same else None
 
 
@@ -134,25 +136,25 @@ def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-def write_stored(path: Path, stored: Stored) -> None:
-    """Writes a file that :func:`read_stored` reads."""
+def write_statistics(path: Path, stored: CachedStatistics) -> None:
+    """Writes a file that :func:`read_statistics` reads."""
     tensors: dict[str, Tensor] = {}
     for block, observed in enumerate(stored.observed):
         for kind, found in (("norm", observed.norms), ("gram", observed.grams)):
             for name, tensor in found.items():
-                if observed.leaders[name] == name:
+                if observed.shared_inputs[name] == name:
                     tensors[f"{block}.{kind}.{name}"] = tensor.contiguous()
     told = {
         "key": vars(stored.key),
         "taken": sorted(stored.taken),
         "cosines": [observed.cosine for observed in stored.observed],
-        "leaders": [observed.leaders for observed in stored.observed],
+        "shared_inputs": [observed.shared_inputs for observed in stored.observed],
         "scores": stored.scores,
     }
     save_file(tensors, path, metadata={"lit_prune": json.dumps(told)})
 
 
-def read_stored(path: str | Path) -> Stored:
+def read_statistics(path: str | Path) -> CachedStatistics:
     """Returns the statistics in a file, or in the folder that `lit-prune score` wrote.
 
     Raises:
@@ -168,20 +170,20 @@ def read_stored(path: str | Path) -> Stored:
     except (SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"`pruning.statistics` must be a file of `lit-prune score`, {file} is none.") from error
     observed = [
-        Observed(
-            norms=_of_all(tensors, f"{block}.norm.", leaders),
+        BlockStatistics(
+            norms=_of_all(tensors, f"{block}.norm.", shared_inputs),
             cosine=cosine,
-            grams=_of_all(tensors, f"{block}.gram.", leaders),
-            leaders=leaders,
+            grams=_of_all(tensors, f"{block}.gram.", shared_inputs),
+            shared_inputs=shared_inputs,
         )
-        for block, (cosine, leaders) in enumerate(zip(told["cosines"], told["leaders"], strict=True))
+        for block, (cosine, shared_inputs) in enumerate(zip(told["cosines"], told["shared_inputs"], strict=True))
     ]
-    return Stored(Key(**told["key"]), frozenset(told["taken"]), observed, told["scores"], str(file))
+    return CachedStatistics(Key(**told["key"]), frozenset(told["taken"]), observed, told["scores"], str(file))
 
 
-def _of_all(tensors: dict[str, Tensor], prefix: str, leaders: dict[str, str]) -> dict[str, Tensor]:
+def _of_all(tensors: dict[str, Tensor], prefix: str, shared_inputs: dict[str, str]) -> dict[str, Tensor]:
     """By linear, the tensor of the first one that is given the same input."""
-    return {name: tensors[prefix + leader] for name, leader in leaders.items() if prefix + leader in tensors}
+    return {name: tensors[prefix + leader] for name, leader in shared_inputs.items() if prefix + leader in tensors}
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ STRIPS = 8
 
 
 @dataclass(frozen=True)
-class Seen:
+class InputStatistics:
     """What is known of the input of one linear, or of several that share it.
 
     Attributes:
@@ -36,40 +36,40 @@ class Seen:
     norm_I: Tensor | None = None
     gram_II: Tensor | None = None
 
-    def to(self, device: torch.device) -> Seen:
+    def to(self, device: torch.device) -> InputStatistics:
         """Returns the same on ``device``."""
         moved = {name: value if value is None else value.to(device) for name, value in vars(self).items()}
         return replace(self, **moved)
 
 
 @dataclass(frozen=True)
-class Observed:
+class BlockStatistics:
     """What passed through one block.
 
     Attributes:
         norms: ||X_j|| by linear, shape (I,), fp32: the root mean square over the tokens that the linear saw.
         cosine: mean over tokens of cos(block's input, block's output); None if it was not asked for.
         grams: Mean of x x^T by linear, shape (I, I), fp32, one tensor for all linears that share the input.
-        leaders: By linear, the first one that is given the same input.
+        shared_inputs: By linear, the first one that is given the same input.
     """
 
     norms: dict[str, Tensor] = field(default_factory=dict)
     cosine: float | None = None
     grams: dict[str, Tensor] = field(default_factory=dict)
-    leaders: dict[str, str] = field(default_factory=dict)
+    shared_inputs: dict[str, str] = field(default_factory=dict)
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
         """Returns ``names`` in groups that share one input; what was not observed stands alone."""
         groups: dict[str, list[str]] = {}
         for name in names:
-            groups.setdefault(self.leaders.get(name, name), []).append(name)
+            groups.setdefault(self.shared_inputs.get(name, name), []).append(name)
         return list(groups.values())
 
-    def seen(self, name: str) -> Seen:
+    def seen(self, name: str) -> InputStatistics:
         """Returns what is known of the input of one linear."""
-        return Seen(self.norms.get(name), self.grams.get(name))
+        return InputStatistics(self.norms.get(name), self.grams.get(name))
 
-    def to(self, device: torch.device) -> Observed:
+    def to(self, device: torch.device) -> BlockStatistics:
         """Returns the same on ``device``; what is shared stays shared."""
         moved: dict[int, Tensor] = {}
 
@@ -192,29 +192,29 @@ class Observer:
         mask_P = self.mask_BT.flatten()
         return x_PD[mask_P if rows_S is None else mask_P[rows_S]]
 
-    def observed(self) -> Observed:
+    def observed(self) -> BlockStatistics:
         """Returns the statistics over everything that was seen, by any process."""
-        leaders = self._agreed_leaders()
-        self._sum_over_processes(leaders.values())
+        shared_inputs = self._agreed_shared_inputs()
+        self._sum_over_processes(shared_inputs.values())
         norms = {leader: squares.norm() for leader, squares in self._squares.items()}
         grams = {leader: gram.gram() for leader, gram in self._grams.items()}
         cosine, tokens = distributed.total(torch.tensor([self._cosine, self._tokens], dtype=torch.float64)).tolist()
-        return Observed(
-            norms={name: norms[leader] for name, leader in leaders.items() if leader in norms},
+        return BlockStatistics(
+            norms={name: norms[leader] for name, leader in shared_inputs.items() if leader in norms},
             cosine=cosine / tokens if tokens else None,
-            grams={name: grams[leader] for name, leader in leaders.items() if leader in grams},
-            leaders=leaders,
+            grams={name: grams[leader] for name, leader in shared_inputs.items() if leader in grams},
+            shared_inputs=shared_inputs,
         )
 
-    def _agreed_leaders(self) -> dict[str, str]:
+    def _agreed_shared_inputs(self) -> dict[str, str]:
         """Which linear stands for which: an expert that no token of this process reached may be known to another."""
         return {
             name: leader for known in reversed(distributed.gathered(self._leader)) for name, leader in known.items()
         }
 
-    def _sum_over_processes(self, leaders: Iterable[str]) -> None:
+    def _sum_over_processes(self, shared_inputs: Iterable[str]) -> None:
         """Adds up what the processes saw, in an order that is the same in all of them."""
-        for leader in sorted(set(leaders)):
+        for leader in sorted(set(shared_inputs)):
             width = self._width[leader]
             if INPUTS in self.wanted:
                 self._squares.setdefault(leader, InputSquares()).sum_over_processes(width)

@@ -15,11 +15,11 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_prune.calibration.statistics import Observed, Observer
+from lit_prune.calibration.statistics import BlockStatistics, Observer
 from lit_prune.calibration.windows import Batch, inputs_of
 from lit_prune.errors import InputError
 from lit_prune.models.families import Block
-from lit_prune.models.linears import standing_in
+from lit_prune.models.linears import patched_forward
 
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
@@ -119,7 +119,7 @@ def _check_finite(y_BTD: Tensor, block: Block, index: int) -> None:
         )
 
 
-def observe(stream: Stream, block: Block, wanted: frozenset[str], *, advance: bool = True) -> Observed:
+def observe(stream: Stream, block: Block, wanted: frozenset[str], *, advance: bool = True) -> BlockStatistics:
     """Returns the wanted statistics of ``block`` over the whole stream."""
     with Observer(block, wanted).watching() as observer:
         stream.run(block, observer, advance=advance)
@@ -181,7 +181,7 @@ class _Capture:
             arguments.append((args, kwargs))
             return (x_BTD, None) if self.wraps else x_BTD
 
-        with standing_in(self.modules, recorder):
+        with patched_forward(self.modules, recorder):
             self.model.base_model(**inputs_of(batch), use_cache=False)
         return hidden[0], arguments
 

@@ -44,7 +44,7 @@ def explain(message: str, parser: Any) -> str:
         message: What jsonargparse would print.
         parser: The parser it comes from, whose options are the choices.
     """
-    for pattern, say in (
+    for pattern, describe in (
         (r"unrecognized arguments: (.*)", _option),
         (r"Problem with given class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", _class_option),
         (r"(?:Key|Group|Option|key) ['\"]([\w.]+)['\"] .*?(?:is not accepted|not found|does not accept)", _key),
@@ -60,7 +60,7 @@ def explain(message: str, parser: Any) -> str:
         (r"(?:Got value|Given value): (?!NestedArg)(.*)", _value),
     ):
         found = re.search(pattern, message, re.DOTALL if pattern.startswith(r"Problem") else 0)
-        if found and (told := say(found, message, parser)):
+        if found and (told := describe(found, message, parser)):
             return told
     return _shortened(message)
 

@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa:
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
-from lit_prune.callbacks.results import ResultsCallback, one  # noqa: E402
+from lit_prune.callbacks.results import ResultsCallback, find_callback  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from lit_prune.checkpointing.resume import stored_run  # noqa: E402
 from lit_prune.cli.errors import explain  # noqa: E402
@@ -36,7 +36,7 @@ from lit_prune.fit.batches import check_one_process, check_processes  # noqa: E4
 from lit_prune.fit.module import PrunableLM  # noqa: E402
 from lit_prune.models.families import blocks_path, packs  # noqa: E402
 from lit_prune.models.load import skeleton  # noqa: E402
-from lit_prune.progress import say  # noqa: E402
+from lit_prune.progress import log  # noqa: E402
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA  # noqa: E402
 
 ADVICE = ("Tip:", "Seed set to", "GPU available", "TPU available")  # of Lightning
@@ -218,7 +218,7 @@ class LitPruneCLI(LightningCLI):
         self._say_protocol("test")
 
     def _say_protocol(self, part: Literal["val", "test"]) -> None:
-        say(f"{self.datamodule.describe(part)}; {self.datamodule.windows(part).told}")
+        log(f"{self.datamodule.describe(part)}; {self.datamodule.windows(part).told}")
 
     def fit(
         self,
@@ -234,7 +234,10 @@ class LitPruneCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Checks what hangs on the LLM's config and on the data together, before weights and text are read."""
-        pruning, results = one(self.trainer, DynamicPruningCallback), one(self.trainer, ResultsCallback)
+        pruning, results = (
+            find_callback(self.trainer, DynamicPruningCallback),
+            find_callback(self.trainer, ResultsCallback),
+        )
         fits = self.subcommand == "fit"
         if fits:
             pruning.check_trainer(self.trainer)
@@ -250,16 +253,16 @@ class LitPruneCLI(LightningCLI):
             return
         limit = getattr(self.model.config, "max_position_embeddings", None)
         lengths = {f"data.{field}": getattr(self.datamodule, field) for field in ("seq_length", "val_seq_length")}
-        if pruning.course.recipe is not None and self.subcommand in ("fit", "prune", "score"):
-            lengths["pruning.calibration.seq_length"] = pruning.course.calibration.seq_length
-            blocks_path(self.model.config, pruning.course.recipe.blocks)
+        if pruning.fit_plan.recipe is not None and self.subcommand in ("fit", "prune", "score"):
+            lengths["pruning.calibration.seq_length"] = pruning.fit_plan.calibration.seq_length
+            blocks_path(self.model.config, pruning.fit_plan.recipe.blocks)
             check_processes(self.trainer)
             if self.subcommand != "fit":
                 check_one_process(self.trainer, self.subcommand)
-        elif fits and isinstance(pruning.course.recovery, ADAPTERS) and self.model.architecture is not None:
+        elif fits and isinstance(pruning.fit_plan.recovery, ADAPTERS) and self.model.architecture is not None:
             raise InputError(
                 "`pruning.recovery` must be null where `model.architecture` begins from random weights and nothing is "
-                f"cut, they would be frozen; got {pruning.course.recovery}."
+                f"cut, they would be frozen; got {pruning.fit_plan.recovery}."
             )
         instructions = self.datamodule.instructions
         if instructions is not None and instructions.packed and not packs(self.model.config):

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from transformers import PreTrainedModel
 
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
-from lit_prune.callbacks.results import ResultsCallback, one, tell
+from lit_prune.callbacks.results import ResultsCallback, find_callback, tell
 from lit_prune.errors import InputError
 from lit_prune.export.folder import check_merge
 from lit_prune.files import write_text
@@ -87,24 +87,24 @@ class PruneTrainer(Trainer):
         pruning, results = self._ready(model, datamodule)
         llm, device = pruning.find_model(model), self.strategy.root_device
         validation = validation_data(self) if pruning.measure else None
-        assert pruning.course.recipe is not None
-        calibration = calibration_batches(self, pruning.course.calibration)
+        assert pruning.fit_plan.recipe is not None
+        calibration = calibration_batches(self, pruning.fit_plan.calibration)
         pruning.check_statistics(llm, *calibration)
-        measured, stored = pruning.measure, pruning.course.stored
+        measured, stored = pruning.measure, pruning.fit_plan.stored
         with working(llm, results.folder.path), self._logging():
-            done = cut(llm, pruning.course.recipe, calibration, validation, device, measured=measured, stored=stored)
+            done = cut(llm, pruning.fit_plan.recipe, calibration, validation, device, measured=measured, stored=stored)
             with results.opened():
-                results.write(self, model, llm, summary(llm, pruning.course.recipe, [done]), validation)
+                results.write(self, model, llm, summary(llm, pruning.fit_plan.recipe, [done]), validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Look before you cut: table and picture of the scores and rates, a plan to edit, and statistics to reuse."""
         pruning, results = self._ready(model, datamodule)
-        recipe = pruning.course.recipe
+        recipe = pruning.fit_plan.recipe
         assert recipe is not None
-        llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.course.calibration)
+        llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.fit_plan.calibration)
         pruning.check_statistics(llm, batches, settings)
         device, names = self.strategy.root_device, named(settings, llm)
-        scored, stored = look(llm, batches, recipe, device=device, settings=names, stored=pruning.course.stored)
+        scored, stored = look(llm, batches, recipe, device=device, settings=names, stored=pruning.fit_plan.stored)
         report = {
             "sparsity": {
                 "requested": recipe.sparsity,
@@ -136,7 +136,7 @@ class PruneTrainer(Trainer):
             merge: Refuse to leave an adapter beside the weights. MaskedLoRA is merged always, LoRA where nothing is
                 masked.
         """
-        pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
+        pruning, results = find_callback(self, DynamicPruningCallback), find_callback(self, ResultsCallback)
         stored = pruning.checkpointed(ckpt_path)
         if merge:
             check_merge(stored)
@@ -150,7 +150,7 @@ class PruneTrainer(Trainer):
 
     def evaluate(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Ask the model tasks of lm-eval, `--tasks arc_easy,piqa`; writes report.json, and no model."""
-        pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
+        pruning, results = find_callback(self, DynamicPruningCallback), find_callback(self, ResultsCallback)
         assert results.tasks is not None
         llm = placed(self._loaded(model, pruning), self.strategy.root_device)
         report = {
@@ -168,13 +168,13 @@ class PruneTrainer(Trainer):
         self, model: LightningModule, datamodule: LightningDataModule
     ) -> tuple[DynamicPruningCallback, ResultsCallback]:
         """Loads the LLM, attaches the data, and checks the recipe against the LLM."""
-        pruning, results = one(self, DynamicPruningCallback), one(self, ResultsCallback)
-        if pruning.course.recipe is None:
+        pruning, results = find_callback(self, DynamicPruningCallback), find_callback(self, ResultsCallback)
+        if pruning.fit_plan.recipe is None:
             raise InputError("`pruning.method` must be a method for this, such as Wanda, got null.")
         self._data_connector.attach_data(model, datamodule=datamodule)
         llm = self._loaded(model, pruning)
-        pruning.course.take_zeros(llm, trains=False)
-        pruning.course.recipe.check(llm)
+        pruning.fit_plan.take_zeros(llm, trains=False)
+        pruning.fit_plan.recipe.check(llm)
         return pruning, results
 
     def _loaded(self, model: LightningModule, pruning: DynamicPruningCallback) -> PreTrainedModel:

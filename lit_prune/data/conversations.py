@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import IGNORED
-from lit_prune.progress import say
+from lit_prune.progress import log
 
 Message = dict[str, str]
 Example = dict[str, list[int]]
@@ -123,7 +123,7 @@ def examples(conversations: Dataset, tokenizer: Tokenizer, limit: int) -> list[E
         if any(label != IGNORED for label in labels[1:limit]):
             kept.append({"input_ids": ids[:limit], "labels": labels[:limit]})
     if cut:
-        say(
+        log(
             f"{cut} of {len(conversations)} conversations are longer than {limit} tokens and are cut; "
             f"{len(conversations) - len(kept)} keep no answer and are left out."
         )
@@ -183,7 +183,7 @@ def without(conversations: Dataset, held_out: Dataset) -> Dataset:
     gone = set(held_out["messages"])
     kept = [messages for messages in conversations["messages"] if messages not in gone]
     if dropped := len(conversations) - len(kept):
-        say(f"{dropped} conversations of the training data stand in the validation data too, and are left out.")
+        log(f"{dropped} conversations of the training data stand in the validation data too, and are left out.")
     if not kept:
         raise InputError("`data`: training and validation data must not be the same.")
     return Dataset.from_dict({"messages": kept})

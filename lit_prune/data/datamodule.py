@@ -30,12 +30,12 @@ from lit_prune.data.conversations import (
     examples,
     without,
 )
-from lit_prune.data.loaders import Evened, InTurn, ResumableLoader
+from lit_prune.data.loaders import PaddedDataset, ResumableLoader, ShardedSampler
 from lit_prune.data.python_docs import SHARED_CHARACTERS, python_docs
 from lit_prune.distributed import shards
 from lit_prune.errors import InputError, near_misses
 from lit_prune.models.load import HUB_TIMEOUT_SECONDS, Tokenizer, load_tokenizer
-from lit_prune.progress import say
+from lit_prune.progress import log
 
 BUILDERS = {".txt": "text", ".raw": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 Part = Literal["train", "val", "test"]
@@ -269,11 +269,11 @@ class TextDataModule(LightningDataModule):
                 f"`data.val_windows` must give each of {distributed.number()} processes a window, got {len(items)}."
             )
         in_step = self.trainer is not None and shards(self.trainer)
-        shared, collate = Evened(items, distributed.number() if in_step else 1), _collate(items)
+        shared, collate = PaddedDataset(items, distributed.number() if in_step else 1), _collate(items)
         return DataLoader(
             shared,
             self.batch_size,
-            sampler=InTurn(shared),
+            sampler=ShardedSampler(shared),
             num_workers=self.num_workers,
             generator=own,
             collate_fn=collate,
@@ -322,7 +322,7 @@ class TextDataModule(LightningDataModule):
         if self._local():
             return self._from_files(part)
         if self.source == "python-docs":
-            say(f"Reading Python's documentation, {'training' if part == 'train' else 'validation'} documents ...")
+            log(f"Reading Python's documentation, {'training' if part == 'train' else 'validation'} documents ...")
             rows = python_docs("train" if part == "train" else "validation", packages=self.packages)
             return Dataset.from_list(rows).select_columns("text")
         if self.source is None:
@@ -413,7 +413,7 @@ class TextDataModule(LightningDataModule):
 
         cleaned = rows.map(fresh, desc="Comparing with validation")
         if dropped := sum(cleaned["dropped"]):
-            say(f"{dropped} lines of training text stand in the validation text too, and are left out.")
+            log(f"{dropped} lines of training text stand in the validation text too, and are left out.")
         kept = cleaned.filter(lambda row: row["text"] or not row["dropped"]).remove_columns("dropped")
         if len(kept) == 0:
             raise InputError("`data`: training and validation text must not be the same.")

@@ -122,7 +122,7 @@ class ResumableLoader(DataLoader):
         self.position, self._resumed = dict(state_dict), True
 
 
-class Evened(Dataset):
+class PaddedDataset(Dataset):
     """The items of a data set, and as many more as make their number a multiple; those that are added predict nothing.
 
     So all processes make as many forward passes, which sharded weights ask for. Where none has to be added, the items
@@ -148,7 +148,7 @@ class Evened(Dataset):
         return item | {"labels": labels if index < self.count else torch.full_like(labels, IGNORED)}
 
 
-class InTurn(DistributedSampler[int]):
+class ShardedSampler(DistributedSampler[int]):
     """Every item once, in order: to each process every so-manieth; no item twice, as Lightning's own would have it.
 
     Args:

@@ -1,23 +1,23 @@
 """The dense model teaches what is left of it. One file a teacher; importing them makes their short names resolve."""
 
-from lit_prune.distill.base import Dense, Kept, Lesson, Student, Teacher
+from lit_prune.distill.base import DenseModel, Student, Teacher, TeacherOutput, TeacherState
 from lit_prune.distill.copies import Copy
 from lit_prune.distill.distillation import Distillation
 from lit_prune.distill.hook import Distilled
 from lit_prune.distill.loss import divergence
-from lit_prune.distill.removed import Removed
+from lit_prune.distill.sparse_delta import SparseDelta
 from lit_prune.distill.top_k import TopK
 
 __all__ = [
     "Copy",
-    "Dense",
+    "DenseModel",
     "Distillation",
     "Distilled",
-    "Kept",
-    "Lesson",
-    "Removed",
+    "SparseDelta",
     "Student",
     "Teacher",
+    "TeacherOutput",
+    "TeacherState",
     "TopK",
     "divergence",
 ]

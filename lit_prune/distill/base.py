@@ -41,7 +41,7 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseModel:
     """The dense model, as it is right before the first cut.
 
     Args:
@@ -50,7 +50,7 @@ class Dense:
         temperature: That of the distillation.
         device: Where it may compute.
         windows: Gives the batches of the training that is to come.
-        weights: What :meth:`Kept.weights` returned in a run that is resumed, in the place of the model's own.
+        weights: What :meth:`TeacherState.weights` returned in a run that is resumed, in the place of the model's own.
     """
 
     model: PreTrainedModel
@@ -61,7 +61,7 @@ class Dense:
     weights: Mapping[str, Tensor] | None = None
 
 
-class Lesson(ABC):
+class TeacherOutput(ABC):
     """What a teacher says of the positions of one batch."""
 
     @abstractmethod
@@ -75,11 +75,11 @@ class Lesson(ABC):
         """
 
 
-class Kept(ABC):
+class TeacherState(ABC):
     """A teacher while a run lasts."""
 
     @abstractmethod
-    def lesson(self, inputs: Mapping[str, Tensor]) -> Lesson:
+    def output(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
         """Returns what the dense model says of a batch.
 
         Args:
@@ -110,5 +110,5 @@ class Teacher(ABC):
         """Raises InputError where ``student`` cannot be taught so, before anything is done."""
 
     @abstractmethod
-    def keep(self, dense: Dense) -> Kept:
+    def keep(self, dense: DenseModel) -> TeacherState:
         """Returns the teacher, made of a model that is about to be cut."""

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
-from lit_prune.distill.base import Dense, Kept, Teacher
-from lit_prune.distill.twin import Part, Twin, cut_weights, twin_of
+from lit_prune.distill.base import DenseModel, Teacher, TeacherState
+from lit_prune.distill.teacher_model import LazyWeight, TeacherModel, cut_weights, teacher_model_of
 from lit_prune.errors import InputError
 
 Store = Literal["same", "bfloat16", "nf4"]
@@ -43,7 +43,7 @@ class Copy(Teacher):
         if self.store not in get_args(Store):
             raise InputError(f"`Copy.store` must be one of {', '.join(get_args(Store))}, got {self.store!r}.")
 
-    def keep(self, dense: Dense) -> Kept:
+    def keep(self, dense: DenseModel) -> TeacherState:
         """Returns the copy; a weight that is kept in another type is made into it by itself."""
         cut, every = cut_weights(dense.model, dense.student.recipe), dict(dense.model.named_parameters())
         half = self.store == "bfloat16" and dense.model.dtype != torch.bfloat16
@@ -56,11 +56,11 @@ class Copy(Teacher):
                 parts[name] = Packed(weight)
                 weight = weight[:0]
             given[name] = nn.Parameter(weight.to(torch.bfloat16 if half else weight.dtype, copy=True), False)
-        twin = twin_of(dense.model, given)
-        return Twin(twin.to(torch.bfloat16) if half else twin, shared, parts)  # type: ignore[arg-type]
+        teacher = teacher_model_of(dense.model, given)
+        return TeacherModel(teacher.to(torch.bfloat16) if half else teacher, shared, parts)  # type: ignore[arg-type]
 
 
-class Packed(Part):
+class Packed(LazyWeight):
     """A weight in the 4 bits of NF4, 64 of them under one scale in float32."""
 
     def __init__(self, weight: Tensor) -> None:

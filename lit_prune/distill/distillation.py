@@ -21,7 +21,7 @@ class Distillation:
     Args:
         temperature: T; above 0.
         weight: Share of the divergence in the loss, in (0, 1].
-        teacher: How the dense model is kept: Copy, TopK or Removed; null is Copy.
+        teacher: How the dense model is kept: Copy, TopK or SparseDelta; null is Copy.
 
     Raises:
         InputError: for numbers out of their range.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lit_prune.distill.base import Kept
+from lit_prune.distill.base import TeacherState
 from lit_prune.distill.distillation import Distillation
 from lit_prune.distill.loss import divergence
 from lit_prune.errors import InputError
@@ -30,7 +30,7 @@ class Distilled:
         seen: `cross_entropy` and `distillation` (T^2 * KL) of the last batch, nats a position; empty before one came.
     """
 
-    def __init__(self, distillation: Distillation, kept: Kept) -> None:
+    def __init__(self, distillation: Distillation, kept: TeacherState) -> None:
         self.distillation, self.kept = distillation, kept
         self.seen: dict[str, Tensor] = {}
 
@@ -47,7 +47,7 @@ class Distilled:
         counted_N = _counted(given, output)
         inputs = {name: x for name, x in given.items() if isinstance(x, Tensor) and name not in LABELS}
         temperature, weight = self.distillation.temperature, self.distillation.weight
-        total = divergence(output.logits.flatten(0, -2), counted_N, self.kept.lesson(inputs), temperature)
+        total = divergence(output.logits.flatten(0, -2), counted_N, self.kept.output(inputs), temperature)
         count = given.get("num_items_in_batch")
         mean = total / (counted_N.sum().clamp(min=1) if count is None else count)
         self.seen = {"cross_entropy": loss.detach(), "distillation": mean.detach()}

@@ -13,7 +13,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lit_prune.distill.base import Dense, Kept, Lesson, Student, Teacher
+from lit_prune.distill.base import DenseModel, Student, Teacher, TeacherOutput, TeacherState
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import evaluating
 from lit_prune.models.on_disk import placed
@@ -64,7 +64,7 @@ class TopK(Teacher):
             )
 
     @torch.no_grad()
-    def keep(self, dense: Dense) -> Kept:
+    def keep(self, dense: DenseModel) -> TeacherState:
         """Returns what the dense model says of the windows that are to come."""
         model = placed(dense.model, dense.device)
         k = min(self.k, model.get_output_embeddings().weight.shape[0])
@@ -80,16 +80,16 @@ class TopK(Teacher):
                     logits_TV = logits_TV[own_T.to(logits_TV.device)]
                     top = torch.log_softmax(logits_TV.float() / dense.temperature, dim=-1).topk(k, dim=-1)
                     said.setdefault(name, (top.indices.to(torch.int32).cpu(), top.values.to(torch.float16).cpu()))
-        return Looked(said)
+        return CachedLogits(said)
 
 
-class Looked(Kept):
+class CachedLogits(TeacherState):
     """What was said of every window, by its name."""
 
     def __init__(self, said: dict[bytes, Said]) -> None:
         self.said = said
 
-    def lesson(self, inputs: Mapping[str, Tensor]) -> Lesson:
+    def output(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
         """Returns what was said of the windows of a batch.
 
         Raises:
@@ -118,7 +118,7 @@ class Looked(Kept):
 
 @final
 @dataclass(frozen=True)
-class TopLogits(Lesson):
+class TopLogits(TeacherOutput):
     """The likeliest words of every position.
 
     Args:

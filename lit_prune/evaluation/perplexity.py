@@ -188,10 +188,10 @@ def _logits(
 ) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
     """Gives every batch of this process and its logits, where the model is."""
     if (streamed or on_disk(model) is not None) and is_known(model.config):
-        kept = [dict(batch) for batch, counts in distributed.in_step(batches) if counts]
+        kept = [dict(batch) for batch, counts in distributed.equal_batches(batches) if counts]
         yield from zip(kept, streamed_logits(model, kept, device, label), strict=True)
         return
-    for batch, counts in distributed.in_step(track(batches, label)):
+    for batch, counts in distributed.equal_batches(track(batches, label)):
         there = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
         logits = model(**inputs_of(there), use_cache=False).logits
         if counts:

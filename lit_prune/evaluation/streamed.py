@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.calibration.windows import Batch, inputs_of
 from lit_prune.models.families import find_blocks
-from lit_prune.models.linears import standing_in
+from lit_prune.models.linears import patched_forward
 from lit_prune.progress import track
 
 
@@ -37,5 +37,5 @@ def streamed_logits(
     modules = [block.module for block in blocks]
     for batch, hidden_BTD in zip(batches, stream.hidden, strict=True):
         output = (hidden_BTD, None) if stream.wraps else hidden_BTD
-        with standing_in(modules, lambda *_args, given=output, **_kwargs: given):
+        with patched_forward(modules, lambda *_args, given=output, **_kwargs: given):
             yield model(**inputs_of(batch), use_cache=False).logits

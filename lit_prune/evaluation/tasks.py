@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lit_prune.checkpointing.random_states import random_states, restore_random_states
 from lit_prune.errors import InputError, near_misses
 from lit_prune.evaluation.perplexity import evaluating
-from lit_prune.progress import say
+from lit_prune.progress import log
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Tasks:
         manager = TaskManager(include_path=own, include_defaults=False)
         if all(manager.match_tasks([name]) for name in named):
             return manager
-        say("Looking the tasks up in lm-eval")
+        log("Looking the tasks up in lm-eval")
         manager = TaskManager(include_path=own)
         for name in named:
             if not manager.match_tasks([name]):

@@ -24,7 +24,7 @@ from lit_prune.models.quantised import (
     is_quantised,
     quantisation,
     quantised_linears,
-    shell,
+    sharing_weight,
 )
 from lit_prune.recover import adapter_config, quantise, snapshot
 from lit_prune.recover.merge import merged, record_quantisation, without_adapter
@@ -70,7 +70,7 @@ def exported(model: PreTrainedModel) -> PreTrainedModel:
     if form(model) == "requantised":
         quantise(plain, **quantisation(model))  # type: ignore[arg-type]
         for name, module in list(quantised_linears(plain)):
-            plain.set_submodule(name, shell(module))
+            plain.set_submodule(name, sharing_weight(module))
         record_quantisation(plain)
     _check_zeros(model, plain)
     return plain

@@ -23,7 +23,7 @@ from lit_prune.evaluation.perplexity import evaluating, measure
 from lit_prune.masks.zeros import pruned_blocks, zeros
 from lit_prune.models import structure
 from lit_prune.models.families import Block
-from lit_prune.models.linears import Quantised
+from lit_prune.models.linears import QuantisedLinear
 from lit_prune.models.on_disk import keep_on_disk, on_disk
 from lit_prune.models.quantised import check_zeros, compute_exactly
 from lit_prune.recover.merge import without_adapter
@@ -127,7 +127,7 @@ def _compare_zeros(model: PreTrainedModel, opened: PreTrainedModel, report: dict
 def _compare_masks(before: Block, after: Block) -> None:
     """Raises RuntimeError where a weight is not zero that the mask of a quantised linear says was pruned."""
     for name, linear in before.linears.items():
-        if isinstance(linear, Quantised):
+        if isinstance(linear, QuantisedLinear):
             check_zeros(after.linears[name].weight_OI, linear.module, f"exported model's {before.path}.{name}")
 
 

@@ -75,7 +75,7 @@ def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     if not source.is_defined() or trainer.limit_val_batches == 0:
         return None
-    with distributed.alone():  # all of it: whoever measures shares it out
+    with distributed.single_process():  # all of it: whoever measures shares it out
         loader, limit = _first_loader(source), trainer.limit_val_batches
     described = getattr(getattr(trainer, "datamodule", None), "describe", lambda _part: "validation dataloader")("val")
     if isinstance(limit, float):

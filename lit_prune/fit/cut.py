@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.calibration.cached_statistics import Stored
+from lit_prune.calibration.cached_statistics import CachedStatistics
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.evaluation.sizes import parameters, size_bytes
@@ -30,7 +30,7 @@ def cut(
     measured: bool = True,
     moves: bool = True,
     step: int = 0,
-    stored: Stored | None = None,
+    stored: CachedStatistics | None = None,
 ) -> Done:
     """Prunes ``model`` in place; returns what was done, in plain types.
 

@@ -17,7 +17,7 @@ from lit_prune.masks.zeros import pruned_blocks, share_of_zeros, zeros
 from lit_prune.models import structure
 from lit_prune.models.families import blocks_path, find_blocks, is_known
 from lit_prune.models.quantised import quantisation
-from lit_prune.progress import say
+from lit_prune.progress import log
 from lit_prune.recover import LoRA, Recovery, adapter_config, train_adapter
 from lit_prune.recover.merge import without_adapter
 
@@ -63,7 +63,7 @@ def take_zeros(
     blocks_path(model.config, blocks)  # which the export counts in
     if share == 0:
         raise InputError("`pruning.keep_zeros` must be null for a model that has no zeros in its linears.")
-    say(f"{share:.1%} of the weights of the linears are zero, and no record says why: they are kept as a mask.")
+    log(f"{share:.1%} of the weights of the linears are zero, and no record says why: they are kept as a mask.")
     recipe = {"blocks": blocks} if blocks else {}
     structure.write(model, masked=True, **({"recipe": recipe} if recipe else {}))
 

@@ -9,7 +9,7 @@ from typing import Any, final
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import Plan
-from lit_prune.calibration.cached_statistics import Stored
+from lit_prune.calibration.cached_statistics import CachedStatistics
 from lit_prune.calibration.windows import Calibration
 from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
@@ -23,7 +23,7 @@ from lit_prune.schedule import Cut
 
 @final
 @dataclass(frozen=True)
-class Course:
+class FitPlan:
     """The cuts, in order, and the recoveries around them; refuses what does not go together.
 
     Args:
@@ -47,7 +47,7 @@ class Course:
     recovery: Recovery | None
     distillation: Distillation | None
     calibration: Calibration
-    stored: Stored | None
+    stored: CachedStatistics | None
     blocks: str | None
     keep_zeros: bool | None
 

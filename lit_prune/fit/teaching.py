@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lit_prune.checkpointing.resume import Settings
-from lit_prune.distill import Dense, Distillation, Distilled, Student
+from lit_prune.distill import DenseModel, Distillation, Distilled, Student
 from lit_prune.errors import InputError
 from lit_prune.fit.batches import training_windows
 from lit_prune.models.digest import digest
@@ -52,7 +52,7 @@ class Teaching:
         self._stored = stored and self.teacher.stores
         self._digest = None if self._stored else _digest(model)
         device, temperature = trainer.strategy.root_device, self.distillation.temperature
-        dense = Dense(model, self.student, temperature, device, lambda: training_windows(trainer), weights)
+        dense = DenseModel(model, self.student, temperature, device, lambda: training_windows(trainer), weights)
         self.distilled = Distilled(self.distillation, self.teacher.keep(dense))
 
     def put_on(self, model: PreTrainedModel) -> None:

@@ -74,7 +74,7 @@ class Held:
         return parameter
 
 
-def hold_zeros(model: PreTrainedModel) -> None:
+def freeze_zeros(model: PreTrainedModel) -> None:
     """Keeps what is exactly zero in the linears of the blocks at zero; done again, it takes up the zeros anew.
 
     It does so for all linears of the blocks, not only those of the latest cut, since an earlier one may have had other
@@ -90,12 +90,12 @@ def hold_zeros(model: PreTrainedModel) -> None:
             parameter.register_hook(Held(parameter))
 
 
-def holds_zeros(model: nn.Module) -> bool:
-    """Returns whether zeros of ``model`` are kept; see :func:`hold_zeros`."""
+def freezes_zeros(model: nn.Module) -> bool:
+    """Returns whether zeros of ``model`` are kept; see :func:`freeze_zeros`."""
     return any(_hook(parameter) is not None for parameter in model.parameters())
 
 
-def held_masks(model: nn.Module) -> dict[str, Tensor]:
+def gradient_masks(model: nn.Module) -> dict[str, Tensor]:
     """Returns which weights are held at zero, by parameter, as bits; those of which no gradient has come are left out.
 
     A run that goes on must hold the same: a kept weight may be passing zero just then.
@@ -105,8 +105,8 @@ def held_masks(model: nn.Module) -> dict[str, Tensor]:
     return {name: packed(mask) for name, mask in masks.items() if mask is not None}
 
 
-def hold_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Lets ``model``, whose zeros are held, hold those that :func:`held_masks` returned."""
+def restore_gradient_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Lets ``model``, whose zeros are held, hold those that :func:`gradient_masks` returned."""
     for name, bits in masks.items():
         parameter = model.get_parameter(name)
         held = _hook(parameter)

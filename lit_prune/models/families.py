@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_prune.errors import InputError
 from lit_prune.models import structure
-from lit_prune.models.linears import Linear, linears_of
+from lit_prune.models.linears import PrunableLinear, linears_of
 from lit_prune.models.on_disk import OnDisk, on_disk
 
 
@@ -65,7 +65,7 @@ class Block:
 
     index: int
     module: nn.Module
-    linears: dict[str, Linear]
+    linears: dict[str, PrunableLinear]
     path: str = ""
     home: OnDisk | None = None
 
@@ -147,7 +147,7 @@ def find_blocks(
 
 
 def _check_linears(
-    model: PreTrainedModel, every: Sequence[Mapping[str, Linear]], layers: nn.ModuleList, quantised: bool
+    model: PreTrainedModel, every: Sequence[Mapping[str, PrunableLinear]], layers: nn.ModuleList, quantised: bool
 ) -> None:
     for linears, layer in zip(every, layers, strict=True):
         if not linears:
@@ -161,7 +161,7 @@ def _check_linears(
                 raise InputError(_adapted(name, masked=structure.masked(model)))
 
 
-def _quantised(name: str, linear: Linear) -> str:
+def _quantised(name: str, linear: PrunableLinear) -> str:
     return (
         f"`model` must be pruned in full precision, {name} is quantised ({linear.parameter.dtype}): prune the model "
         "that it was made from, and quantise after that; QLoRA leaves weights that can be pruned again where it was "
@@ -195,8 +195,8 @@ def _check_patterns(names: Collection[str], chosen_by: Mapping[str, Sequence[str
 
 
 def _chosen(
-    index: int, every: dict[str, Linear], targets: Sequence[str] | None, ignore: Sequence[str]
-) -> dict[str, Linear]:
+    index: int, every: dict[str, PrunableLinear], targets: Sequence[str] | None, ignore: Sequence[str]
+) -> dict[str, PrunableLinear]:
     chosen = {
         name: linear
         for name, linear in every.items()

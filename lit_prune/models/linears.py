@@ -26,7 +26,7 @@ EXPERT_PARTS = ("gate_up_proj", "down_proj")
 See = Callable[[str, Tensor, Tensor | None], None]
 
 
-class Linear(ABC):
+class PrunableLinear(ABC):
     """One matrix of a block, read and written as (out, in).
 
     Attributes:
@@ -64,7 +64,7 @@ class Linear(ABC):
 
 @final
 @dataclass(frozen=True)
-class Dense(Linear):
+class DenseLinear(PrunableLinear):
     """The matrix of an ``nn.Linear``."""
 
     name: str
@@ -83,7 +83,7 @@ class Dense(Linear):
 
 @final
 @dataclass(frozen=True)
-class Transposed(Linear):
+class TransposedLinear(PrunableLinear):
     """The matrix of a ``Conv1D``, which is stored (in, out)."""
 
     name: str
@@ -102,7 +102,7 @@ class Transposed(Linear):
 
 @final
 @dataclass(frozen=True)
-class ExpertSlice(Linear):
+class ExpertSlice(PrunableLinear):
     """One expert's slice of a fused parameter, which is (expert, out, in)."""
 
     name: str
@@ -123,7 +123,7 @@ class ExpertSlice(Linear):
 
 @final
 @dataclass(frozen=True)
-class Quantised(Linear):
+class QuantisedLinear(PrunableLinear):
     """The matrix of a linear in 4 or 8 bits."""
 
     name: str
@@ -154,20 +154,20 @@ class Quantised(Linear):
         raise TypeError(f"{self.name} is quantised.")
 
 
-def linears_of(layer: nn.Module) -> dict[str, Linear]:
+def linears_of(layer: nn.Module) -> dict[str, PrunableLinear]:
     """Returns all linears of a block by name; an expert's are named `<path of the experts>.<expert>.<parameter>`.
 
     Raises:
         InputError: for fused experts that are laid out in another way.
     """
-    found: list[Linear] = []
+    found: list[PrunableLinear] = []
     for path, module in layer.named_modules():
         if is_quantised(module):
-            found.append(Quantised(path, module))
+            found.append(QuantisedLinear(path, module))
         elif isinstance(module, nn.Linear):
-            found.append(Dense(path, module))
+            found.append(DenseLinear(path, module))
         elif isinstance(module, Conv1D):
-            found.append(Transposed(path, module))
+            found.append(TransposedLinear(path, module))
         elif _is_fused(path, module):
             found += [
                 ExpertSlice(f"{path}.{expert}.{part}", module, part, expert)
@@ -205,7 +205,7 @@ def _is_fused(path: str, module: nn.Module) -> bool:
 
 
 @contextmanager
-def watching(linears: Iterable[Linear], see: See) -> Iterator[None]:
+def watching(linears: Iterable[PrunableLinear], see: See) -> Iterator[None]:
     """Tells ``see`` what every linear is given, for as long as the context lasts.
 
     It is called with the linear's name, its input (..., in), and, for an expert, which of the batch's flattened
@@ -243,12 +243,12 @@ def _told_apart(experts: Any, names: dict[tuple[str, int], str], see: See) -> It
             y_PO.index_add_(0, rows_S, weighted_SO.float())
         return y_PO.to(x_PI.dtype)
 
-    with standing_in([experts], forward):
+    with patched_forward([experts], forward):
         yield
 
 
 @contextmanager
-def standing_in(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+def patched_forward(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
     """Calls ``forward`` in the place of each module's own, for as long as the context lasts."""
     own = [(module, module.__dict__.get("forward")) for module in modules]
     for module, _ in own:

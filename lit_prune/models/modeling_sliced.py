@@ -258,7 +258,7 @@ def take_shape(model: PreTrainedModel, sizes: Sequence[int]) -> None:
     head = untied_head(model)
     biased = replace_norm(model, layout.final_norm, hidden_size).bias is not None
     _shape_linear(head, columns=sizes[-1], biased=biased)
-    become(model, sizes)
+    convert_to_sliced(model, sizes)
 
 
 def _shape_layer(layer: Any, kind: type[SlicedLayer], hidden_size: int, width: int, following: int) -> None:
@@ -280,7 +280,7 @@ def _shape_linear(linear: Any, *, rows: int | None = None, columns: int | None =
     set_weight(linear, weight_OI, None if bias_O is None else bias_O[:rows].clone())
 
 
-def become(model: PreTrainedModel, sizes: Sequence[int]) -> None:
+def convert_to_sliced(model: PreTrainedModel, sizes: Sequence[int]) -> None:
     """Makes a model of these shapes an instance of its family's sliced class, in place, its config too."""
     kind: Any = sliced_class(model)
     model.config.__class__ = kind.config_class

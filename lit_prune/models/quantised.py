@@ -155,7 +155,7 @@ def check_zeros(weight_OI: Tensor, module: Any, name: str) -> None:
         raise RuntimeError(f"weights that were pruned are not zero in the {name} weight.")
 
 
-def shell(module: Any) -> nn.Linear:
+def sharing_weight(module: Any) -> nn.Linear:
     """Returns a linear of bitsandbytes' own that shares the weight of ``module``; its mask is in no state dict."""
     weight, ins, outs, bias = module.weight, module.in_features, module.out_features, module.bias is not None
     other: Any
@@ -180,7 +180,7 @@ def make_loadable(model: nn.Module) -> None:
     """Puts linears that a state dict can be loaded into in the place of those of a model that transformers opened."""
     for name, module in list(quantised_linears(model)):
         if not isinstance(module, (Linear4bit, Linear8bit)):
-            model.set_submodule(name, shell(module))
+            model.set_submodule(name, sharing_weight(module))
 
 
 def dense(module: Any, weight_OI: Tensor) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation
-from lit_prune.calibration.statistics import Observed, Seen
+from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.masks.zeros import zeros
@@ -91,7 +91,7 @@ class Method(ABC):
         blocks: Sequence[Block],
         *,
         rates: Sequence[float],
-        observed: Sequence[Observed],
+        observed: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> list[float]:
@@ -111,7 +111,7 @@ class Method(ABC):
         model: PreTrainedModel,
         blocks: Sequence[Block],
         *,
-        observed: Sequence[Observed],
+        observed: Sequence[BlockStatistics],
         device: torch.device,
         batches: Sequence[Batch],
     ) -> AbstractContextManager[Trial]:
@@ -139,7 +139,7 @@ class MaskMethod(Method):
     pattern: Pattern | None = None
 
     @abstractmethod
-    def prune(self, weights: Sequence[Tensor], seen: Seen, rate: float) -> list[Tensor]:
+    def prune(self, weights: Sequence[Tensor], seen: InputStatistics, rate: float) -> list[Tensor]:
         """Returns pruned copies of the weights, removed entries exactly 0; what is given is left as it is.
 
         Of each weight round(numel * rate) entries go; where a pattern says how many of each group, those.
@@ -193,7 +193,7 @@ class MaskMethod(Method):
         blocks: Sequence[Block],
         *,
         rates: Sequence[float],
-        observed: Sequence[Observed],
+        observed: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> list[float]:
@@ -213,7 +213,7 @@ class MaskMethod(Method):
         model: PreTrainedModel,
         blocks: Sequence[Block],
         *,
-        observed: Sequence[Observed],
+        observed: Sequence[BlockStatistics],
         device: torch.device,
         batches: Sequence[Batch],
     ) -> Iterator[Trial]:
@@ -231,14 +231,14 @@ class MaskMethod(Method):
             yield MaskedTrial(model, batches, ladder, grains)
 
     @torch.no_grad()
-    def _prune_next(self, walk: Stream | None, block: Block, observed: Observed, rate: float) -> None:
+    def _prune_next(self, walk: Stream | None, block: Block, observed: BlockStatistics, rate: float) -> None:
         """Prunes the block that ``walk`` stands before; its statistics are gone before the next block's are taken."""
         if walk is not None:
             observed = observe(walk, block, self.needs, advance=False)
         for name, weight_OI in self._cut(block, observed, rate):
             block.linears[name].write(weight_OI)
 
-    def _cut(self, block: Block, observed: Observed, rate: float) -> Iterator[tuple[str, Tensor]]:
+    def _cut(self, block: Block, observed: BlockStatistics, rate: float) -> Iterator[tuple[str, Tensor]]:
         """Yields the pruned weight of every linear; those of one input are pruned together."""
         for names in observed.groups(block.linears):
             weights = [block.linears[name].weight_OI.contiguous() for name in names]
@@ -257,10 +257,10 @@ class ScoredMethod(MaskMethod):
     by_row: ClassVar[bool]
 
     @abstractmethod
-    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+    def score(self, weight_OI: Tensor, seen: InputStatistics) -> Tensor:
         """Returns the score of every entry, at least 0, fp32; larger is kept."""
 
-    def prune(self, weights: Sequence[Tensor], seen: Seen, rate: float) -> list[Tensor]:
+    def prune(self, weights: Sequence[Tensor], seen: InputStatistics, rate: float) -> list[Tensor]:
         """Returns each weight with its smallest scores set to 0; what is gone already goes first."""
         assert self.pattern is not None
         pruned = []

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from lit_prune.calibration.statistics import Seen
+from lit_prune.calibration.statistics import InputStatistics
 from lit_prune.prune.base import Propagate, ScoredMethod
 from lit_prune.prune.patterns import Pattern, Unstructured
 
@@ -35,6 +35,6 @@ class Magnitude(ScoredMethod):
         """What is pruned does not hang on what passes through."""
         return "dense"
 
-    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+    def score(self, weight_OI: Tensor, seen: InputStatistics) -> Tensor:
         """Returns |W|."""
         return weight_OI.float().abs()

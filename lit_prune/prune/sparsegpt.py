@@ -12,9 +12,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lit_prune.calibration.statistics import GRAM, Seen
+from lit_prune.calibration.statistics import GRAM, InputStatistics
 from lit_prune.errors import InputError
-from lit_prune.progress import say
+from lit_prune.progress import log
 from lit_prune.prune.base import MaskMethod, Propagate
 from lit_prune.prune.patterns import Pattern, Unstructured
 
@@ -78,7 +78,7 @@ class SparseGPT(MaskMethod):
         assert self.pattern is not None
         return self.pattern.columns or self.span
 
-    def prune(self, weights: Sequence[Tensor], seen: Seen, rate: float) -> list[Tensor]:
+    def prune(self, weights: Sequence[Tensor], seen: InputStatistics, rate: float) -> list[Tensor]:
         """Returns the weights with what costs least set to 0, and the rest adjusted."""
         assert seen.gram_II is not None
         assert self.pattern is not None
@@ -157,7 +157,7 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> Tensor:
             identity_II = torch.eye(len(base_I), device=base_I.device)
             return torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
         damping *= 10
-        say(f"SparseGPT: X X^T of {len(base_I)} inputs cannot be factorised, damping raised to {damping:g}")
+        log(f"SparseGPT: X X^T of {len(base_I)} inputs cannot be factorised, damping raised to {damping:g}")
     raise InputError(
         "`calibration`: the input of a linear holds NaN or infinity, or numbers whose squares are too large."
     )

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from lit_prune.calibration.statistics import INPUTS, Seen
+from lit_prune.calibration.statistics import INPUTS, InputStatistics
 from lit_prune.prune.base import Propagate, ScoredMethod
 from lit_prune.prune.patterns import Pattern, Unstructured
 
@@ -37,7 +37,7 @@ class Wanda(ScoredMethod):
         object.__setattr__(self, "pattern", self.pattern or Unstructured())
         object.__setattr__(self, "propagate", self.propagate or "dense")
 
-    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+    def score(self, weight_OI: Tensor, seen: InputStatistics) -> Tensor:
         """Returns |W| * ||X||; |W| for an expert that no token reached, where ||X|| would tell nothing apart."""
         assert seen.norm_I is not None
         return weight_OI.float().abs() * (seen.norm_I if seen.norm_I.any() else 1.0)

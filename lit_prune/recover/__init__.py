@@ -1,6 +1,6 @@
 """What heals the model after the cut. One file a recovery; importing them here makes their short names resolve."""
 
-from lit_prune.masks.freeze import held_masks, hold_masks, hold_zeros, holds_zeros
+from lit_prune.masks.freeze import freeze_zeros, freezes_zeros, gradient_masks, restore_gradient_masks
 from lit_prune.recover.adapter import adapter_config, merged_weight, train_adapter
 from lit_prune.recover.base import Recovery
 from lit_prune.recover.full import FullFineTuning
@@ -17,14 +17,14 @@ __all__ = [
     "QLoRA",
     "Recovery",
     "adapter_config",
-    "held_masks",
-    "hold_masks",
-    "hold_zeros",
-    "holds_zeros",
+    "freeze_zeros",
+    "freezes_zeros",
+    "gradient_masks",
     "mark",
     "merged_weight",
     "quantise",
     "rebuild",
+    "restore_gradient_masks",
     "snapshot",
     "train_adapter",
 ]

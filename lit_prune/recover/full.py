@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
-from lit_prune.masks.freeze import hold_zeros
+from lit_prune.masks.freeze import freeze_zeros
 from lit_prune.recover.base import Recovery
 
 
@@ -36,4 +36,4 @@ class FullFineTuning(Recovery):
 
     def attach(self, model: PreTrainedModel) -> None:
         """Makes the zeros in the linears of the blocks stay zeros."""
-        hold_zeros(model)
+        freeze_zeros(model)

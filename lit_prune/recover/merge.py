@@ -15,7 +15,7 @@ from lit_prune.models.quantised import (
     is_quantised,
     quantisation,
     quantised_linears,
-    shell,
+    sharing_weight,
     unquantised,
 )
 from lit_prune.recover import adapter_config, mark, merged_weight
@@ -47,7 +47,7 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
         plain = AutoModelForCausalLM.from_config(unquantised(model.config), dtype=model.dtype)
     packed = {name.replace(".base_layer", ""): module for name, module in quantised_linears(model)}
     for name, module in packed.items():
-        plain.set_submodule(name, shell(module))
+        plain.set_submodule(name, sharing_weight(module))
     within = tuple(f"{name}." for name in packed)
     told = plain.load_state_dict(base_weights(model, but=within), strict=False, assign=True)
     assert all(name.startswith(within) for name in (*told.missing_keys, *told.unexpected_keys)), told

@@ -7,7 +7,7 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 from transformers import PreTrainedModel
 
-from lit_prune.masks.freeze import hold_zeros, holds_zeros
+from lit_prune.masks.freeze import freeze_zeros, freezes_zeros
 from lit_prune.models import structure
 from lit_prune.models.modeling_sliced import SlicedCausalLM, take_shape
 from lit_prune.models.quantised import make_loadable, quantisation
@@ -24,7 +24,7 @@ def snapshot(model: PreTrainedModel) -> dict[str, Any]:
         "adapter": adapter_config(model),
         "masked_adapter": has_masked_adapter(model),
         "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
-        "holds_zeros": holds_zeros(model),
+        "freezes_zeros": freezes_zeros(model),
     }
 
 
@@ -43,5 +43,5 @@ def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
         add_adapter(model, config, masked=stored.get("masked_adapter", False))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in stored["trained"])
-    if stored.get("holds_zeros"):
-        hold_zeros(model)
+    if stored.get("freezes_zeros"):
+        freeze_zeros(model)

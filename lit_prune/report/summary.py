@@ -154,7 +154,7 @@ def _seconds(cuts: Sequence[dict[str, Any]], first: str) -> dict[str, float]:
 
 
 def _slice(plain: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) -> dict[str, Any] | None:
-    """What a model that was sliced in this run has become, beside what it was."""
+    """What a model that was sliced in this run has convert_to_sliced, beside what it was."""
     if recipe is None:
         requested = None if done.get("achieved") else (done.get("recipe") or {}).get("sparsity")
     else:

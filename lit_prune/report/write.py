@@ -10,14 +10,14 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.allocate import write_plan
 from lit_prune.allocate.plan import MEAN_TOLERANCE
-from lit_prune.calibration.cached_statistics import FILE, Stored, write_stored
+from lit_prune.calibration.cached_statistics import FILE, CachedStatistics, write_statistics
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.export.folder import export, form
 from lit_prune.export.run_folder import RunFolder
 from lit_prune.export.verify import Validation, verify
 from lit_prune.files import write_text, written_aside
-from lit_prune.progress import say
+from lit_prune.progress import log
 from lit_prune.report import report as reports
 from lit_prune.report.report import Report
 
@@ -62,7 +62,7 @@ def _card(report: Report, base: str, tokenizer: Tokenizer | None) -> str:
     return reports.model_card(report, base, base if tokenizer is None else "this/folder")
 
 
-def write_scores(folder: Path, report: Report, stored: Stored) -> list[Path]:
+def write_scores(folder: Path, report: Report, stored: CachedStatistics) -> list[Path]:
     """Writes plan, statistics, picture and report.json of a look at the blocks; returns what was written."""
     plan, mean = folder / "plan.yaml", report["sparsity"]["planned"]
     header = f"block: share to remove; mean {mean:.6g}, by {report['recipe']['allocation']}\n"
@@ -74,7 +74,7 @@ def write_scores(folder: Path, report: Report, stored: Stored) -> list[Path]:
     with written_aside(plan) as draft:
         write_plan(draft, report["rates"], report["scores"], header)
     with written_aside(folder / FILE) as draft:
-        write_stored(draft, stored)
+        write_statistics(draft, stored)
     return [plan, folder / FILE, *_told(folder, report)]
 
 
@@ -90,6 +90,6 @@ def _told(folder: Path, report: Report) -> list[Path]:
     except InputError:
         raise
     except Exception as error:  # of the drawing: a run that is through is not lost by its picture
-        say(f"{image} could not be drawn: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        log(f"{image} could not be drawn: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
         return [numbers]
     return [image, numbers]

@@ -25,7 +25,7 @@ Cut = Callable[[Block, float], Weights]
 DENSE = "dense"
 
 
-class Ladder:
+class MaskCache:
     """The weights of blocks at the rates that were asked for, in a folder.
 
     A rung is made from the dense weights when it is first asked for. What is kept of it is one bit for every weight,
@@ -102,7 +102,9 @@ def _rebuilt(stored: Weights, name: str, dense_OI: Tensor) -> Tensor:
 class MaskedTrial(Trial):
     """A model whose blocks stand on the rungs of a ladder."""
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], ladder: Ladder, grains: Sequence[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], ladder: MaskCache, grains: Sequence[int]
+    ) -> None:
         super().__init__(model, batches)
         self.ladder, self.grains = ladder, grains
 
@@ -112,10 +114,10 @@ class MaskedTrial(Trial):
 
 
 @contextmanager
-def climbing(blocks: Sequence[Block], cut: Cut) -> Iterator[Ladder]:
+def climbing(blocks: Sequence[Block], cut: Cut) -> Iterator[MaskCache]:
     """Gives a ladder in a temporary folder (`TMPDIR` says where); at the end the blocks are as they were."""
     with TemporaryDirectory(prefix="lit_prune-rungs-") as folder:
-        ladder = Ladder(blocks, cut, Path(folder))
+        ladder = MaskCache(blocks, cut, Path(folder))
         try:
             yield ladder
         finally:

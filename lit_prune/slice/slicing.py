@@ -17,15 +17,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
 from lit_prune.models.families import Block, find_blocks
-from lit_prune.models.modeling_sliced import SlicedLayer, Step, become, replace_norm, sliced_class, untied_head
-from lit_prune.progress import say, track
+from lit_prune.models.modeling_sliced import (
+    SlicedLayer,
+    Step,
+    convert_to_sliced,
+    replace_norm,
+    sliced_class,
+    untied_head,
+)
+from lit_prune.progress import log, track
 from lit_prune.prune.base import Method, Propagate
 from lit_prune.search.trial import Trial, moved
 from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
@@ -97,7 +104,7 @@ class Slicing(Method):
         blocks: Sequence[Block],
         *,
         rates: Sequence[float],
-        observed: Sequence[Observed],
+        observed: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> list[float]:
@@ -115,7 +122,7 @@ class Slicing(Method):
         model: PreTrainedModel,
         blocks: Sequence[Block],
         *,
-        observed: Sequence[Observed],
+        observed: Sequence[BlockStatistics],
         device: torch.device,
         batches: Sequence[Batch],
     ) -> Iterator[Trial]:
@@ -150,7 +157,7 @@ class Slicing(Method):
                 whole = block is blocks[-1] and not self.slice_head
                 walk.through(block, width, None if whole else following)
         walk.head()
-        become(model, widths)
+        convert_to_sliced(model, widths)
 
 
 class _Walk:
@@ -233,9 +240,9 @@ def _tell(model: PreTrainedModel, before: int, tied: bool) -> None:
     """Says what became of the head, and whether the model grew."""
     after, head = parameters(model), model.get_output_embeddings().weight.numel()
     if tied:
-        say(f"The head was tied to the embedding; a sliced model has a head of its own, {head:,} parameters more.")
+        log(f"The head was tied to the embedding; a sliced model has a head of its own, {head:,} parameters more.")
     if after > before:
-        say(
+        log(
             f"Warning: slicing made the model bigger, from {before:,} to {after:,} parameters "
             f"({after / before - 1:+.1%}): its shortcuts and its head weigh more than what was cut. Slice more, or "
             "use masks."

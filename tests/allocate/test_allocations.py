@@ -9,7 +9,7 @@ import torch
 
 from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Plan, Uniform, allocate
 from lit_prune.allocate.base import weighted_mean
-from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 
 LEAVES = [leaf for leaf in Allocation.__subclasses__() if leaf.__module__.startswith("lit_prune.") and leaf is not Plan]
@@ -22,7 +22,7 @@ def rates(allocation: Allocation, scores: list[float], sparsity: float, **bounds
 def test_dlp_score_is_the_median_over_all_linears_together() -> None:
     # A = [[1, 4, 9]] and [[2, 6]]: the median of 1, 2, 4, 6, 9 is 4
     weights = {"a": torch.tensor([[1.0, -2.0, 3.0]]), "b": torch.tensor([[-2.0, 3.0]])}
-    observed = Observed({"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([1.0, 2.0])})
+    observed = BlockStatistics({"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.tensor([1.0, 2.0])})
     assert DLP().score(weights, observed) == 4
     assert DLP(statistic="mean").score(weights, observed) == pytest.approx(22 / 5)
     assert DLP(statistic="max").score(weights, observed) == 9
@@ -33,7 +33,7 @@ def test_dlp_score_is_the_median_over_all_linears_together() -> None:
 
 def test_dlp_score_leaves_removed_weights_out() -> None:
     weights = {"a": torch.tensor([[0.0, 0.0, 0.0, 5.0, 7.0, 9.0]])}
-    assert DLP().score(weights, Observed({"a": torch.ones(6)})) == 7
+    assert DLP().score(weights, BlockStatistics({"a": torch.ones(6)})) == 7
 
 
 def test_dlp_rates_by_hand() -> None:
@@ -182,7 +182,7 @@ def test_a_score_is_one_finite_number_and_touches_nothing(leaf: type[Allocation]
     for weight in weights.values():
         weight[torch.rand(12, 16, generator=random) < share] = 0
     before = {name: weight.clone() for name, weight in weights.items()}
-    observed = Observed({name: torch.rand(16, generator=random) for name in weights}, cosine=0.9)
+    observed = BlockStatistics({name: torch.rand(16, generator=random) for name in weights}, cosine=0.9)
     found = leaf().score(weights, observed)
     assert isinstance(found, float)
     assert math.isfinite(found)

@@ -8,7 +8,7 @@ import torch
 
 from lit_prune.allocate import AlphaPruning, allocate
 from lit_prune.allocate.alpha_pruning import eigenvalues, power_law_exponent
-from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 
 
@@ -52,12 +52,12 @@ def test_score_is_the_mean_over_the_linears_that_have_a_spectrum() -> None:
     first = torch.tensor([1, 1, math.e, math.e**2]).sqrt().diag()  # 7/3
     second = torch.tensor([1, math.e]).sqrt().diag()  # 1 + 2 / 1
     weights = {"a": first, "b": second, "gone": torch.zeros(3, 3), "level": torch.eye(3)}
-    assert AlphaPruning().score(weights, Observed()) == pytest.approx((7 / 3 + 3) / 2, rel=1e-5)
+    assert AlphaPruning().score(weights, BlockStatistics()) == pytest.approx((7 / 3 + 3) / 2, rel=1e-5)
 
 
 def test_a_block_without_a_spectrum_is_an_error() -> None:
     with pytest.raises(InputError, match=r"got one where the singular values of q, k are all equal or all 0; use anot"):
-        AlphaPruning().score({"q": torch.eye(4), "k": torch.zeros(2, 2)}, Observed())
+        AlphaPruning().score({"q": torch.eye(4), "k": torch.zeros(2, 2)}, BlockStatistics())
 
 
 def test_rates_by_hand() -> None:

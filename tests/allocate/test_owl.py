@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from lit_prune.allocate import OWL, allocate
-from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 
 
 def test_score_is_the_share_of_outliers_over_all_linears_together() -> None:
     # A = [[1, 1, 1, 1], [1, 1, 1, 1]] and [[2, 30]]: mean 4, so that above 5 * 4 there is one of ten
     weights = {"a": torch.tensor([[1.0, -1, 1, -1], [1, 1, 1, 1]]), "b": torch.tensor([[2.0, -10.0]])}
-    observed = Observed({"a": torch.ones(4), "b": torch.tensor([1.0, 3.0])})
+    observed = BlockStatistics({"a": torch.ones(4), "b": torch.tensor([1.0, 3.0])})
     assert OWL().score(weights, observed) == pytest.approx(0.1)
     assert OWL(threshold=8).score(weights, observed) == 0
 
@@ -19,9 +19,9 @@ def test_score_is_the_share_of_outliers_over_all_linears_together() -> None:
 def test_score_leaves_removed_weights_out() -> None:
     # what is left is [1, 1, 1, 1, 16], of mean 4: one of five is above 3 * 4; zeros would make the mean 2 and it 1/10
     weights = {"a": torch.tensor([[0.0, 0, 0, 0, 0, 1, 1, 1, 1, 16]])}
-    assert OWL(threshold=3).score(weights, Observed({"a": torch.ones(10)})) == pytest.approx(0.2)
-    assert OWL(threshold=4.5).score(weights, Observed({"a": torch.ones(10)})) == 0
-    assert OWL().score({"a": torch.zeros(2, 3)}, Observed({"a": torch.ones(3)})) == 0
+    assert OWL(threshold=3).score(weights, BlockStatistics({"a": torch.ones(10)})) == pytest.approx(0.2)
+    assert OWL(threshold=4.5).score(weights, BlockStatistics({"a": torch.ones(10)})) == 0
+    assert OWL().score({"a": torch.zeros(2, 3)}, BlockStatistics({"a": torch.ones(3)})) == 0
 
 
 def test_rates_by_hand() -> None:

@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
-from lit_prune.calibration.cached_statistics import FILE, Stored, key_of, read_stored, write_stored
+from lit_prune.calibration.cached_statistics import FILE, CachedStatistics, key_of, read_statistics, write_statistics
 from lit_prune.calibration.statistics import COSINE, GRAM, INPUTS
 from lit_prune.errors import InputError
-from lit_prune.pipeline import check_stored, check_stored_unread, look, prune, score
+from lit_prune.pipeline import check_expected_statistics, check_statistics, look, prune, score
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
@@ -22,22 +22,22 @@ Batches = list[torch.Tensor]
 ALL = Recipe(SparseGPT(propagate="dense"))
 
 
-def kept(model: PreTrainedModel, batches: Batches, folder: Path, recipe: Recipe = ALL) -> Stored:
-    write_stored(folder / FILE, look(model, batches, recipe, settings={"model": "small"})[1])
-    return read_stored(folder)
+def kept(model: PreTrainedModel, batches: Batches, folder: Path, recipe: Recipe = ALL) -> CachedStatistics:
+    write_statistics(folder / FILE, look(model, batches, recipe, settings={"model": "small"})[1])
+    return read_statistics(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_gives_back_what_was_written(family: str, batches: Batches, tmp_path: Path) -> None:
     model = small_model(family)
     _, stored = look(model, batches, ALL, settings={"model": "small"})
-    write_stored(tmp_path / FILE, stored)
-    read = read_stored(tmp_path / FILE)
+    write_statistics(tmp_path / FILE, stored)
+    read = read_statistics(tmp_path / FILE)
     assert read.key == stored.key == key_of(model, batches, {"model": "small"})
     assert read.taken == stored.taken == {INPUTS, COSINE, GRAM}
     assert read.scores == stored.scores
     for one, other in zip(read.observed, stored.observed, strict=True):
-        assert (one.cosine, one.leaders) == (other.cosine, other.leaders)
+        assert (one.cosine, one.shared_inputs) == (other.cosine, other.shared_inputs)
         for mine, theirs in ((one.norms, other.norms), (one.grams, other.grams)):
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(mine[name], theirs[name]) for name in mine)
@@ -98,7 +98,7 @@ def test_what_differs_is_said(batches: Batches, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="statistics.safetensors is of others: other calibration tokens. Run"):
         prune(model, batches[:-1], Recipe(), stored=stored)
     with pytest.raises(InputError, match="other calibration tokens; `model` small, now big. Run `lit-prune score`"):
-        check_stored(stored, model, batches[:-1], Recipe(), {"model": "big"})
+        check_statistics(stored, model, batches[:-1], Recipe(), {"model": "big"})
     old = dataclasses.replace(
         stored, key=dataclasses.replace(stored.key, versions=stored.key.versions | {"torch": "1"})
     )
@@ -128,16 +128,16 @@ def test_what_is_not_there_is_said(batches: Batches, tmp_path: Path) -> None:
         prune(model, batches, Recipe(Wanda()), stored=stored)
     prune(small_model(), batches, Recipe(Slicing(multiple=4), 0.25, LayerRedundancy()), stored=stored)
     read = {"model": "small", "calibration.num_samples": 4, "calibration.seq_length": 16}
-    check_stored_unread(stored, model, Recipe(Wanda(), targets=["q_proj"]), read)
+    check_expected_statistics(stored, model, Recipe(Wanda(), targets=["q_proj"]), read)
     with pytest.raises(InputError, match=r"must be of this model, which has 4 blocks, .* is of 3\. Run `lit-prune sc"):
-        check_stored_unread(stored, small_model(num_hidden_layers=4), Recipe(Slicing()), read)
+        check_expected_statistics(stored, small_model(num_hidden_layers=4), Recipe(Slicing()), read)
 
 
 def test_no_file_of_statistics(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`pruning.statistics` must be there"):
-        read_stored(tmp_path)
+        read_statistics(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no")
     for name in ("other", "text"):
         with pytest.raises(InputError, match=f"must be a file of `lit-prune score`, .*{name}.safetensors is none"):
-            read_stored(tmp_path / f"{name}.safetensors")
+            read_statistics(tmp_path / f"{name}.safetensors")

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_prune.data.loaders import Evened, ResumableLoader
+from lit_prune.data.loaders import PaddedDataset, ResumableLoader
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -94,12 +94,12 @@ def test_it_draws_nothing_from_the_global_random_numbers() -> None:
 def test_added_items_predict_nothing_and_the_others_are_as_they_were() -> None:
     rows = [torch.arange(4) + 10 * index for index in range(5)]
     items: Any = [{"input_ids": row} for row in rows]
-    assert Evened(items, 5)[4] == items[4]  # none has to be added
-    evened = Evened(items, 3)
+    assert PaddedDataset(items, 5)[4] == items[4]  # none has to be added
+    evened = PaddedDataset(items, 3)
     found = [evened[index] for index in range(len(evened))]
     assert len(found) == 6
     assert all(torch.equal(item["labels"], row) for item, row in zip(found[:5], rows, strict=True))
     assert torch.equal(found[5]["labels"], torch.full((4,), -100))
     assert torch.equal(found[5]["input_ids"], rows[0])
     answers: Any = [{"input_ids": row, "labels": row.masked_fill(row < 2, -100)} for row in rows]
-    assert Evened(answers, 2)[0]["labels"].tolist() == [-100, -100, 2, 3]
+    assert PaddedDataset(answers, 2)[0]["labels"].tolist() == [-100, -100, 2, 3]

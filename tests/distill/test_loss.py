@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from lit_prune.distill import loss
 from lit_prune.distill.loss import divergence
+from lit_prune.distill.teacher_model import Logits
 from lit_prune.distill.top_k import TopLogits
-from lit_prune.distill.twin import Logits
 
 EVERY = torch.ones(1, dtype=torch.bool)
 

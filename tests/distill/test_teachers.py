@@ -8,7 +8,17 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import Uniform
-from lit_prune.distill import Copy, Dense, Distillation, Distilled, Kept, Removed, Student, Teacher, TopK
+from lit_prune.distill import (
+    Copy,
+    DenseModel,
+    Distillation,
+    Distilled,
+    SparseDelta,
+    Student,
+    Teacher,
+    TeacherState,
+    TopK,
+)
 from lit_prune.errors import InputError
 from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
@@ -18,21 +28,23 @@ from lit_prune.slice import Slicing
 from tests.conftest import FAMILIES, small_model
 
 CPU = torch.device("cpu")
-EXACT = [Copy(), Removed()]
+EXACT = [Copy(), SparseDelta()]
 ROUGH = {Copy("bfloat16"): 0.05, Copy("nf4"): 0.6, TopK(64): 0.004, TopK(32): 0.004}  # greatest difference of log q
 IDS = torch.randint(1, 64, (3, 16), generator=torch.Generator().manual_seed(2))
 
 
-def kept(teacher: Teacher, model: PreTrainedModel, student: Student, **fields: Any) -> Kept:
+def kept(teacher: Teacher, model: PreTrainedModel, student: Student, **fields: Any) -> TeacherState:
     batches = fields.pop("windows", [{"input_ids": IDS}])
     teacher.check(student)
-    return teacher.keep(Dense(model, student, 1.0, CPU, lambda: batches, **fields))
+    return teacher.keep(DenseModel(model, student, 1.0, CPU, lambda: batches, **fields))
 
 
-def says(teacher: Kept, model: PreTrainedModel, ids: torch.Tensor = IDS, **inputs: torch.Tensor) -> torch.Tensor:
+def says(
+    teacher: TeacherState, model: PreTrainedModel, ids: torch.Tensor = IDS, **inputs: torch.Tensor
+) -> torch.Tensor:
     """The teacher's log-probabilities of all positions, with what the model has to say of the others."""
     log_p = model(ids).logits.detach().flatten(0, 1).log_softmax(-1)
-    return teacher.lesson({"input_ids": ids, **inputs}).log_q(torch.arange(ids.numel()), log_p, 1.0)
+    return teacher.output({"input_ids": ids, **inputs}).log_q(torch.arange(ids.numel()), log_p, 1.0)
 
 
 def taught(model: PreTrainedModel, student: Student, steps: int = 3) -> None:
@@ -91,7 +103,7 @@ def test_it_says_what_the_dense_model_says(teacher: Teacher, name: str) -> None:
 def test_of_every_family(family: str) -> None:
     student, model = Student(Recipe(Magnitude(), 0.5, Uniform()), LoRA()), small_model(family)
     dense = model(IDS).logits.detach().flatten(0, 1).log_softmax(-1)
-    teaching = kept(Removed(), model, student)
+    teaching = kept(SparseDelta(), model, student)
     taught(model, student, steps=1)
     assert torch.equal(says(teaching, model), dense)
 
@@ -114,7 +126,7 @@ def test_bytes_that_are_kept() -> None:
     assert kept(Copy("bfloat16"), model, beside).size_bytes() == 2 * every
     assert kept(Copy("nf4"), model, beside).size_bytes() == linears // 2 + 4 * linears // 64
     assert kept(TopK(8), model, beside).size_bytes() == IDS.numel() * 8 * 6
-    teaching = kept(Removed(), model, beside)
+    teaching = kept(SparseDelta(), model, beside)
     taught(model, beside)
     says(teaching, model)
     assert teaching.size_bytes() == pytest.approx(2 * linears, rel=1e-3)
@@ -137,8 +149,8 @@ def test_a_student_of_two_bytes_is_copied_as_it_is() -> None:
     dense = model(IDS).logits.detach().flatten(0, 1)
     for store in ("same", "bfloat16"):
         teaching = kept(Copy(store), model, STUDENTS["LoRA"])
-        assert teaching.lesson({"input_ids": IDS}).logits_NV.dtype == torch.bfloat16  # type: ignore[attr-defined]
-        assert torch.equal(teaching.lesson({"input_ids": IDS}).logits_NV, dense)  # type: ignore[attr-defined]
+        assert teaching.output({"input_ids": IDS}).logits_NV.dtype == torch.bfloat16  # type: ignore[attr-defined]
+        assert torch.equal(teaching.output({"input_ids": IDS}).logits_NV, dense)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("store", ["same", "bfloat16", "nf4"])
@@ -151,7 +163,7 @@ def test_a_copy_comes_back_from_its_weights_to_the_bit(store: Any, name: str) ->
             parameter.data.mul_(2)
     again = kept(Copy(store), other, STUDENTS[name], weights=first.weights())
     ids = {"input_ids": IDS}
-    assert torch.equal(again.lesson(ids).logits_NV, first.lesson(ids).logits_NV)  # type: ignore[attr-defined]
+    assert torch.equal(again.output(ids).logits_NV, first.output(ids).logits_NV)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("store", ["bfloat16", "nf4"])
@@ -177,20 +189,20 @@ def test_windows_are_known_by_their_tokens() -> None:
     teaching = kept(TopK(5), model, STUDENTS["LoRA"], windows=windows())
     expected = model(IDS).logits.log_softmax(-1).topk(5, -1)
     for rows in ([2, 0], [1]):
-        lesson: Any = teaching.lesson({"input_ids": IDS[rows]})
-        assert torch.equal(lesson.words_NK, expected.indices[rows].flatten(0, 1))
-        torch.testing.assert_close(lesson.log_q_NK, expected.values[rows].flatten(0, 1), rtol=1e-3, atol=1e-3)
+        output: Any = teaching.output({"input_ids": IDS[rows]})
+        assert torch.equal(output.words_NK, expected.indices[rows].flatten(0, 1))
+        torch.testing.assert_close(output.log_q_NK, expected.values[rows].flatten(0, 1), rtol=1e-3, atol=1e-3)
     with pytest.raises(InputError, match="must not be TopK where the training dataloader gives other windows"):
-        teaching.lesson({"input_ids": IDS.flip(1)})
+        teaching.output({"input_ids": IDS.flip(1)})
     mask = torch.ones_like(IDS)
     mask[:, -1] = 0
     with pytest.raises(InputError, match="gives other windows"):
-        teaching.lesson({"input_ids": IDS, "attention_mask": mask})
-    teaching.lesson({"input_ids": IDS, "position_ids": torch.arange(16)[None]})
+        teaching.output({"input_ids": IDS, "attention_mask": mask})
+    teaching.output({"input_ids": IDS, "position_ids": torch.arange(16)[None]})
     with pytest.raises(InputError, match="gives other windows"):
-        teaching.lesson({"input_ids": IDS, "position_ids": torch.arange(1, 17)[None]})
+        teaching.output({"input_ids": IDS, "position_ids": torch.arange(1, 17)[None]})
     with pytest.raises(InputError, match="where the LLM is called with cache_position, without which it looked up"):
-        teaching.lesson({"input_ids": IDS, "cache_position": torch.arange(16)})
+        teaching.output({"input_ids": IDS, "cache_position": torch.arange(16)})
 
 
 def padded(rows: list[torch.Tensor], pad: int) -> dict[str, torch.Tensor]:
@@ -206,8 +218,8 @@ def test_padded_windows_are_known_whatever_they_share_a_batch_with() -> None:
     teaching = kept(TopK(64), model, STUDENTS["LoRA"], windows=[padded(rows[:2], 0), padded(rows[2:], 2)])
     assert teaching.size_bytes() == (5 + 9 + 9) * 64 * 6
     log_p = torch.randn(2 * 12, 64, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
-    lesson = teaching.lesson(padded([rows[2], rows[0]], 3))
-    found = lesson.log_q(torch.arange(24), log_p, 1.0).unflatten(0, (2, 12))
+    output = teaching.output(padded([rows[2], rows[0]], 3))
+    found = output.log_q(torch.arange(24), log_p, 1.0).unflatten(0, (2, 12))
     for row, said in ((rows[2], found[0]), (rows[0], found[1])):
         expected = model(row[None]).logits[0].log_softmax(-1)
         torch.testing.assert_close(said[: len(row)], expected, rtol=1e-3, atol=4e-3)
@@ -223,7 +235,7 @@ def test_packed_windows_are_known_by_their_positions_too() -> None:
     assert (expected - model(IDS[:1]).logits[0].log_softmax(-1)).abs().max() > 0.01
     assert (says(teaching, model, IDS[:1], position_ids=positions) - expected).abs().max() < 4e-3
     with pytest.raises(InputError, match="gives other windows"):
-        teaching.lesson({"input_ids": IDS[:1]})
+        teaching.output({"input_ids": IDS[:1]})
 
 
 @pytest.mark.parametrize(
@@ -237,8 +249,10 @@ def test_packed_windows_are_known_by_their_positions_too() -> None:
     ],
 )
 def test_removed_weights_that_could_not_be_put_back(name: str, why: str) -> None:
-    with pytest.raises(InputError, match=f"`pruning.distillation.teacher` must not be Removed here, {why}.*: use Copy"):
-        Removed().check(STUDENTS[name])
+    with pytest.raises(
+        InputError, match=f"`pruning.distillation.teacher` must not be SparseDelta here, {why}.*: use Copy"
+    ):
+        SparseDelta().check(STUDENTS[name])
 
 
 def test_words_are_looked_up_at_step_0_alone() -> None:

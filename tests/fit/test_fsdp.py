@@ -15,7 +15,15 @@ from lit_prune.errors import InputError
 from lit_prune.fit.fsdp import begin_states, gathered, is_sharded, shard
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
-from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, held_masks, hold_masks, hold_zeros, snapshot
+from lit_prune.recover import (
+    FullFineTuning,
+    LoRA,
+    MaskedLoRA,
+    freeze_zeros,
+    gradient_masks,
+    restore_gradient_masks,
+    snapshot,
+)
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
 from tests.recover.test_held import train, zero_weights
@@ -90,7 +98,7 @@ def test_zeros_of_shards_stay_zero_and_training_is_that_of_a_whole_model(mesh: D
     FullFineTuning().attach(alone)
     zeros = list(zero_weights(alone).values())
     shard(model, mesh)
-    hold_zeros(model)
+    freeze_zeros(model)
     for trained in (alone, model):
         train(trained, torch.optim.AdamW(trained.parameters(), lr=1e-2, weight_decay=0.1), accumulated=2)
     whole = gathered(model)
@@ -105,17 +113,17 @@ def test_masks_of_shards_are_stored_whole_and_taken_up(mesh: DeviceMesh) -> None
     model = pruned()
     zeros = [gone.sum() for gone in zero_weights(model).values()]
     shard(model, mesh)
-    hold_zeros(model)
-    assert held_masks(model) == {}  # no gradient has come
+    freeze_zeros(model)
+    assert gradient_masks(model) == {}  # no gradient has come
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=1)
-    masks = held_masks(model)
+    masks = gradient_masks(model)
     assert len(masks) == len(zeros)
     assert all(isinstance(bits, torch.Tensor) and type(bits) is torch.Tensor for bits in masks.values())
     name = next(iter(masks))
     masks[name] = torch.zeros_like(masks[name])  # holds nothing
-    hold_masks(model, masks)
+    restore_gradient_masks(model, masks)
     train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=1)
-    assert torch.equal(held_masks(model)[name], masks[name])
+    assert torch.equal(gradient_masks(model)[name], masks[name])
     whole = gathered(model)
     assert whole is not None
     assert int((whole.get_parameter(name) == 0).sum()) < zeros[0]

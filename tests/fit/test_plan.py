@@ -8,7 +8,7 @@ import pytest
 from lit_prune.allocate import DLP, Plan, write_plan
 from lit_prune.calibration.windows import Calibration
 from lit_prune.errors import InputError
-from lit_prune.fit.plan import Course
+from lit_prune.fit.plan import FitPlan
 from lit_prune.models import structure
 from lit_prune.prune import NofM, Wanda
 from lit_prune.recipe import Recipe
@@ -19,9 +19,9 @@ from tests.conftest import small_model
 ONE, TWO = (Cut(0, 0.5),), (Cut(0, 0.25), Cut(4, 0.5))
 
 
-def course(cuts: tuple[Cut, ...] = ONE, recipe: Recipe | None = Recipe(Wanda(), 0.5, DLP()), **fields: Any) -> Course:  # noqa: B008 (frozen)
+def course(cuts: tuple[Cut, ...] = ONE, recipe: Recipe | None = Recipe(Wanda(), 0.5, DLP()), **fields: Any) -> FitPlan:  # noqa: B008 (frozen)
     parts = dict.fromkeys(("before", "recovery", "distillation", "stored", "blocks", "keep_zeros"))
-    return Course(recipe=recipe, cuts=cuts, **parts | {"calibration": Calibration()} | fields)
+    return FitPlan(recipe=recipe, cuts=cuts, **parts | {"calibration": Calibration()} | fields)
 
 
 @pytest.mark.parametrize(

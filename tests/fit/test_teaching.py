@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
 from lit_prune.data.datamodule import PackedWindows
 from lit_prune.data.loaders import ResumableLoader
-from lit_prune.distill import Copy, Distillation, Removed, TopK
+from lit_prune.distill import Copy, Distillation, SparseDelta, TopK
 from lit_prune.errors import InputError
 from lit_prune.export.folder import export
 from lit_prune.fit.batches import training_windows
@@ -34,8 +34,8 @@ def dense_of(pruning: DynamicPruningCallback) -> torch.Tensor:
     """What the teacher of a run says."""
     assert pruning.teaching is not None
     assert pruning.teaching.distilled is not None
-    lesson: Any = pruning.teaching.distilled.kept.lesson({"input_ids": IDS})
-    return lesson.logits_NV
+    output: Any = pruning.teaching.distilled.kept.output({"input_ids": IDS})
+    return output.logits_NV
 
 
 class Watch(Callback):
@@ -64,7 +64,7 @@ class Slow(Foreign):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=2e-3)
 
 
-@pytest.mark.parametrize("teacher", [Copy(), Copy("nf4"), Removed(), TopK(64)], ids=str)
+@pytest.mark.parametrize("teacher", [Copy(), Copy("nf4"), SparseDelta(), TopK(64)], ids=str)
 def test_a_fit_under_a_teacher(teacher: Any) -> None:
     module, pruning, watch = Slow(), callback(distillation=Distillation(1.0, 1.0, teacher)), Watch()
     trainer = fit(module, pruning, callbacks=[watch], max_steps=8)
@@ -116,7 +116,7 @@ def test_the_teacher_is_the_model_right_before_the_first_cut(fields: dict[str, A
             said.append(pl_module.model(IDS).logits[0])
 
     fit(module, pruning, callbacks=[watch, Before()], max_steps=5)
-    exact = pruning.course.distillation is not None and pruning.course.distillation.teacher == Copy()
+    exact = pruning.fit_plan.distillation is not None and pruning.fit_plan.distillation.teacher == Copy()
     torch.testing.assert_close(dense_of(pruning).float(), said[first], **({} if exact else {"rtol": 0.1, "atol": 0.02}))
     assert not torch.allclose(watch.said[first], said[first], atol=1e-3)  # it was cut
     assert ["train/distillation" in logged for logged in watch.logged] == [step >= first for step in range(5)]
@@ -161,7 +161,7 @@ def test_a_module_that_gives_no_labels_is_refused_at_its_first_step() -> None:
     ("fields", "message"),
     [
         ({"method": None}, "`pruning.distillation` must be null where `pruning.method` is"),
-        ({"distillation": Distillation(teacher=Removed()), "method": SparseGPT()}, "must not be Removed here"),
+        ({"distillation": Distillation(teacher=SparseDelta()), "method": SparseGPT()}, "must not be SparseDelta here"),
         ({"distillation": Distillation(teacher=TopK()), "at_step": 2}, "must not be TopK where the first cut"),
     ],
 )
@@ -172,7 +172,7 @@ def test_what_cannot_be_is_refused_before_there_is_a_model(fields: dict[str, Any
 
 CASES: dict[str, dict[str, Any]] = {
     "copy": {"recovery": LoRA(r=4, dropout=0.2)},
-    "removed": {"recovery": MaskedLoRA(dropout=0.2), "teacher": Removed()},
+    "removed": {"recovery": MaskedLoRA(dropout=0.2), "teacher": SparseDelta()},
     "top k": {"recovery": LoRA(r=4), "teacher": TopK(8)},
     "4 bits, later": {"recovery": LoRA(r=4), "teacher": Copy("nf4"), "at_step": 3, "before": LoRA(r=2)},
     "gradual, full": {"recovery": FullFineTuning(), "at_step": [1, 3], "sparsity": [0.3, 0.6]},
@@ -222,7 +222,7 @@ def resumed(
     return trainer
 
 
-@pytest.mark.parametrize("teacher", [Removed(), TopK(8)], ids=str)
+@pytest.mark.parametrize("teacher", [SparseDelta(), TopK(8)], ids=str)
 def test_a_dense_model_that_is_another_is_refused(teacher: Any, tmp_path: Path) -> None:
     distillation = Distillation(teacher=teacher)
     resumed(tmp_path, *(callback(distillation=distillation) for _ in range(2)), scale=1.0)

@@ -12,7 +12,7 @@ from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude, NofM, Wanda
 from lit_prune.recipe import Recipe
-from lit_prune.recover import FullFineTuning, held_masks, hold_masks, rebuild, snapshot
+from lit_prune.recover import FullFineTuning, gradient_masks, rebuild, restore_gradient_masks, snapshot
 from tests.conftest import small_model
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -134,7 +134,7 @@ def test_a_rebuilt_model_takes_the_zeros_of_the_weights_that_load_after_it() -> 
     gone = zero_weights(fresh)
     train(fresh, OPTIMIZERS["AdamW"](fresh.parameters()))
     assert all(torch.equal(parameter == 0, zero) for parameter, zero in gone.items())
-    assert not snapshot(small_model())["holds_zeros"]
+    assert not snapshot(small_model())["freezes_zeros"]
 
 
 def test_a_later_cut_is_held_once_attached_again() -> None:
@@ -164,12 +164,12 @@ def test_a_run_that_goes_on_holds_the_same_zeros(batches: list[torch.Tensor]) ->
         model.model.layers[0].mlp.up_proj.weight.data[:, 1] = 0
         FullFineTuning().attach(model)
     first, resumed = models
-    assert held_masks(first) == {}  # no gradient has come
+    assert gradient_masks(first) == {}  # no gradient has come
     first(batches[0], labels=batches[0]).loss.backward()
     weight = "model.layers.0.mlp.up_proj.weight"
     for model in models:
         model.get_parameter(weight).data[3, 5] = 0  # a kept weight that passes zero
-    hold_masks(resumed, held_masks(first))
+    restore_gradient_masks(resumed, gradient_masks(first))
     resumed(batches[0], labels=batches[0]).loss.backward()
     grad = resumed.get_parameter(weight).grad
     assert grad is not None

@@ -19,7 +19,7 @@ from lit_prune.models.quantised import (
     packed_bytes,
     pruned,
     quantised,
-    shell,
+    sharing_weight,
 )
 
 TYPES: list[Any] = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", False)]
@@ -123,7 +123,7 @@ def test_a_conv1d_is_turned_and_turned_back() -> None:
 @types
 def test_a_shell_shares_the_weight_and_has_no_mask_in_its_state_dict(quantization: Any, double_quant: bool) -> None:
     packed: Any = quantised(linear(), quantization, double_quant, masked=True)
-    other: Any = shell(packed)
+    other: Any = sharing_weight(packed)
     assert other.weight.data_ptr() == packed.weight.data_ptr()
     assert packed.state_dict().keys() - other.state_dict().keys() == {"mask_bits"}
     assert torch.equal(dequantised(other), dequantised(packed))

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import DLP, OWL, AlphaPruning, LayerRedundancy, Plan, Uniform
 from lit_prune.allocate.base import weighted_mean
 from lit_prune.allocate.budget import Budget
-from lit_prune.calibration.statistics import Seen
+from lit_prune.calibration.statistics import InputStatistics
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.masks.zeros import zeros
@@ -36,9 +36,9 @@ def test_a_group_that_has_less_left_keeps_that_and_gets_nothing_back() -> None:
 def test_wanda_compares_within_the_group() -> None:
     # |W| * norm = [[4, 3, 2, 1], [8, 2, 2.5, 1]] with norms [4, 1, 0.5, 1]
     weight = torch.tensor([[1.0, -3, 4, 1], [2, 2, -5, 1]])
-    (pruned,) = Wanda(NofM(1, 2)).prune([weight], Seen(torch.tensor([4.0, 1, 0.5, 1])), 0.5)
+    (pruned,) = Wanda(NofM(1, 2)).prune([weight], InputStatistics(torch.tensor([4.0, 1, 0.5, 1])), 0.5)
     assert pruned.tolist() == [[1, 0, 4, 0], [2, 0, -5, 0]]
-    assert Magnitude(NofM(1, 2)).prune([weight], Seen(), 0.5)[0].tolist() == [[0, -3, 4, 0], [2, 0, -5, 0]]
+    assert Magnitude(NofM(1, 2)).prune([weight], InputStatistics(), 0.5)[0].tolist() == [[0, -3, 4, 0], [2, 0, -5, 0]]
 
 
 @given(

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, Uniform
-from lit_prune.calibration.statistics import GRAM, Observed, Seen
+from lit_prune.calibration.statistics import GRAM, BlockStatistics, InputStatistics
 from lit_prune.errors import InputError
 from lit_prune.masks.zeros import zeros
 from lit_prune.models.families import find_blocks
@@ -50,8 +50,8 @@ def data(rows: int, columns: int, tokens: int = 200) -> tuple[torch.Tensor, torc
     return torch.randn(rows, columns, generator=random), torch.randn(tokens, columns, generator=random) @ mixing
 
 
-def seen_by(x_PI: torch.Tensor) -> Seen:
-    return Seen(gram_II=x_PI.T @ x_PI / len(x_PI))
+def seen_by(x_PI: torch.Tensor) -> InputStatistics:
+    return InputStatistics(gram_II=x_PI.T @ x_PI / len(x_PI))
 
 
 @pytest.mark.parametrize("rate", [0.25, 0.5, 0.7])
@@ -128,7 +128,7 @@ def test_more_dead_columns_than_may_go_lose_their_smallest_weights() -> None:
 
 def test_an_expert_that_no_token_reached_loses_its_smallest_weights() -> None:
     weight_OI, _ = data(4, 6)
-    (pruned,) = SparseGPT().prune([weight_OI], Seen(gram_II=torch.zeros(6, 6)), 0.5)
+    (pruned,) = SparseGPT().prune([weight_OI], InputStatistics(gram_II=torch.zeros(6, 6)), 0.5)
     assert torch.equal(pruned, torch.where(weight_OI.abs() > weight_OI.abs().median(), weight_OI, 0))
 
 
@@ -169,7 +169,7 @@ def test_a_singular_gram_matrix_is_no_trouble(said: list[str]) -> None:
 
 def test_inputs_that_are_no_numbers(said: list[str]) -> None:
     with pytest.raises(InputError, match="the input of a linear holds NaN or infinity"):
-        SparseGPT().prune([torch.ones(2, 2)], Seen(gram_II=torch.full((2, 2), torch.nan)), 0.5)
+        SparseGPT().prune([torch.ones(2, 2)], InputStatistics(gram_II=torch.full((2, 2), torch.nan)), 0.5)
 
 
 @pytest.mark.parametrize(("fields", "message"), [({"damping": 0.0}, "above 0, got 0.0"), ({"span": 0}, "at least 1")])
@@ -258,10 +258,10 @@ def test_the_whole_model_behind_pruned_blocks(batches: list[torch.Tensor]) -> No
 def test_gram_matrices_of_one_block_at_a_time_unless_dense(
     model: PreTrainedModel, batches: list[torch.Tensor], propagate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: list[Observed] = []
+    kept: list[BlockStatistics] = []
     apply = SparseGPT.apply
 
-    def spy(self: SparseGPT, *args: object, observed: list[Observed], **kwargs: object) -> list[float]:
+    def spy(self: SparseGPT, *args: object, observed: list[BlockStatistics], **kwargs: object) -> list[float]:
         kept.extend(observed)
         return apply(self, *args, observed=observed, **kwargs)  # type: ignore[arg-type]
 
@@ -275,7 +275,7 @@ def test_statistics_are_gone_before_the_next_blocks_are_taken(
 ) -> None:
     observe, alive = base.observe, []
 
-    def spy(*args: object, **kwargs: object) -> Observed:
+    def spy(*args: object, **kwargs: object) -> BlockStatistics:
         alive.append([ref for ref in refs if ref() is not None])
         observed = observe(*args, **kwargs)  # type: ignore[arg-type]
         refs.extend(weakref.ref(gram) for gram in observed.grams.values())

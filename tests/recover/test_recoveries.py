@@ -181,7 +181,7 @@ def test_a_snapshot_of_before_there_were_masked_adapters() -> None:
     model, fresh = small_model(), small_model()
     LoRA().attach(model)
     stored = snapshot(model)
-    del stored["masked_adapter"], stored["holds_zeros"]
+    del stored["masked_adapter"], stored["freezes_zeros"]
     rebuild(fresh, stored)
     assert fresh.state_dict().keys() == model.state_dict().keys()
 

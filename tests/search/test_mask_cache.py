@@ -7,20 +7,20 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.calibration.statistics import Observed
+from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream, observe
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.masks.zeros import zeros
 from lit_prune.models.families import find_blocks
-from lit_prune.models.linears import Dense
+from lit_prune.models.linears import DenseLinear
 from lit_prune.prune import Magnitude, MaskMethod, MixedNofM, SparseGPT, Wanda
 from lit_prune.search import mask_cache as ladders
 from tests.conftest import small_model
 
 METHODS = [Magnitude(), Wanda(), SparseGPT(), Wanda(MixedNofM(8))]
 RATES = [0.25, 0.75, 0.5]
-NOTHING = [Observed()] * 3
+NOTHING = [BlockStatistics()] * 3
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def dicts(batches: list[torch.Tensor]) -> list[Batch]:
     return [{"input_ids": batch} for batch in batches]
 
 
-def seen(model: PreTrainedModel, dicts: list[Batch], method: MaskMethod) -> list[Observed]:
+def seen(model: PreTrainedModel, dicts: list[Batch], method: MaskMethod) -> list[BlockStatistics]:
     blocks = find_blocks(model)
     stream = Stream(model, blocks, dicts, model.device)
     return [observe(stream, block, method.needs) for block in blocks]
@@ -63,7 +63,7 @@ def test_a_trial_is_the_cut_and_leaves_the_model_alone(family: str, method: Mask
 def test_half_precision_and_zeros_that_were_there(dicts: list[Batch]) -> None:
     model = small_model().to(torch.bfloat16)
     for block in find_blocks(model):
-        Wanda._prune_next(Magnitude(), None, block, Observed(), 0.3)  # type: ignore[arg-type]
+        Wanda._prune_next(Magnitude(), None, block, BlockStatistics(), 0.3)  # type: ignore[arg-type]
     before, blocks, method = weights(model), find_blocks(model), SparseGPT()
     observed = seen(model, dicts, method)
     with method.trial(model, blocks, observed=observed, device=model.device, batches=dicts) as trial:
@@ -96,17 +96,17 @@ def test_an_interrupt_in_the_middle_of_a_swap_leaves_the_model_alone(
     model = small_model()
     before, blocks = weights(model), find_blocks(model)
     last = blocks[1].linears[max(blocks[1].linears)]  # files give them in the order of their names
-    own = Dense.write
+    own = DenseLinear.write
 
-    def write(linear: Dense, weight_OI: torch.Tensor) -> None:
+    def write(linear: DenseLinear, weight_OI: torch.Tensor) -> None:
         if linear == last:
-            monkeypatch.setattr(Dense, "write", own)
+            monkeypatch.setattr(DenseLinear, "write", own)
             raise KeyboardInterrupt
         own(linear, weight_OI)
 
     def interrupted() -> None:
         with Magnitude().trial(model, blocks, observed=NOTHING, device=model.device, batches=dicts) as trial:
-            monkeypatch.setattr(Dense, "write", write)
+            monkeypatch.setattr(DenseLinear, "write", write)
             trial.take(RATES)
 
     with pytest.raises(KeyboardInterrupt):
@@ -123,7 +123,7 @@ def test_a_rung_is_made_once_and_a_block_that_stands_there_is_left_alone(
         made.append((block.index, rate))  # type: ignore[attr-defined]
         return {name: torch.where(w.weight_OI > 0, w.weight_OI, 0) for name, w in block.linears.items()}  # type: ignore[attr-defined]
 
-    ladder = ladders.Ladder(blocks, cut, tmp_path)
+    ladder = ladders.MaskCache(blocks, cut, tmp_path)
     ladder.take([0.5, 0.5, 0.5])
     ladder.take([0.6, 0.5, 0.4])
     ladder.take([0.5, 0.5, 0.5])
@@ -140,7 +140,7 @@ def test_a_rung_of_a_mask_takes_a_bit_a_weight(tmp_path: Path) -> None:
     def cut(block: object, rate: float) -> ladders.Weights:
         return {name: torch.where(weight_OI > 0, weight_OI * scale["by"], 0) for name, weight_OI in dense.items()}
 
-    ladder = ladders.Ladder([block], cut, tmp_path)
+    ladder = ladders.MaskCache([block], cut, tmp_path)
     ladder.take([0.5])
     scale["by"] = 2.0
     ladder.take([0.6])

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from lit_prune.distill.base import Kept, Lesson
+from lit_prune.distill.base import TeacherOutput, TeacherState
 from lit_prune.recipe import Recipe
 
 
 @final
 @dataclass(frozen=True)
-class Logits(Lesson):
+class Logits(TeacherOutput):
     """All that the teacher says.
 
     Args:
@@ -33,7 +33,7 @@ class Logits(Lesson):
         return torch.log_softmax(self.logits_NV[rows_R].float() / temperature, dim=-1)
 
 
-class Part(ABC):
+class LazyWeight(ABC):
     """A weight of the dense model that is put together when it is needed."""
 
     @abstractmethod
@@ -45,19 +45,19 @@ class Part(ABC):
         """Returns the bytes that are kept for it."""
 
 
-class Twin(Kept):
+class TeacherModel(TeacherState):
     """A dense model that is asked anew for every batch, in eval mode and without gradients.
 
     It is no part of any LightningModule, so that no optimizer and no checkpoint knows of it.
 
     Args:
-        model: What :func:`twin_of` returned.
+        model: What :func:`teacher_model_of` returned.
         shared: Those of its parameters that are the student's.
         parts: Those that are put together for every pass, by name; they are no longer needed in ``model``.
     """
 
     def __init__(
-        self, model: PreTrainedModel, shared: Collection[str] = (), parts: Mapping[str, Part] | None = None
+        self, model: PreTrainedModel, shared: Collection[str] = (), parts: Mapping[str, LazyWeight] | None = None
     ) -> None:
         self.model, self.parts = model, parts or {}
         known = {*shared, *self.parts}
@@ -66,7 +66,7 @@ class Twin(Kept):
         self._device: torch.device | None = None
 
     @torch.no_grad()
-    def lesson(self, inputs: Mapping[str, Tensor]) -> Lesson:
+    def output(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
         """Returns the logits of the dense model."""
         device = next(iter(inputs.values())).device
         if self._device != device:
@@ -89,7 +89,7 @@ class Twin(Kept):
 class Rebuilt(nn.Module):
     """A module whose weights are put together for every pass, and gone after it."""
 
-    def __init__(self, module: nn.Module, parts: Mapping[str, Part]) -> None:
+    def __init__(self, module: nn.Module, parts: Mapping[str, LazyWeight]) -> None:
         super().__init__()
         self.module, self.parts = module, parts
 
@@ -105,21 +105,21 @@ def cut_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Paramete
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in found}
 
 
-def twin_of(model: PreTrainedModel, given: Mapping[str, nn.Parameter]) -> PreTrainedModel:
+def teacher_model_of(model: PreTrainedModel, given: Mapping[str, nn.Parameter]) -> PreTrainedModel:
     """Returns a copy of ``model`` in eval mode, with ``given``, as they are, in the place of its parameters."""
     own = dict(model.named_parameters())
-    twin: PreTrainedModel = copy.deepcopy(model, {id(own[name]): parameter for name, parameter in given.items()})
-    return twin.eval()
+    teacher: PreTrainedModel = copy.deepcopy(model, {id(own[name]): parameter for name, parameter in given.items()})
+    return teacher.eval()
 
 
-def _rebuild_from(twin: PreTrainedModel, parts: Mapping[str, Part]) -> None:
-    """Lets the modules of ``twin`` take the weights that ``parts`` names from there."""
-    by_module: dict[str, dict[str, Part]] = {}
+def _rebuild_from(teacher: PreTrainedModel, parts: Mapping[str, LazyWeight]) -> None:
+    """Lets the modules of ``teacher`` take the weights that ``parts`` names from there."""
+    by_module: dict[str, dict[str, LazyWeight]] = {}
     for name, part in parts.items():
         path, _, parameter = name.rpartition(".")
         by_module.setdefault(path, {})[parameter] = part
     for path, weights in by_module.items():
-        module = twin.get_submodule(path)
+        module = teacher.get_submodule(path)
         for name in weights:
             setattr(module, name, nn.Parameter(torch.empty(0), requires_grad=False))
-        twin.set_submodule(path, Rebuilt(module, weights))
+        teacher.set_submodule(path, Rebuilt(module, weights))

@@ -1,4 +1,4 @@
-"""Removed: the weights that were taken, kept on the CPU and put back for the teacher's pass."""
+"""SparseDelta: the weights that were taken, kept on the CPU and put back for the teacher's pass."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lit_prune.distill.base import Dense, Kept, Student, Teacher
-from lit_prune.distill.twin import Part, Twin, cut_weights, twin_of
+from lit_prune.distill.base import DenseModel, Student, Teacher, TeacherState
+from lit_prune.distill.teacher_model import LazyWeight, TeacherModel, cut_weights, teacher_model_of
 from lit_prune.errors import InputError
 
 
 @final
 @dataclass(frozen=True)
-class Removed(Teacher):
+class SparseDelta(Teacher):
     """Keeps only the weights that the cut removes, in the memory of the CPU, and puts them back for the teacher's pass.
 
     The dense model to the bit, at the bytes of what was removed. A step costs the dense model's forward pass more, and
@@ -32,16 +32,18 @@ class Removed(Teacher):
         elif student.steps != (0,):
             refused = f"it knows one cut, at step 0, and there are cuts at {', '.join(map(str, student.steps))}"
         if refused:
-            raise InputError(f"`pruning.distillation.teacher` must not be Removed here, {refused}: use Copy.")
+            raise InputError(f"`pruning.distillation.teacher` must not be SparseDelta here, {refused}: use Copy.")
 
-    def keep(self, dense: Dense) -> Kept:
+    def keep(self, dense: DenseModel) -> TeacherState:
         """Returns the model that shares its weights with the student, but for those that are cut."""
         cut = cut_weights(dense.model, dense.student.recipe)
-        twin = twin_of(dense.model, dict(dense.model.named_parameters()))
-        return Twin(twin, dict(dense.model.named_parameters()), {name: Gone(weight) for name, weight in cut.items()})
+        teacher = teacher_model_of(dense.model, dict(dense.model.named_parameters()))
+        return TeacherModel(
+            teacher, dict(dense.model.named_parameters()), {name: DeltaWeight(weight) for name, weight in cut.items()}
+        )
 
 
-class Gone(Part):
+class DeltaWeight(LazyWeight):
     """A weight of the student, and what it lost.
 
     Which entries those are shows when it is first asked for: the cut is made by then, and a checkpoint is loaded.
