@@ -1,76 +1,124 @@
-"""The tree's direction: no cycles, leaves import their base alone, only cli.py looks at the callbacks."""
+"""The tree: rooms on floors, leaves that know their base alone, callbacks that only the command looks at.
+
+All of it is read off the files; nothing is listed by hand. ``python -m tests.test_architecture`` prints the floors.
+"""
+
+from __future__ import annotations
 
 import ast
 import graphlib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("allocate", "prune", "recover", "distill")
-SHARED = {  # what leaves may import beside them
-    *("base", "metric", "patterns"),
-    *("adapter", "held", "masked_linear", "masked_quantised", "quantise"),
-    *("loss", "twin"),
-}
-MADE_OF = {  # a leaf that begins with another one, what has one as its default, what puts the parts together
-    "lit_prune.allocate.search": {"lit_prune.allocate.dlp"},
-    "lit_prune.distill.distillation": {"lit_prune.distill.copies"},
-    "lit_prune.distill.hook": {"lit_prune.distill.distillation"},
-}
+PACKAGE = "lit_prune"
+MOST_FILES = 12
 
 
 def modules() -> dict[str, Path]:
-    found = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-        for path in (ROOT / "lit_prune").rglob("*.py")
-    }
-    for path in (ROOT / "callbacks").glob("*.py"):
-        found[f"lit_prune.callbacks.{path.stem}".removesuffix(".__init__")] = path
-    return found
+    """The modules of the package by their dotted names; the folder callbacks/ is installed as lit_prune.callbacks."""
+    files = {path.relative_to(ROOT): path for path in (ROOT / PACKAGE).rglob("*.py")}
+    files |= {Path(PACKAGE) / path.relative_to(ROOT): path for path in (ROOT / "callbacks").glob("*.py")}
+    return {".".join(name.with_suffix("").parts).removesuffix(".__init__"): path for name, path in files.items()}
 
 
-def imports(path: Path, known: dict[str, Path]) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lit_prune"):
-            found |= {
-                f"{node.module}.{alias.name}" if node.module == "lit_prune" else node.module for alias in node.names
-            }
+def room(module: str) -> str:
+    """The folder of a module below the package; a file at the root is a room of its own."""
+    return [*module.split("."), PACKAGE][1]
+
+
+def imports(nodes: list[ast.AST], known: dict[str, Path]) -> set[str]:
+    """The modules of the package that ``nodes`` import."""
+    used = set()
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            used |= {name if name in known else node.module for name in names}
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("lit_prune")}
-    return {name for name in found if name in known}
+            used |= {alias.name for alias in node.names}
+    return used & known.keys()
 
 
 def graph() -> dict[str, set[str]]:
+    """By module, the modules that it imports, wherever in the file."""
     known = modules()
-    return {name: imports(path, known) for name, path in known.items()}
+    return {name: imports(list(ast.walk(ast.parse(path.read_text()))), known) for name, path in known.items()}
 
 
-def test_there_is_no_cycle() -> None:
-    order = list(graphlib.TopologicalSorter(graph()).static_order())
-    assert (
-        order.index("lit_prune.models.families")
-        < order.index("lit_prune.calibration.stream")
-        < order.index("lit_prune.pipeline")
-    )
-    assert order.index("lit_prune.pipeline") < order.index("lit_prune.cli")
+def rooms() -> dict[str, set[str]]:
+    """By room, the rooms that it imports; the package's own __init__, which hands names on, is left out."""
+    between: dict[str, set[str]] = {}
+    for name, used in graph().items():
+        if name != PACKAGE:
+            others = {room(other) for other in used if other != PACKAGE}
+            between[room(name)] = between.get(room(name), set()) | others - {room(name)}
+    return between
+
+
+def floors() -> dict[str, int]:
+    """By room, the length of the longest way down from it; raises CycleError for a circle."""
+    between, heights = rooms(), dict[str, int]()
+    for name in graphlib.TopologicalSorter(between).static_order():
+        heights[name] = max((heights[below] + 1 for below in between[name]), default=0)
+    return heights
+
+
+def leaves(folder: str) -> set[str]:
+    """The modules of a folder that define a class below an abstract one of its base.py."""
+    known = modules()
+    base = ast.parse(known[f"{folder}.base"].read_text())
+    abstract = {node.name for node in base.body if isinstance(node, ast.ClassDef)}
+    found = set()
+    for name, path in known.items():
+        if name.startswith(f"{folder}.") and name != f"{folder}.base":
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef) and abstract & {getattr(kind, "id", "") for kind in node.bases}:
+                    found.add(name)
+    return found
+
+
+def test_modules_import_in_no_circle() -> None:
+    list(graphlib.TopologicalSorter(graph()).static_order())
+
+
+def test_rooms_stand_on_floors() -> None:
+    heights = floors()
+    assert heights["models"] < heights["calibration"] < heights["prune"] < heights["pipeline"] < heights["fit"]
+    assert heights["cli"] == max(heights.values())
 
 
 def test_only_the_command_looks_at_the_callbacks() -> None:
-    for name, used in graph().items():
-        if name != "lit_prune.cli" and not name.startswith("lit_prune.callbacks"):
-            assert not {other for other in used if other.startswith("lit_prune.callbacks")}, name
+    assert {name for name, used in rooms().items() if "callbacks" in used} == {"cli"}
 
 
 def test_leaves_import_their_base_and_never_each_other() -> None:
-    for name, used in graph().items():
-        parts = name.split(".")
-        if len(parts) == 3 and parts[1] in STAGES:
-            siblings = {other for other in used if other.startswith(f"lit_prune.{parts[1]}.")}
-            shared = {f"lit_prune.{parts[1]}.{base}" for base in SHARED}
-            assert siblings <= shared | MADE_OF.get(name, set()), name
+    known = modules()
+    folders = [name.removesuffix(".base") for name in known if name.endswith(".base")]
+    assert len(folders) >= 4
+    for folder in folders:
+        beside = leaves(folder)
+        assert beside, folder
+        for name in beside:
+            used = imports(list(ast.parse(known[name].read_text()).body), known)
+            assert not used & beside, (name, used & beside)
+
+
+def test_a_room_is_seen_at_a_glance() -> None:
+    count: dict[Path, int] = {}
+    for path in modules().values():
+        if path.name != "__init__.py":
+            count[path.parent] = count.get(path.parent, 0) + 1
+    assert not {str(folder): files for folder, files in count.items() if files > MOST_FILES}
 
 
 def test_what_is_packaged_is_what_there_is() -> None:
     packages = {name for name, path in modules().items() if path.name == "__init__.py"}
     text = (ROOT / "pyproject.toml").read_text()
     assert all(f'"{package}"' in text for package in packages)
+
+
+if __name__ == "__main__":
+    by_floor: dict[int, list[str]] = {}
+    for name, floor in floors().items():
+        by_floor.setdefault(floor, []).append(name)
+    for floor in sorted(by_floor, reverse=True):
+        print(f"{floor:2}  {'  '.join(sorted(by_floor[floor]))}")

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lit_prune.allocate.base import Allocation, Refined
 from lit_prune.allocate.budget import Limits
-from lit_prune.allocate.dlp import DLP
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from lit_prune.progress import counted, log
@@ -75,6 +74,8 @@ class Search(Allocation):
     refines: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        from lit_prune.allocate.dlp import DLP  # one leaf is the default of another: known only when it is made
+
         object.__setattr__(self, "start", self.start or DLP())
         if self.rule.refines:
             raise InputError("`Search.start` must be an allocation that does not search itself, got Search.")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.masks.bits import packed, unpacked
+from lit_prune.models.bits import packed, unpacked
 from lit_prune.models.digest import digest
 
 LeftOut = dict[str, dict[str, Any]]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from lit_prune.masks.bits import packed, unpacked
 from lit_prune.models import structure
+from lit_prune.models.bits import packed, unpacked
 from lit_prune.models.families import find_blocks
 
 

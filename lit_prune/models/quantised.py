@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.masks.bits import packed, unpacked
+from lit_prune.models.bits import packed, unpacked
 
 Quantization = Literal["nf4", "fp4", "int8"]
 MASK = "mask_bits"

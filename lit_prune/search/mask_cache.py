@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.calibration.windows import Batch
-from lit_prune.masks.bits import packed, unpacked
+from lit_prune.models.bits import packed, unpacked
 from lit_prune.models.families import Block
 from lit_prune.search.trial import Trial
 

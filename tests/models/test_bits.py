@@ -1,6 +1,6 @@
 import torch
 
-from lit_prune.masks.bits import packed, unpacked
+from lit_prune.models.bits import packed, unpacked
 
 
 def test_by_hand_and_back() -> None:
