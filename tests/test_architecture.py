@@ -63,16 +63,16 @@ def floors() -> dict[str, int]:
 
 
 def leaves(folder: str) -> set[str]:
-    """The modules of a folder that define a class below an abstract one of its base.py."""
+    """The modules of a folder that its __init__ hands on and that define a class below one of base.py."""
     known = modules()
+    public = imports(list(ast.walk(ast.parse(known[folder].read_text()))), known)
     base = ast.parse(known[f"{folder}.base"].read_text())
     abstract = {node.name for node in base.body if isinstance(node, ast.ClassDef)}
     found = set()
-    for name, path in known.items():
-        if name.startswith(f"{folder}.") and name != f"{folder}.base":
-            for node in ast.parse(path.read_text()).body:
-                if isinstance(node, ast.ClassDef) and abstract & {getattr(kind, "id", "") for kind in node.bases}:
-                    found.add(name)
+    for name in public - {f"{folder}.base"}:
+        classes = [node for node in ast.parse(known[name].read_text()).body if isinstance(node, ast.ClassDef)]
+        if any(abstract & {getattr(kind, "id", "") for kind in node.bases} for node in classes):
+            found.add(name)
     return found
 
 
