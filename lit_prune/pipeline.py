@@ -220,7 +220,7 @@ def _needs(recipe: Recipe) -> frozenset[str]:
 
 def _looks(recipe: Recipe) -> frozenset[str]:
     """The statistics of the unpruned model that the rates hang on."""
-    return recipe.allocation.needs | (recipe.method.needs if recipe.allocation.refines else frozenset())
+    return recipe.allocation.needs | (recipe.method.needs if recipe.allocation.searches else frozenset())
 
 
 def _score(
@@ -233,7 +233,7 @@ def _score(
 ) -> Scored:
     """Scores the blocks, and keeps the statistics that are needed where the model is."""
     blocks, limits = recipe.bounded(model)
-    key = key_of(model, batches) if stored is not None or recipe.allocation.refines else None
+    key = key_of(model, batches) if stored is not None or recipe.allocation.searches else None
     if stored is not None:
         assert key is not None
         stored.check(key, blocks, needs)
@@ -272,7 +272,7 @@ def _refine(
 ) -> Refined:
     """Spreads the budget by the scores, and tries other rates where the allocation does."""
     rates = recipe.spread(limits, scores)
-    if not recipe.allocation.refines:
+    if not recipe.allocation.searches:
         return Refined(rates)
     assert key is not None
     recorded = {name: value for name, value in recipe_record(recipe).items() if name != "allocation"}

@@ -62,7 +62,7 @@ class Recipe:
                 f"`pruning.targets` and `pruning.ignore` must be left out for {type(self.method).__name__}: it takes "
                 "from all linears of a block together."
             )
-        if self.allocation.refines and not self.method.tries:
+        if self.allocation.searches and not self.method.supports_search:
             raise InputError(
                 f"`pruning.allocation` must not be {type(self.allocation).__name__} for {type(self.method).__name__}, "
                 "which offers no trial of rates."
@@ -97,12 +97,12 @@ class Recipe:
     def bounded(self, model: PreTrainedModel) -> tuple[list[Block], Limits]:
         """Returns what :meth:`check` does, with what bounds the rates of the blocks; arguments and errors as there."""
         self.method.check(model, self.sparsity)
-        if self.allocation.refines and distributed.number() > 1:
+        if self.allocation.searches and distributed.number() > 1:
             raise InputError(
                 f"`pruning.allocation` must not be {type(self.allocation).__name__} in several processes: search in "
                 "one, and use the plan that `lit-prune score` writes."
             )
-        if self.allocation.refines and on_disk(model) is not None:
+        if self.allocation.searches and on_disk(model) is not None:
             raise InputError(
                 f"`pruning.allocation` must not be {type(self.allocation).__name__} with `model.on_disk`, every try "
                 "runs the whole model: search in memory, and use the plan that `lit-prune score` writes."

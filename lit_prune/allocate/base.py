@@ -40,11 +40,11 @@ class Allocation(ABC):
 
     Attributes:
         needs: The statistics that :meth:`score` reads, of those in ``lit_prune.calibration.stream``.
-        refines: Whether :meth:`refine` tries rates out.
+        searches: Whether :meth:`refine` measures other rates and returns better ones.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    refines: ClassVar[bool] = False
+    searches: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
@@ -87,7 +87,7 @@ class Allocation(ABC):
         return 0.0
 
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
-        """Returns better rates of the same mean, where the allocation tries some; see :attr:`refines`.
+        """Returns better rates of the same mean, where the allocation tries some; see :attr:`searches`.
 
         Args:
             rates: The rates that the scores gave, within the budget and such as the method can have.

@@ -71,13 +71,13 @@ class Search(Allocation):
     seed: int = 0
     state: str | None = field(default=None, repr=False)
 
-    refines: ClassVar[bool] = True
+    searches: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         from lit_prune.allocate.dlp import DLP  # one leaf is the default of another: known only when it is made
 
         object.__setattr__(self, "start", self.start or DLP())
-        if self.rule.refines:
+        if self.rule.searches:
             raise InputError("`Search.start` must be an allocation that does not search itself, got Search.")
         if not 0 < self.step < 1:
             raise InputError(f"`Search.step` must be in (0, 1), a share of a block, got {self.step}.")

@@ -37,7 +37,7 @@ class Method(ABC):
         makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
         changes_shapes: Whether weights become smaller, so that the model's parameters and its speed change.
         keeps_values: Whether weights that are not removed stay what they were, to the bit.
-        tries: Whether there is a :meth:`trial`, which an allocation that searches needs.
+        supports_search: Whether there is a :meth:`trial`, which an allocation that searches needs.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -45,7 +45,7 @@ class Method(ABC):
     makes_zeros: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = False
     keeps_values: ClassVar[bool] = False
-    tries: ClassVar[bool] = False
+    supports_search: ClassVar[bool] = False
     propagate: Propagate
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
@@ -124,7 +124,7 @@ class Method(ABC):
             device: Where the trial runs.
             batches: The calibration batches.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no trial, and `tries` is {self.tries}")
+        raise NotImplementedError(f"{type(self).__name__} supports no search of the rates")
 
 
 class MaskMethod(Method):
@@ -135,7 +135,7 @@ class MaskMethod(Method):
     """
 
     makes_zeros: ClassVar[bool] = True
-    tries: ClassVar[bool] = True
+    supports_search: ClassVar[bool] = True
     pattern: Pattern | None = None
 
     @abstractmethod

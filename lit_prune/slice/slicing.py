@@ -64,7 +64,7 @@ class Slicing(Method):
 
     chooses_linears: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = True
-    tries: ClassVar[bool] = True
+    supports_search: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
