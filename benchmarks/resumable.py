@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Protocol:
             "sparsity": 0.0 if pruned is None else pruned.sparsity,
             "seconds": 0.0 if pruned is None else sum(pruned.seconds.values()),
             "sizes": getattr(model.config, "slice_sizes", None),
-            "protocol": found.protocol,
+            "protocol": asdict(found.protocol),
         }
 
 

@@ -24,8 +24,8 @@ def main(dense: str = "embedded", other: str = "embedded", turns: int = 5) -> No
     models = [load_model(name, "float32") for name in (dense, other)]
     found = [[tokens_per_second(model) for model in models] for _ in range(turns)]
     for part in ("prefill", "decode"):
-        ratios = [turn[1][part] / turn[0][part] for turn in found]
-        speeds = [median(turn[model][part] for turn in found) for model in (0, 1)]
+        ratios = [getattr(turn[1], part) / getattr(turn[0], part) for turn in found]
+        speeds = [median(getattr(turn[model], part) for turn in found) for model in (0, 1)]
         print(
             f"{part}: {speeds[0]:.1f} and {speeds[1]:.1f} tokens a second; ratio {median(ratios):.2f} "
             f"({min(ratios):.2f} to {max(ratios):.2f}) over {turns} turns"

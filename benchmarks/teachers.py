@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -83,7 +84,7 @@ def run(protocol: Protocol, distillation: Distillation | None) -> Row:
         "tokens_per_second": STEPS * BATCH * protocol.seq_length / seconds,
         "seconds_before": before,
         "bytes": 0 if distilled is None else distilled.kept.size_bytes(),
-        "protocol": found.protocol,
+        "protocol": asdict(found.protocol),
     }
 
 

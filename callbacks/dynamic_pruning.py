@@ -28,7 +28,7 @@ from lit_prune.distill import Distillation
 from lit_prune.distributed import shards
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
-from lit_prune.fit.baseline import look
+from lit_prune.fit.baseline import measure_baseline
 from lit_prune.fit.batches import (
     calibration_batches,
     calibration_settings,
@@ -37,7 +37,7 @@ from lit_prune.fit.batches import (
     named,
     validation_data,
 )
-from lit_prune.fit.cut import Done, cut
+from lit_prune.fit.cut import cut
 from lit_prune.fit.existing_masks import attach
 from lit_prune.fit.fsdp import begin_states
 from lit_prune.fit.fsdp_checks import check_cuts, check_sharded, check_strategy, check_whole
@@ -59,6 +59,7 @@ from lit_prune.recover import (
     restore_gradient_masks,
     snapshot,
 )
+from lit_prune.report.records import Baseline, CutRecord, Record, to_plain, with_perplexity
 from lit_prune.schedule import Cut, Schedule, cuts
 
 
@@ -168,8 +169,8 @@ class DynamicPruningCallback(Callback):
         )
         self.teaching = None if distillation is None else Teaching(distillation, self.fit_plan.student())
         self.target, self.measure, self.full_checkpoint = target, measure, full_checkpoint
-        self.done: list[Done] = []
-        self.kept: Done | None = None
+        self.done: list[CutRecord] = []
+        self.baseline: Baseline | None = None
         self.source: Source | None = None
         self._trainable: set[str] = set()
         self._random: dict[str, Any] | None = None
@@ -227,9 +228,9 @@ class DynamicPruningCallback(Callback):
             self.source = Source.of(model)
         if self.fit_plan.recipe is None:
             validation, device = validation_data(trainer) if self.measure else None, trainer.strategy.root_device
-            self.kept = look(model, validation, device, moves=not shards(trainer))
+            baseline = measure_baseline(model, validation, device, moves=not shards(trainer))
             attach(model, self.fit_plan.recovery)
-            self._look_quantised(model, validation, device, self.kept)
+            self.baseline = self._with_quantised(baseline, model, validation, device)
         elif self.fit_plan.cuts[0].step == 0:
             self._cut(trainer, model)
         elif self.fit_plan.before is not None:
@@ -288,20 +289,24 @@ class DynamicPruningCallback(Callback):
         if self.fit_plan.recovery is not None:
             self.fit_plan.recovery.attach(model)
             structure.write(model, recovery=repr(self.fit_plan.recovery))
-        self._look_quantised(model, validation, device, done)
+        self.done[-1] = self._with_quantised(done, model, validation, device)
         if self.teaching is not None:
             self.teaching.put_on(model)
             structure.write(model, distillation=repr(self.fit_plan.distillation))
 
-    def _look_quantised(
-        self, model: PreTrainedModel, validation: tuple[Iterable[Batch], str] | None, device: torch.device, done: Done
-    ) -> None:
-        """Adds to ``done`` what the model is worth once it is quantised, and its adapter has learnt nothing yet."""
+    def _with_quantised(
+        self,
+        record: Record,
+        model: PreTrainedModel,
+        validation: tuple[Iterable[Batch], str] | None,
+        device: torch.device,
+    ) -> Record:
+        """Returns ``record`` with the perplexity of a model that was just quantised, its adapter still untrained."""
         recovery = self.fit_plan.recovery
         if not self.measure or validation is None or recovery is None or not recovery.quantises:
-            return
-        found = measure(placed(model, device), *validation, label="Perplexity, quantised")
-        done["perplexity"]["quantised"], done["seconds"]["perplexity_quantised"] = found.perplexity, found.seconds
+            return record
+        measured = measure(placed(model, device), *validation, label="Perplexity, quantised")
+        return with_perplexity(record, "quantised", measured)
 
     def check_statistics(self, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:
         """Raises InputError where the statistics that were stored are not those of this model and this text."""
@@ -336,7 +341,7 @@ class DynamicPruningCallback(Callback):
             self.teaching.check_begun()
         if self._random is not None:
             restore_random_states(self._random)
-        elif self.done or self.kept:
+        elif self.done or self.baseline:
             self._log(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -368,11 +373,11 @@ class DynamicPruningCallback(Callback):
 
     def _log(self, trainer: Trainer) -> None:
         """Logs the sparsity that a cut has reached, and every block's."""
-        done = self.done[-1] if self.done else self.kept
-        assert done is not None
-        values = {f"pruning/block_{block}": share for block, share in enumerate(done["achieved"])}
+        record = self.done[-1] if self.done else self.baseline
+        assert record is not None
+        values = {f"pruning/block_{block}": share for block, share in enumerate(record.achieved)}
         for logger in trainer.loggers:
-            logger.log_metrics({"pruning/sparsity": done["sparsity"], **values}, step=trainer.global_step)
+            logger.log_metrics({"pruning/sparsity": record.sparsity, **values}, step=trainer.global_step)
 
     def find_model(self, pl_module: LightningModule) -> PreTrainedModel:
         """Returns the LLM of a LightningModule.
@@ -443,12 +448,14 @@ class DynamicPruningCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has been done, and the states of the random numbers."""
-        return {"done": self.done, "kept": self.kept, "random": distributed.gathered(random_states())}
+        records = {"done": to_plain(self.done), "kept": to_plain(self.baseline)}
+        return {**records, "random": distributed.gathered(random_states())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what had been done."""
-        self.done, self._random = state_dict["done"], state_dict["random"][distributed.rank()]
-        self.kept = state_dict.get("kept")
+        self.done = [CutRecord.from_dict(stored) for stored in state_dict["done"]]
+        self.baseline = None if state_dict["kept"] is None else Baseline.from_dict(state_dict["kept"])
+        self._random = state_dict["random"][distributed.rank()]
 
 
 def _at(pl_module: LightningModule, path: str) -> Any:

@@ -30,6 +30,7 @@ from lit_prune.fit.batches import validation_data
 from lit_prune.fit.fsdp import gathered, is_sharded
 from lit_prune.progress import log
 from lit_prune.report.loggers import log_results
+from lit_prune.report.records import to_plain
 from lit_prune.report.report import Report, table
 from lit_prune.report.summary import summary
 from lit_prune.report.write import Validation, write_results, write_tasks
@@ -141,15 +142,16 @@ class ResultsCallback(Callback):
     ) -> Report:
         """The report of the trained ``model``, with its perplexity by ``name``."""
         report = summary(
-            model, pruning.fit_plan.recipe, pruning.done, pruning.kept, pruning.fit_plan.cuts[len(pruning.done) :]
+            model, pruning.fit_plan.recipe, pruning.done, pruning.baseline, pruning.fit_plan.cuts[len(pruning.done) :]
         )
-        within = sum(sum(done["seconds"].values()) for done in pruning.done if done["step"] > 0)  # cuts, told apart
+        within = sum(sum(done.seconds.values()) for done in pruning.done if done.step > 0)  # cuts, told apart
         report["seconds"]["train"] = self.seconds - within
         if measured is not None:
-            if report["protocol"] not in (None, measured.protocol):  # a resumed run may validate on other text
+            protocol = to_plain(measured.protocol)
+            if report["protocol"] not in (None, protocol):  # a resumed run may validate on other text
                 report["perplexity"] = dict.fromkeys(report["perplexity"])
             report["perplexity"][name] = measured.perplexity
-            report["protocol"] = measured.protocol
+            report["protocol"] = protocol
             report["seconds"][f"perplexity_{name}"] = measured.seconds
         return report
 

@@ -120,18 +120,36 @@ class Perplexity(Metric):
 
 
 @dataclass(frozen=True)
+class Protocol:
+    """What a perplexity was measured on and how; only values of one protocol may be compared.
+
+    Attributes:
+        data: What the batches are.
+        windows: How many there are.
+        seq_length: Tokens of the longest one.
+        tokens: How many were predicted.
+        dtype: Of the model, such as `bfloat16`.
+    """
+
+    data: str
+    windows: int
+    seq_length: int
+    tokens: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Measurement:
     """A perplexity, and what it was measured on and how.
 
     Attributes:
         perplexity: exp(mean negative log-likelihood).
-        protocol: `data`, `windows`, `seq_length` (tokens of the longest window), `tokens` (predicted), `dtype`. Only
-            values of one protocol may be compared.
+        protocol: See Protocol.
         seconds: How long it took.
     """
 
     perplexity: float
-    protocol: dict[str, Any]
+    protocol: Protocol
     seconds: float
 
 
@@ -173,13 +191,7 @@ def measure(
     windows, longest = distributed.total_count(windows), max(distributed.gathered(longest))
     if tokens == 0:
         raise ValueError("`batches` must predict at least one token, got none.")
-    protocol = {
-        "data": data,
-        "windows": windows,
-        "seq_length": longest,
-        "tokens": tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
+    protocol = Protocol(data, windows, longest, tokens, str(model.dtype).removeprefix("torch."))
     return Measurement(float(torch.exp(nll / tokens)), protocol, time.perf_counter() - begin)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,9 +15,17 @@ from lit_prune.evaluation.perplexity import evaluating
 PREFILL_TOKENS, DECODE_TOKENS, REPEATS = 512, 32, 3
 
 
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one sequence: read (`prefill`) and written (`decode`)."""
+
+    prefill: float
+    decode: float
+
+
 @torch.no_grad()
-def tokens_per_second(model: PreTrainedModel) -> dict[str, float]:
-    """Returns `prefill` and `decode`: tokens per second of one sequence, the best of three runs after one to warm up.
+def tokens_per_second(model: PreTrainedModel) -> Speed:
+    """Returns the tokens per second of one sequence, the best of three runs after one to warm up.
 
     `prefill` is one forward over 512 tokens (half of what the model takes, where that is less); `decode` the 32
     forwards of one token that follow, with a KV cache. Which tokens they are does not matter.
@@ -26,10 +35,10 @@ def tokens_per_second(model: PreTrainedModel) -> dict[str, float]:
     prompt_BT = torch.arange(prefill, device=model.device)[None] % model.config.vocab_size
     with evaluating(model):
         runs = [_run(model, prompt_BT, decode) for _ in range(REPEATS + 1)][1:]
-    return {
-        "prefill": prefill / min(seconds for seconds, _ in runs),
-        "decode": decode / min(seconds for _, seconds in runs),
-    }
+    return Speed(
+        prefill=prefill / min(seconds for seconds, _ in runs),
+        decode=decode / min(seconds for _, seconds in runs),
+    )
 
 
 def _run(model: PreTrainedModel, prompt_BT: Tensor, decode: int) -> tuple[float, float]:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from lit_prune.calibration.cached_statistics import CachedStatistics
 from lit_prune.calibration.windows import Batch
-from lit_prune.evaluation.perplexity import measure
+from lit_prune.evaluation.perplexity import Measurement, measure
 from lit_prune.evaluation.sizes import parameters, size_bytes
 from lit_prune.evaluation.speed import tokens_per_second
 from lit_prune.models.on_disk import placed
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe, recipe_record
+from lit_prune.report.records import CutRecord, ModelSize, SearchRecord
 
-Done = dict[str, Any]
+
+class _State(NamedTuple):
+    """A model right before or right after a cut: its perplexity, and its size where the cut changes that."""
+
+    perplexity: Measurement | None
+    size: ModelSize | None
 
 
 def cut(
@@ -31,8 +37,8 @@ def cut(
     moves: bool = True,
     step: int = 0,
     stored: CachedStatistics | None = None,
-) -> Done:
-    """Prunes ``model`` in place; returns what was done, in plain types.
+) -> CutRecord:
+    """Prunes ``model`` in place; returns the record of the cut.
 
     Args:
         model: The causal LM, without an adapter.
@@ -46,42 +52,49 @@ def cut(
         stored: Statistics of the model and the batches, which are read in place of a pass.
     """
     batches, settings = calibration
-    done: Done = {"step": step, "perplexity": {}, "seconds": {}, "protocol": None, "calibration": settings, "size": {}}
-    given = validation if measured else None
-    _look(model, "before", done, recipe, given, device, measured, moves)
+    before = _measure(model, "before", recipe, validation, device, measured, moves)
     pruned = prune(model, batches, recipe, device=device, stored=stored)
-    done["seconds"] |= pruned.seconds
-    _look(model, "after", done, recipe, given, device, measured, moves)
-    return done | {
-        "recipe": recipe_record(recipe),
-        "scores": pruned.scores,
-        "rates": pruned.rates,
-        "target": pruned.target,
-        "achieved": pruned.achieved,
-        "sparsity": pruned.sparsity,
-        "search": pruned.search,
-        "found": pruned.found,
-    }
+    after = _measure(model, "after", recipe, validation, device, measured, moves)
+    perplexities = {"before": before.perplexity, "after": after.perplexity}
+    sizes = {"before": before.size, "after": after.size}
+    return CutRecord(
+        step=step,
+        perplexity={when: found.perplexity for when, found in perplexities.items() if found is not None},
+        seconds=_seconds(before.perplexity, "before") | pruned.seconds | _seconds(after.perplexity, "after"),
+        protocol=None if after.perplexity is None else after.perplexity.protocol,
+        calibration=settings,
+        size={when: size for when, size in sizes.items() if size is not None},
+        recipe=recipe_record(recipe),
+        scores=pruned.scores,
+        rates=pruned.rates,
+        target=pruned.target,
+        achieved=pruned.achieved,
+        sparsity=pruned.sparsity,
+        search=SearchRecord.from_dict(pruned.search),
+        sparsity_before=pruned.found,
+    )
 
 
-def _look(
+def _measure(
     model: PreTrainedModel,
     when: str,
-    done: Done,
     recipe: Recipe,
     validation: tuple[Iterable[Batch], str] | None,
     device: torch.device,
     measured: bool,
     moves: bool,
-) -> None:
-    """Adds to ``done`` what the model is worth now, and what it weighs where the cut changes that."""
+) -> _State:
+    """The state of the model now, as far as it is to be measured."""
     model = placed(model, device) if moves else model
-    if validation is not None:
+    perplexity = size = None
+    if measured and validation is not None:
         label = f"Perplexity, {when} the cut"
-        found = measure(model, *validation, label=label, device=device, streamed=not moves)
-        done["perplexity"][when] = found.perplexity
-        done["seconds"][f"perplexity_{when}"] = found.seconds
-        done["protocol"] = found.protocol
+        perplexity = measure(model, *validation, label=label, device=device, streamed=not moves)
     if recipe.method.changes_shapes:
         speed = tokens_per_second(model) if measured else None
-        done["size"][when] = {"parameters": parameters(model), "bytes": size_bytes(model), "speed": speed}
+        size = ModelSize(parameters(model), size_bytes(model), speed)
+    return _State(perplexity, size)
+
+
+def _seconds(measured: Measurement | None, when: str) -> dict[str, float]:
+    return {} if measured is None else {f"perplexity_{when}": measured.seconds}

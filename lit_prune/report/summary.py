@@ -17,6 +17,7 @@ from lit_prune.recipe import Recipe
 from lit_prune.recover import adapter_config
 from lit_prune.recover.merge import merged, without_adapter
 from lit_prune.report import report as reports
+from lit_prune.report.records import Baseline, CutRecord, to_plain
 from lit_prune.report.report import Report
 from lit_prune.schedule import Cut
 from lit_prune.slice import slices
@@ -25,15 +26,16 @@ from lit_prune.slice import slices
 def summary(
     model: PreTrainedModel,
     recipe: Recipe | None,
-    cuts: Sequence[dict[str, Any]],
-    kept: dict[str, Any] | None = None,
+    records: Sequence[CutRecord],
+    baseline: Baseline | None = None,
     following: Sequence[Cut] = (),
 ) -> Report:
-    """Returns the report of what ``model`` is now, and of the ``cuts`` that were made (see DynamicPruningCallback).
+    """Returns the report of what ``model`` is now, and of the cuts that were made (see DynamicPruningCallback).
 
     What it says of scores, rates and the like is the last cut's; `cuts` tells every one. Where nothing was cut, it is
-    what ``kept`` tells of the model before it was trained. Where training ended early, cuts were still ``following``.
+    what ``baseline`` says of the model before that training. Where it ended early, cuts were still ``following``.
     """
+    cuts, kept = to_plain(list(records)), to_plain(baseline)
     plain, done = without_adapter(model), dict(cuts[-1]) if cuts else {}
     sparsity: dict[str, Any] = {"requested": None, "achieved_linears": 0.0}
     if kept is not None:

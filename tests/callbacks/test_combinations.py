@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_prune.callbacks import DynamicPruningCallback, ResultsCallback
-from lit_prune.callbacks.results import one
+from lit_prune.callbacks.results import find_callback
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -75,8 +75,8 @@ class Gone(Callback):
         self.zero: dict[str, Tensor] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        pruning = one(trainer, DynamicPruningCallback)
-        if pruning.done and pruning.done[-1]["step"] == trainer.global_step:
+        pruning = find_callback(trainer, DynamicPruningCallback)
+        if pruning.done and pruning.done[-1].step == trainer.global_step:
             self.zero = pruned(pl_module.model)
 
 

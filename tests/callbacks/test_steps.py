@@ -65,7 +65,7 @@ def test_all_is_trained_before_the_cut_and_the_adapter_after_it() -> None:
     assert watch.of("rank") == [None, None, 8, 8]
     assert len(set(watch.of("optimizer"))) == 2
     assert sparsity(module) == pytest.approx(0.5, abs=1e-3)
-    assert [done["step"] for done in pruning.done] == [2]
+    assert [done.step for done in pruning.done] == [2]
 
 
 def test_an_adapter_before_the_cut_is_folded_and_a_fresh_one_comes() -> None:
@@ -125,8 +125,8 @@ def test_what_is_pruned_stays_pruned_from_cut_to_cut(method: Any, recovery: Any)
     assert watch.of("sparsity") == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
     for earlier, later in pairwise(gone):
         assert all(bool(later[name][zero].all()) for name, zero in earlier.items())
-    assert [done["sparsity"] for done in pruning.done] == pytest.approx([0.25, 0.5, 0.75], abs=1e-3)
-    scores = [done["scores"] for done in pruning.done]
+    assert [done.sparsity for done in pruning.done] == pytest.approx([0.25, 0.5, 0.75], abs=1e-3)
+    scores = [done.scores for done in pruning.done]
     assert scores[0] != scores[1] != scores[2]  # computed anew
 
 
@@ -153,7 +153,7 @@ def test_best_scores_begin_anew_at_a_cut(tmp_path: Path) -> None:
     watched(pruning, val=loader(1), max_steps=5, callbacks=[best, stopping], **fields)
     assert best.best_model_path == str(tmp_path / "step=5.ckpt")  # worse than before the cut, and best after it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step=3.ckpt", "step=5.ckpt"]
-    assert len(pruning.done[0]["perplexity"]) == 2
+    assert len(pruning.done[0].perplexity) == 2
 
 
 def test_every_cut_is_logged_and_reported(tmp_path: Path) -> None:

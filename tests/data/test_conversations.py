@@ -124,7 +124,7 @@ def test_packed_a_conversation_is_what_it_is_alone(family: str) -> None:
     alone = measure(model, [padded.collate([padded[index] for index in range(4)])], "x")
     batch = {name: torch.stack([packed[0][name], packed[1][name]]) for name in packed[0]}
     together = measure(model, [batch], "x")
-    assert alone.protocol["tokens"] == together.protocol["tokens"] == sum(len(row) - 3 for row in ids)
+    assert alone.protocol.tokens == together.protocol.tokens == sum(len(row) - 3 for row in ids)
     assert (together.perplexity == pytest.approx(alone.perplexity, rel=1e-4)) is packs(model.config)
     del batch["position_ids"]
     assert measure(model, [batch], "x").perplexity != pytest.approx(alone.perplexity, rel=1e-4)

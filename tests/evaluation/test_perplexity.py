@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lit_prune.evaluation import perplexity
-from lit_prune.evaluation.perplexity import Perplexity, measure, negative_log_likelihood
+from lit_prune.evaluation.perplexity import Perplexity, Protocol, measure, negative_log_likelihood
 from lit_prune.evaluation.sizes import parameters, size_bytes
 from lit_prune.masks.zeros import zeros
 
@@ -79,7 +79,7 @@ def test_measure_agrees_with_the_models_own_loss(model: PreTrainedModel, batches
     with torch.no_grad():
         losses = [model(batch, labels=batch).loss for batch in batches]
     assert found.perplexity == pytest.approx(float(torch.stack(losses).mean().exp()), rel=1e-5)
-    assert found.protocol == {"data": "noise", "windows": 6, "seq_length": 16, "tokens": 90, "dtype": "float32"}
+    assert found.protocol == Protocol(data="noise", windows=6, seq_length=16, tokens=90, dtype="float32")
     assert model.training
 
 

@@ -17,11 +17,13 @@ def test_tokens_over_the_best_seconds(model: PreTrainedModel, monkeypatch) -> No
     model.register_forward_pre_hook(see, with_kwargs=True)
     model.train()
     found = speed.tokens_per_second(model)
-    assert found == {"prefill": 32 / 2, "decode": 32 / 4}
+    assert found == speed.Speed(prefill=32 / 2, decode=32 / 4)
     assert seen == [(32, 0), *((1, 32 + token) for token in range(32))] * 4
     assert model.training
 
 
 def test_a_model_without_a_limit() -> None:
     model = small_model("gpt_neox")
-    assert all(value > 0 for value in speed.tokens_per_second(model).values())
+    found = speed.tokens_per_second(model)
+    assert found.prefill > 0
+    assert found.decode > 0

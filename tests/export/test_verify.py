@@ -12,13 +12,14 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import Uniform
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
-from lit_prune.evaluation.perplexity import Measurement, measure
+from lit_prune.evaluation.perplexity import Measurement, Protocol, measure
 from lit_prune.export.folder import export
 from lit_prune.export.verify import _compare_perplexity, check_trained, verify
 from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery
+from lit_prune.report.records import CutRecord
 from lit_prune.report.summary import summary
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
@@ -43,17 +44,23 @@ def recovered(recovery: Recovery | None = None, dtype: torch.dtype = torch.float
     return model
 
 
-def report_of(model: PreTrainedModel, recipe: Recipe = RECIPE, **fields: Any) -> dict[str, Any]:
+def report_of(model: PreTrainedModel, recipe: Recipe = RECIPE) -> dict[str, Any]:
     found = measure(model, batches(), "text")
-    told = dict.fromkeys(("target", "sparsity"), recipe.sparsity) | dict.fromkeys(("protocol", "scores", "rates"))
-    cut = {
-        "step": 0,
-        "recipe": recipe_record(recipe),
-        "perplexity": {"after": found.perplexity},
-        "seconds": {},
-        "size": {},
-    } | told
-    return summary(model, recipe, [cut | {"achieved": [0.5] * 3} | fields])
+    cut = CutRecord(
+        step=0,
+        perplexity={"after": found.perplexity},
+        seconds={},
+        protocol=found.protocol,
+        calibration={},
+        size={},
+        recipe=recipe_record(recipe),
+        scores=[1.0] * 3,
+        rates=[0.5] * 3,
+        target=recipe.sparsity,
+        achieved=[0.5] * 3,
+        sparsity=recipe.sparsity,
+    )
+    return summary(model, recipe, [cut])
 
 
 @pytest.mark.parametrize("recovery", [None, LoRA(), MaskedLoRA(), FullFineTuning()])
@@ -136,7 +143,10 @@ def test_a_perplexity_that_was_another(tmp_path: Path) -> None:
 def test_a_perplexity_that_is_no_number_is_another(
     found: float, expected: float, right: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lit_prune.export.verify.measure", lambda *args, **fields: Measurement(found, {}, 0.0))
+    monkeypatch.setattr(
+        "lit_prune.export.verify.measure",
+        lambda *args, **fields: Measurement(found, Protocol("text", 1, 16, 15, "float32"), 0.0),
+    )
     with nullcontext() if right else pytest.raises(RuntimeError, match=r"the exported model's perplexity is"):
         said = _compare_perplexity(small_model(), {"perplexity": {"pruned": expected}}, (batches(), "text"), None)
         assert said == {"perplexity": found}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lit_prune.errors import InputError
-from lit_prune.report.report import write
+from lit_prune.report import write
 from tests.report.test_report import REPORT
 
 
