@@ -7,7 +7,8 @@ import re
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from lit_prune.python_docs import python_docs
+
+from lit_prune.data.python_docs import python_docs
 
 LINE = re.compile(r"[A-Z][\w ,'()-]{30,110} ([a-z]{4,})\.")
 QUESTIONS = 500

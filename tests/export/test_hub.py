@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub import constants
 
 from lit_prune.errors import InputError
-from lit_prune.export.folder import hub
+from lit_prune.export import hub
 
 
 class StandIn:

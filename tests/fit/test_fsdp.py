@@ -26,7 +26,7 @@ from lit_prune.recover import (
 )
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
-from tests.recover.test_held import train, zero_weights
+from tests.masks.test_freeze import train, zero_weights
 
 IDS = torch.randint(1, 64, (2, 16), generator=torch.Generator().manual_seed(1))
 
