@@ -488,10 +488,18 @@ def sliced_class(model: PreTrainedModel) -> type[SlicedCausalLM]:
 
 
 def register() -> None:
-    """Makes transformers' Auto classes know the sliced families, and saved folders carry this file."""
+    """Registers the sliced families with transformers' Auto classes."""
     for kind in SLICED.values():
         config: Any = kind.config_class
         AutoConfig.register(config.model_type, config)
         AutoModelForCausalLM.register(config, kind)
+
+
+def _copy_this_file_on_save() -> None:
+    for kind in SLICED.values():
+        config: Any = kind.config_class
         config.register_for_auto_class()
         kind.register_for_auto_class("AutoModelForCausalLM")
+
+
+_copy_this_file_on_save()
