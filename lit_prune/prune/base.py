@@ -19,7 +19,7 @@ from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.progress import track
-from lit_prune.prune.patterns import Pattern
+from lit_prune.prune.patterns import Pattern, Unstructured
 from lit_prune.search.mask_cache import MaskedTrial, climbing
 from lit_prune.search.trial import Trial, moved
 
@@ -128,55 +128,66 @@ class Method(ABC):
 
 
 class MaskMethod(Method):
-    """A method that sets weights to zero, in the linears of one input at a time.
+    """A method that sets weights to zero, in all linears of one input at a time.
+
+    A leaf declares `pattern` and `propagate` as fields that may be null, and null becomes the default here:
+    jsonargparse takes no instance of a leaf as the default of an argument, and carries a default that is not null over
+    to another method with an argument of that name.
 
     Attributes:
-        pattern: How the zeros may lie; None is anyhow.
+        pattern: Which entries of a weight may be zero together.
+        default_propagate: What a null ``propagate`` means.
     """
 
     makes_zeros: ClassVar[bool] = True
     supports_search: ClassVar[bool] = True
-    pattern: Pattern | None = None
+    pattern: Pattern = Unstructured()
+    default_propagate: ClassVar[Propagate] = "dense"
+
+    def __post_init__(self) -> None:
+        if self.pattern is None:
+            object.__setattr__(self, "pattern", Unstructured())
+        if self.propagate is None:
+            object.__setattr__(self, "propagate", self.default_propagate)
 
     @abstractmethod
-    def prune(self, weights: Sequence[Tensor], seen: InputStatistics, rate: float) -> list[Tensor]:
-        """Returns pruned copies of the weights, removed entries exactly 0; what is given is left as it is.
+    def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:
+        """Returns pruned copies of the weights, removed entries exactly 0.
 
-        Of each weight round(numel * rate) entries go; where a pattern says how many of each group, those.
+        Each weight loses round(numel * rate) entries, or as many of each group as the pattern says.
 
         Args:
             weights: Of linears that share one input (q, k, v; gate, up), each (out, in), contiguous.
-            seen: What is known of that input, as far as ``needs`` asks, on the weights' device.
+            statistics: Of that input, those that ``needs`` names, on the weights' device.
             rate: Share to remove, in [0, 1].
         """
 
     def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
         """Raises InputError where the pattern cannot have such rates, or does not fit a linear."""
-        if self.pattern is not None:
-            columns = {
-                f"{name} of block {block.index}": linear.weight_OI.shape[1]
-                for block in blocks
-                for name, linear in block.linears.items()
-            }
-            self.pattern.check(allocation, sparsity, columns)
+        columns = {
+            f"{name} of block {block.index}": linear.weight_OI.shape[1]
+            for block in blocks
+            for name, linear in block.linears.items()
+        }
+        self.pattern.check(allocation, sparsity, columns)
 
     def repeats(self) -> bool:
         """Returns whether the pattern allows several rates."""
-        return self.pattern is None or self.pattern.repeats
+        return self.pattern.repeats
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
         """Returns the bounds that the pattern can have."""
-        return (least, most) if self.pattern is None else self.pattern.bounds(least, most)
+        return self.pattern.bounds(least, most)
 
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns half a step of the largest block, and half a weight of every linear, as a share of all weights."""
         sizes = [block.size for block in blocks]
-        step = max(1 if self.pattern is None else self.pattern.grain(size) for size in sizes)
+        step = max(self.pattern.grain(size) for size in sizes)
         return (step + sum(len(block.linears) for block in blocks)) / 2 / sum(sizes)
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates that the pattern can have."""
-        return list(rates) if self.pattern is None else self.pattern.rates(rates, sizes)
+        return self.pattern.rates(rates, sizes)
 
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of prunable weights of each block."""
@@ -222,8 +233,7 @@ class MaskMethod(Method):
         They are made from the statistics of the unpruned model, also where the cut will take those behind pruned
         blocks: SparseGPT then needs the Gram matrices of all blocks at once (see its `propagate`).
         """
-        pattern = self.pattern
-        grains = [1 if pattern is None else pattern.grain(block.size) for block in blocks]
+        grains = [self.pattern.grain(block.size) for block in blocks]
         with (
             moved(model, device),
             climbing(blocks, lambda block, rate: dict(self._cut(block, observed[block.index], rate))) as ladder,
@@ -257,14 +267,13 @@ class ScoredMethod(MaskMethod):
     by_row: ClassVar[bool]
 
     @abstractmethod
-    def score(self, weight_OI: Tensor, seen: InputStatistics) -> Tensor:
+    def score(self, weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
         """Returns the score of every entry, at least 0, fp32; larger is kept."""
 
-    def prune(self, weights: Sequence[Tensor], seen: InputStatistics, rate: float) -> list[Tensor]:
+    def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:
         """Returns each weight with its smallest scores set to 0; what is gone already goes first."""
-        assert self.pattern is not None
         pruned = []
         for weight_OI in weights:
-            score_OI = self.score(weight_OI, seen).masked_fill(weight_OI == 0, -1)
+            score_OI = self.score(weight_OI, statistics).masked_fill(weight_OI == 0, -1)
             pruned.append(torch.where(self.pattern.keep(score_OI, rate, by_row=self.by_row), weight_OI, 0))
         return pruned

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_prune.calibration.statistics import InputStatistics
 from lit_prune.prune.base import Propagate, ScoredMethod
-from lit_prune.prune.patterns import Pattern, Unstructured
+from lit_prune.prune.patterns import Pattern
 
 
 @final
@@ -23,18 +23,11 @@ class Magnitude(ScoredMethod):
         pattern: How the removals may lie; null is Unstructured.
     """
 
-    pattern: Pattern | None = None
+    pattern: Pattern | None = None  # type: ignore[assignment]
 
     by_row: ClassVar[bool] = False
+    propagate: ClassVar[Propagate] = "dense"  # type: ignore[misc]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", self.pattern or Unstructured())
-
-    @property
-    def propagate(self) -> Propagate:  # type: ignore[override]
-        """What is pruned does not hang on what passes through."""
-        return "dense"
-
-    def score(self, weight_OI: Tensor, seen: InputStatistics) -> Tensor:
+    def score(self, weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
         """Returns |W|."""
         return weight_OI.float().abs()

@@ -16,7 +16,7 @@ from lit_prune.calibration.statistics import GRAM, InputStatistics
 from lit_prune.errors import InputError
 from lit_prune.progress import log
 from lit_prune.prune.base import MaskMethod, Propagate
-from lit_prune.prune.patterns import Pattern, Unstructured
+from lit_prune.prune.patterns import Pattern
 
 DEAD = 1e-24  # what is behind a dead column costs nothing: it goes before all that does, the smallest first
 Decide = Callable[[Tensor, int], Tensor]
@@ -51,20 +51,20 @@ class SparseGPT(MaskMethod):
         InputError: for a damping that is not above 0, a span below 1, or one that splits a group of the pattern.
     """
 
-    pattern: Pattern | None = None
-    propagate: Propagate | None = None  # type: ignore[assignment]  # null: another method's default is not carried over
+    pattern: Pattern | None = None  # type: ignore[assignment]
+    propagate: Propagate | None = None  # type: ignore[assignment]
     damping: float = 0.01
     span: int = 128
 
     needs: ClassVar[frozenset[str]] = frozenset({GRAM})
+    default_propagate: ClassVar[Propagate] = "pruned"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.damping > 0:
             raise InputError(f"`SparseGPT.damping` must be above 0, got {self.damping}; the paper's is 0.01.")
         if self.span < 1:
             raise InputError(f"`SparseGPT.span` must be at least 1, got {self.span}; the paper's is 128.")
-        object.__setattr__(self, "pattern", self.pattern or Unstructured())
-        object.__setattr__(self, "propagate", self.propagate or "pruned")
         if self.span % (columns := self._width):
             raise InputError(
                 f"`SparseGPT.span` must be a multiple of {columns}, the columns that {self.pattern} decides together, "
@@ -78,11 +78,11 @@ class SparseGPT(MaskMethod):
         assert self.pattern is not None
         return self.pattern.columns or self.span
 
-    def prune(self, weights: Sequence[Tensor], seen: InputStatistics, rate: float) -> list[Tensor]:
+    def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:
         """Returns the weights with what costs least set to 0, and the rest adjusted."""
-        assert seen.gram_II is not None
+        assert statistics.gram_II is not None
         assert self.pattern is not None
-        dead_I = seen.gram_II.diagonal() == 0
+        dead_I = statistics.gram_II.diagonal() == 0
         masks = [_Mask(weight_OI, dead_I, rate, self.pattern, self._width) for weight_OI in weights]
         rows = [len(weight_OI) for weight_OI in weights]
 
@@ -91,7 +91,7 @@ class SparseGPT(MaskMethod):
             return torch.cat([mask.decide(part_OS, begin) for mask, part_OS in zip(masks, parts, strict=True)])
 
         work_OI = torch.cat(list(weights)).float()
-        factor_II = inverse_factor(2 * seen.gram_II, self.damping)
+        factor_II = inverse_factor(2 * statistics.gram_II, self.damping)
         keep_OI = solve(work_OI, factor_II, decide, width=self._width, span=self.span)
         cast_OI = _cast(work_OI, keep_OI, weights[0].dtype)
         return list(cast_OI.split(rows))

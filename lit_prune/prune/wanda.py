@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_prune.calibration.statistics import INPUTS, InputStatistics
 from lit_prune.prune.base import Propagate, ScoredMethod
-from lit_prune.prune.patterns import Pattern, Unstructured
+from lit_prune.prune.patterns import Pattern
 
 
 @final
@@ -27,17 +27,13 @@ class Wanda(ScoredMethod):
             better with DLP at 0.7 (perplexity 328 against 346), and within a percent otherwise: docs/results.md.
     """
 
-    pattern: Pattern | None = None
-    propagate: Propagate | None = None  # type: ignore[assignment]  # null: another method's default is not carried over
+    pattern: Pattern | None = None  # type: ignore[assignment]
+    propagate: Propagate | None = None  # type: ignore[assignment]
 
     needs: ClassVar[frozenset[str]] = frozenset({INPUTS})
     by_row: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pattern", self.pattern or Unstructured())
-        object.__setattr__(self, "propagate", self.propagate or "dense")
-
-    def score(self, weight_OI: Tensor, seen: InputStatistics) -> Tensor:
+    def score(self, weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
         """Returns |W| * ||X||; |W| for an expert that no token reached, where ||X|| would tell nothing apart."""
-        assert seen.norm_I is not None
-        return weight_OI.float().abs() * (seen.norm_I if seen.norm_I.any() else 1.0)
+        assert statistics.norm_I is not None
+        return weight_OI.float().abs() * (statistics.norm_I if statistics.norm_I.any() else 1.0)
