@@ -21,6 +21,7 @@ from lit_prune.allocate import DLP, Allocation
 from lit_prune.allocate.budget import Budget
 from lit_prune.calibration.cached_statistics import read_statistics
 from lit_prune.calibration.windows import Batch, Calibration
+from lit_prune.checkpointing.position import settle_epoch
 from lit_prune.checkpointing.random_states import random_states, restore_random_states
 from lit_prune.checkpointing.resume import PROCESSES, Settings, check_settings, run_settings, stored_run
 from lit_prune.checkpointing.weights import Source, fill
@@ -176,6 +177,7 @@ class DynamicPruningCallback(Callback):
         self._random: dict[str, Any] | None = None
         self._settings: Settings = {}
         self._holds = False
+        self._between_epochs = False
 
     @property
     def cut_steps(self) -> tuple[int, ...]:
@@ -337,6 +339,9 @@ class DynamicPruningCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the random numbers back where a checkpoint was taken; logs a cut that came before."""
+        if self._between_epochs:  # with `max_steps` Lightning takes every resume for one within an epoch
+            trainer.fit_loop.epoch_loop.restarting = False
+            self._between_epochs = False
         if self.teaching is not None and self.done:
             self.teaching.check_begun()
         if self._random is not None:
@@ -441,7 +446,8 @@ class DynamicPruningCallback(Callback):
         checkpoint[structure.KEY] = stored
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes up which weights training holds at zero; the weights are loaded by now."""
+        """Takes up which weights training holds at zero; the weights are loaded by now, the loops are not."""
+        self._between_epochs = settle_epoch(checkpoint["loops"]["fit_loop"])
         held = checkpoint.get(structure.KEY, {}).get("held")
         if held:
             restore_gradient_masks(self.find_model(pl_module), held)
