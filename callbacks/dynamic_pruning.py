@@ -53,12 +53,11 @@ from lit_prune.prune import Method
 from lit_prune.recipe import Recipe
 from lit_prune.recover import (
     Recovery,
+    Snapshot,
     freeze_zeros,
     freezes_zeros,
     gradient_masks,
-    rebuild,
     restore_gradient_masks,
-    snapshot,
 )
 from lit_prune.report.records import Baseline, CutRecord, Record, to_plain, with_perplexity
 from lit_prune.schedule import Cut, Schedule, cuts
@@ -244,7 +243,7 @@ class DynamicPruningCallback(Callback):
             return
         if self.teaching is not None:
             self.teaching.resume(trainer, model, stored["teacher"])
-        rebuild(model, stored)
+        Snapshot.from_dict(stored).rebuild(model)
         left_out = stored["left_out"]
         if shards(trainer):
             return
@@ -440,7 +439,7 @@ class DynamicPruningCallback(Callback):
         if not self.fit_plan.idle:
             model = self.find_model(pl_module)
             teacher = None if self.teaching is None else self.teaching.state()
-            stored |= snapshot(model) | {"held": gradient_masks(model), "teacher": teacher}
+            stored |= Snapshot.of(model).to_dict() | {"held": gradient_masks(model), "teacher": teacher}
             if self.source is not None:
                 stored["left_out"] = self.source.strip(model, checkpoint["state_dict"], f"{self.target}.")
         checkpoint[structure.KEY] = stored

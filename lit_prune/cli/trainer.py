@@ -21,6 +21,7 @@ from lit_prune.fit.cut import cut
 from lit_prune.models.on_disk import on_disk, placed, working
 from lit_prune.pipeline import look
 from lit_prune.recipe import recipe_record
+from lit_prune.recover import Snapshot
 from lit_prune.report.report import block_table, task_table, to_json, versions
 from lit_prune.report.summary import summary
 from lit_prune.report.write import write_scores
@@ -139,7 +140,7 @@ class PruneTrainer(Trainer):
         pruning, results = find_callback(self, DynamicPruningCallback), find_callback(self, ResultsCallback)
         stored = pruning.checkpointed(ckpt_path)
         if merge:
-            check_merge(stored)
+            check_merge(Snapshot.from_dict(stored))
         self._data_connector.attach_data(model, datamodule=datamodule)
         self._loaded(model, pruning)
         _load(ckpt_path, model, [pruning, results])

@@ -26,7 +26,7 @@ from lit_prune.models.quantised import (
     quantised_linears,
     sharing_weight,
 )
-from lit_prune.recover import adapter_config, quantise, snapshot
+from lit_prune.recover import Snapshot, adapter_config, quantise
 from lit_prune.recover.merge import merged, record_quantisation, without_adapter
 
 
@@ -78,11 +78,11 @@ def exported(model: PreTrainedModel) -> PreTrainedModel:
 
 def form(model: PreTrainedModel) -> str | None:
     """Returns in which form a quantised model is exported, as QLoRA calls it; None for one in full precision."""
-    return _form(snapshot(model))
+    return _form(Snapshot.of(model))
 
 
-def _form(stored: dict[str, Any]) -> str | None:
-    return stored["record"].get("form") if stored.get("quantised") and stored["adapter"] else None
+def _form(snapshot: Snapshot) -> str | None:
+    return snapshot.record.get("form") if snapshot.quantisation and snapshot.adapter else None
 
 
 def merges(model: PreTrainedModel) -> bool:
@@ -90,26 +90,26 @@ def merges(model: PreTrainedModel) -> bool:
 
     Over quantised weights the form of the export decides.
     """
-    return _mergeable(snapshot(model))
+    return _mergeable(Snapshot.of(model))
 
 
-def _mergeable(stored: dict[str, Any]) -> bool:
-    fills = stored["record"].get("masked") and not stored.get("masked_adapter")
-    return stored["adapter"] is not None and not fills and _form(stored) != "adapter"
+def _mergeable(snapshot: Snapshot) -> bool:
+    fills_zeros = snapshot.record.get("masked") and not snapshot.masked_adapter
+    return snapshot.adapter is not None and not fills_zeros and _form(snapshot) != "adapter"
 
 
-def check_merge(stored: dict[str, Any]) -> None:
+def check_merge(snapshot: Snapshot) -> None:
     """Asks whether a model has no adapter, or one that can be merged.
 
     Args:
-        stored: The model's snapshot, such as a checkpoint has.
+        snapshot: The model's, such as a checkpoint has.
 
     Raises:
         InputError: if the adapter would fill zeros, or was trained to stay beside quantised weights.
     """
-    if stored["adapter"] is None or _mergeable(stored):
+    if snapshot.adapter is None or _mergeable(snapshot):
         return
-    if _form(stored) == "adapter":
+    if _form(snapshot) == "adapter":
         raise InputError(
             "`merge` must be left out for an adapter that was trained to stay beside quantised weights: train with "
             "QLoRA, `--pruning.recovery.form merged` or `requantised`, on weights in full precision."

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lit_prune import distributed
 from lit_prune.models import structure
 from lit_prune.models.families import blocks_path
-from lit_prune.recover import rebuild, snapshot
+from lit_prune.recover import Snapshot
 from lit_prune.recover.merge import share_buffers
 
 
@@ -67,7 +67,7 @@ def gathered(model: PreTrainedModel) -> PreTrainedModel | None:
         return None
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
-    rebuild(whole, snapshot(model))
+    Snapshot.of(model).rebuild(whole)
     whole.load_state_dict(state, assign=True)
     share_buffers(model, whole)
     whole.tie_weights()

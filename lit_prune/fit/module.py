@@ -21,7 +21,7 @@ from lit_prune.fit.fsdp import is_sharded, shard
 from lit_prune.fit.learning_rate import warm_up_and_cosine, warm_up_steps
 from lit_prune.models import structure
 from lit_prune.models.load import Dtype, architecture_config, load_config, load_model, new_model
-from lit_prune.recover import rebuild, snapshot
+from lit_prune.recover import Snapshot
 
 Batch = dict[str, Tensor]
 
@@ -195,7 +195,7 @@ class PrunableLM(LightningModule):
         """Stores what was done to the LLM beside its weights, and the step at which the optimizer was made."""
         assert self.model is not None
         kept = checkpoint.get(structure.KEY, {})
-        checkpoint[structure.KEY] = kept | snapshot(self.model) | {"optimizer_step": self._optimizer_step}
+        checkpoint[structure.KEY] = kept | Snapshot.of(self.model).to_dict() | {"optimizer_step": self._optimizer_step}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Rebuilds what was done to the LLM before the weights load, and puts back those that were left out."""
@@ -205,6 +205,6 @@ class PrunableLM(LightningModule):
         assert self.model is not None
         stored = checkpoint[structure.KEY]
         if not is_sharded(self.model):  # else it was rebuilt before that, and the weights are loaded
-            rebuild(self.model, stored)
+            Snapshot.from_dict(stored).rebuild(self.model)
             fill(self.model, checkpoint["state_dict"], "model.", stored.get("left_out") or {})
         self._optimizer_step = stored["optimizer_step"]

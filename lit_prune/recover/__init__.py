@@ -8,7 +8,7 @@ from lit_prune.recover.lora import LoRA
 from lit_prune.recover.masked_lora import MaskedLoRA
 from lit_prune.recover.qlora import QLoRA
 from lit_prune.recover.quantise import mark, quantise
-from lit_prune.recover.rebuild import rebuild, snapshot
+from lit_prune.recover.rebuild import Snapshot
 
 __all__ = [
     "FullFineTuning",
@@ -16,6 +16,7 @@ __all__ = [
     "MaskedLoRA",
     "QLoRA",
     "Recovery",
+    "Snapshot",
     "adapter_config",
     "freeze_zeros",
     "freezes_zeros",
@@ -23,8 +24,6 @@ __all__ = [
     "mark",
     "merged_weight",
     "quantise",
-    "rebuild",
     "restore_gradient_masks",
-    "snapshot",
     "train_adapter",
 ]

@@ -1,7 +1,9 @@
-"""How a model that was pruned and readied for recovery is made again, so that a checkpoint's weights fit it."""
+"""The snapshot of a model that was pruned and prepared for recovery, from which a checkpoint's model is rebuilt."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
@@ -9,39 +11,92 @@ from transformers import PreTrainedModel
 
 from lit_prune.masks.freeze import freeze_zeros, freezes_zeros
 from lit_prune.models import structure
-from lit_prune.models.modeling_sliced import SlicedCausalLM, take_shape
 from lit_prune.models.quantised import make_loadable, quantisation
+from lit_prune.models.structure import Structure, structures_in
 from lit_prune.recover.adapter import adapter_config, add_adapter, has_masked_adapter
 from lit_prune.recover.quantise import quantise
 
 
-def snapshot(model: PreTrainedModel) -> dict[str, Any]:
-    """Returns all that :func:`rebuild` needs to give a fresh copy of the dense model the structure of ``model``."""
-    return {
-        "record": structure.record(model),
-        "slice_sizes": getattr(model.config, "slice_sizes", None),
-        "quantised": quantisation(model),
-        "adapter": adapter_config(model),
-        "masked_adapter": has_masked_adapter(model),
-        "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
-        "freezes_zeros": freezes_zeros(model),
-    }
+@dataclass(frozen=True)
+class Snapshot:
+    """What a fresh copy of the dense model needs to take on the shape and the modules of another, without its weights.
+
+    Attributes:
+        record: What was done to the model, see ``models.structure``; its structures among it.
+        quantisation: How linears are quantised, as ``quantise`` takes it; None for full precision.
+        adapter: The adapter's peft config, as JSON can hold it; None without an adapter.
+        masked_adapter: Whether the adapter keeps the zeros of the weights under it.
+        trained: Names of the parameters that are trained.
+        freezes_zeros: Whether training keeps the zeros of whole weights.
+    """
+
+    record: dict[str, Any]
+    quantisation: dict[str, Any] | None
+    adapter: dict[str, Any] | None
+    masked_adapter: bool
+    trained: tuple[str, ...]
+    freezes_zeros: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Snapshot:
+        """Returns the snapshot of ``model``."""
+        return cls(
+            record=structure.record(model),
+            quantisation=quantisation(model),
+            adapter=adapter_config(model),
+            masked_adapter=has_masked_adapter(model),
+            trained=tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+            freezes_zeros=freezes_zeros(model),
+        )
+
+    @property
+    def structures(self) -> tuple[Structure, ...]:
+        """What changed the shape of the model."""
+        return structures_in(self.record)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what a checkpoint stores, in types that JSON and ``weights_only`` can hold."""
+        return {
+            "record": self.record,
+            "quantised": self.quantisation,
+            "adapter": self.adapter,
+            "masked_adapter": self.masked_adapter,
+            "trained": list(self.trained),
+            "freezes_zeros": self.freezes_zeros,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Snapshot:
+        """Returns the snapshot in what a checkpoint stores, which may hold more beside it."""
+        return cls(
+            record=stored["record"],
+            quantisation=stored["quantised"],
+            adapter=stored["adapter"],
+            masked_adapter=stored["masked_adapter"],
+            trained=tuple(stored["trained"]),
+            freezes_zeros=stored["freezes_zeros"],
+        )
+
+    def rebuild(self, model: PreTrainedModel) -> None:
+        """Makes a copy of the dense model, in place, one that the weights of the snapshot's model can be loaded into.
+
+        Nothing changes where ``model`` is rebuilt already.
+        """
+        for shape in self.structures:
+            shape.rebuild(model)
+        structure.write(model, **self.record)
+        if self.quantisation is not None and quantisation(model) is None:
+            quantise(model, **self.quantisation)
+        make_loadable(model)
+        if self.adapter is not None and adapter_config(model) is None:
+            add_adapter(model, _peft_config(self.adapter), masked=self.masked_adapter)
+        trained = set(self.trained)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
+        if self.freezes_zeros:
+            freeze_zeros(model)
 
 
-def rebuild(model: PreTrainedModel, stored: dict[str, Any]) -> None:
-    """Gives ``model`` the structure that ``stored`` tells, so that a checkpoint's weights fit; twice is as once."""
-    structure.write(model, **stored["record"])
-    if stored["slice_sizes"] is not None and not isinstance(model, SlicedCausalLM):
-        take_shape(model, stored["slice_sizes"])
-    if stored.get("quantised") is not None and quantisation(model) is None:
-        quantise(model, **stored["quantised"])
-    make_loadable(model)
-    fields = stored["adapter"]
-    if fields is not None and adapter_config(model) is None:
-        kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]
-        config = kind(**{key: value for key, value in fields.items() if key != "peft_type"})
-        add_adapter(model, config, masked=stored.get("masked_adapter", False))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in stored["trained"])
-    if stored.get("freezes_zeros"):
-        freeze_zeros(model)
+def _peft_config(fields: Mapping[str, Any]) -> PeftConfig:
+    kind: type[PeftConfig] = PEFT_TYPE_TO_CONFIG_MAPPING[fields["peft_type"]]
+    return kind(**{key: value for key, value in fields.items() if key != "peft_type"})

@@ -11,7 +11,6 @@ from lit_prune.evaluation.sizes import full_bytes, parameters, pruned, size_byte
 from lit_prune.export.folder import form, merges
 from lit_prune.masks.zeros import zero_shares
 from lit_prune.models import structure
-from lit_prune.models.modeling_sliced import SlicedCausalLM
 from lit_prune.models.quantised import quantisation
 from lit_prune.recipe import Recipe
 from lit_prune.recover import adapter_config
@@ -20,7 +19,6 @@ from lit_prune.report import report as reports
 from lit_prune.report.records import Baseline, CutRecord, to_plain
 from lit_prune.report.report import Report
 from lit_prune.schedule import Cut
-from lit_prune.slice import slices
 
 
 def summary(
@@ -73,7 +71,7 @@ def summary(
         "bytes": _bytes(model, plain),
         "quantised": _quantised(model, plain),
         "slice": _slice(plain, recipe, done),
-        "sliced": isinstance(plain, SlicedCausalLM),
+        "sliced": any(shape.name == "slice" for shape in structure.describe(plain)),
         "cuts": [_told_of(done) for done in cuts],
         "cuts_not_made": [cut._asdict() for cut in following],
         "kept": None if kept is None else kept["record"],
@@ -116,9 +114,9 @@ def _quantised(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Any]
 
 
 def _first(plain: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[str, Any]]) -> str:
-    """What the model is called before the first cut: one that had zeros or slices is not dense."""
-    sliced = isinstance(plain, SlicedCausalLM) and recipe is not None and not recipe.method.changes_shapes
-    return "before" if _found(cuts) or sliced else "dense"
+    """What the model is called before the first cut: one that had zeros or another shape is not dense."""
+    shaped = bool(structure.structures(plain)) and recipe is not None and not recipe.method.changes_shapes
+    return "before" if _found(cuts) or shaped else "dense"
 
 
 def _found(cuts: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -156,23 +154,13 @@ def _seconds(cuts: Sequence[dict[str, Any]], first: str) -> dict[str, float]:
 
 
 def _slice(plain: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) -> dict[str, Any] | None:
-    """What a model that was sliced in this run has convert_to_sliced, beside what it was."""
+    """What a cut of this run made of the model's shape, beside what it was."""
     if recipe is None:
         requested = None if done.get("achieved") else (done.get("recipe") or {}).get("sparsity")
     else:
         requested = recipe.sparsity if recipe.method.changes_shapes else None
-    if requested is None or not isinstance(plain, SlicedCausalLM):  # training may have ended before the cut
+    described = next((shape for shape in structure.describe(plain) if shape.name == "slice"), None)
+    if requested is None or described is None:  # training may have ended before the cut
         return None
-    sizes, full = plain.config.slice_sizes, plain.config.hidden_size
-    gone = slices(sizes[:-1], full)
-    return {
-        "requested": requested,
-        "achieved": sum(gone) / len(gone),
-        "hidden_size": full,
-        "sizes": sizes[:-1],
-        "head_size": sizes[-1],
-        "shortcut_parameters": sum(p.numel() for name, p in plain.named_parameters() if "shortcut" in name),
-        **structure.record(plain).get("slice", {}),
-        "dense": done.get("size", {}).get("before"),
-        "pruned": done.get("size", {}).get("after"),
-    }
+    sizes = {name: done.get("size", {}).get(when) for name, when in (("dense", "before"), ("pruned", "after"))}
+    return {"requested": requested, **described.facts, **sizes}

@@ -22,7 +22,6 @@ from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
-from lit_prune.models import structure
 from lit_prune.models.families import Block, find_blocks
 from lit_prune.models.modeling_sliced import (
     SlicedLayer,
@@ -32,12 +31,14 @@ from lit_prune.models.modeling_sliced import (
     sliced_class,
     untied_head,
 )
+from lit_prune.models.structure import add_structure
 from lit_prune.progress import log, track
 from lit_prune.prune.base import Method, Propagate
 from lit_prune.search.trial import Trial, moved
 from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
 from lit_prune.slice.sizes import check_multiple, sizes_from_rates, slices
 from lit_prune.slice.sliceable import check_sliceable
+from lit_prune.slice.slices import Slices
 from lit_prune.slice.trial import SlicedTrial
 
 
@@ -112,7 +113,7 @@ class Slicing(Method):
         full, before, tied = model.config.hidden_size, parameters(model), model.config.tie_word_embeddings
         widths = self._widths(rates, full)
         self._slice(model, blocks, stream(), widths, device, "Slicing blocks")
-        structure.write(model, slice={"untied_head": tied})
+        add_structure(model, Slices(widths, untied_head=tied))
         _tell(model, before, tied)
         return slices(widths[:-1], full)
 

@@ -13,7 +13,7 @@ from lit_prune.models.digest import digest
 from lit_prune.pipeline import prune
 from lit_prune.prune import MaskMethod, Method, Wanda
 from lit_prune.recipe import Recipe
-from lit_prune.recover import LoRA, rebuild, snapshot
+from lit_prune.recover import LoRA, Snapshot
 from tests.conftest import small_model
 
 
@@ -50,7 +50,7 @@ def test_a_pruned_model_comes_back_to_the_bit(method: type[Method], family: str,
     assert any("embed" in name or "wte" in name for name in left_out)
     assert not any("norm" in name or "ln_" in name for name in state)
     fresh = small_model(family)
-    rebuild(fresh, snapshot(model))
+    Snapshot.of(model).rebuild(fresh)
     fill(fresh, state, "model.", left_out)
     want = model.state_dict()
     assert state.keys() == {f"model.{name}" for name in want}

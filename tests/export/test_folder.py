@@ -14,7 +14,7 @@ from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
-from lit_prune.recover import LoRA, MaskedLoRA, snapshot
+from lit_prune.recover import LoRA, MaskedLoRA, Snapshot
 from lit_prune.recover.merge import without_adapter
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
@@ -151,13 +151,13 @@ def test_a_masked_adapter_is_merged_and_the_model_left_as_it_is(
 def test_a_merge_that_would_fill_zeros_is_refused(batches: list[torch.Tensor]) -> None:
     model, sliced = small_model(), small_model()
     prune(model, batches, Recipe())
-    check_merge(snapshot(model))
+    check_merge(Snapshot.of(model))
     prune(sliced, batches, Recipe(Slicing(), 0.25))
     for leaf, one in ((LoRA, model), (LoRA, sliced), (MaskedLoRA, small_model())):
         leaf().attach(one)
     with pytest.raises(InputError, match="`merge` must be left out for LoRA over masks, .*or train with .*MaskedLoRA"):
-        check_merge(snapshot(model))
-    check_merge(snapshot(sliced))
+        check_merge(Snapshot.of(model))
+    check_merge(Snapshot.of(sliced))
 
 
 def test_a_fresh_process_opens_it_without_lit_prune(

@@ -19,10 +19,10 @@ from lit_prune.recover import (
     FullFineTuning,
     LoRA,
     MaskedLoRA,
+    Snapshot,
     freeze_zeros,
     gradient_masks,
     restore_gradient_masks,
-    snapshot,
 )
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
@@ -55,7 +55,7 @@ def check_gathered(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     whole = gathered(model)
     assert whole is not None
     assert not is_sharded(whole)
-    assert snapshot(whole) == snapshot(alone)
+    assert Snapshot.of(whole) == Snapshot.of(alone)
     state, expected = whole.state_dict(), alone.state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())

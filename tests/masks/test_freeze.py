@@ -12,7 +12,7 @@ from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude, NofM, Wanda
 from lit_prune.recipe import Recipe
-from lit_prune.recover import FullFineTuning, gradient_masks, rebuild, restore_gradient_masks, snapshot
+from lit_prune.recover import FullFineTuning, Snapshot, gradient_masks, restore_gradient_masks
 from tests.conftest import small_model
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -126,15 +126,15 @@ def test_what_is_zero_elsewhere_is_trained() -> None:
 
 def test_a_rebuilt_model_takes_the_zeros_of_the_weights_that_load_after_it() -> None:
     model, fresh = pruned(), small_model()
-    stored = snapshot(model)
-    rebuild(fresh, stored)
-    rebuild(fresh, stored)
+    stored = Snapshot.of(model)
+    stored.rebuild(fresh)
+    stored.rebuild(fresh)
     assert all(len(parameter._backward_hooks) == 1 for parameter in zero_weights(fresh))
     fresh.load_state_dict(model.state_dict())
     gone = zero_weights(fresh)
     train(fresh, OPTIMIZERS["AdamW"](fresh.parameters()))
     assert all(torch.equal(parameter == 0, zero) for parameter, zero in gone.items())
-    assert not snapshot(small_model())["freezes_zeros"]
+    assert not Snapshot.of(small_model()).freezes_zeros
 
 
 def test_a_later_cut_is_held_once_attached_again() -> None:

@@ -24,7 +24,7 @@ from lit_prune.models.families import find_blocks
 from lit_prune.models.quantised import compute_exactly, dequantised, mask, quantised_linears
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
-from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, adapter_config, merged_weight, rebuild, snapshot
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Snapshot, adapter_config, merged_weight
 from lit_prune.recover.masked_quantised import MaskedQuantised, QuantisedProduct
 from lit_prune.recover.merge import without_adapter
 from lit_prune.slice import Slicing
@@ -169,14 +169,14 @@ def test_parameters_bytes_and_zeros_are_counted_as_they_are(quantization: Any, t
 @pytest.mark.parametrize(("family", "form", "quantization"), [("llama", "adapter", "int8"), ("gpt2", "merged", "nf4")])
 def test_a_rebuilt_model_takes_a_checkpoint_bit_for_bit(family: str, form: Any, quantization: Any) -> None:
     model, fresh, file = healed(family, form=form, quantization=quantization), small_model(family, **WIDE), io.BytesIO()
-    torch.save({"snapshot": snapshot(model), "weights": model.state_dict()}, file)
+    torch.save({"snapshot": Snapshot.of(model).to_dict(), "weights": model.state_dict()}, file)
     file.seek(0)
     stored = torch.load(file, weights_only=True)
     assert json.loads(json.dumps(stored["snapshot"])) == stored["snapshot"]
-    rebuild(fresh, stored["snapshot"])
-    rebuild(fresh, stored["snapshot"])
+    Snapshot.from_dict(stored["snapshot"]).rebuild(fresh)
+    Snapshot.from_dict(stored["snapshot"]).rebuild(fresh)
     fresh.load_state_dict(stored["weights"], strict=True)
-    assert snapshot(fresh) == stored["snapshot"]
+    assert Snapshot.of(fresh).to_dict() == stored["snapshot"]
     assert torch.equal(logits(fresh), logits(model))
     masks = {name: mask(module) for name, module in quantised_linears(fresh)}
     assert all(torch.equal(mask(module), masks[name]) for name, module in quantised_linears(model))
@@ -271,9 +271,9 @@ def test_merge_of_an_adapter_that_stays_beside_quantised_weights_is_refused() ->
     with pytest.raises(
         InputError, match="`merge` must be left out for an adapter that was trained to stay.*form merged"
     ):
-        check_merge(snapshot(healed()))
+        check_merge(Snapshot.of(healed()))
     for form_ in ("merged", "requantised"):
-        check_merge(snapshot(healed(form=form_)))
+        check_merge(Snapshot.of(healed(form=form_)))
 
 
 def test_a_quantised_model_is_not_pruned_again() -> None:
@@ -301,7 +301,7 @@ def test_a_quantised_folder_is_trained_on_by_lora_beside_it(quantization: Any, t
     torch.testing.assert_close(logits(second), logits(first), rtol=1e-4, atol=1e-6)
     packed = without_adapter(second).state_dict()
     assert all(torch.equal(packed[name], tensor) for name, tensor in before.state_dict().items())
-    rebuild(before, snapshot(first))  # a run that goes on
+    Snapshot.of(first).rebuild(before)  # a run that goes on
     before.load_state_dict(first.state_dict())
     assert torch.equal(logits(before), logits(first))
 

@@ -16,7 +16,7 @@ from lit_prune.models.quantised import compute_exactly, mask
 from lit_prune.pipeline import prune
 from lit_prune.prune import NofM, Wanda
 from lit_prune.recipe import Recipe
-from lit_prune.recover import LoRA, MaskedLoRA, Recovery, adapter_config, rebuild, snapshot
+from lit_prune.recover import LoRA, MaskedLoRA, Recovery, Snapshot, adapter_config
 from lit_prune.recover.masked_linear import MaskedLinear
 from lit_prune.recover.merge import without_adapter
 from tests.conftest import WIDE, small_model
@@ -96,9 +96,9 @@ def test_a_rebuilt_model_is_trained_as_the_first_was(leaf: type[Recovery], batch
         leaf().attach(model)
         trained(model, batches[0], steps=2)
         if rebuilt:
-            stored, weights = json.loads(json.dumps(snapshot(model))), model.state_dict()
+            stored, weights = json.loads(json.dumps(Snapshot.of(model).to_dict())), model.state_dict()
             model = small_model()
-            rebuild(model, stored)
+            Snapshot.from_dict(stored).rebuild(model)
             model.load_state_dict(weights, strict=True)
         trained(model, batches[0], steps=3)
         found.append(model.state_dict())
@@ -159,12 +159,12 @@ def test_snapshot_rebuilds_what_the_weights_need(
     for parameter in model.parameters():
         parameter.data.add_(0.01)
     fresh = small_model(family)
-    stored = json.loads(json.dumps(snapshot(model)))
-    rebuild(fresh, stored)
-    rebuild(fresh, stored)
+    stored = json.loads(json.dumps(Snapshot.of(model).to_dict()))
+    Snapshot.from_dict(stored).rebuild(fresh)
+    Snapshot.from_dict(stored).rebuild(fresh)
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(fresh(batches[0]).logits, model.eval()(batches[0]).logits)
-    assert snapshot(fresh) == stored
+    assert Snapshot.of(fresh).to_dict() == stored
     assert adapter_config(small_model(family)) is None
 
 
@@ -172,18 +172,9 @@ def test_a_rebuilt_adapter_is_of_the_same_kind() -> None:
     for leaf in ADAPTERS:
         model, fresh = small_model(), small_model()
         leaf(target_modules=["q_proj"]).attach(model)
-        rebuild(fresh, json.loads(json.dumps(snapshot(model))))
+        Snapshot.of(model).rebuild(fresh)
         assert isinstance(fresh.model.layers[0].self_attn.q_proj, MaskedLinear) is (leaf is MaskedLoRA)
         assert not isinstance(fresh.model.layers[0].self_attn.k_proj, MaskedLinear)
-
-
-def test_a_snapshot_of_before_there_were_masked_adapters() -> None:
-    model, fresh = small_model(), small_model()
-    LoRA().attach(model)
-    stored = snapshot(model)
-    del stored["masked_adapter"], stored["freezes_zeros"]
-    rebuild(fresh, stored)
-    assert fresh.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("leaf", ADAPTERS)

@@ -17,6 +17,7 @@ from lit_prune.prune import Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA
 from lit_prune.slice import Slicing
+from lit_prune.slice.slices import Slices
 from tests.conftest import lively_model, small_model
 
 FAMILIES = sorted(SLICED)
@@ -164,14 +165,14 @@ def test_a_tied_head_becomes_untied_and_the_growth_is_told(
     told = " ".join(capsys.readouterr().err.split())
     assert "The head was tied to the embedding; a sliced model has a head of its own, 2,048 parameters more." in told
     assert f"Warning: slicing made the model bigger, from {before:,} to {parameters(model):,} parameters" in told
-    assert structure.record(model)["slice"] == {"untied_head": True}
+    assert structure.structures(model) == (Slices([32, 32, 32, 32], untied_head=True),)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     untied = small_model(tie_word_embeddings=False)
     prune(untied, batches, Recipe(Slicing(), 0.5, Uniform()))
     told = capsys.readouterr().err
     assert "tied" not in told
     assert "bigger" not in told
-    assert structure.record(untied)["slice"] == {"untied_head": False}
+    assert structure.structures(untied) == (Slices([16, 16, 16, 32], untied_head=False),)
 
 
 def test_masks_after_slices(batches: list[torch.Tensor]) -> None:

@@ -1,0 +1,73 @@
+"""What changed a model's shape is in its config, and is found again by its class alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import final
+
+import pytest
+from transformers import PreTrainedModel
+
+from lit_prune.errors import InputError
+from lit_prune.models import structure
+from lit_prune.models.structure import Description, Structure, add_structure, describe, structures
+
+
+@final
+@dataclass(frozen=True)
+class Vocabulary(Structure):
+    """A model that knows fewer words."""
+
+    words: int
+
+    def rebuild(self, model: PreTrainedModel) -> None:
+        model.resize_token_embeddings(self.words)
+
+    def describe(self, model: PreTrainedModel) -> Description:
+        return Description("vocabulary", {}, "Cut", "fewer words.", {}, "words", "word", (self.words,), 64, 0.0)
+
+
+@final
+@dataclass(frozen=True)
+class Depth(Structure):
+    """Another kind, which nothing is known of."""
+
+    def rebuild(self, model: PreTrainedModel) -> None:
+        raise NotImplementedError
+
+    def describe(self, model: PreTrainedModel) -> Description:
+        raise NotImplementedError
+
+
+def test_a_structure_comes_back_from_the_config(model: PreTrainedModel) -> None:
+    assert structures(model) == ()
+    structure.write(model, rates=[0.5])
+    add_structure(model, Vocabulary(48))
+    fields = {"kind": "tests.models.test_structure.Vocabulary", "words": 48}
+    assert json.loads(model.config.to_json_string())["lit_prune"] == {"rates": [0.5], "structures": [fields]}
+    assert structures(model) == (Vocabulary(48),)
+    assert [described.sizes for described in describe(model)] == [(48,)]
+
+
+def test_one_of_a_kind_takes_the_place_of_the_earlier(model: PreTrainedModel) -> None:
+    for shape in (Vocabulary(48), Depth(), Vocabulary(40)):
+        add_structure(model, shape)
+    assert structures(model) == (Vocabulary(40), Depth())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no_such_package.Shape", "`model`: its config names the structure no_such_package.Shape, which cannot be im"),
+        ("tests.models.test_structure.Width", "test_structure.Width, which tests.models.test_structure does not have"),
+        (
+            "tests.models.test_structure.pytest",
+            "the structure tests.models.test_structure.pytest, which",
+        ),
+    ],
+)
+def test_a_structure_that_is_not_there(kind: str, message: str, model: PreTrainedModel) -> None:
+    structure.write(model, structures=[{"kind": kind}])
+    with pytest.raises(InputError, match=message):
+        structures(model)
