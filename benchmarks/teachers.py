@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, get_cosine_with_min_lr_schedule_with_w
 
 from lit_prune.calibration.windows import Batch
 from lit_prune.data.datamodule import TextDataModule
-from lit_prune.distill import Copy, DenseModel, Distillation, Distilled, SparseDelta, Student, TopK
+from lit_prune.distill import Copy, DenseModel, Distillation, DistillationHook, SparseDelta, Student, TopK
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import prune
@@ -67,13 +67,13 @@ def run(protocol: Protocol, distillation: Distillation | None) -> Row:
         assert distillation.teacher is not None
         student, device = Student(recipe, recovery), torch.device("cpu")
         dense = DenseModel(model, student, distillation.temperature, device, lambda: given)
-        distilled = Distilled(distillation, distillation.teacher.keep(dense))
+        distilled = DistillationHook(distillation, distillation.teacher.prepare(dense))
     before = time.process_time() - begin
     prune(model, protocol.batches(), recipe)
     torch.manual_seed(0)
     recovery.attach(model)
     if distilled is not None:
-        distilled.put_on(model)
+        distilled.register(model)
     begin = time.process_time()
     train(model, iter(given))
     seconds = time.process_time() - begin
@@ -83,7 +83,7 @@ def run(protocol: Protocol, distillation: Distillation | None) -> Row:
         "perplexity": found.perplexity,
         "tokens_per_second": STEPS * BATCH * protocol.seq_length / seconds,
         "seconds_before": before,
-        "bytes": 0 if distilled is None else distilled.kept.size_bytes(),
+        "bytes": 0 if distilled is None else distilled.teacher.size_bytes(),
         "protocol": asdict(found.protocol),
     }
 

@@ -250,12 +250,12 @@ def _score(
                 seen = seen.to(next(block.module.parameters()).device)
                 scores.append(known[block.index] if known else recipe.allocation.score(_weights(block), seen))
             observed.append(seen.to(model.device))
-    found = limits.gone if limits.gone >= TOLD else 0.0
+    found = limits.current_sparsity if limits.current_sparsity >= TOLD else 0.0
     if found:
-        log(f"{found:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
+        log(f"{found:.1%} of the weights to prune are pruned already: they stay so, and count toward the sparsity.")
     refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, observed=observed, key=key)
     seconds = time.perf_counter() - begin
-    return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, observed, refined.told, found)
+    return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, observed, refined.details, found)
 
 
 def _refine(

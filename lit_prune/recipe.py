@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lit_prune import distributed
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
 from lit_prune.allocate.base import TOLERANCE, weighted_mean
-from lit_prune.allocate.budget import Budget, Limits, over_linears
+from lit_prune.allocate.budget import Budget, Limits, sparsity_of_linears
 from lit_prune.errors import InputError
 from lit_prune.models.families import Block, find_blocks
 from lit_prune.models.on_disk import on_disk
@@ -109,13 +109,13 @@ class Recipe:
             )
         blocks = self.find(model)
         limits = self.limits(model, blocks)
-        if limits.aim < limits.gone - TOLERANCE:
+        if limits.effective_target < limits.current_sparsity - TOLERANCE:
             raise InputError(
-                f"`pruning.sparsity` must be at least what is gone already, {limits.gone:.4g} of the linears: it stays "
-                f"pruned, and counts; got {limits.target:.4g}."
+                f"`pruning.sparsity` must be at least the current sparsity, {limits.current_sparsity:.4g} of the "
+                f"linears: weights that are pruned stay pruned; got {limits.target:.4g}."
             )
-        self.method.check_rates(blocks, self.allocation, limits.aim)
-        self.allocation.check(limits.sizes, limits.aim, limits.lower, limits.upper)
+        self.method.check_rates(blocks, self.allocation, limits.effective_target)
+        self.allocation.check(limits.sizes, limits.effective_target, limits.lower, limits.upper)
         self.spread(limits, [1.0] * len(blocks), equal=True)
         return blocks, limits
 
@@ -130,7 +130,7 @@ class Recipe:
         lower, target = [max(least, gone) for gone in taken], self.sparsity
         slack = self.method.rounding(blocks)  # which an earlier cut may have taken more than was asked for
         if self.budget == "parameters":
-            target = over_linears(self.sparsity, model, blocks, lower=lower, upper=upper, slack=slack)
+            target = sparsity_of_linears(self.sparsity, model, blocks, lower=lower, upper=upper, slack=slack)
         return Limits(sizes, lower, upper, target, weighted_mean(taken, sizes), slack)
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
@@ -138,7 +138,7 @@ class Recipe:
         rates = allocate(
             Uniform() if equal else self.allocation,
             scores,
-            limits.aim,
+            limits.effective_target,
             sizes=limits.sizes,
             present=limits.lower,
             max_rate=limits.upper,

@@ -129,10 +129,10 @@ def test_pruned_stays_pruned_at_a_later_cut(
     gone = {name: tensor == 0 for name, tensor in weights(model).items()}
     capsys.readouterr()
     second = prune(model, batches, Recipe(sparsity=0.6))
-    assert "40.0% of what is to be pruned is gone already: it stays so, and counts" in capsys.readouterr().err
+    assert "40.0% of the weights to prune are pruned already: they stay so, and count" in capsys.readouterr().err
     assert second.sparsity == pytest.approx(0.6, abs=1e-3)
     assert all((model.state_dict()[name][where] == 0).all() for name, where in gone.items())
-    with pytest.raises(InputError, match=r"must be at least what is gone already, 0.(59\d*|6) of the .*; got 0.3"):
+    with pytest.raises(InputError, match=r"must be at least the current sparsity, 0.(59\d*|6) of the .*; got 0.3"):
         prune(model, batches, Recipe(sparsity=0.3))
 
 

@@ -1,4 +1,4 @@
-"""How much each block gives. One file an allocation; importing them here makes their short names resolve."""
+"""Allocations of the sparsity to the blocks, one file each; importing them here makes their short names resolve."""
 
 from lit_prune.allocate.alpha_pruning import AlphaPruning
 from lit_prune.allocate.base import Allocation, allocate

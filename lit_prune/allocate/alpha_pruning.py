@@ -1,6 +1,6 @@
 """AlphaPruning: Using Heavy-Tailed Self Regularization Theory for Layer-wise Pruning, NeurIPS 2024, arXiv 2410.10912.
 
-Suffixes: O out, I in, K the smaller of the two, N eigenvalues, rising.
+Suffixes: O out, I in, K the smaller of the two, N eigenvalues in ascending order.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NEAR_PEAK = (0.95, 1.5)
 @final
 @dataclass(frozen=True)
 class AlphaPruning(Allocation):
-    """Blocks whose weights have lighter-tailed spectra, which is taken for less training, give more; without data.
+    """Prunes blocks more whose weights have lighter-tailed spectra, a sign of less training; needs no data.
 
     alpha of a linear: the exponent of a power law fitted to the upper eigenvalues of W^T W (see
     :func:`power_law_exponent`); of a block: the mean of its linears. rate_b = sparsity * factor * g_b, where g is alpha
@@ -35,8 +35,8 @@ class AlphaPruning(Allocation):
     The exponent of a small matrix is noise: on the embedded model (192 eigenvalues a linear) Wanda at 0.5 gives a
     perplexity of 22.7 with AlphaPruning and 16.2 with Uniform.
 
-    Where weights are gone the spectrum is that of what is left; a linear without a spectrum to fit (all zero, or all
-    singular values equal) is left out of its block's mean.
+    The spectrum is that of the weights as they are, pruned ones being zero; a linear without a spectrum to fit (all
+    zero, or all singular values equal) is left out of its block's mean.
 
     Args:
         epsilon: Half of the range between the largest and the smallest rate, as a share of the sparsity.
@@ -53,51 +53,53 @@ class AlphaPruning(Allocation):
 
     def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
         """Returns the mean exponent of the block's linears."""
-        fitted = [power_law_exponent(eigenvalues(weight_OI)) for weight_OI in weights.values()]
-        found = [exponent for exponent in fitted if exponent is not None]
-        if not found:
+        fits = [power_law_exponent(eigenvalues(weight_OI)) for weight_OI in weights.values()]
+        exponents = [exponent for exponent in fits if exponent is not None]
+        if not exponents:
             raise InputError(
                 "`pruning.allocation` AlphaPruning must find a spectrum in every block, got one where the singular "
                 f"values of {', '.join(weights)} are all equal or all 0; use another allocation."
             )
-        return sum(found) / len(found)
+        return sum(exponents) / len(exponents)
 
-    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
+    def raw_rates(self, scores: Sequence[float], sparsity: float) -> list[float]:
         """Returns the paper's rates for blocks of one size."""
-        shape = [1 - self.epsilon + 2 * self.epsilon * share for share in min_max(scores)]
-        return [sparsity * part * len(shape) / sum(shape) for part in shape]
+        multipliers = [1 - self.epsilon + 2 * self.epsilon * share for share in min_max(scores)]
+        return [sparsity * multiplier * len(multipliers) / sum(multipliers) for multiplier in multipliers]
 
-    def moved(self, raw: Sequence[float], amount: float) -> list[float]:
-        """Returns ``raw`` times the factor 1 + ``amount``, which is never below 0."""
-        return [rate * max(1 + amount, 0.0) for rate in raw]
+    def shifted_rates(self, raw_rates: Sequence[float], amount: float) -> list[float]:
+        """Returns ``raw_rates`` times the factor 1 + ``amount``, which is at least 0."""
+        return [rate * max(1 + amount, 0.0) for rate in raw_rates]
 
 
 @torch.no_grad()
 def eigenvalues(weight_OI: Tensor) -> np.ndarray:
     """Returns the positive eigenvalues of W^T W, rising: the squared singular values of W.
 
-    They are those of the Gram matrix of the smaller side, in float64: exact to 1e-8 where their range is 1e9. A float32
-    singular value decomposition costs as much or more and is exact to 1e-4; a float32 Gram matrix loses the small ones
-    altogether, and with them the bins of the histogram. [[3, 0, 0], [0, 4, 0]] has [9, 16].
+    [[3, 0, 0], [0, 4, 0]] has [9, 16].
     """
+    # The Gram matrix of the smaller side in float64 is exact to 1e-8 over a range of 1e9. A float32 singular value
+    # decomposition costs as much or more and is exact to 1e-4; a float32 Gram matrix loses the small eigenvalues
+    # altogether, and with them the bins of the histogram.
     short_KI = weight_OI.double() if weight_OI.shape[0] <= weight_OI.shape[1] else weight_OI.double().T
-    found_N = torch.linalg.eigvalsh(short_KI @ short_KI.T).cpu().numpy()
-    return found_N[found_N > max(weight_OI.shape) * np.finfo(np.float64).eps * found_N[-1]]
+    eigenvalues_N = torch.linalg.eigvalsh(short_KI @ short_KI.T).cpu().numpy()
+    # the tolerance of numpy's matrix_rank: what is below it is rounding error of an eigenvalue that is 0
+    return eigenvalues_N[eigenvalues_N > max(weight_OI.shape) * np.finfo(np.float64).eps * eigenvalues_N[-1]]
 
 
 def power_law_exponent(eigenvalues_N: np.ndarray) -> float | None:
     """Returns the Hill estimate alpha = 1 + n / sum(log(e_i / xmin)) over the n eigenvalues from xmin up.
 
-    xmin is at the peak of the histogram of log eigenvalues: of the eigenvalues from 0.95 to 1.5 times the fullest bin's
-    lower edge, the one whose power law is nearest in Kolmogorov-Smirnov distance. (The authors' code, lib/esd_utils.py,
-    compares eigenvalues with the *logarithm* of the lower limit, which lets xmin fall far below the peak.)
-    [1, 1, e, e^2] has its peak, and xmin, at 1: alpha = 1 + 4 / 3.
+    xmin is at the peak of the histogram of log eigenvalues: among the eigenvalues from 0.95 to 1.5 times the fullest
+    bin's lower edge, the one whose power law has the smallest Kolmogorov-Smirnov distance. (The authors' code,
+    lib/esd_utils.py, compares eigenvalues with the *logarithm* of the lower limit, which lets xmin fall far below the
+    peak.) [1, 1, e, e^2] has its peak, and xmin, at 1: alpha = 1 + 4 / 3.
 
     Args:
-        eigenvalues_N: Positive, rising.
+        eigenvalues_N: Positive, in ascending order.
 
     Returns:
-        alpha; None where there is none: fewer than two eigenvalues, or all of them equal from the peak up.
+        alpha, or None with fewer than two eigenvalues, or if all of them are equal from the peak up.
     """
     if len(eigenvalues_N) < 2:
         return None
@@ -110,11 +112,11 @@ def power_law_exponent(eigenvalues_N: np.ndarray) -> float | None:
 
 
 def _fit(tail_N: np.ndarray) -> tuple[float, float]:
-    """The Kolmogorov-Smirnov distance of a tail from the power law above its least value, and that law's exponent."""
+    """Returns the Kolmogorov-Smirnov distance of a tail from its power law, and that law's exponent."""
     ratio_N = tail_N / tail_N[0]
-    logs = float(np.log(ratio_N).sum())
-    if logs <= 0:
+    sum_of_logs = float(np.log(ratio_N).sum())
+    if sum_of_logs <= 0:
         return math.inf, math.inf
-    alpha = 1 + len(tail_N) / logs
-    below_N = np.arange(len(tail_N)) / len(tail_N)
-    return float(np.abs(1 - ratio_N ** (1 - alpha) - below_N).max()), alpha
+    alpha = 1 + len(tail_N) / sum_of_logs
+    empirical_cdf_N = np.arange(len(tail_N)) / len(tail_N)
+    return float(np.abs(1 - ratio_N ** (1 - alpha) - empirical_cdf_N).max()), alpha

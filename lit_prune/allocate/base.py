@@ -1,8 +1,8 @@
-"""What an allocation is, and how raw rates are brought to the budget within their bounds.
+"""The interface of an allocation, and the bisection that brings its rates to the budget within their bounds.
 
-An allocation looks at one block at a time (:meth:`Allocation.score`), then turns all scores into raw rates
-(:meth:`Allocation.raw`). None of the papers' rules keeps its rates inside [0, 1]; :func:`meet_budget` does it for all.
-One that tries rates out gets to better ones after that (:meth:`Allocation.refine`).
+An allocation scores one block at a time (:meth:`Allocation.score`), then turns all scores into raw rates
+(:meth:`Allocation.raw_rates`). None of the papers' rules keeps its rates inside [0, 1]; :func:`meet_budget` does that
+for all of them. An allocation that searches improves the rates afterwards (:meth:`Allocation.refine`).
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Refined:
-    """What came of trying rates out.
+    """The result of a search for better rates.
 
     Attributes:
-        rates: The share that each block is to give.
-        told: What a report says of it, as JSON can hold it; nothing where nothing was tried.
+        rates: The rate of each block.
+        details: JSON-serialisable entries for the report; empty if nothing was searched.
     """
 
     rates: list[float]
-    told: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 class Allocation(ABC):
-    """How much each block gives: a score per block, and rates from the scores.
+    """A rule that spreads the sparsity over the blocks: a score per block, and rates from the scores.
 
     Attributes:
         needs: The statistics that :meth:`score` reads, of those in ``lit_prune.calibration.stream``.
@@ -52,48 +52,48 @@ class Allocation(ABC):
 
         Args:
             weights: The prunable weights by linear, each (out, in).
-            observed: What passed through the block, as far as ``needs`` asks.
+            observed: The block's statistics, those named in ``needs``.
         """
 
     @abstractmethod
-    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
-        """Returns the paper's rates of removal for a mean of ``sparsity``, before bounds; equal for equal scores."""
+    def raw_rates(self, scores: Sequence[float], sparsity: float) -> list[float]:
+        """Returns the paper's rates for a mean of ``sparsity``, before bounds; equal scores get equal rates."""
 
-    def moved(self, raw: Sequence[float], amount: float) -> list[float]:
-        """Returns ``raw`` moved toward the budget: an ``amount`` of 0 changes nothing, a larger one raises the rates.
+    def shifted_rates(self, raw_rates: Sequence[float], amount: float) -> list[float]:
+        """Returns ``raw_rates`` shifted toward the budget: 0 changes nothing, a larger ``amount`` raises the rates.
 
-        A constant is added; a rule whose paper scales its rates multiplies.
+        The default adds a constant; a rule whose paper scales its rates multiplies instead.
         """
-        return [rate + amount for rate in raw]
+        return [rate + amount for rate in raw_rates]
 
     def check(  # noqa: B027 (most have nothing to check)
         self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float
     ) -> None:
-        """Raises InputError where the settings do not fit the model.
+        """Raises InputError if the settings do not fit the model.
 
         Args:
-            sizes: Prunable weights of each block.
-            sparsity: Target.
-            lower: The rate that each block does not fall below.
-            upper: The rate that no block exceeds.
+            sizes: Number of prunable weights of each block.
+            sparsity: Target mean.
+            lower: Lower bound of each block's rate.
+            upper: Upper bound of every rate.
         """
 
-    def even(self) -> bool:
+    def is_uniform(self) -> bool:
         """Returns whether every block gets the same rate, whatever its score."""
         return False
 
     def floor(self, sparsity: float) -> float:
-        """Returns the rate that no block falls below."""
+        """Returns the allocation's own lower bound of every rate."""
         return 0.0
 
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
-        """Returns better rates of the same mean, where the allocation tries some; see :attr:`searches`.
+        """Returns better rates of the same mean if the allocation searches, see :attr:`searches`; else ``rates``.
 
         Args:
-            rates: The rates that the scores gave, within the budget and such as the method can have.
-            limits: What bounds them.
-            trial: Tells the loss of the model under any rates.
-            key: What its losses hang on, as JSON can hold it.
+            rates: Rates from the scores, which meet the budget and which the method supports.
+            limits: Bounds of the rates.
+            trial: Measures the model's loss under given rates.
+            key: Everything the measured losses depend on, JSON-serialisable.
         """
         return Refined(list(rates))
 
@@ -108,71 +108,76 @@ def allocate(
     min_rate: float = 0.0,
     max_rate: float = 0.99,
 ) -> list[float]:
-    """Returns the rate of removal of every block, with mean ``sparsity`` weighted by ``sizes``.
+    """Returns the rate of every block, with mean ``sparsity`` weighted by ``sizes``.
 
     Args:
         allocation: The rule.
-        scores: One score a block.
-        sparsity: Target, in [0, 1).
-        sizes: Prunable weights of each block.
-        present: Share of each block's weights that is zero already; a block never goes below it.
-        min_rate: Least rate of any block.
-        max_rate: Greatest rate of any block.
+        scores: One score per block.
+        sparsity: Target mean, in [0, 1).
+        sizes: Number of prunable weights of each block.
+        present: Share of each block's weights that is zero already; its rate never falls below it.
+        min_rate: Lower bound of every rate.
+        max_rate: Upper bound of every rate.
 
     Raises:
         InputError: if no rates within the bounds have that mean.
     """
-    floor, raw = max(min_rate, allocation.floor(sparsity)), allocation.raw(scores, sparsity)
-    lower = [max(floor, zero) for zero in present or [0.0] * len(scores)]
-    return meet_budget(lambda by: allocation.moved(raw, by), sparsity, sizes=sizes, lower=lower, upper=max_rate)
+    floor, raw_rates = max(min_rate, allocation.floor(sparsity)), allocation.raw_rates(scores, sparsity)
+    lower = [max(floor, current_rate) for current_rate in present or [0.0] * len(scores)]
+    return meet_budget(
+        lambda amount: allocation.shifted_rates(raw_rates, amount), sparsity, sizes=sizes, lower=lower, upper=max_rate
+    )
 
 
 def meet_budget(
-    moved: Callable[[float], Sequence[float]],
+    shifted_rates: Callable[[float], Sequence[float]],
     target: float,
     *,
     sizes: Sequence[int],
     lower: Sequence[float],
     upper: float,
 ) -> list[float]:
-    """Returns ``clip(moved(amount), lower, upper)`` with the amount, found by bisection, whose mean is ``target``.
+    """Returns ``clip(shifted_rates(amount), lower, upper)`` for the amount, found by bisection, that meets ``target``.
 
     Adding to ``[0.2, 1.2]`` for a target of 0.7 and an upper bound of 0.9 gives ``[0.5, 0.9]``.
 
     Args:
-        moved: The rates moved by an amount; none falls when the amount rises.
-        target: The mean, weighted by ``sizes``.
-        sizes: Prunable weights of each block.
-        lower: The rate that each block does not fall below.
-        upper: The rate that no block exceeds, unless its lower bound does.
+        shifted_rates: Rates as a function of the amount they are shifted by, each of them non-decreasing.
+        target: Mean of the rates, weighted by ``sizes``.
+        sizes: Number of prunable weights of each block.
+        lower: Lower bound of each block's rate.
+        upper: Upper bound of every rate, except where a block's lower bound exceeds it.
 
     Raises:
-        InputError: if the bounds leave no such rates.
+        InputError: if no rates within the bounds have that mean.
     """
     upper_by_block = [max(upper, low) for low in lower]
     least, most = weighted_mean(lower, sizes), weighted_mean(upper_by_block, sizes)
     if not least - TOLERANCE <= target <= most + TOLERANCE:
         raise InputError(
             f"`pruning.sparsity` must be between {least:.4g} and {most:.4g}, which is what `pruning.min_rate`, "
-            f"`pruning.max_rate`, the method, the allocation's floor and what is gone already allow, got {target:.4g}."
+            "`pruning.max_rate`, the method, the allocation's floor and the weights that are pruned already allow, "
+            f"got {target:.4g}."
         )
 
     def clipped(amount: float) -> list[float]:
-        return [min(max(r, low), up) for r, low, up in zip(moved(amount), lower, upper_by_block, strict=True)]
+        rates = shifted_rates(amount)
+        return [min(max(rate, low), up) for rate, low, up in zip(rates, lower, upper_by_block, strict=True)]
 
     def mean(amount: float) -> float:
         return weighted_mean(clipped(amount), sizes)
 
-    return clipped(_where(mean, min(max(target, least), most)))
+    # the target may miss [least, most] by a rounding error, and then no amount would reach it
+    return clipped(_bisect(mean, min(max(target, least), most)))
 
 
-def _where(mean: Callable[[float], float], target: float) -> float:
-    """The amount at which ``mean``, which rises from below ``target`` to above it, is there."""
+def _bisect(mean: Callable[[float], float], target: float) -> float:
+    """Returns the amount at which the non-decreasing ``mean`` reaches ``target``."""
     reach = 1.0
     while mean(-reach) > target or mean(reach) < target:
         reach *= 2
     below, above = -reach, reach
-    for _ in range(100):
+    for _ in range(100):  # a float64 has 53 bits of mantissa: more than enough whatever the reach
         middle = (below + above) / 2
         if mean(middle) < target:
             below = middle
@@ -192,6 +197,6 @@ def min_max(values: Sequence[float]) -> list[float]:
     return [(value - low) / (high - low) if high > low else 0.0 for value in values]
 
 
-def rates_of(keep: Sequence[float], sparsity: float) -> list[float]:
-    """Returns 1 - ``keep``, shifted so that the mean is ``sparsity``; [0.3, 0.1] at 0.5 gives [0.4, 0.6]."""
-    return [sparsity + sum(keep) / len(keep) - share for share in keep]
+def rates_from_densities(densities: Sequence[float], sparsity: float) -> list[float]:
+    """Returns 1 - ``densities``, shifted so that the mean is ``sparsity``; [0.3, 0.1] at 0.5 gives [0.4, 0.6]."""
+    return [sparsity + sum(densities) / len(densities) - density for density in densities]

@@ -1,4 +1,4 @@
-"""What a sparsity is a share of: the linears that are pruned, or all parameters of the model."""
+"""The budget of a cut: bounds of the rates, and a sparsity of all parameters as one of the pruned linears."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds the rates of a model's blocks.
+    """The bounds of the rates of a model's blocks.
 
     Attributes:
-        sizes: What each block has to give.
-        lower: The rate that each block does not fall below.
-        upper: The rate that no block exceeds, unless its lower bound does.
-        target: The mean, weighted by ``sizes``.
-        gone: The mean of what the blocks have given already.
-        slack: How much more an earlier cut may have taken than it was asked for.
+        sizes: Number of prunable units of each block: weights, or dimensions for slices.
+        lower: Lower bound of each block's rate.
+        upper: Upper bound of every rate, except where a block's lower bound exceeds it.
+        target: Mean of the rates, weighted by ``sizes``.
+        current_sparsity: Share of all units that is pruned already.
+        slack: How far an earlier cut may have exceeded its target because of rounding.
     """
 
     sizes: list[int]
     lower: list[float]
     upper: float
     target: float
-    gone: float = 0.0
+    current_sparsity: float = 0.0
     slack: float = 0.0
 
     @property
-    def aim(self) -> float:
-        """What the rates are to have: the target, or what is gone where that is beyond it by no more than the slack."""
-        return self.gone if self.gone - self.slack <= self.target < self.gone else self.target
+    def effective_target(self) -> float:
+        """The target, or the current sparsity if that exceeds the target by no more than the slack."""
+        exceeded = self.current_sparsity - self.slack <= self.target < self.current_sparsity
+        return self.current_sparsity if exceeded else self.target
 
 
-def over_linears(
+def sparsity_of_linears(
     share: float,
     model: PreTrainedModel,
     blocks: Sequence[Block],
@@ -52,18 +53,18 @@ def over_linears(
     upper: float,
     slack: float = 0.0,
 ) -> float:
-    """Returns the sparsity of the blocks' linears at which ``share`` of all parameters of ``model`` are zero.
+    """Returns the sparsity of the blocks' linears at which ``share`` of all parameters of ``model`` is zero.
 
-    Tied weights count once, and zeros outside of the linears count. Of 100 parameters 80 are in linears, and none of
-    the others is zero: 0.4 of all is 0.5 of the linears.
+    Tied weights count once, and zeros outside the linears count. If 80 of 100 parameters are in linears and none of
+    the others is zero, 0.4 of all parameters is 0.5 of the linears.
 
     Args:
         share: Share of all parameters, in [0, 1).
         model: The causal LM.
-        blocks: Its blocks, with the linears that are to be pruned.
-        lower: The rate that each block does not fall below.
-        upper: The rate that no block exceeds, unless its lower bound does.
-        slack: Share of the linears that may be gone beyond what is asked for.
+        blocks: Its blocks, with the linears to prune.
+        lower: Lower bound of each block's rate.
+        upper: Upper bound of every rate, except where a block's lower bound exceeds it.
+        slack: Share of the linears by which the zeros that are there may exceed the target.
 
     Raises:
         InputError: if no rates within the bounds give that share.
@@ -77,7 +78,7 @@ def over_linears(
         raise InputError(
             f"`pruning.sparsity` must be between {math.ceil(least * 1e4) / 1e4:g} and {math.floor(most * 1e4) / 1e4:g} "
             f"of all parameters with `pruning.budget: parameters`: the linears to prune are {within / total:.1%} of "
-            f"them, and give what `pruning.min_rate`, `pruning.max_rate`, the method and what is gone already allow; "
-            f"got {share:g}."
+            f"them, within what `pruning.min_rate`, `pruning.max_rate`, the method and the weights that are pruned "
+            f"already allow; got {share:g}."
         )
     return min(max((share * total - outside) / within, 0.0), 1.0)

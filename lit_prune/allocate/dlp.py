@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, final
 import torch
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, min_max, rates_of
+from lit_prune.allocate.base import Allocation, min_max, rates_from_densities
 from lit_prune.allocate.metric import metric_of
 from lit_prune.calibration.statistics import INPUTS, BlockStatistics
 from lit_prune.errors import InputError
@@ -18,17 +18,17 @@ from lit_prune.errors import InputError
 @final
 @dataclass(frozen=True)
 class DLP(Allocation):
-    """Blocks whose typical weight times input norm is large, relative to the other blocks, give more.
+    """Prunes blocks more whose typical weight times input norm is large relative to the other blocks.
 
     A = |W_ij| * ||X_j|| over all linears of a block together; U_b = median(A);
-    I_b = 1 - U_b / sum(U); keep_b = min-max(I)_b * 2 * alpha, shifted to the budget.
-    U = [1, 2, 5] gives I = [7/8, 6/8, 3/8], and for alpha 0.15 keep = [0.3, 0.225, 0] + a constant.
+    I_b = 1 - U_b / sum(U); density_b = min-max(I)_b * 2 * alpha, shifted to the budget.
+    U = [1, 2, 5] gives I = [7/8, 6/8, 3/8], and for alpha 0.15 density = [0.3, 0.225, 0] + a constant.
 
     Args:
         alpha: Half of the range between the largest and the smallest rate.
-        statistic: How A becomes one number a block. `median` is the paper's; the authors' released code takes `mean` on
-            its main path, which is clearly worse; `max`, `sum`, `std` and `var` are its other options. Of an even
-            number of entries the median is the lower of the two in the middle.
+        statistic: Reduction of A to one number per block. `median` is the paper's; the authors' released code takes
+            `mean` on its main path, which is clearly worse; `max`, `sum`, `std` and `var` are its other options. For
+            an even number of entries the median is the lower of the two in the middle.
 
     Raises:
         InputError: if `alpha` is not in [0, 0.5], or if every block's statistic is zero.
@@ -44,36 +44,36 @@ class DLP(Allocation):
             raise InputError(f"`DLP.alpha` must be in [0, 0.5], got {self.alpha}.")
 
     def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
-        """Returns U_b over the weights that are still there; 0 for a block without any."""
+        """Returns U_b over the weights that are not pruned; 0 for a block without any."""
         metric = metric_of(weights, observed.norms)
-        gone = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights.values())
-        if gone == metric.numel():
+        pruned = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights.values())
+        if pruned == metric.numel():
             return 0.0
         if self.statistic == "median":
-            return _median_above(metric, gone)
-        if gone:
+            return _median_above(metric, pruned)
+        if pruned:
             metric = metric[torch.cat([weight.flatten() for weight in weights.values()]) != 0]
         return float(getattr(torch, self.statistic)(metric))
 
-    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
-        """Returns 1 - keep, its mean ``sparsity``."""
+    def raw_rates(self, scores: Sequence[float], sparsity: float) -> list[float]:
+        """Returns 1 - density, with mean ``sparsity``."""
         total = sum(scores)
         if total == 0:
             raise InputError(
                 "`pruning.allocation` DLP found a score of 0 in every block: nothing distinguishes them. Calibrate on "
                 "other text, or use Uniform."
             )
-        keep = [2 * self.alpha * share for share in min_max([1 - score / total for score in scores])]
-        return rates_of(keep, sparsity)
+        densities = [2 * self.alpha * share for share in min_max([1 - score / total for score in scores])]
+        return rates_from_densities(densities, sparsity)
 
 
-def _median_above(values: Tensor, gone: int) -> float:
-    """The lower median of what is left when the ``gone`` smallest are not counted; reorders ``values``.
+def _median_above(values: Tensor, ignored: int) -> float:
+    """Returns the lower median of all but the ``ignored`` smallest values; reorders ``values``.
 
-    Weights that are gone have A = 0, so that they are the smallest. On the CPU numpy is several times as fast as torch.
+    Pruned weights have A = 0, so they are the smallest.
     """
-    middle = gone + (values.numel() - gone - 1) // 2
+    middle = ignored + (values.numel() - ignored - 1) // 2
     if values.device.type != "cpu":
         return float(values.kthvalue(middle + 1).values)
-    values.numpy().partition(middle)
+    values.numpy().partition(middle)  # in place, several times as fast as torch's kthvalue on a CPU
     return float(values[middle])

@@ -16,15 +16,14 @@ from lit_prune.errors import InputError
 @final
 @dataclass(frozen=True)
 class LayerRedundancy(Allocation):
-    """Blocks that change the residual stream little give more.
+    """Prunes blocks more that change the residual stream little.
 
     LR_b = mean over tokens of cos(block's input, block's output); r = min-max of LR over the blocks;
     rate_b = base + (sparsity - base) * r_b / mean(r).
     LR = [0.8, 0.9, 1.0] at sparsity 0.5 and base 0.2 gives rates [0.2, 0.5, 0.8].
 
     Args:
-        base: The rate that every block gives at least, in the unit of the sparsity; null takes half of the sparsity.
-            A base equal to the sparsity is uniform.
+        base: Lower bound of every rate; null takes half of the sparsity. A base equal to the sparsity is uniform.
 
     Raises:
         InputError: if `base` is not in [0, 1), or is above the sparsity.
@@ -55,7 +54,7 @@ class LayerRedundancy(Allocation):
         assert observed.cosine is not None
         return observed.cosine
 
-    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
+    def raw_rates(self, scores: Sequence[float], sparsity: float) -> list[float]:
         """Returns the paper's slice pattern."""
         redundancy, base = min_max(scores), self.floor(sparsity)
         mean = sum(redundancy) / len(redundancy)

@@ -1,4 +1,4 @@
-"""A = |W_ij| * ||X_j||: what a weight does to its output, which several allocations look at."""
+"""The metric A = |W_ij| * ||X_j||, the contribution of a weight to its output, shared by several allocations."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def metric_of(weights: dict[str, Tensor], norms: dict[str, Tensor]) -> Tensor:
-    """Returns A of all entries of all linears together, flat, in the order of ``weights``, in one fp32 buffer.
+    """Returns A of all entries of all linears together, flat, in the order of ``weights``, float32.
 
     [[1, -2]] under norms [3, 4] gives [3, 8].
 
@@ -17,6 +17,7 @@ def metric_of(weights: dict[str, Tensor], norms: dict[str, Tensor]) -> Tensor:
         norms: ||X_j|| by linear, each (in,).
     """
     first = next(iter(weights.values()))
+    # one buffer filled in place: concatenating would hold a block's metric twice
     metric = torch.empty(sum(weight.numel() for weight in weights.values()), device=first.device)
     begin = 0
     for name, weight_OI in weights.items():

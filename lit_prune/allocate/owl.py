@@ -9,7 +9,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, min_max, rates_of
+from lit_prune.allocate.base import Allocation, min_max, rates_from_densities
 from lit_prune.allocate.metric import metric_of
 from lit_prune.calibration.statistics import INPUTS, BlockStatistics
 from lit_prune.errors import InputError
@@ -18,14 +18,14 @@ from lit_prune.errors import InputError
 @final
 @dataclass(frozen=True)
 class OWL(Allocation):
-    """Blocks with more outliers, weights that do far more than the block's mean, keep more.
+    """Prunes blocks less that have more outliers, weights that contribute far more than the block's mean.
 
     A = |W_ij| * ||X_j|| over all linears of a block together; D_b = share of A above M * mean(A);
-    keep_b = min-max(D)_b * 2 * lambda, shifted to the budget.
-    D = [0.01, 0.02, 0.05] gives, for lambda 0.08, keep = [0, 0.04, 0.16] + a constant.
+    density_b = min-max(D)_b * 2 * lambda, shifted to the budget.
+    D = [0.01, 0.02, 0.05] gives, for lambda 0.08, density = [0, 0.04, 0.16] + a constant.
 
     Args:
-        threshold: M, how many times the mean an outlier exceeds.
+        threshold: M, the multiple of the mean above which an entry is an outlier.
         lam: lambda, half of the range between the largest and the smallest rate.
 
     Raises:
@@ -44,12 +44,13 @@ class OWL(Allocation):
             raise InputError(f"`OWL.lam` must be in [0, 0.5], got {self.lam}.")
 
     def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
-        """Returns D_b over the weights that are still there; 0 for a block without any."""
-        left = sum(int(torch.count_nonzero(weight)) for weight in weights.values())
-        metric = metric_of(weights, observed.norms)  # 0 where a weight is gone: not in the sum, not an outlier
-        mean = float(metric.sum(dtype=torch.float64)) / max(left, 1)
-        return int(torch.count_nonzero(metric > self.threshold * mean)) / max(left, 1)
+        """Returns D_b over the weights that are not pruned; 0 for a block without any."""
+        unpruned = sum(int(torch.count_nonzero(weight)) for weight in weights.values())
+        metric = metric_of(weights, observed.norms)  # 0 where a weight is pruned: not in the sum, not an outlier
+        # float64: a float32 sum of the tens of millions of entries of a large block is off in its fourth digit
+        mean = float(metric.sum(dtype=torch.float64)) / max(unpruned, 1)
+        return int(torch.count_nonzero(metric > self.threshold * mean)) / max(unpruned, 1)
 
-    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
-        """Returns 1 - keep, its mean ``sparsity``."""
-        return rates_of([2 * self.lam * share for share in min_max(scores)], sparsity)
+    def raw_rates(self, scores: Sequence[float], sparsity: float) -> list[float]:
+        """Returns 1 - density, with mean ``sparsity``."""
+        return rates_from_densities([2 * self.lam * share for share in min_max(scores)], sparsity)

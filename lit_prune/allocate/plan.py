@@ -1,4 +1,4 @@
-"""Plan: rates from a file that a person, or `lit-prune score`, wrote."""
+"""Plan: rates from a YAML file, written by `lit-prune score` or by hand."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Plan(Allocation):
         path: The file.
 
     Raises:
-        InputError: if the file is not there or is no such mapping, names a block that the model has not or leaves one
-            out, or if the mean of its rates is not the sparsity asked for.
+        InputError: if the file does not exist or is no such mapping, names a block that the model does not have or
+            leaves one out, or if the mean of its rates differs from the sparsity.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Plan(Allocation):
         self.rates()
 
     def rates(self) -> dict[int, float]:
-        """Returns block -> rate as the file has it."""
+        """Returns the rate of each block, as in the file."""
         if not Path(self.path).is_file():
             raise InputError(f"`Plan.path` must be a file, got {self.path}; `lit-prune score` writes one.")
         try:
@@ -55,22 +55,24 @@ class Plan(Allocation):
                 )
         return {block: float(rate) for block, rate in content.items()}
 
-    def even(self) -> bool:
+    def is_uniform(self) -> bool:
         """Returns whether the planned rates are all the same."""
         return len(set(self.rates().values())) == 1
 
     def check(self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float) -> None:
-        """Raises InputError where the blocks are not the model's, a rate is out of bounds, or the mean is off."""
+        """Raises InputError if the blocks are not the model's, a rate is out of bounds, or the mean is off."""
         planned, blocks = self.rates(), len(sizes)
-        if strangers := sorted(set(planned) - set(range(blocks))):
-            raise InputError(f"`Plan.path`: the model has blocks 0 to {blocks - 1}, {self.path} names {strangers[0]}.")
+        if unknown_blocks := sorted(set(planned) - set(range(blocks))):
+            raise InputError(
+                f"`Plan.path`: the model has blocks 0 to {blocks - 1}, {self.path} names {unknown_blocks[0]}."
+            )
         if missing := sorted(set(range(blocks)) - set(planned)):
             raise InputError(f"`Plan.path`: every block must have a rate, {self.path} has none for block {missing[0]}.")
         for block, low in enumerate(lower):
             if not low - MEAN_TOLERANCE <= planned[block] <= max(upper, low) + MEAN_TOLERANCE:
                 raise InputError(
-                    f"`Plan.path`: the rate of block {block} must be between {low:.4g} (`pruning.min_rate`, or what is "
-                    f"zero already) and {upper:.4g} (`pruning.max_rate`), got {planned[block]:g} in {self.path}."
+                    f"`Plan.path`: the rate of block {block} must be between {low:.4g} (`pruning.min_rate` or its "
+                    f"current sparsity) and {upper:.4g} (`pruning.max_rate`), got {planned[block]:g} in {self.path}."
                 )
         mean = weighted_mean([planned[block] for block in range(blocks)], sizes)
         if abs(mean - sparsity) > MEAN_TOLERANCE:
@@ -80,17 +82,17 @@ class Plan(Allocation):
             )
 
     def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
-        """Returns 1: a plan looks at nothing."""
+        """Returns 1: a plan needs no scores."""
         return 1.0
 
-    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
+    def raw_rates(self, scores: Sequence[float], sparsity: float) -> list[float]:
         """Returns the planned rates in the order of the blocks."""
         planned = self.rates()
         return [planned[block] for block in range(len(scores))]
 
 
 def write_plan(path: str | os.PathLike[str], rates: Sequence[float], scores: Sequence[float], header: str) -> None:
-    """Writes a plan that :class:`Plan` reads, each block's score beside its rate."""
+    """Writes a plan file for :class:`Plan`, with each block's score as a comment beside its rate."""
     lines = [f"# {line}" for line in header.splitlines()]
     lines += [
         f"{block}: {rate:.6f}  # score {score:.6g}"

@@ -1,4 +1,4 @@
-"""Uniform: every block gives the same."""
+"""Uniform: the same rate for every block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_prune.calibration.statistics import BlockStatistics
 class Uniform(Allocation):
     """The same rate for every block; the scores are all 1."""
 
-    def even(self) -> bool:
+    def is_uniform(self) -> bool:
         """Returns True."""
         return True
 
@@ -25,6 +25,6 @@ class Uniform(Allocation):
         """Returns 1."""
         return 1.0
 
-    def raw(self, scores: Sequence[float], sparsity: float) -> list[float]:
+    def raw_rates(self, scores: Sequence[float], sparsity: float) -> list[float]:
         """Returns ``sparsity`` for every block."""
         return [sparsity] * len(scores)

@@ -1,9 +1,9 @@
-"""The dense model teaches what is left of it. One file a teacher; importing them makes their short names resolve."""
+"""Distillation from the dense model, one file per teacher; importing them here makes their short names resolve."""
 
 from lit_prune.distill.base import DenseModel, Student, Teacher, TeacherOutput, TeacherState
 from lit_prune.distill.copies import Copy
 from lit_prune.distill.distillation import Distillation
-from lit_prune.distill.hook import Distilled
+from lit_prune.distill.hook import DistillationHook
 from lit_prune.distill.loss import divergence
 from lit_prune.distill.sparse_delta import SparseDelta
 from lit_prune.distill.top_k import TopK
@@ -12,7 +12,7 @@ __all__ = [
     "Copy",
     "DenseModel",
     "Distillation",
-    "Distilled",
+    "DistillationHook",
     "SparseDelta",
     "Student",
     "Teacher",

@@ -1,6 +1,6 @@
-"""What a teacher is: the dense model, kept in some way, and what it says of a batch.
+"""The interface of a teacher: a stored form of the dense model, its state during a run, its output for a batch.
 
-Suffixes: N positions of a batch in a row, R rows of them, V vocabulary.
+Suffixes: N positions of a batch, flattened; R rows selected from them; V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lit_prune.recover import Recovery
 
 @dataclass(frozen=True)
 class Student:
-    """What becomes of the model that is taught.
+    """How the model that is taught is pruned and trained.
 
     Args:
-        recipe: How it is cut.
-        recovery: What is trained after the cut; None is whatever was left trainable.
+        recipe: The recipe of its cuts.
+        recovery: The recovery after the cut; None trains whatever was left trainable.
         steps: The steps of its cuts.
     """
 
@@ -35,9 +35,9 @@ class Student:
 
     @property
     def trained_beside(self) -> bool:
-        """Whether all but the linears that are cut stays what it is, to the bit, and those what the one cut leaves."""
-        leaves = self.recovery is not None and self.recovery.leaves_base
-        return leaves and self.recipe.method.makes_zeros and len(self.steps) == 1
+        """Whether all weights but those of the linears that are cut stay those of the dense model, to the bit."""
+        leaves_base = self.recovery is not None and self.recovery.leaves_base
+        return leaves_base and self.recipe.method.makes_zeros and len(self.steps) == 1
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class DenseModel:
     """The dense model, as it is right before the first cut.
 
     Args:
-        model: It is left as it is.
-        student: What becomes of it.
-        temperature: That of the distillation.
-        device: Where it may compute.
-        windows: Gives the batches of the training that is to come.
-        weights: What :meth:`TeacherState.weights` returned in a run that is resumed, in the place of the model's own.
+        model: The model; it is not changed.
+        student: How it is pruned and trained.
+        temperature: The temperature of the distillation.
+        device: Device on which it may compute.
+        windows: Returns the batches of the coming training.
+        weights: The result of :meth:`TeacherState.weights` in a run that is resumed, instead of the model's weights.
     """
 
     model: PreTrainedModel
@@ -62,53 +62,53 @@ class DenseModel:
 
 
 class TeacherOutput(ABC):
-    """What a teacher says of the positions of one batch."""
+    """The teacher's distribution of the next token, at every position of one batch."""
 
     @abstractmethod
     def log_q(self, rows_R: Tensor, log_p_RV: Tensor, temperature: float) -> Tensor:
-        """Returns the logarithms of the teacher's probabilities, (rows, vocabulary), float32.
+        """Returns the teacher's log-probabilities, (rows, vocabulary), float32.
 
         Args:
-            rows_R: Which of the batch's positions, of those in a row.
-            log_p_RV: The student's, for a teacher that does not know all of its own.
-            temperature: What logits are divided by.
+            rows_R: Indices into the batch's flattened positions.
+            log_p_RV: The student's log-probabilities, for a teacher that stores only some of its own.
+            temperature: Divisor of the logits.
         """
 
 
 class TeacherState(ABC):
-    """A teacher while a run lasts."""
+    """A teacher during a run."""
 
     @abstractmethod
     def output(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
-        """Returns what the dense model says of a batch.
+        """Returns the dense model's output for a batch.
 
         Args:
-            inputs: The tensors that the student was called with, labels left out.
+            inputs: The tensors that the student was called with, except labels.
         """
 
     @abstractmethod
     def size_bytes(self) -> int:
-        """Returns the bytes that are kept of the dense model, beside those that the student has itself."""
+        """Returns the bytes that the teacher takes in addition to the student's weights."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Returns all that makes the teacher again, where it can be made of weights; see ``Teacher.stores``."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be made of weights")
+        """Returns the weights from which the teacher can be restored, if that is possible; see ``Teacher.stores``."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be restored from weights")
 
 
 class Teacher(ABC):
-    """How the dense model is kept.
+    """A way to store the dense model as a teacher.
 
     Attributes:
-        stores: Whether it can be put into a checkpoint, so that it need not be had from the model's source again.
-        reads: Whether it reads the windows of the whole training before it begins.
+        stores: Whether a checkpoint can hold the teacher, so that a resumed run does not need the model's source.
+        reads: Whether it reads the windows of the whole training before training begins.
     """
 
     stores: ClassVar[bool] = False
     reads: ClassVar[bool] = False
 
-    def check(self, student: Student) -> None:  # noqa: B027 (most can teach whatever becomes of the model)
-        """Raises InputError where ``student`` cannot be taught so, before anything is done."""
+    def check(self, student: Student) -> None:  # noqa: B027 (most can teach any student)
+        """Raises InputError if this teacher does not suit ``student``."""
 
     @abstractmethod
-    def keep(self, dense: DenseModel) -> TeacherState:
-        """Returns the teacher, made of a model that is about to be cut."""
+    def prepare(self, dense: DenseModel) -> TeacherState:
+        """Returns the teacher's state, made from a model that is about to be pruned."""

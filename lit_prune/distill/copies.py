@@ -1,4 +1,4 @@
-"""Copy: a second, frozen model."""
+"""Copy: a frozen copy of the dense model."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Store = Literal["same", "bfloat16", "nf4"]
 @final
 @dataclass(frozen=True)
 class Copy(Teacher):
-    """Keeps a frozen copy of the dense model, and asks it anew in every step.
+    """Keeps a frozen copy of the dense model, and runs it in every step.
 
-    Where a recovery trains beside the weights (LoRA, MaskedLoRA) and there is one cut of masks, only the linears that
-    are cut are kept twice: embedding, norms and head are those of the student. Else all is kept twice. A step costs the
-    dense model's forward pass more.
+    If the recovery leaves the weights as they are (LoRA, MaskedLoRA) and there is a single cut by masks, only the
+    linears that are cut are copied: embedding, norms and head are shared with the student. Otherwise all weights are
+    copied. A step takes an additional forward pass of the dense model.
 
     Args:
-        store: In which type it is kept: `same` as the student's weights, the dense model to the bit; `bfloat16`, which
-            computes in it too, and shares nothing with a student of another type; `nf4`, the linears that are cut in 4
-            bits by bitsandbytes, made whole one at a time in every pass.
+        store: Data type of the copy: `same` as the student's weights, which is the dense model to the bit; `bfloat16`,
+            which also computes in it, and shares nothing with a student of another type; `nf4`, which stores the
+            linears that are cut in 4 bits, by bitsandbytes, and dequantises them one at a time in every pass.
 
     Raises:
-        InputError: for a type that is none of these.
+        InputError: for an unknown data type.
     """
 
     stores: ClassVar[bool] = True
@@ -43,47 +43,50 @@ class Copy(Teacher):
         if self.store not in get_args(Store):
             raise InputError(f"`Copy.store` must be one of {', '.join(get_args(Store))}, got {self.store!r}.")
 
-    def keep(self, dense: DenseModel) -> TeacherState:
-        """Returns the copy; a weight that is kept in another type is made into it by itself."""
-        cut, every = cut_weights(dense.model, dense.student.recipe), dict(dense.model.named_parameters())
+    def prepare(self, dense: DenseModel) -> TeacherState:
+        """Returns the copy."""
+        cut, parameters = cut_weights(dense.model, dense.student.recipe), dict(dense.model.named_parameters())
         half = self.store == "bfloat16" and dense.model.dtype != torch.bfloat16
-        shares = dense.student.trained_beside and not half  # what is shared is not converted
-        shared = {name: p for name, p in every.items() if shares and name not in cut}
-        given, parts = dict(shared), {}
-        for name in [name for name in every if name not in shared]:
-            weight = _own(every[name], name, dense.weights)
+        shares = dense.student.trained_beside and not half  # converting the copy would convert what it shares
+        shared = {name: p for name, p in parameters.items() if shares and name not in cut}
+        replacements, lazy_weights = dict(shared), {}
+        for name in [
+            name for name in parameters if name not in shared
+        ]:  # one by one: no second model in full precision
+            weight = _dense_weight(parameters[name], name, dense.weights)
             if self.store == "nf4" and name in cut:
-                parts[name] = Packed(weight)
+                lazy_weights[name] = NF4Weight(weight)
                 weight = weight[:0]
-            given[name] = nn.Parameter(weight.to(torch.bfloat16 if half else weight.dtype, copy=True), False)
-        teacher = teacher_model_of(dense.model, given)
-        return TeacherModel(teacher.to(torch.bfloat16) if half else teacher, shared, parts)  # type: ignore[arg-type]
+            replacements[name] = nn.Parameter(weight.to(torch.bfloat16 if half else weight.dtype, copy=True), False)
+        teacher: Any = teacher_model_of(dense.model, replacements)
+        return TeacherModel(teacher.to(torch.bfloat16) if half else teacher, shared, lazy_weights)
 
 
-class Packed(LazyWeight):
-    """A weight in the 4 bits of NF4, 64 of them under one scale in float32."""
+class NF4Weight(LazyWeight):
+    """A weight in the 4 bits of NF4, with a scale in float32 for every 64 entries."""
 
     def __init__(self, weight: Tensor) -> None:
         from bitsandbytes.functional import quantize_4bit
 
         state: Any
-        self.packed, state = quantize_4bit(weight.detach().contiguous(), quant_type="nf4")
+        # bitsandbytes reads the memory as it lies: a transposed view (Conv1D) must be contiguous first
+        self.quantised, state = quantize_4bit(weight.detach().contiguous(), quant_type="nf4")
         self.state = state
 
-    def dense(self, device: torch.device) -> Tensor:
-        """Returns the weight as the 4 bits have it, in the type that it had."""
+    def materialise(self, device: torch.device) -> Tensor:
+        """Returns the dequantised weight, in the type that it was quantised from."""
         from bitsandbytes.functional import dequantize_4bit
 
-        if self.packed.device != device:
-            self.packed = self.packed.to(device)
+        if self.quantised.device != device:
+            self.quantised = self.quantised.to(device)
             self.state.to(device)
-        return dequantize_4bit(self.packed, self.state)
+        return dequantize_4bit(self.quantised, self.state)
 
     def size_bytes(self) -> int:
-        """Returns half a byte an entry, and those of the scales."""
-        return self.packed.numel() + math.prod(self.state.absmax.shape) * self.state.absmax.element_size()
+        """Returns half a byte per entry, and the bytes of the scales."""
+        return self.quantised.numel() + math.prod(self.state.absmax.shape) * self.state.absmax.element_size()
 
 
-def _own(parameter: Tensor, name: str, weights: Mapping[str, Tensor] | None) -> Tensor:
-    """A weight of the dense model, as a checkpoint has it or as it is."""
+def _dense_weight(parameter: Tensor, name: str, weights: Mapping[str, Tensor] | None) -> Tensor:
+    """Returns a weight of the dense model, from a checkpoint's ``weights`` if there are any."""
     return parameter.detach() if weights is None else weights[name].to(parameter.device, parameter.dtype)

@@ -1,4 +1,4 @@
-"""What a distillation is asked for."""
+"""The settings of a distillation."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lit_prune.errors import InputError
 @final
 @dataclass(frozen=True)
 class Distillation:
-    """The dense model, as it is right before the first cut, teaches what is left of it: arXiv 1503.02531.
+    """Distillation from the model as it is right before the first cut into the pruned one: arXiv 1503.02531.
 
-    loss = (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student), the softmax of both at logits / T, the
-    mean over the positions that the cross entropy counts.
+    loss = (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student), with the softmax of both taken of
+    logits / T, averaged over the positions that the cross entropy counts.
 
     Args:
         temperature: T; above 0.
-        weight: Share of the divergence in the loss, in (0, 1].
-        teacher: How the dense model is kept: Copy, TopK or SparseDelta; null is Copy.
+        weight: Weight of the divergence in the loss, in (0, 1].
+        teacher: How the dense model is stored: Copy, TopK or SparseDelta; null is Copy.
 
     Raises:
-        InputError: for numbers out of their range.
+        InputError: for a number out of its range.
     """
 
     temperature: float = 1.0

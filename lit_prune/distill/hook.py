@@ -1,4 +1,4 @@
-"""The loss of a student, put in the place of its own."""
+"""The forward hook that replaces a student's loss by that of a distillation."""
 
 from __future__ import annotations
 
@@ -19,51 +19,54 @@ LABELS = ("labels", "shift_labels", "num_items_in_batch")
 IGNORED = -100
 
 
-class Distilled:
-    """A forward hook of the student: a `loss` of its own that carries gradients becomes that of a distillation.
+class DistillationHook:
+    """A forward hook that replaces the student's `loss` by that of a distillation, if it carries gradients.
+
+    A hook on the LLM works with any LightningModule that trains on the `loss` which the LLM returns. Validation, which
+    runs without gradients, still sees the cross entropy.
 
     Args:
-        distillation: What is asked for.
-        kept: The teacher.
+        distillation: The settings.
+        teacher: The teacher's state.
 
     Attributes:
-        seen: `cross_entropy` and `distillation` (T^2 * KL) of the last batch, nats a position; empty before one came.
+        losses: `cross_entropy` and `distillation` (T^2 * KL) of the last batch, nats per position; empty at first.
     """
 
-    def __init__(self, distillation: Distillation, kept: TeacherState) -> None:
-        self.distillation, self.kept = distillation, kept
-        self.seen: dict[str, Tensor] = {}
+    def __init__(self, distillation: Distillation, teacher: TeacherState) -> None:
+        self.distillation, self.teacher = distillation, teacher
+        self.losses: dict[str, Tensor] = {}
 
-    def put_on(self, student: PreTrainedModel) -> RemovableHandle:
-        """Lets ``student`` be taught; the handle's `remove` ends it."""
+    def register(self, student: PreTrainedModel) -> RemovableHandle:
+        """Registers the hook on ``student`` and returns the handle that removes it."""
         return student.register_forward_hook(self, with_kwargs=True)
 
     def __call__(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Returns the output with another loss."""
+        """Returns the output with its loss replaced, or None to leave it as it is."""
         loss = getattr(output, "loss", output[0] if isinstance(output, tuple) else None)
         if loss is None or not loss.requires_grad:
             return None
-        given = dict(zip(inspect.signature(student.forward).parameters, args, strict=False)) | kwargs
-        counted_N = _counted(given, output)
-        inputs = {name: x for name, x in given.items() if isinstance(x, Tensor) and name not in LABELS}
+        arguments = dict(zip(inspect.signature(student.forward).parameters, args, strict=False)) | kwargs
+        counted_N = _counted_positions(arguments, output)
+        inputs = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and name not in LABELS}
         temperature, weight = self.distillation.temperature, self.distillation.weight
-        total = divergence(output.logits.flatten(0, -2), counted_N, self.kept.output(inputs), temperature)
-        count = given.get("num_items_in_batch")
+        total = divergence(output.logits.flatten(0, -2), counted_N, self.teacher.output(inputs), temperature)
+        count = arguments.get("num_items_in_batch")  # as transformers: the sum is divided by it, not by the positions
         mean = total / (counted_N.sum().clamp(min=1) if count is None else count)
-        self.seen = {"cross_entropy": loss.detach(), "distillation": mean.detach()}
+        self.losses = {"cross_entropy": loss.detach(), "distillation": mean.detach()}
         output.loss = (1 - weight) * loss + weight * mean
         return output
 
 
-def _counted(given: dict[str, Any], output: Any) -> Tensor:
-    """Which positions the cross entropy counts, as transformers shifts its labels, all of the batch in a row."""
-    shifted = given.get("shift_labels")
+def _counted_positions(arguments: dict[str, Any], output: Any) -> Tensor:
+    """Returns the mask of the flattened positions that the cross entropy counts; labels shift as in transformers."""
+    shifted = arguments.get("shift_labels")
     if shifted is None:
-        labels = given["labels"]
+        labels = arguments["labels"]
         shifted = torch.cat([labels[..., 1:], torch.full_like(labels[..., :1], IGNORED)], dim=-1)
-    logits, given_to = getattr(output, "logits", None), given.get("input_ids")
-    given_to = given.get("inputs_embeds") if given_to is None else given_to
-    if logits is None or given_to is None or not logits.shape[:-1] == shifted.shape == given_to.shape[:2]:
+    logits, tokens = getattr(output, "logits", None), arguments.get("input_ids")
+    tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+    if logits is None or tokens is None or not logits.shape[:-1] == shifted.shape == tokens.shape[:2]:
         raise InputError(
             "`pruning.distillation` must see the logits of all positions: the LightningModule must call the LLM "
             "without `return_dict=False` and `logits_to_keep`."

@@ -1,4 +1,4 @@
-"""SparseDelta: the weights that were taken, kept on the CPU and put back for the teacher's pass."""
+"""SparseDelta: the removed weights, stored on the CPU and restored for the teacher's forward pass."""
 
 from __future__ import annotations
 
@@ -16,57 +16,56 @@ from lit_prune.errors import InputError
 @final
 @dataclass(frozen=True)
 class SparseDelta(Teacher):
-    """Keeps only the weights that the cut removes, in the memory of the CPU, and puts them back for the teacher's pass.
+    """Stores only the weights that the cut removes, in CPU memory, and restores them for the teacher's forward pass.
 
-    The dense model to the bit, at the bytes of what was removed. A step costs the dense model's forward pass more, and
-    in it every linear that was cut is copied, and what it lost is brought to it.
+    It is the dense model to the bit, at the size of the removed weights. A step takes an additional forward pass of the
+    dense model, in which every linear that was cut is copied and its removed weights are moved to the device.
     """
 
     def check(self, student: Student) -> None:
-        """Raises InputError where weights change that were not removed."""
-        refused = None
+        """Raises InputError if weights change that were not removed."""
+        reason = None
         if not student.recipe.method.keeps_values:
-            refused = f"{type(student.recipe.method).__name__} changes weights that stay"
+            reason = f"{type(student.recipe.method).__name__} changes weights that it does not remove"
         elif student.recovery is None or not student.recovery.leaves_base:
-            refused = f"`pruning.recovery` {student.recovery} does not leave the weights as they are, as LoRA does"
+            reason = f"`pruning.recovery` {student.recovery} does not leave the weights as they are, as LoRA does"
         elif student.steps != (0,):
-            refused = f"it knows one cut, at step 0, and there are cuts at {', '.join(map(str, student.steps))}"
-        if refused:
-            raise InputError(f"`pruning.distillation.teacher` must not be SparseDelta here, {refused}: use Copy.")
+            reason = f"it supports a single cut, at step 0, and there are cuts at {', '.join(map(str, student.steps))}"
+        if reason:
+            raise InputError(f"`pruning.distillation.teacher` must not be SparseDelta here, {reason}: use Copy.")
 
-    def keep(self, dense: DenseModel) -> TeacherState:
-        """Returns the model that shares its weights with the student, but for those that are cut."""
-        cut = cut_weights(dense.model, dense.student.recipe)
-        teacher = teacher_model_of(dense.model, dict(dense.model.named_parameters()))
-        return TeacherModel(
-            teacher, dict(dense.model.named_parameters()), {name: DeltaWeight(weight) for name, weight in cut.items()}
-        )
+    def prepare(self, dense: DenseModel) -> TeacherState:
+        """Returns a model that shares all weights with the student, except those of the linears that are cut."""
+        shared, cut = dict(dense.model.named_parameters()), cut_weights(dense.model, dense.student.recipe)
+        lazy_weights = {name: DeltaWeight(weight) for name, weight in cut.items()}
+        return TeacherModel(teacher_model_of(dense.model, shared), shared, lazy_weights)
 
 
 class DeltaWeight(LazyWeight):
-    """A weight of the student, and what it lost.
+    """A weight of the student, and the values that were removed from it.
 
-    Which entries those are shows when it is first asked for: the cut is made by then, and a checkpoint is loaded.
+    The dense weight is kept until the first use, when the cut is done (and a checkpoint, if any, is loaded) and the
+    removed entries are known.
 
     Args:
-        weight: The student's, still dense.
+        weight: The student's weight, still dense.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self.whole: Tensor | None = weight.detach().cpu().clone()
-        self.values = torch.empty(0)
+        self.unpruned: Tensor | None = weight.detach().cpu().clone()
+        self.removed_values = torch.empty(0)
 
     @torch.no_grad()
-    def dense(self, device: torch.device) -> Tensor:
-        """Returns the student's weight with what it lost put back."""
+    def materialise(self, device: torch.device) -> Tensor:
+        """Returns the student's weight with the removed values restored."""
         weight = self.weight.detach().to(device)
-        gone = weight == 0
-        if self.whole is not None:
-            self.values, self.whole = self.whole[gone.cpu()], None
-        return weight.masked_scatter(gone, self.values.to(device))
+        removed = weight == 0
+        if self.unpruned is not None:
+            self.removed_values, self.unpruned = self.unpruned[removed.cpu()], None
+        return weight.masked_scatter(removed, self.removed_values.to(device))
 
     def size_bytes(self) -> int:
-        """Returns the bytes of what is kept."""
-        kept = self.values if self.whole is None else self.whole
-        return kept.numel() * kept.element_size()
+        """Returns the bytes of the removed values; before the first use those of the dense weight."""
+        stored = self.removed_values if self.unpruned is None else self.unpruned
+        return stored.numel() * stored.element_size()

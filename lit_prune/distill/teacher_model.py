@@ -1,4 +1,4 @@
-"""A dense model beside the one that was cut: the same modules, its weights its own, shared, or put together in time."""
+"""A dense model beside the pruned one, each weight of which is its own, shared with the student, or lazy."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from lit_prune.recipe import Recipe
 @final
 @dataclass(frozen=True)
 class Logits(TeacherOutput):
-    """All that the teacher says.
+    """The teacher's output as its logits.
 
     Args:
-        logits_NV: Its logits.
+        logits_NV: The logits.
     """
 
     logits_NV: Tensor
@@ -34,92 +34,95 @@ class Logits(TeacherOutput):
 
 
 class LazyWeight(ABC):
-    """A weight of the dense model that is put together when it is needed."""
+    """A weight of the dense model that is materialised for each forward pass."""
 
     @abstractmethod
-    def dense(self, device: torch.device) -> Tensor:
+    def materialise(self, device: torch.device) -> Tensor:
         """Returns the weight, on ``device``."""
 
     @abstractmethod
     def size_bytes(self) -> int:
-        """Returns the bytes that are kept for it."""
+        """Returns the bytes that are stored for it."""
 
 
 class TeacherModel(TeacherState):
-    """A dense model that is asked anew for every batch, in eval mode and without gradients.
+    """A dense model that runs for every batch, in eval mode and without gradients.
 
-    It is no part of any LightningModule, so that no optimizer and no checkpoint knows of it.
+    It is not a submodule of any LightningModule, so no optimizer and no checkpoint includes it.
 
     Args:
-        model: What :func:`teacher_model_of` returned.
-        shared: Those of its parameters that are the student's.
-        parts: Those that are put together for every pass, by name; they are no longer needed in ``model``.
+        model: The result of :func:`teacher_model_of`.
+        shared: Names of the parameters that are shared with the student.
+        lazy_weights: Weights that are materialised for every pass, by name; ``model`` does not need to hold them.
     """
 
     def __init__(
-        self, model: PreTrainedModel, shared: Collection[str] = (), parts: Mapping[str, LazyWeight] | None = None
+        self, model: PreTrainedModel, shared: Collection[str] = (), lazy_weights: Mapping[str, LazyWeight] | None = None
     ) -> None:
-        self.model, self.parts = model, parts or {}
-        known = {*shared, *self.parts}
-        self.own = {name: parameter for name, parameter in model.named_parameters() if name not in known}
-        _rebuild_from(model, self.parts)
+        self.model, self.lazy_weights = model, lazy_weights or {}
+        others = {*shared, *self.lazy_weights}
+        self.copied = {name: parameter for name, parameter in model.named_parameters() if name not in others}
+        _make_lazy(model, self.lazy_weights)
         self._device: torch.device | None = None
 
     @torch.no_grad()
     def output(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
         """Returns the logits of the dense model."""
         device = next(iter(inputs.values())).device
-        if self._device != device:
+        if self._device != device:  # Lightning moves submodules only, which the teacher is not
             self.model.to(device)  # type: ignore[arg-type]
             self._device = device
         return Logits(self.model(**inputs, use_cache=False).logits.flatten(0, -2))
 
     def size_bytes(self) -> int:
-        """Returns the bytes of what the student has not itself."""
-        own = sum(parameter.numel() * parameter.element_size() for parameter in self.own.values())
-        return own + sum(part.size_bytes() for part in self.parts.values())
+        """Returns the bytes of the weights that are not shared with the student."""
+        copied = sum(parameter.numel() * parameter.element_size() for parameter in self.copied.values())
+        return copied + sum(weight.size_bytes() for weight in self.lazy_weights.values())
 
     def weights(self) -> dict[str, Tensor]:
-        """Returns what the student has not itself, on the CPU."""
+        """Returns the weights that are not shared with the student, on the CPU."""
         cpu = torch.device("cpu")
-        parts = {name: part.dense(cpu) for name, part in self.parts.items()}
-        return {name: parameter.detach().cpu() for name, parameter in self.own.items()} | parts
+        lazy = {name: weight.materialise(cpu) for name, weight in self.lazy_weights.items()}
+        return {name: parameter.detach().cpu() for name, parameter in self.copied.items()} | lazy
 
 
-class Rebuilt(nn.Module):
-    """A module whose weights are put together for every pass, and gone after it."""
+class LazyModule(nn.Module):
+    """A module whose lazy weights exist only during its forward pass."""
 
-    def __init__(self, module: nn.Module, parts: Mapping[str, LazyWeight]) -> None:
+    def __init__(self, module: nn.Module, lazy_weights: Mapping[str, LazyWeight]) -> None:
         super().__init__()
-        self.module, self.parts = module, parts
+        self.module, self.lazy_weights = module, lazy_weights
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the module makes of its input with these weights."""
-        made = {name: part.dense(args[0].device) for name, part in self.parts.items()}
-        return functional_call(self.module, made, args, kwargs)
+        """Returns the module's output with its lazy weights materialised."""
+        weights = {name: weight.materialise(args[0].device) for name, weight in self.lazy_weights.items()}
+        return functional_call(self.module, weights, args, kwargs)
 
 
 def cut_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Parameter]:
     """Returns the parameters of ``model`` that hold the linears which ``recipe`` cuts, by name."""
-    found = {id(linear.parameter) for block in recipe.find(model) for linear in block.linears.values()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in found}
+    cut = {id(linear.parameter) for block in recipe.find(model) for linear in block.linears.values()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in cut}
 
 
-def teacher_model_of(model: PreTrainedModel, given: Mapping[str, nn.Parameter]) -> PreTrainedModel:
-    """Returns a copy of ``model`` in eval mode, with ``given``, as they are, in the place of its parameters."""
-    own = dict(model.named_parameters())
-    teacher: PreTrainedModel = copy.deepcopy(model, {id(own[name]): parameter for name, parameter in given.items()})
+def teacher_model_of(model: PreTrainedModel, replacements: Mapping[str, nn.Parameter]) -> PreTrainedModel:
+    """Returns a copy of ``model`` in eval mode, with ``replacements``, not copied, in place of its parameters."""
+    parameters = dict(model.named_parameters())
+    # deepcopy's memo maps ids of originals to their copies: an entry keeps a parameter from being copied, so that tied
+    # weights stay tied and no second model is ever allocated
+    memo = {id(parameters[name]): replacement for name, replacement in replacements.items()}
+    teacher: PreTrainedModel = copy.deepcopy(model, memo)
     return teacher.eval()
 
 
-def _rebuild_from(teacher: PreTrainedModel, parts: Mapping[str, LazyWeight]) -> None:
-    """Lets the modules of ``teacher`` take the weights that ``parts`` names from there."""
+def _make_lazy(teacher: PreTrainedModel, lazy_weights: Mapping[str, LazyWeight]) -> None:
+    """Wraps the modules of ``teacher`` that hold ``lazy_weights``, and frees those parameters."""
     by_module: dict[str, dict[str, LazyWeight]] = {}
-    for name, part in parts.items():
+    for name, weight in lazy_weights.items():
         path, _, parameter = name.rpartition(".")
-        by_module.setdefault(path, {})[parameter] = part
+        by_module.setdefault(path, {})[parameter] = weight
     for path, weights in by_module.items():
         module = teacher.get_submodule(path)
         for name in weights:
             setattr(module, name, nn.Parameter(torch.empty(0), requires_grad=False))
-        teacher.set_submodule(path, Rebuilt(module, weights))
+        teacher.set_submodule(path, LazyModule(module, weights))

@@ -1,6 +1,6 @@
-"""TopK: what the dense model says of every training window, looked up before the cut.
+"""TopK: the dense model's k largest log-probabilities for every training window, computed before the cut.
 
-Suffixes: T tokens, K likeliest words, N positions of a batch in a row, R rows of them, V vocabulary.
+Suffixes: T tokens; K most likely tokens; N positions of a batch, flattened; R rows selected from them; V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from lit_prune.evaluation.perplexity import evaluating
 from lit_prune.models.on_disk import placed
 from lit_prune.progress import track
 
-KNOWN = {"input_ids", "attention_mask", "position_ids"}
-LEAST = 1e-12  # of the rest, whose logarithm is taken
-Said = tuple[Tensor, Tensor]  # of a window: its words, int32, and their log-probabilities, float16, both (T, K)
-Window = tuple[bytes, Tensor]  # its name, and which of a row's positions are its own, (T,)
+INPUTS = {"input_ids", "attention_mask", "position_ids"}
+LEAST = 1e-12  # lower bound of the remaining probability, which float16 may round to 0 or below, before its logarithm
+WindowTopK = tuple[Tensor, Tensor]  # of one window: tokens, int32, and their log-probabilities, float16, both (T, K)
+Window = tuple[bytes, Tensor]  # digest of a window, and the mask of a row's positions that are not padding, (T,)
 
 
 @final
 @dataclass(frozen=True)
 class TopK(Teacher):
-    """Keeps the k likeliest words of every position of the training windows that will be seen, and their probabilities.
+    """Caches the k most likely tokens at every position of the coming training windows, and their log-probabilities.
 
-    They are looked up once, before the cut, and kept in memory, at 6 k bytes a position: no dense model is there
-    while it is trained, and a step costs no second forward pass. What is left of the probability is spread over the
-    other words as the student spreads it, so that the divergence is that of k + 1 classes, the rest being one of
-    them; it is no greater than the whole one, and equal to it where k is the vocabulary. Probabilities are those at
-    the temperature of the distillation.
+    They are computed once, before the cut, and kept in memory, at 6 k bytes a position: no dense model is needed during
+    training, and a step takes no second forward pass. The remaining probability is spread over the other tokens as the
+    student spreads it, so the divergence is that of k + 1 classes, the last one being all other tokens; it is at most
+    the full divergence, and equal to it if k is the size of the vocabulary. Probabilities are those at the temperature
+    of the distillation.
 
-    A window is known by its tokens and their positions, padding left out, so that order, epochs and the windows that it
-    shares a batch with do not matter; but they must be the same windows in every epoch. Of a loader whose order is not
-    known every window is looked up. A resumed run looks all up again, and must be as long as it was to be.
+    A window is identified by its tokens and their positions, without padding, so order, epochs and the composition of
+    batches do not matter; but every epoch must have the same windows. If the order of the loader is not known, all of
+    its windows are cached. A resumed run computes all of them again, and must have the same length.
 
     Args:
-        k: How many words.
+        k: Number of tokens.
 
     Raises:
         InputError: for a k below 1.
@@ -53,108 +53,109 @@ class TopK(Teacher):
 
     def __post_init__(self) -> None:
         if self.k < 1:
-            raise InputError(f"`TopK.k` must be at least 1, a number of words, got {self.k}.")
+            raise InputError(f"`TopK.k` must be at least 1, a number of tokens, got {self.k}.")
 
     def check(self, student: Student) -> None:
-        """Raises InputError where the first cut comes later than step 0."""
+        """Raises InputError if the first cut comes after step 0."""
         if student.steps[0] > 0:
             raise InputError(
-                "`pruning.distillation.teacher` must not be TopK where the first cut comes after step 0, a resumed run "
-                f"could not look up again what the model said then, got a cut at {student.steps[0]}: use Copy."
+                "`pruning.distillation.teacher` must not be TopK if the first cut comes after step 0, since a resumed "
+                f"run could not compute the outputs of that model again, got a cut at {student.steps[0]}: use Copy."
             )
 
     @torch.no_grad()
-    def keep(self, dense: DenseModel) -> TeacherState:
-        """Returns what the dense model says of the windows that are to come."""
+    def prepare(self, dense: DenseModel) -> TeacherState:
+        """Returns the cached outputs of the dense model for the coming windows."""
         model = placed(dense.model, dense.device)
         k = min(self.k, model.get_output_embeddings().weight.shape[0])
-        said: dict[bytes, Said] = {}
+        cache: dict[bytes, WindowTopK] = {}
         with evaluating(model):
             for batch in track(dense.windows(), "Teacher"):
-                inputs = {name: batch[name].to(dense.device) for name in KNOWN & batch.keys()}
+                inputs = {name: batch[name].to(dense.device) for name in INPUTS & batch.keys()}
                 windows = list(_windows(inputs))
-                if all(name in said for name, _ in windows):
+                if all(digest in cache for digest, _ in windows):
                     continue
                 logits_BTV = model(**inputs, use_cache=False).logits
-                for (name, own_T), logits_TV in zip(windows, logits_BTV, strict=True):
+                for (digest, own_T), logits_TV in zip(windows, logits_BTV, strict=True):
                     logits_TV = logits_TV[own_T.to(logits_TV.device)]
                     top = torch.log_softmax(logits_TV.float() / dense.temperature, dim=-1).topk(k, dim=-1)
-                    said.setdefault(name, (top.indices.to(torch.int32).cpu(), top.values.to(torch.float16).cpu()))
-        return CachedLogits(said)
+                    cache.setdefault(digest, (top.indices.to(torch.int32).cpu(), top.values.to(torch.float16).cpu()))
+        return CachedLogits(cache)
 
 
 class CachedLogits(TeacherState):
-    """What was said of every window, by its name."""
+    """The outputs for all training windows, by the digest of the window."""
 
-    def __init__(self, said: dict[bytes, Said]) -> None:
-        self.said = said
+    def __init__(self, cache: dict[bytes, WindowTopK]) -> None:
+        self.cache = cache
 
     def output(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
-        """Returns what was said of the windows of a batch.
+        """Returns the cached outputs for the windows of a batch.
 
         Raises:
-            InputError: for a window that was not looked up, or inputs that it was looked up without.
+            InputError: for a window that is not in the cache, or for inputs other than those it was computed from.
         """
-        if not inputs.keys() <= KNOWN:
+        if not inputs.keys() <= INPUTS:
             raise InputError(
-                f"`pruning.distillation.teacher` must not be TopK where the LLM is called with "
-                f"{', '.join(sorted(inputs.keys() - KNOWN))}, without which it looked up: use Copy."
+                f"`pruning.distillation.teacher` must not be TopK if the LLM is called with "
+                f"{', '.join(sorted(inputs.keys() - INPUTS))}, which its outputs were computed without: use Copy."
             )
         windows = list(_windows(inputs))
-        if not all(name in self.said for name, _ in windows):
+        if not all(digest in self.cache for digest, _ in windows):
             raise InputError(
-                "`pruning.distillation.teacher` must not be TopK where the training dataloader gives other windows "
+                "`pruning.distillation.teacher` must not be TopK if the training dataloader gives other windows "
                 "than it gave before the cut: use Copy."
             )
-        words, logs = zip(*(self.said[name] for name, _ in windows), strict=True)
-        known_N, device = torch.cat([own_T for _, own_T in windows]), inputs["input_ids"].device
-        words_NK, log_q_NK = (_spread(torch.cat(rows), known_N).to(device) for rows in (words, logs))
-        return TopLogits(words_NK.long(), log_q_NK.float(), None if known_N.all() else known_N.to(device))
+        tokens, log_q = zip(*(self.cache[digest] for digest, _ in windows), strict=True)
+        own_N, device = torch.cat([own_T for _, own_T in windows]), inputs["input_ids"].device
+        tokens_NK, log_q_NK = (_scatter_rows(torch.cat(rows), own_N).to(device) for rows in (tokens, log_q))
+        return TopKOutput(tokens_NK.long(), log_q_NK.float(), None if own_N.all() else own_N.to(device))
 
     def size_bytes(self) -> int:
-        """Returns the bytes of words and probabilities."""
-        return sum(tensor.numel() * tensor.element_size() for said in self.said.values() for tensor in said)
+        """Returns the bytes of tokens and log-probabilities."""
+        return sum(tensor.numel() * tensor.element_size() for window in self.cache.values() for tensor in window)
 
 
 @final
 @dataclass(frozen=True)
-class TopLogits(TeacherOutput):
-    """The likeliest words of every position.
+class TopKOutput(TeacherOutput):
+    """The k most likely tokens at every position.
 
     Args:
-        words_NK: Which they are.
-        log_q_NK: The logarithms of their probabilities.
-        known_N: Of which positions they are known, where not of all: of padding nothing is said.
+        tokens_NK: The tokens.
+        log_q_NK: Their log-probabilities.
+        own_N: Mask of the positions that are not padding, which has no output; None if none is.
     """
 
-    words_NK: Tensor
+    tokens_NK: Tensor
     log_q_NK: Tensor
-    known_N: Tensor | None = None
+    own_N: Tensor | None = None
 
     def log_q(self, rows_R: Tensor, log_p_RV: Tensor, temperature: float) -> Tensor:
-        """Returns log q of these words; the others have p, times the share of the rest in q, by that in p."""
-        words_RK, log_q_RK = self.words_NK[rows_R], self.log_q_NK[rows_R]
-        rest_R1 = (1 - log_q_RK.exp().sum(-1, keepdim=True)).clamp(min=LEAST).log()
-        others_R1 = log_p_RV.scatter(-1, words_RK, -torch.inf).logsumexp(-1, keepdim=True)
-        log_q_RV = (log_p_RV + (rest_R1 - others_R1)).scatter(-1, words_RK, log_q_RK)
-        return log_q_RV if self.known_N is None else torch.where(self.known_N[rows_R, None], log_q_RV, log_p_RV)
+        """Returns log q of these tokens, and for the others log p, shifted so that all sum to a probability of 1."""
+        tokens_RK, log_q_RK = self.tokens_NK[rows_R], self.log_q_NK[rows_R]
+        rest_of_q_R1 = (1 - log_q_RK.exp().sum(-1, keepdim=True)).clamp(min=LEAST).log()
+        rest_of_p_R1 = log_p_RV.scatter(-1, tokens_RK, -torch.inf).logsumexp(-1, keepdim=True)
+        log_q_RV = (log_p_RV + (rest_of_q_R1 - rest_of_p_R1)).scatter(-1, tokens_RK, log_q_RK)
+        # padding gets the student's own distribution, whose divergence and gradient are 0
+        return log_q_RV if self.own_N is None else torch.where(self.own_N[rows_R, None], log_q_RV, log_p_RV)
 
 
 def _windows(inputs: Mapping[str, Tensor]) -> Iterator[Window]:
-    """The windows of a batch, padding left out; no mask is one of ones, and positions that are not given count up."""
+    """Yields digest and mask of each row; the attention mask defaults to ones, positions to 0, 1, 2, ..."""
     ids_BT = inputs["input_ids"].cpu()
     mask_BT, positions_BT = inputs.get("attention_mask"), inputs.get("position_ids")
     own_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.cpu() != 0
     positions_BT = torch.arange(ids_BT.shape[1]) if positions_BT is None else positions_BT.cpu()
     for ids_T, own_T, positions_T in zip(ids_BT, own_BT, positions_BT.expand_as(ids_BT), strict=True):
-        told = torch.stack([ids_T[own_T].long(), positions_T[own_T].long()])
-        yield hashlib.sha256(told.numpy().tobytes()).digest(), own_T
+        content = torch.stack([ids_T[own_T].long(), positions_T[own_T].long()])
+        yield hashlib.sha256(content.numpy().tobytes()).digest(), own_T
 
 
-def _spread(rows: Tensor, known_N: Tensor) -> Tensor:
-    """Puts rows (S, K) where ``known_N`` is true, and zeros elsewhere, (N, K)."""
-    if known_N.all():
+def _scatter_rows(rows: Tensor, own_N: Tensor) -> Tensor:
+    """Returns (N, K) with ``rows`` where ``own_N`` is True and zeros elsewhere."""
+    if own_N.all():
         return rows
-    spread = rows.new_zeros(len(known_N), rows.shape[1])
-    spread[known_N] = rows
-    return spread
+    scattered = rows.new_zeros(len(own_N), rows.shape[1])
+    scattered[own_N] = rows
+    return scattered

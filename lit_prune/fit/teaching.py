@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lit_prune.checkpointing.resume import Settings
-from lit_prune.distill import DenseModel, Distillation, Distilled, Student
+from lit_prune.distill import DenseModel, Distillation, DistillationHook, Student
 from lit_prune.errors import InputError
 from lit_prune.fit.batches import training_windows
 from lit_prune.models.digest import digest
@@ -33,7 +33,7 @@ class Teaching:
         assert distillation.teacher is not None
         distillation.teacher.check(student)
         self.distillation, self.teacher, self.student = distillation, distillation.teacher, student
-        self.distilled: Distilled | None = None
+        self.distilled: DistillationHook | None = None
         self._handle: RemovableHandle | None = None
         self._digest: str | None = None
         self._stored = False
@@ -53,13 +53,13 @@ class Teaching:
         self._digest = None if self._stored else _digest(model)
         device, temperature = trainer.strategy.root_device, self.distillation.temperature
         dense = DenseModel(model, self.student, temperature, device, lambda: training_windows(trainer), weights)
-        self.distilled = Distilled(self.distillation, self.teacher.keep(dense))
+        self.distilled = DistillationHook(self.distillation, self.teacher.prepare(dense))
 
     def put_on(self, model: PreTrainedModel) -> None:
         """Lets ``model`` be taught from now on, if it is not yet."""
         assert self.distilled is not None
         if self._handle is None:
-            self._handle = self.distilled.put_on(model)
+            self._handle = self.distilled.register(model)
 
     def settings(self, trainer: Trainer) -> Settings:
         """Returns what a resumed run must have in common with the first beside what any run must: its length."""
@@ -83,7 +83,7 @@ class Teaching:
         """Returns what a checkpoint must hold: a digest of the dense model, or the teacher's weights."""
         if self.distilled is None:
             return None
-        return {"digest": self._digest, "weights": self.distilled.kept.weights() if self._stored else None}
+        return {"digest": self._digest, "weights": self.distilled.teacher.weights() if self._stored else None}
 
     def check_begun(self) -> None:
         """Raises InputError where a run goes on after its first cut, and was told so too late to have its teacher."""
@@ -101,14 +101,14 @@ class Teaching:
         """
         if self.distilled is None:
             return
-        if not self.distilled.seen:
+        if not self.distilled.losses:
             raise InputError(
                 f"`pruning.distillation` must see the LLM called with `labels`, {type(pl_module).__name__}."
                 "training_step did not: return `self.model(input_ids=..., attention_mask=..., labels=...).loss`."
             )
-        for name, value in self.distilled.seen.items():
+        for name, value in self.distilled.losses.items():
             pl_module.log(f"train/{name}", value)
-        self.distilled.seen = {}
+        self.distilled.losses = {}
 
 
 def _digest(model: nn.Module) -> str:

@@ -1,1 +1,1 @@
-"""Weights that are exactly zero: counted, packed as bits, and kept while the rest is trained."""
+"""Pruned weights, which are exactly zero: counting them, and freezing them while the others are trained."""

@@ -1,10 +1,10 @@
-"""Zeros that training leaves alone: the gradient of a weight that is pruned is zero.
+"""Gradient masks: zeros stay zero in training because the gradient of a pruned weight is zero.
 
-An optimizer that makes its step from gradients and weights then leaves a pruned weight where it is: its moments stay
-zero, and weight decay takes a share of zero. It need not know of the masks.
+An optimizer that computes its step from gradients and weights then leaves a pruned weight at zero: its moments stay
+zero, and weight decay takes a share of zero. The optimizer need not know of the masks.
 
-Of a parameter that is sharded over processes (a DTensor) each holds the zeros of its rows: the gradient comes to it
-summed and cut to these, past the hooks of autograd, so that a hook for what was accumulated does the same.
+Of a parameter that is sharded over processes (a DTensor) each process masks its own rows. FSDP writes the reduced
+gradient of a shard directly into ``grad``, past the tensor hooks of autograd, so a post-accumulate hook masks it there.
 """
 
 from __future__ import annotations
@@ -23,50 +23,53 @@ from lit_prune.models.bits import packed, unpacked
 from lit_prune.models.families import find_blocks
 
 
-class Held:
-    """A gradient hook of one parameter: zero where the parameter was zero when its first gradient came.
+class GradientMask:
+    """A gradient hook of one parameter that zeroes the gradient wherever the parameter is pruned.
 
-    Until then the weights of a checkpoint may still be loaded, or the model moved. The mask is a bool a weight, an
-    eighth of what AdamW keeps of it in float32. It is not read off the weights in every step: a kept weight that
-    passes zero is no pruned one.
+    The mask is read from the weights when the first gradient comes, not when the hook is registered: until then a
+    checkpoint may still be loaded, or the model moved. It is not read again in later steps, since a weight that was not
+    pruned may pass through zero. It takes one byte a weight, an eighth of AdamW's moments in float32.
+
+    Attributes:
+        zeros: True where the parameter is pruned; of a sharded one the rows of this process; None before a gradient.
     """
 
     def __init__(self, parameter: Tensor) -> None:
-        self.parameter = weakref.ref(parameter)  # which holds this hook
-        self.gone: Tensor | None = None
+        self.parameter = weakref.ref(parameter)  # the parameter holds this hook: a strong reference would be a cycle
+        self.zeros: Tensor | None = None
 
     def __call__(self, grad: Tensor) -> Tensor:
-        """Returns ``grad`` with zeros where the parameter had them."""
-        return grad.masked_fill(self._gone(grad.device), 0)
+        """Returns ``grad`` with zeros where the parameter is pruned."""
+        return grad.masked_fill(self._zeros_on(grad.device), 0)
 
-    def accumulated(self, parameter: Tensor) -> None:
-        """Does the same to the gradient of this process's rows of a sharded parameter, in place."""
+    def mask_shard(self, parameter: Tensor) -> None:
+        """Masks the gradient of this process's rows of a sharded parameter, in place."""
         assert isinstance(parameter.grad, DTensor)
         rows = parameter.grad.to_local()
-        rows.masked_fill_(self._gone(rows.device), 0)
+        rows.masked_fill_(self._zeros_on(rows.device), 0)
 
-    def whole(self) -> Tensor | None:
-        """Returns what is held, of a sharded parameter all rows, which the processes give each other; None before."""
+    def full_zeros(self) -> Tensor | None:
+        """Returns the mask of the whole parameter, gathered if it is sharded; None before the first gradient."""
         parameter = self._parameter()
-        if self.gone is None or not isinstance(parameter, DTensor):
-            return self.gone
+        if self.zeros is None or not isinstance(parameter, DTensor):
+            return self.zeros
         mesh, placements = parameter.device_mesh, parameter.placements
         shape, stride = parameter.shape, parameter.stride()
-        return DTensor.from_local(self.gone, mesh, placements, shape=shape, stride=stride).full_tensor()
+        return DTensor.from_local(self.zeros, mesh, placements, shape=shape, stride=stride).full_tensor()
 
-    def take(self, gone: Tensor) -> None:
-        """Holds what ``gone`` says, of a sharded parameter what it says of this process's rows."""
+    def set_zeros(self, zeros: Tensor) -> None:
+        """Sets the mask of the whole parameter, of which a sharded one takes this process's rows."""
         parameter = self._parameter()
         if isinstance(parameter, DTensor):
-            gone = distribute_tensor(gone, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
-        self.gone = gone.to(parameter.device)
+            zeros = distribute_tensor(zeros, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
+        self.zeros = zeros.to(parameter.device)
 
-    def _gone(self, device: torch.device) -> Tensor:
-        if self.gone is None:
+    def _zeros_on(self, device: torch.device) -> Tensor:
+        if self.zeros is None:
             parameter = self._parameter().detach()
-            self.gone = (parameter.to_local() if isinstance(parameter, DTensor) else parameter) == 0
-        self.gone = self.gone.to(device)
-        return self.gone
+            self.zeros = (parameter.to_local() if isinstance(parameter, DTensor) else parameter) == 0
+        self.zeros = self.zeros.to(device)
+        return self.zeros
 
     def _parameter(self) -> Tensor:
         parameter = self.parameter()
@@ -75,54 +78,56 @@ class Held:
 
 
 def freeze_zeros(model: PreTrainedModel) -> None:
-    """Keeps what is exactly zero in the linears of the blocks at zero; done again, it takes up the zeros anew.
+    """Freezes all weights of the blocks' linears that are exactly zero; called again, it reads the zeros anew.
 
-    It does so for all linears of the blocks, not only those of the latest cut, since an earlier one may have had other
-    `targets`; in a linear that was never pruned a handful of weights happen to be zero, and stay.
+    It covers all linears of the blocks, not only those of the latest cut, since an earlier cut may have had other
+    `targets`. In a linear that was never pruned it freezes the few weights that happen to be zero.
     """
-    for parameter in _pruned(model):
-        held = _hook(parameter)
-        if held is not None:
-            held.gone = None
+    for parameter in _trained_linears(model):
+        mask = _gradient_mask(parameter)
+        if mask is not None:
+            mask.zeros = None
         elif isinstance(parameter, DTensor):
-            parameter.register_post_accumulate_grad_hook(Held(parameter).accumulated)
+            parameter.register_post_accumulate_grad_hook(GradientMask(parameter).mask_shard)
         else:
-            parameter.register_hook(Held(parameter))
+            parameter.register_hook(GradientMask(parameter))
 
 
 def freezes_zeros(model: nn.Module) -> bool:
-    """Returns whether zeros of ``model`` are kept; see :func:`freeze_zeros`."""
-    return any(_hook(parameter) is not None for parameter in model.parameters())
+    """Returns whether :func:`freeze_zeros` was called on ``model``."""
+    return any(_gradient_mask(parameter) is not None for parameter in model.parameters())
 
 
 def gradient_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Returns which weights are held at zero, by parameter, as bits; those of which no gradient has come are left out.
+    """Returns the frozen zeros by parameter, as bits, without parameters that have had no gradient yet.
 
-    A run that goes on must hold the same: a kept weight may be passing zero just then.
+    A resumed run must freeze the same weights: read again, the mask would include weights just passing through zero.
     """
-    hooks = {name: _hook(parameter) for name, parameter in model.named_parameters()}
-    masks = {name: hook.whole() for name, hook in hooks.items() if hook is not None}
+    hooks = {name: _gradient_mask(parameter) for name, parameter in model.named_parameters()}
+    masks = {name: hook.full_zeros() for name, hook in hooks.items() if hook is not None}
     return {name: packed(mask) for name, mask in masks.items() if mask is not None}
 
 
 def restore_gradient_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Lets ``model``, whose zeros are held, hold those that :func:`gradient_masks` returned."""
+    """Sets the masks that :func:`gradient_masks` returned on ``model``, whose zeros are frozen."""
     for name, bits in masks.items():
         parameter = model.get_parameter(name)
-        held = _hook(parameter)
-        assert held is not None, f"{name} is not held"
-        held.take(unpacked(bits, parameter.shape))
+        mask = _gradient_mask(parameter)
+        assert mask is not None, f"{name} has no gradient mask"
+        mask.set_zeros(unpacked(bits, parameter.shape))
 
 
-def _pruned(model: PreTrainedModel) -> Iterator[Tensor]:
-    """The parameters that hold the linears of the blocks, once each, as far as they are trained."""
+def _trained_linears(model: PreTrainedModel) -> Iterator[Tensor]:
+    """Yields the trainable parameters of the blocks' linears, each once."""
     recipe = structure.record(model).get("recipe", {})
     blocks = find_blocks(model, blocks=recipe.get("blocks"))
+    # several linears, such as fused experts, may be slices of one parameter
     parameters = {id(linear.parameter): linear.parameter for block in blocks for linear in block.linears.values()}
     yield from (parameter for parameter in parameters.values() if parameter.requires_grad)
 
 
-def _hook(parameter: Tensor) -> Held | None:
+def _gradient_mask(parameter: Tensor) -> GradientMask | None:
+    # torch has no public way to list the hooks of a tensor
     hooks: list[Any] = [*(parameter._backward_hooks or {}).values()]
     hooks += (getattr(hook, "__self__", None) for hook in (parameter._post_accumulate_grad_hooks or {}).values())
-    return next((hook for hook in hooks if isinstance(hook, Held)), None)
+    return next((hook for hook in hooks if isinstance(hook, GradientMask)), None)

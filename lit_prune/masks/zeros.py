@@ -1,4 +1,4 @@
-"""Zeros counted: of tensors, of the linears that a model's record says were pruned."""
+"""Counts of zeros in tensors, and in the linears that were pruned according to a model's record."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def zeros(tensors: Iterable[Tensor]) -> tuple[int, int]:
 
 
 def pruned_blocks(model: PreTrainedModel) -> list[Block]:
-    """Returns the blocks of ``model``, which has no adapter, with the linears that its record says were pruned."""
+    """Returns the blocks of ``model``, which has no adapter, with the linears that its record lists as pruned."""
     recipe = structure.record(model).get("recipe") or {}
     chosen = {field: recipe[field] for field in ("targets", "ignore", "blocks") if recipe.get(field)}
     return find_blocks(model, **chosen, quantised=True)

@@ -1,4 +1,4 @@
-"""How weights go. One file a method; importing them here makes their short names resolve."""
+"""Pruning methods and sparsity patterns; importing them here makes their short names resolve."""
 
 from lit_prune.prune.base import MaskMethod, Method, ScoredMethod
 from lit_prune.prune.magnitude import Magnitude

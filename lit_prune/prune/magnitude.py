@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go."""
+"""Magnitude pruning: removes the smallest weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lit_prune.prune.patterns import Pattern
 @final
 @dataclass(frozen=True)
 class Magnitude(ScoredMethod):
-    """Removes the smallest |W| of each whole matrix; looks at no activations.
+    """Removes the smallest |W| of each whole matrix; uses no activations.
 
     Half of [[1, -2, 3], [4, -5, 6]] leaves [[0, 0, 0], [4, -5, 6]].
 
     Args:
-        pattern: How the removals may lie; null is Unstructured.
+        pattern: The sparsity pattern; null is Unstructured.
     """
 
     pattern: Pattern | None = None  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""N of M: of every M consecutive input columns N stay, the same N everywhere or one for each block.
+"""N:M patterns: of every M consecutive input columns N stay, the same N everywhere or one for each block.
 
 2 of 4 is what NVIDIA's sparse tensor cores compute (arXiv 2104.08378); N of 8 by block is the mixed N:M of OWL (arXiv
 2310.05175) and DLP (arXiv 2505.23807).
@@ -20,30 +20,30 @@ from lit_prune.errors import InputError
 from lit_prune.prune.patterns import Pattern
 
 TOLERANCE = 1e-6
-FITS = 1e-4
+FITS = 1e-4  # of a sparsity that a user typed, such as 0.333 for 1 of 3
 
 
 @final
 @dataclass(frozen=True)
 class NofM(Pattern):
-    """Of every ``m`` consecutive input columns exactly ``n`` stay, the largest scores of the group.
+    """Keeps the ``n`` largest scores of every ``m`` consecutive input columns.
 
     2 of 4 of [[1, 2, 3, 4, 8, 7, 6, 5]] leaves [[0, 0, 3, 4, 8, 7, 0, 0]]; the sparsity is 1 - n / m everywhere.
-    A group that has fewer than ``n`` weights left keeps those.
+    A group with fewer than ``n`` unpruned weights keeps those.
 
     Args:
-        n: How many of each group stay.
+        n: Columns of each group that stay.
         m: Columns of a group.
 
     Raises:
-        InputError: if `m` is below 2, or `n` not in 1 to m; before work, for a sparsity that is not 1 - n / m, for an
-            allocation that gives blocks rates of their own, and for a linear whose columns `m` does not divide.
+        InputError: if `m` is below 2, or `n` not in 1 to m; before the cut, for a sparsity other than 1 - n / m, for an
+            allocation that is not uniform, and for a linear whose columns `m` does not divide.
     """
 
     n: int = 2
     m: int = 4
 
-    repeats: ClassVar[bool] = False  # it knows one rate
+    repeats: ClassVar[bool] = False  # its rate is fixed
 
     def __post_init__(self) -> None:
         _check_group("NofM", self.m)
@@ -52,17 +52,17 @@ class NofM(Pattern):
 
     @property
     def columns(self) -> int:
-        """The columns of a group."""
+        """Columns of a group."""
         return self.m
 
     @property
     def rate(self) -> float:
-        """The share that goes."""
+        """Share of weights that is removed."""
         return 1 - self.n / self.m
 
     def check(self, allocation: Allocation, sparsity: float, columns: Mapping[str, int]) -> None:
-        """Raises InputError where something else than ``n`` of ``m`` is asked for, or ``m`` does not divide."""
-        if not allocation.even():
+        """Raises InputError for rates other than 1 - n / m, or if ``m`` does not divide a linear's columns."""
+        if not allocation.is_uniform():
             name = type(allocation).__name__
             raise InputError(
                 f"`pruning.allocation` must be Uniform for the pattern NofM, which keeps {self.n} of {self.m} in every "
@@ -78,7 +78,7 @@ class NofM(Pattern):
         _check_columns("NofM", self.m, columns)
 
     def _other(self, sparsity: float) -> str:
-        """The n that would give the sparsity, where there is one."""
+        """Returns the hint of the n that gives the sparsity, if there is one."""
         n = round(self.m * (1 - sparsity))
         fits = 1 <= n <= self.m and abs(1 - n / self.m - sparsity) <= FITS
         return f", or `--pruning.method.pattern.n {n}`" if fits else ""
@@ -88,25 +88,25 @@ class NofM(Pattern):
         return [self.rate] * len(rates)
 
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
-        """Returns the mask; see :class:`NofM`. ``by_row`` makes no difference: scores compare within their group."""
+        """Returns the mask, see :class:`NofM`; ``by_row`` is ignored, as scores are compared within a group."""
         if abs(rate - self.rate) > FITS:
             raise InputError(f"`rate` must be {self.rate:.6g} for {self}, got {rate}.")
-        return _keep(score_OI, self.n, self.m)
+        return _largest_of_groups(score_OI, self.n, self.m)
 
 
 @final
 @dataclass(frozen=True)
 class MixedNofM(Pattern):
-    """Of every ``m`` consecutive input columns N stay, and the rates choose N for each block.
+    """Keeps N of every ``m`` consecutive input columns, N chosen for each block by its rate.
 
-    Rates [0.3, 0.45, 0.75] with m = 8 are 2.4, 3.6 and 6 of 8 that go: rounded to [2, 4, 6] of 8, with no miss.
+    Rates [0.3, 0.45, 0.75] with m = 8 remove 2.4, 3.6 and 6 of 8: rounded to [2, 4, 6] of 8, their sum is exact.
 
     Args:
         m: Columns of a group.
 
     Raises:
-        InputError: if `m` is below 2; before work, if no N keeps to the bounds of the rates, and for a linear whose
-            columns `m` does not divide.
+        InputError: if `m` is below 2; before the cut, if no N is within the bounds of the rates, and for a linear
+            whose columns `m` does not divide.
     """
 
     m: int = 8
@@ -116,7 +116,7 @@ class MixedNofM(Pattern):
 
     @property
     def columns(self) -> int:
-        """The columns of a group."""
+        """Columns of a group."""
         return self.m
 
     def check(self, allocation: Allocation, sparsity: float, columns: Mapping[str, int]) -> None:
@@ -124,11 +124,12 @@ class MixedNofM(Pattern):
         _check_columns("MixedNofM", self.m, columns)
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
-        """Returns the least and the greatest multiple of 1 / m within the bounds.
+        """Returns the smallest and the largest multiple of 1 / m within the bounds.
 
         Raises:
             InputError: if there is none.
         """
+        # 0.3 * 10 is 3.0000000000000004 in floating point: without the tolerance its ceiling would be 4
         low, high = math.ceil(least * self.m - TOLERANCE), math.floor(most * self.m + TOLERANCE)
         if low > high:
             raise InputError(
@@ -138,37 +139,38 @@ class MixedNofM(Pattern):
         return low / self.m, high / self.m
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
-        """Returns multiples of 1 / m: ``rates`` rounded so that their mean stays as near as that allows.
+        """Returns ``rates`` rounded to multiples of 1 / m, with a mean as close to theirs as possible.
 
-        All are rounded down; then, largest remainder first, a block is rounded up instead where that brings the mean,
-        weighted by ``sizes``, nearer. The mean is missed by half a step of the largest block at most. No block is
-        rounded up to losing all.
+        All are rounded down; then, largest remainder first, a block is rounded up instead if that brings the mean,
+        weighted by ``sizes``, closer. The mean is missed by at most half a step of the largest block. No block is
+        rounded up to a rate of 1.
         """
-        gone = [math.floor(rate * self.m + TOLERANCE) for rate in rates]
-        rest = [rate * self.m - count for rate, count in zip(rates, gone, strict=True)]
-        missing = sum(part * size for part, size in zip(rest, sizes, strict=True))
-        for block in sorted(range(len(rates)), key=lambda block: -rest[block]):
-            if rest[block] > TOLERANCE and gone[block] + 1 < self.m and sizes[block] < 2 * missing:
-                gone[block] += 1
+        removed = [math.floor(rate * self.m + TOLERANCE) for rate in rates]
+        remainders = [rate * self.m - count for rate, count in zip(rates, removed, strict=True)]
+        missing = sum(remainder * size for remainder, size in zip(remainders, sizes, strict=True))
+        for block in sorted(range(len(rates)), key=lambda block: -remainders[block]):
+            if remainders[block] > TOLERANCE and removed[block] + 1 < self.m and sizes[block] < 2 * missing:
+                removed[block] += 1
                 missing -= sizes[block]
-        return [count / self.m for count in gone]
+        return [count / self.m for count in removed]
 
     def grain(self, size: int) -> int:
-        """Returns one of every ``m`` weights: 8 columns of 6 rows change by 6."""
+        """Returns ``size`` / m, since N changes in all groups at once: for m = 8, 8 columns of 6 rows change by 6."""
         return size // self.m
 
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
-        """Returns the mask; see :class:`MixedNofM`. ``by_row`` makes no difference."""
+        """Returns the mask, see :class:`MixedNofM`; ``by_row`` is ignored, as scores are compared within a group."""
         n = round(self.m * (1 - rate))
         if abs(1 - n / self.m - rate) > TOLERANCE:
             raise InputError(f"`rate` must be a multiple of 1/{self.m} for {self}, got {rate}.")
-        return _keep(score_OI, n, self.m)
+        return _largest_of_groups(score_OI, n, self.m)
 
 
-def _keep(score_OI: Tensor, n: int, m: int) -> Tensor:
-    """True for the ``n`` largest scores of every ``m``, but for what is gone."""
+def _largest_of_groups(score_OI: Tensor, n: int, m: int) -> Tensor:
+    """Returns the mask of the ``n`` largest scores of every ``m``, without weights that are pruned already."""
     score_OGM = score_OI.unflatten(1, (-1, m))
     largest_OGN = score_OGM.topk(n, sorted=False).indices
+    # by index, not by comparing with the n-th score: of equal scores exactly n must stay
     keep_OGM = torch.zeros_like(score_OGM, dtype=torch.bool).scatter_(-1, largest_OGN, True)
     return (keep_OGM & (score_OGM >= 0)).flatten(1)
 

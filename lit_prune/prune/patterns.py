@@ -1,4 +1,4 @@
-"""Which entries of a score matrix go: the shapes that sparsity may have."""
+"""Sparsity patterns: from a matrix of scores to the mask of the weights that stay."""
 
 from __future__ import annotations
 
@@ -16,51 +16,52 @@ from lit_prune.allocate.base import Allocation
 
 
 class Pattern(ABC):
-    """How removals may lie within a weight, and which rates that allows.
+    """The positions that zeros may have within a weight, and the rates that this allows.
 
     Attributes:
-        repeats: Whether what lies so can be pruned further in the same pattern.
+        repeats: Whether a weight with this pattern can be pruned further in the same pattern.
     """
 
     repeats: ClassVar[bool] = True
 
     def check(self, allocation: Allocation, sparsity: float, columns: Mapping[str, int]) -> None:  # noqa: B027
-        """Raises InputError where what is asked for cannot lie so, before anything is done.
+        """Raises InputError if the pattern does not allow these rates or does not fit a linear.
 
         Args:
-            allocation: What spreads the sparsity over the blocks.
+            allocation: The allocation of the sparsity to the blocks.
             sparsity: The mean rate.
-            columns: Input columns of every linear that is to be pruned, by what an error should call it.
+            columns: Input columns of every linear to prune, by the name to use in an error.
         """
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
-        """Returns the least and the greatest rate between ``least`` and ``most`` that the pattern can have."""
+        """Returns the smallest and the largest rate between ``least`` and ``most`` that the pattern allows."""
         return least, most
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
-        """Returns the rates that will be cut: ``rates``, one a block, as nearly as the pattern allows.
+        """Returns the allowed rates closest to ``rates``.
 
         Args:
-            rates: As allocated.
-            sizes: Prunable weights of each block.
+            rates: Rate of each block, as allocated.
+            sizes: Number of prunable weights of each block.
         """
         return list(rates)
 
     def grain(self, size: int) -> int:
-        """Returns the number of weights that the removals from a block of ``size`` come in multiples of."""
+        """Returns the granularity of a block of ``size`` weights: its removals are multiples of this number."""
         return 1
 
     @property
     def columns(self) -> int | None:
-        """How many columns side by side are decided apart from all others; None where any may be decided together."""
+        """Width of the column groups that are masked independently of each other; None if there are no groups."""
         return None
 
     @abstractmethod
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
-        """Returns keep_OI, bool: True where the weight stays.
+        """Returns the mask keep_OI, bool, True where the weight stays.
 
         Args:
-            score_OI: Larger is kept; -1 marks what is gone already, and goes first.
+            score_OI: Scores, the larger ones are kept; -1 marks weights that are pruned already, which are removed
+                first and count toward the rate.
             rate: Share to remove, in [0, 1].
             by_row: Compare scores within each output row, not over the whole matrix.
         """
@@ -69,30 +70,31 @@ class Pattern(ABC):
 @final
 @dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Any entry may go; of a weight exactly round(numel * rate) do.
+    """Removes any entries, exactly round(numel * rate) of a weight.
 
-    By row, floor(k / rows) go in each row, and of the rest one more each in the rows whose next score is smallest:
-    k = 3 of [[1, 2, 3], [4, 5, 6]] takes 1 and 4, and then 2, which is smaller than 5.
+    By row, floor(k / rows) are removed in each row, and the remainder one each in the rows whose next score is
+    smallest: k = 3 of [[1, 2, 3], [4, 5, 6]] removes 1 and 4, and then 2, which is smaller than 5.
     """
 
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
-        """Returns the mask; see :class:`Unstructured`."""
-        gone = int(torch.count_nonzero(score_OI < 0))
-        remove = max(round(score_OI.numel() * rate), gone)
+        """Returns the mask, see :class:`Unstructured`."""
+        pruned = int(torch.count_nonzero(score_OI < 0))
+        remove = max(round(score_OI.numel() * rate), pruned)
         rows = len(score_OI)
-        if by_row and gone and int((score_OI < 0).sum(1).max()) > remove // rows:
-            return self._keep_around(score_OI, remove)
+        if by_row and pruned and int((score_OI < 0).sum(1).max()) > remove // rows:
+            return self._keep_in_uneven_rows(score_OI, remove)
+        # a threshold is much faster than the indices of the smallest scores, and exact unless scores tie at it
         keep_OI = score_OI > (_last_of_rows(score_OI, remove) if by_row else _last_of_all(score_OI, remove))
         if score_OI.numel() - int(torch.count_nonzero(keep_OI)) == remove:
             return keep_OI
-        return self._keep_of_ties(score_OI, remove, by_row)
+        return self._keep_with_ties(score_OI, remove, by_row)
 
-    def _keep_of_ties(self, score_OI: Tensor, remove: int, by_row: bool) -> Tensor:
-        """The same where equal scores straddle the threshold, so that only some of them may go."""
+    def _keep_with_ties(self, score_OI: Tensor, remove: int, by_row: bool) -> Tensor:
+        """Returns the mask by indices, for scores equal to the threshold of which only some are to be removed."""
         keep_OI = torch.ones_like(score_OI, dtype=torch.bool)
         if not by_row:
-            gone = score_OI.flatten().topk(remove, largest=False, sorted=False).indices
-            keep_OI.view(-1)[gone] = False
+            removed = score_OI.flatten().topk(remove, largest=False, sorted=False).indices
+            keep_OI.view(-1)[removed] = False
             return keep_OI
         each, rest = divmod(remove, len(score_OI))
         smallest = score_OI.topk(each + (rest > 0), largest=False)
@@ -102,36 +104,38 @@ class Unstructured(Pattern):
             keep_OI[one_more, smallest.indices[one_more, each]] = False
         return keep_OI
 
-    def _keep_around(self, score_OI: Tensor, remove: int) -> Tensor:
-        """The same where some row has lost more than its share already: the other rows give evenly what is missing."""
-        gone_O = (score_OI < 0).sum(1)
+    def _keep_in_uneven_rows(self, score_OI: Tensor, remove: int) -> Tensor:
+        """Returns the mask if a row has lost more than its share already; the other rows lose the remainder evenly."""
+        pruned_O = (score_OI < 0).sum(1)
         low, high = 0, score_OI.shape[1]
-        while low < high:  # the largest share of a row that does not overshoot the total
+        while low < high:  # bisects the largest number per row that does not exceed the total
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if int(gone_O.clamp(min=middle).sum()) <= remove else (low, middle - 1)
-        count_O = gone_O.clamp(min=low)
+            low, high = (middle, high) if int(pruned_O.clamp(min=middle).sum()) <= remove else (low, middle - 1)
+        count_O = pruned_O.clamp(min=low)
         order_OI = score_OI.argsort(1)
-        open_rows = ((gone_O <= low) & (count_O < score_OI.shape[1])).nonzero().squeeze(1)
+        open_rows = ((pruned_O <= low) & (count_O < score_OI.shape[1])).nonzero().squeeze(1)
         following = score_OI[open_rows, order_OI[open_rows, count_O[open_rows]]]
         one_more = open_rows[following.topk(remove - int(count_O.sum()), largest=False).indices]
         count_O[one_more] += 1
-        rank_OI = order_OI.argsort(1)
+        rank_OI = order_OI.argsort(1)  # the inverse permutation
         return rank_OI >= count_O[:, None]
 
 
 def _last_of_all(score_OI: Tensor, remove: int) -> Tensor | float:
-    """The largest score that goes when the ``remove`` smallest of all do; below all scores when none does."""
+    """Returns the largest of the ``remove`` smallest scores; below all scores if nothing is removed."""
     if remove == 0:
         return -math.inf
     flat = score_OI.flatten()
     if flat.device.type != "cpu":
         return flat.kthvalue(remove).values
-    return float(np.partition(flat.numpy(), remove - 1)[remove - 1])
+    return float(np.partition(flat.numpy(), remove - 1)[remove - 1])  # several times as fast as kthvalue on a CPU
 
 
 def _last_of_rows(score_OI: Tensor, remove: int) -> Tensor:
-    """The largest score that goes in each row, (O, 1): of the ``remove``, as many in each row, the rest where the next
-    score is smallest."""
+    """Returns the largest score removed in each row, (O, 1), if the same number is removed in all of them.
+
+    The remainder of ``remove`` by the rows is removed where the next score is smallest.
+    """
     each, rest = divmod(remove, len(score_OI))
     ranked_OI = _sorted_rows(score_OI)
     last_O = ranked_OI[:, each - 1].clone() if each else torch.full_like(ranked_OI[:, 0], -math.inf)
@@ -143,7 +147,6 @@ def _last_of_rows(score_OI: Tensor, remove: int) -> Tensor:
 
 
 def _sorted_rows(score_OI: Tensor) -> Tensor:
-    """Every row in rising order; on the CPU numpy sorts floats more than ten times as fast as torch."""
     if score_OI.device.type != "cpu":
         return score_OI.sort(dim=1).values
-    return torch.from_numpy(np.sort(score_OI.numpy(), axis=1))
+    return torch.from_numpy(np.sort(score_OI.numpy(), axis=1))  # more than ten times as fast as torch's

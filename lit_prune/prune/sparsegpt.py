@@ -1,6 +1,6 @@
 """SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, ICML 2023, arXiv 2301.00774.
 
-Suffixes: O output channels, of all linears of one input one below the other; I input channels; S columns of a span.
+Suffixes: O output channels of all linears that share an input, stacked; I input channels; S columns of a span.
 """
 
 from __future__ import annotations
@@ -18,37 +18,39 @@ from lit_prune.progress import log
 from lit_prune.prune.base import MaskMethod, Propagate
 from lit_prune.prune.patterns import Pattern
 
-DEAD = 1e-24  # what is behind a dead column costs nothing: it goes before all that does, the smallest first
+DEAD = 1e-24  # factor of the costs in a dead column, so that they are below all others
 Decide = Callable[[Tensor, int], Tensor]
 
 
 @final
 @dataclass(frozen=True)
 class SparseGPT(MaskMethod):
-    """Removes what costs the linear's output least, and lets the weights that stay make up for it (algorithm 1).
+    """Removes the weights that cost the linear's output least, and updates the others to compensate (algorithm 1).
 
-    H = 2/n X X^T + damping * mean(diag) * identity; U upper triangular with U^T U = H^-1. Column after column, w goes
-    where w^2 / U_jj^2 is smallest, and its error w / U_jj times U_j goes to the columns on the right. What goes is
-    decided `span` columns at a time, over all rows together. Tokens (3, 4) and (3, -4) make H = diag(18, 32): of the
-    weights (4, 3.5) the first goes, as 16 * 18 < 12.25 * 32, and the second, which has nothing to do with it, stays.
+    H = 2/n X X^T + damping * mean(diag) * identity; U upper triangular with U^T U = H^-1. Column by column, weights w
+    of the smallest w^2 / U_jj^2 are removed, and the error w / U_jj times U_j is subtracted from the columns to the
+    right. The mask is chosen for `span` columns at a time, over all rows together. Tokens (3, 4) and (3, -4) make
+    H = diag(18, 32): of the weights (4, 3.5) the first is removed, as 16 * 18 < 12.25 * 32, and the second, which is
+    uncorrelated with it, stays as it is.
 
-    The weights that stay change. A column that is dead, its input always 0, goes first; an expert that no token reached
-    loses its smallest weights. Linears of one input (q, k, v; gate, up) share one factorisation and one solve.
+    The weights that stay change. A dead column, whose input is always 0, is removed first; an expert that no token was
+    routed to loses its smallest weights. Linears of one input (q, k, v; gate, up) share one factorisation and solve.
 
     Args:
-        pattern: How the removals may lie; null is Unstructured.
-        propagate: `pruned` takes the Gram matrices X X^T behind pruned blocks, as the paper does, and holds those of
-            one block. `dense` takes those of the unpruned model from the pass that scores the blocks, two passes less,
-            and keeps those of all blocks where the model is: 4 bytes * the square of every input's width, 0.4 GB for
-            SmolLM2-135M and 22 GB for Llama-2-7B, 1.5 and 1.6 times their weights in bfloat16. null is pruned, which on
-            SmolLM2-135M is better everywhere (Uniform at 0.7: perplexity 196 against 857): docs/results.md.
-        damping: Share of the mean diagonal that is added to the diagonal; raised tenfold, with a line that says so,
-            until H can be factorised.
-        span: Columns that are decided and solved together; the paper's is 128. Groups of a pattern such as NofM are
-            decided one after the other within it, as soon as the columns before them are solved.
+        pattern: The sparsity pattern; null is Unstructured.
+        propagate: `pruned` uses the Gram matrices X X^T of the inputs that pruned blocks produce, as the paper does,
+            and holds those of one block at a time. `dense` uses those of the unpruned model from the pass that scores
+            the blocks, which saves two passes and keeps those of all blocks in memory: 4 bytes * the square of every
+            input's width, 0.4 GB for SmolLM2-135M and 22 GB for Llama-2-7B, 1.5 and 1.6 times their weights in
+            bfloat16. null is pruned, which on SmolLM2-135M is better everywhere (Uniform at 0.7: perplexity 196
+            against 857): docs/results.md.
+        damping: Share of the mean diagonal that is added to the diagonal; raised tenfold, and logged, until H can be
+            factorised.
+        span: Columns that are masked and solved together; the paper's is 128. Groups of a pattern such as NofM are
+            masked one by one within the span, once the columns before them are solved.
 
     Raises:
-        InputError: for a damping that is not above 0, a span below 1, or one that splits a group of the pattern.
+        InputError: for a damping that is not above 0, a span below 1, or a span that splits a group of the pattern.
     """
 
     pattern: Pattern | None = None  # type: ignore[assignment]
@@ -67,19 +69,19 @@ class SparseGPT(MaskMethod):
             raise InputError(f"`SparseGPT.span` must be at least 1, got {self.span}; the paper's is 128.")
         if self.span % (columns := self._width):
             raise InputError(
-                f"`SparseGPT.span` must be a multiple of {columns}, the columns that {self.pattern} decides together, "
+                f"`SparseGPT.span` must be a multiple of {columns}, the columns that {self.pattern} masks together, "
                 f"got {self.span}; pass `--pruning.method.span {max(self.span // columns, 1) * columns}`, or choose "
                 "another m."
             )
 
     @property
     def _width(self) -> int:
-        """Columns that are decided together."""
+        """Columns that are masked together."""
         assert self.pattern is not None
         return self.pattern.columns or self.span
 
     def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:
-        """Returns the weights with what costs least set to 0, and the rest adjusted."""
+        """Returns the weights with the least costly entries set to 0 and the others updated."""
         assert statistics.gram_II is not None
         assert self.pattern is not None
         dead_I = statistics.gram_II.diagonal() == 0
@@ -90,7 +92,7 @@ class SparseGPT(MaskMethod):
             parts = cost_OS.split(rows)
             return torch.cat([mask.decide(part_OS, begin) for mask, part_OS in zip(masks, parts, strict=True)])
 
-        work_OI = torch.cat(list(weights)).float()
+        work_OI = torch.cat(list(weights)).float()  # errors accumulate over all columns: half precision loses them
         factor_II = inverse_factor(2 * statistics.gram_II, self.damping)
         keep_OI = solve(work_OI, factor_II, decide, width=self._width, span=self.span)
         cast_OI = _cast(work_OI, keep_OI, weights[0].dtype)
@@ -98,54 +100,57 @@ class SparseGPT(MaskMethod):
 
 
 class _Mask:
-    """Decides which entries of one weight go, ``width`` columns at a time, so that exactly the rate goes in all."""
+    """Chooses the mask of one weight, ``width`` columns at a time, so that the whole weight has exactly the rate."""
 
     def __init__(self, weight_OI: Tensor, dead_I: Tensor, rate: float, pattern: Pattern, width: int) -> None:
         self.pattern, self.width = pattern, width
-        self.gone_OI = weight_OI == 0
+        self.pruned_OI = weight_OI == 0
         self.worth_I = torch.where(dead_I, DEAD, 1.0)
         remove = round(weight_OI.numel() * rate)
-        free_OI = self.gone_OI | dead_I
+        free_OI = self.pruned_OI | dead_I
+        # a dead column costs nothing: if the rate allows it, all of it counts as pruned before the spans share the rest
         if not pattern.columns and int(free_OI.sum()) <= remove:
-            self.gone_OI = free_OI
+            self.pruned_OI = free_OI
         sizes = [len(weight_OI) * part.numel() for part in dead_I.split(width)]
-        gone = [int(part.sum()) for part in self.gone_OI.sum(0).cpu().split(width)]
-        going = shares(gone, sizes, max(remove, sum(gone)))
-        self.rates = [rate if pattern.columns else part / size for part, size in zip(going, sizes, strict=True)]
+        pruned = [int(part.sum()) for part in self.pruned_OI.sum(0).cpu().split(width)]
+        removals = shares(pruned, sizes, max(remove, sum(pruned)))
+        self.rates = [rate if pattern.columns else part / size for part, size in zip(removals, sizes, strict=True)]
 
     def decide(self, cost_OS: Tensor, begin: int) -> Tensor:
-        """Returns keep_OS of the columns from ``begin``; what is gone stays gone."""
+        """Returns the mask of the columns from ``begin``; pruned weights stay pruned."""
         columns = slice(begin, begin + cost_OS.shape[1])
-        gone_OS = self.gone_OI[:, columns]
-        score_OS = (cost_OS * self.worth_I[columns]).masked_fill(gone_OS, -1)
-        return self.pattern.keep(score_OS, self.rates[begin // self.width], by_row=False) & ~gone_OS
+        pruned_OS = self.pruned_OI[:, columns]
+        score_OS = (cost_OS * self.worth_I[columns]).masked_fill(pruned_OS, -1)
+        return self.pattern.keep(score_OS, self.rates[begin // self.width], by_row=False) & ~pruned_OS
 
 
-def shares(gone: Sequence[int], sizes: Sequence[int], remove: int) -> list[int]:
-    """Returns how many entries go in each span, ``remove`` in all: what is gone, and of the rest everywhere one share.
+def shares(pruned: Sequence[int], sizes: Sequence[int], remove: int) -> list[int]:
+    """Returns the number of zeros of each span, ``remove`` in total: its pruned entries and an equal share of the rest.
 
-    Of spans of 8, 8 and 4 entries, 4 of the second gone, 12 to go in all: half of what is left, [4, 4 + 2, 2].
+    Of spans of 8, 8 and 4 entries, with 4 of the second pruned and a total of 12: half of the rest, [4, 4 + 2, 2].
     """
-    new, left, going = remove - sum(gone), sum(sizes) - sum(gone), []
-    for lost, size in zip(gone, sizes, strict=True):
-        alive = size - lost
-        part = round(new * alive / left) if left else 0
-        going.append(lost + part)
-        new, left = new - part, left - alive
-    return going
+    new, unpruned, removals = remove - sum(pruned), sum(sizes) - sum(pruned), []
+    for pruned_here, size in zip(pruned, sizes, strict=True):
+        unpruned_here = size - pruned_here
+        # a share of what remains, not of the total: rounding errors do not add up, and the last span makes it exact
+        new_here = round(new * unpruned_here / unpruned) if unpruned else 0
+        removals.append(pruned_here + new_here)
+        new, unpruned = new - new_here, unpruned - unpruned_here
+    return removals
 
 
 def inverse_factor(hessian_II: Tensor, damping: float) -> Tensor:
     """Returns U, upper triangular, with U^T U the inverse of the damped Hessian; of diag(4, 16), diag(1/2, 1/4).
 
-    H = R R^T with R upper triangular is a Cholesky factorisation from the last column to the first, and U = R^-1.
+    H = R R^T with R upper triangular is a Cholesky factorisation from the last column to the first, and U = R^-1. The
+    authors' code inverts H and factorises the inverse, which takes one factorisation more and rounds more.
 
     Args:
         hessian_II: Symmetric; a 0 on the diagonal, a dead column, counts as 1. It is changed in place.
         damping: Share of the mean diagonal to add; raised until the factorisation succeeds.
 
     Raises:
-        InputError: if no damping helps, which NaN or infinity does.
+        InputError: if no damping is enough, because of NaN or infinity.
     """
     diagonal_I = hessian_II.diagonal()
     mean = diagonal_I.mean()
@@ -164,18 +169,19 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> Tensor:
 
 
 def solve(weight_OI: Tensor, factor_II: Tensor, decide: Decide, *, width: int, span: int) -> Tensor:
-    """Prunes ``weight_OI`` in place, column after column; returns keep_OI.
+    """Prunes ``weight_OI`` in place, column by column, and returns the mask keep_OI.
 
     Args:
-        weight_OI: fp32.
+        weight_OI: float32.
         factor_II: U of :func:`inverse_factor`.
-        decide: From the cost w^2 / U_jj^2 of some columns and the first one's index, which of their entries stay.
-        width: Columns that are decided together.
-        span: Columns whose errors reach the rest together, a multiple of ``width``.
+        decide: Returns the mask of some columns, from their costs w^2 / U_jj^2 and the index of the first of them.
+        width: Columns that are masked together.
+        span: Columns whose errors are applied to the columns behind them in one product, a multiple of ``width``.
     """
     keep_OI = torch.ones_like(weight_OI, dtype=torch.bool)
     for begin in range(0, weight_OI.shape[1], span):
         part = slice(begin, begin + span)
+        # transposed, so that a column is contiguous in memory: the loop over columns is memory-bound
         w_SO, keep_SO, u_SS = weight_OI[:, part].T.contiguous(), keep_OI[:, part].T, factor_II[part, part]
         error_SO = torch.empty_like(w_SO)
         for s in range(len(w_SO)):
@@ -193,6 +199,7 @@ def solve(weight_OI: Tensor, factor_II: Tensor, decide: Decide, *, width: int, s
 
 
 def _cast(weight_OI: Tensor, keep_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """Casts, and keeps what would round to 0 above it: zeros are what is pruned, and are counted."""
+    """Returns ``weight_OI`` in ``dtype``, with kept weights that would round to 0 set to the smallest normal number."""
+    # every zero counts as pruned, in the sparsity as well as in the masks of later training
     cast_OI = weight_OI.to(dtype)
     return torch.where(keep_OI & (cast_OI == 0), torch.finfo(dtype).tiny, cast_OI)

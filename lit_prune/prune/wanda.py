@@ -21,10 +21,11 @@ class Wanda(ScoredMethod):
     [[1, 0, 0], [4, 0, 6]].
 
     Args:
-        pattern: How the removals may lie; null is Unstructured.
-        propagate: `dense` takes the norms of the unpruned model, from the pass that scores the blocks; `pruned` takes
-            those behind pruned blocks, as the papers do, in two passes more; null is dense. On SmolLM2-135M dense is
-            better with DLP at 0.7 (perplexity 328 against 346), and within a percent otherwise: docs/results.md.
+        pattern: The sparsity pattern; null is Unstructured.
+        propagate: `dense` uses the norms of the unpruned model, from the pass that scores the blocks; `pruned` uses
+            those of the inputs that pruned blocks produce, as the papers do, at the cost of two more passes; null is
+            dense. On SmolLM2-135M dense is better with DLP at 0.7 (perplexity 328 against 346), and within a percent
+            otherwise: docs/results.md.
     """
 
     pattern: Pattern | None = None  # type: ignore[assignment]
@@ -34,6 +35,7 @@ class Wanda(ScoredMethod):
     by_row: ClassVar[bool] = True
 
     def score(self, weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
-        """Returns |W| * ||X||; |W| for an expert that no token reached, where ||X|| would tell nothing apart."""
+        """Returns |W| * ||X||."""
         assert statistics.norm_I is not None
+        # an expert that no token was routed to has norms of 0, under which all scores would tie: |W| ranks it instead
         return weight_OI.float().abs() * (statistics.norm_I if statistics.norm_I.any() else 1.0)

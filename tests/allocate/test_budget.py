@@ -5,7 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, LayerRedundancy, Uniform
-from lit_prune.allocate.budget import over_linears
+from lit_prune.allocate.budget import sparsity_of_linears
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.masks.zeros import zeros
@@ -29,10 +29,14 @@ def test_by_hand(model: PreTrainedModel) -> None:
     within, total = counts(model)
     assert (within, total) == (3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 48), within + 64 * 32 + 7 * 32)  # head is tied
     bounds = {"lower": [0.0] * 3, "upper": 0.99}
-    assert over_linears(0.5, model, find_blocks(model), **bounds) == pytest.approx((0.5 * total - PADDING) / within)
+    assert sparsity_of_linears(0.5, model, find_blocks(model), **bounds) == pytest.approx(
+        (0.5 * total - PADDING) / within
+    )
     with torch.no_grad():
         model.model.embed_tokens.weight[:8] = 0  # zeros outside of the linears count
-    assert over_linears(0.5, model, find_blocks(model), **bounds) == pytest.approx((0.5 * total - 8 * 32) / within)
+    assert sparsity_of_linears(0.5, model, find_blocks(model), **bounds) == pytest.approx(
+        (0.5 * total - 8 * 32) / within
+    )
 
 
 @pytest.mark.parametrize("allocation", [Uniform(), DLP(), LayerRedundancy()], ids=str)

@@ -58,7 +58,7 @@ def test_it_comes_near_the_best_and_tells() -> None:
     error = sum((rate - best) ** 2 for rate, best in zip(found.rates, BEST, strict=True))
     assert error < 0.02  # 0.1 at the start
     assert weighted_mean(found.rates, LIMITS.sizes) == pytest.approx(0.5, abs=1e-12)
-    told = found.told
+    told = found.details
     assert told["evaluations"] == len(trial.seen) <= 200
     assert told["generations"] > 5
     assert told["windows"] == 2
@@ -78,7 +78,7 @@ def test_nothing_is_measured_twice() -> None:
 @pytest.mark.parametrize("evaluations", [16, 17, 31, 100])
 def test_the_limit_of_evaluations(evaluations: int) -> None:
     trial = Bowl()
-    told = refine(trial, evaluations=evaluations).told
+    told = refine(trial, evaluations=evaluations).details
     assert told["evaluations"] == len(trial.seen)
     assert evaluations - 8 <= len(trial.seen) <= evaluations
 
@@ -88,7 +88,7 @@ def test_the_limit_of_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(searches.time, "monotonic", lambda: 6.0 * len(trial.seen))  # ten evaluations a minute
     found = refine(trial, minutes=5)
     assert 50 <= len(trial.seen) <= 54
-    assert found.told["loss_end"] < found.told["loss_start"]
+    assert found.details["loss_end"] < found.details["loss_start"]
 
 
 def test_a_floor_of_the_start_and_a_lower_bound_above_the_upper_are_kept(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_search_that_found_nothing_better_gives_back_its_start(monkeypatch: py
     found = refine(trial, first=1, final=2, evaluations=60)
     assert len(trial.seen) > 20
     assert found.rates == [0.5] * 6
-    assert found.told["loss_end"] == found.told["loss_start"]
+    assert found.details["loss_end"] == found.details["loss_start"]
 
 
 def test_a_stopped_search_goes_on_to_the_same_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,11 +119,11 @@ def test_a_stopped_search_goes_on_to_the_same_end(tmp_path: Path, capsys: pytest
             refine(Bowl(stop), state=state)
     told = " ".join(capsys.readouterr().err.split())
     assert "Search stopped after 45 evaluations" in told
-    assert "keeps it, and the same command goes on from there" in told
+    assert "and the same command resumes it" in told
     last = Bowl()
     found = refine(last, state=state)
     assert found == whole
-    assert len(last.seen) == whole.told["evaluations"] - 45
+    assert len(last.seen) == whole.details["evaluations"] - 45
     again = Bowl()
     assert refine(again, state=state) == whole
     assert again.seen == []
@@ -139,7 +139,9 @@ def test_a_search_that_ended_goes_on_with_more_evaluations(tmp_path: Path) -> No
 def test_without_a_state_nothing_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt):
         refine(Bowl(20))
-    assert "nothing of it is kept; with `--pruning.allocation.state FILE`" in " ".join(capsys.readouterr().err.split())
+    assert "its measurements are lost; pass `--pruning.allocation.state FILE`" in " ".join(
+        capsys.readouterr().err.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -195,7 +197,7 @@ def test_it_is_its_start_until_it_searches(batches: list[torch.Tensor], tmp_path
         score(small_model(), batches, Recipe(Wanda(), 0.5, Search(Plan(str(plan)))))
     assert Search(OWL()).needs == OWL.needs
     assert Search().start == DLP()
-    assert not Search(Uniform()).even()
+    assert not Search(Uniform()).is_uniform()
 
 
 def test_n_of_m_is_refused(batches: list[torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lit_prune.distill import loss
 from lit_prune.distill.loss import divergence
 from lit_prune.distill.teacher_model import Logits
-from lit_prune.distill.top_k import TopLogits
+from lit_prune.distill.top_k import TopKOutput
 
 EVERY = torch.ones(1, dtype=torch.bool)
 
@@ -90,9 +90,9 @@ def test_a_word_that_the_teacher_never_says() -> None:
     torch.testing.assert_close(student.grad, torch.tensor([[-1 / 6, 1 / 3, -1 / 6]]))
 
 
-def top(teacher: torch.Tensor, k: int, temperature: float) -> TopLogits:
+def top(teacher: torch.Tensor, k: int, temperature: float) -> TopKOutput:
     found = F.log_softmax(teacher / temperature, -1).topk(k, -1)
-    return TopLogits(found.indices, found.values)
+    return TopKOutput(found.indices, found.values)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])

@@ -12,7 +12,7 @@ from lit_prune.distill import (
     Copy,
     DenseModel,
     Distillation,
-    Distilled,
+    DistillationHook,
     SparseDelta,
     Student,
     Teacher,
@@ -36,7 +36,7 @@ IDS = torch.randint(1, 64, (3, 16), generator=torch.Generator().manual_seed(2))
 def kept(teacher: Teacher, model: PreTrainedModel, student: Student, **fields: Any) -> TeacherState:
     batches = fields.pop("windows", [{"input_ids": IDS}])
     teacher.check(student)
-    return teacher.keep(DenseModel(model, student, 1.0, CPU, lambda: batches, **fields))
+    return teacher.prepare(DenseModel(model, student, 1.0, CPU, lambda: batches, **fields))
 
 
 def says(
@@ -174,7 +174,7 @@ def test_no_second_model_in_full_precision_is_made_on_the_way(store: Any, monkey
     teaching: Any = kept(Copy(store), model, STUDENTS["FullFineTuning"])
     assert copied == []
     assert not {id(p) for p in teaching.model.parameters()} & {id(p) for p in model.parameters()}
-    assert teaching.own.keys() & teaching.parts.keys() == set()
+    assert teaching.copied.keys() & teaching.lazy_weights.keys() == set()
 
 
 def test_windows_are_known_by_their_tokens() -> None:
@@ -190,9 +190,9 @@ def test_windows_are_known_by_their_tokens() -> None:
     expected = model(IDS).logits.log_softmax(-1).topk(5, -1)
     for rows in ([2, 0], [1]):
         output: Any = teaching.output({"input_ids": IDS[rows]})
-        assert torch.equal(output.words_NK, expected.indices[rows].flatten(0, 1))
+        assert torch.equal(output.tokens_NK, expected.indices[rows].flatten(0, 1))
         torch.testing.assert_close(output.log_q_NK, expected.values[rows].flatten(0, 1), rtol=1e-3, atol=1e-3)
-    with pytest.raises(InputError, match="must not be TopK where the training dataloader gives other windows"):
+    with pytest.raises(InputError, match="must not be TopK if the training dataloader gives other windows"):
         teaching.output({"input_ids": IDS.flip(1)})
     mask = torch.ones_like(IDS)
     mask[:, -1] = 0
@@ -201,7 +201,9 @@ def test_windows_are_known_by_their_tokens() -> None:
     teaching.output({"input_ids": IDS, "position_ids": torch.arange(16)[None]})
     with pytest.raises(InputError, match="gives other windows"):
         teaching.output({"input_ids": IDS, "position_ids": torch.arange(1, 17)[None]})
-    with pytest.raises(InputError, match="where the LLM is called with cache_position, without which it looked up"):
+    with pytest.raises(
+        InputError, match="if the LLM is called with cache_position, which its outputs were computed without"
+    ):
         teaching.output({"input_ids": IDS, "cache_position": torch.arange(16)})
 
 
@@ -241,11 +243,11 @@ def test_packed_windows_are_known_by_their_positions_too() -> None:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        ("SparseGPT", "SparseGPT changes weights that stay"),
-        ("slices", "Slicing changes weights that stay"),
+        ("SparseGPT", "SparseGPT changes weights that it does not remove"),
+        ("slices", "Slicing changes weights that it does not remove"),
         ("QLoRA", r"`pruning.recovery` QLoRA\(.*\) does not leave the weights as they are"),
         ("FullFineTuning", r"`pruning.recovery` FullFineTuning\(\) does not leave the weights as they are"),
-        ("gradual", "it knows one cut, at step 0, and there are cuts at 0, 3"),
+        ("gradual", "it supports a single cut, at step 0, and there are cuts at 0, 3"),
     ],
 )
 def test_removed_weights_that_could_not_be_put_back(name: str, why: str) -> None:
@@ -256,7 +258,7 @@ def test_removed_weights_that_could_not_be_put_back(name: str, why: str) -> None
 
 
 def test_words_are_looked_up_at_step_0_alone() -> None:
-    with pytest.raises(InputError, match="must not be TopK where the first cut comes after step 0, .* a cut at 5"):
+    with pytest.raises(InputError, match="must not be TopK if the first cut comes after step 0, .* a cut at 5"):
         TopK().check(Student(Recipe(), LoRA(), (5,)))
 
 
@@ -278,11 +280,11 @@ def test_settings_out_of_range(make: Any, message: str) -> None:
         make()
 
 
-def student_and_teacher(**fields: Any) -> tuple[PreTrainedModel, PreTrainedModel, Distilled]:
+def student_and_teacher(**fields: Any) -> tuple[PreTrainedModel, PreTrainedModel, DistillationHook]:
     model, dense = small_model(), small_model()
-    distilled = Distilled(Distillation(**fields), kept(Copy(), model, STUDENTS["LoRA"]))
+    distilled = DistillationHook(Distillation(**fields), kept(Copy(), model, STUDENTS["LoRA"]))
     prune(model, [IDS], Recipe(Wanda(), 0.7))
-    distilled.put_on(model)
+    distilled.register(model)
     return model, dense, distilled
 
 
@@ -302,7 +304,7 @@ def test_the_loss_and_its_gradient_are_the_mixture_over_the_positions_that_the_c
     (by_torch,) = torch.autograd.grad(expected, model.model.norm.weight)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, by_torch)
-    torch.testing.assert_close(distilled.seen, {"cross_entropy": cross.detach(), "distillation": divergence.detach()})
+    torch.testing.assert_close(distilled.losses, {"cross_entropy": cross.detach(), "distillation": divergence.detach()})
 
 
 def test_padding_is_the_same_as_its_absence() -> None:
@@ -313,7 +315,7 @@ def test_padding_is_the_same_as_its_absence() -> None:
     labels = padded.masked_fill(mask == 0, -100)
     long = model(input_ids=padded, attention_mask=mask, labels=labels).loss
     torch.testing.assert_close(long, short, rtol=1e-4, atol=0)  # sums of another order over logits nearly alike
-    torch.testing.assert_close(short, distilled.seen["distillation"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(short, distilled.losses["distillation"], rtol=1e-4, atol=0)
 
 
 def test_labels_that_are_shifted_already_and_a_count_of_ones_own() -> None:
@@ -331,7 +333,7 @@ def test_only_a_loss_that_is_trained_on_is_another() -> None:
     with torch.no_grad():
         assert model(IDS, labels=IDS).loss > 3
     assert model(IDS).loss is None
-    assert distilled.seen == {}
+    assert distilled.losses == {}
     assert model(IDS, labels=IDS).loss < 1
     assert dense(IDS, labels=IDS).loss > 3
 

@@ -34,7 +34,7 @@ def dense_of(pruning: DynamicPruningCallback) -> torch.Tensor:
     """What the teacher of a run says."""
     assert pruning.teaching is not None
     assert pruning.teaching.distilled is not None
-    output: Any = pruning.teaching.distilled.kept.output({"input_ids": IDS})
+    output: Any = pruning.teaching.distilled.teacher.output({"input_ids": IDS})
     return output.logits_NV
 
 
@@ -162,7 +162,7 @@ def test_a_module_that_gives_no_labels_is_refused_at_its_first_step() -> None:
     [
         ({"method": None}, "`pruning.distillation` must be null where `pruning.method` is"),
         ({"distillation": Distillation(teacher=SparseDelta()), "method": SparseGPT()}, "must not be SparseDelta here"),
-        ({"distillation": Distillation(teacher=TopK()), "at_step": 2}, "must not be TopK where the first cut"),
+        ({"distillation": Distillation(teacher=TopK()), "at_step": 2}, "must not be TopK if the first cut"),
     ],
 )
 def test_what_cannot_be_is_refused_before_there_is_a_model(fields: dict[str, Any], message: str) -> None:

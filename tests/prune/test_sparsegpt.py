@@ -149,7 +149,7 @@ def test_inverse_factor_by_hand() -> None:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
-    monkeypatch.setattr(sparsegpt, "say", lines.append)
+    monkeypatch.setattr(sparsegpt, "log", lines.append)
     return lines
 
 
@@ -229,7 +229,7 @@ def test_groups_lose_no_more_where_columns_are_dead_or_weights_are_gone() -> Non
         (
             NofM(3, 6),
             128,
-            r"a multiple of 6, .* NofM\(n=3, m=6\) decides together, got 128; pass .*span 126`",
+            r"a multiple of 6, .* NofM\(n=3, m=6\) masks together, got 128; pass .*span 126`",
         ),
         (MixedNofM(8), 4, r"a multiple of 8, .* got 4; pass `--pruning.method.span 8`"),
     ],
