@@ -1,4 +1,4 @@
-"""What heals the model after the cut. One file a recovery; importing them here makes their short names resolve."""
+"""Recoveries: training after a cut, one file each; importing them here makes their short names resolve."""
 
 from lit_prune.masks.freeze import freeze_zeros, freezes_zeros, gradient_masks, restore_gradient_masks
 from lit_prune.recover.adapter import adapter_config, merged_weight, train_adapter

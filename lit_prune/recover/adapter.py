@@ -1,4 +1,4 @@
-"""Adapters of low rank, put on by peft: which linears get one, how it is told, added and merged."""
+"""Low-rank adapters by peft: their settings, the linears that get one, adding and merging."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_prune.recover.masked_quantised import MaskedQuantised
 
 
 class Settings(Protocol):
-    """What a recovery by an adapter of low rank is asked for; see LoRA."""
+    """The settings of a recovery by a low-rank adapter; see LoRA."""
 
     @property
     def r(self) -> int:
@@ -34,7 +34,7 @@ class Settings(Protocol):
 
     @property
     def dropout(self) -> float:
-        """Share that is dropped, in [0, 1)."""
+        """Dropout probability, in [0, 1)."""
 
     @property
     def target_modules(self) -> list[str] | None:
@@ -51,7 +51,7 @@ def check_settings(settings: Settings) -> None:
 
 
 def check_targets(settings: Settings, model: PreTrainedModel) -> None:
-    """Raises InputError for target modules that match no linear, or only such as can have no adapter."""
+    """Raises InputError for target modules that match no linear that can have an adapter."""
     linears = _adaptable(model)
     for target in settings.target_modules or []:
         if not any(name == target or name.endswith(f".{target}") for name in linears):
@@ -63,7 +63,7 @@ def check_targets(settings: Settings, model: PreTrainedModel) -> None:
 
 
 def lora_config(settings: Settings, model: PreTrainedModel) -> LoraConfig:
-    """Returns peft's config of the adapter that ``model`` is to get."""
+    """Returns peft's config of the adapter for ``model``."""
     targets: str | list[str] | None = settings.target_modules
     if targets is None:
         targets = sorted(_last_names(_adaptable(model))) if has_fused_experts(model) else "all-linear"
@@ -80,25 +80,23 @@ def lora_config(settings: Settings, model: PreTrainedModel) -> LoraConfig:
 def add_adapter(model: PreTrainedModel, config: PeftConfig, *, masked: bool = False) -> None:
     """Adds an adapter to ``model`` in place, and freezes everything else.
 
-    Its dropout follows the model's mode, which peft leaves to the caller. It names no base: the dense model, which peft
-    would name, has other weights.
-
     Args:
         model: A causal LM without an adapter.
-        config: peft's, of a LoRA where it is to be masked.
-        masked: Keep the zeros of the weights; see ``masked_linear`` and, for quantised ones, ``masked_quantised``.
+        config: peft's config; that of a LoRA for a masked adapter.
+        masked: Preserve the zeros; see ``masked_linear`` and, for quantised weights, ``masked_quantised``.
     """
     if masked:
         assert isinstance(config, LoraConfig)
+        # peft takes the first class that the module is an instance of: bitsandbytes' linears are nn.Linear too
         quantised = {Linear4bit: MaskedQuantised, Linear8bit: MaskedQuantised}
-        config._register_custom_module({**quantised, nn.Linear: MaskedLinear, Conv1D: MaskedLinear})  # first that fits
+        config._register_custom_module({**quantised, nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
     model.add_adapter(config)
-    config.base_model_name_or_path = None
-    model.train(model.training)
+    config.base_model_name_or_path = None  # peft names the dense model, whose weights are others than the pruned ones
+    model.train(model.training)  # peft adds its dropout in training mode, whatever the mode of the model
 
 
 def train_adapter(model: PreTrainedModel) -> None:
-    """Lets the adapter that ``model`` was loaded with be trained, and nothing else; it names no base from then on."""
+    """Makes the adapter that ``model`` was loaded with trainable, and freezes everything else."""
     for config in model.peft_config.values():
         config.inference_mode, config.base_model_name_or_path = False, None
     for name, parameter in model.named_parameters():
@@ -106,7 +104,7 @@ def train_adapter(model: PreTrainedModel) -> None:
 
 
 def adapter_config(model: PreTrainedModel) -> dict[str, Any] | None:
-    """Returns the config of the adapter on ``model``, as JSON can hold it; None without one."""
+    """Returns the config of the adapter on ``model``, JSON-serialisable; None without an adapter."""
     if not getattr(model, "_hf_peft_config_loaded", False):
         return None
     fields: dict[str, Any] = model.peft_config["default"].to_dict()  # type: ignore[attr-defined]
@@ -114,29 +112,28 @@ def adapter_config(model: PreTrainedModel) -> dict[str, Any] | None:
 
 
 def has_masked_adapter(model: nn.Module) -> bool:
-    """Returns whether the adapter on ``model`` keeps zeros, so that it can be merged where weights are masked."""
+    """Returns whether the adapter on ``model`` preserves zeros, so that it can be merged into masked weights."""
     return any(isinstance(module, MaskedLayer) for module in model.modules())
 
 
 @torch.no_grad()
 def merged_weight(layer: LoraLayer) -> Tensor:
-    """Returns the weight under an adapter with the adapter merged into it, laid out and typed as it is.
+    """Returns the sum of the base layer's weight and its adapter, in the weight's layout and data type.
 
-    The sum is taken in float32 at least. Plain LoRA fills every zero, a masked adapter none. Over a quantised weight it
-    is in full precision, (out, in).
+    Plain LoRA fills every zero, a masked adapter none. A quantised weight is dequantised, (out, in).
     """
     if isinstance(layer, MaskedLayer):
         return layer.merged_weight()
     adapted: Any = layer
     base, delta = adapted.get_base_layer(), adapted.get_delta_weight("default")
     weight = dequantised(base) if is_quantised(base) else base.weight
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # in half precision the sum would round small updates away
     return (weight.to(wide) + delta.to(weight.device, wide)).to(weight.dtype)
 
 
 @torch.no_grad()
 def fold_adapter(model: PreTrainedModel) -> None:
-    """Merges the adapter of ``model`` into its weights, in place, and takes it off; does nothing without one."""
+    """Merges the adapter of ``model`` into its weights and removes it, in place; does nothing without an adapter."""
     if adapter_config(model) is None:
         return
     assert has_masked_adapter(model) or not structure.masked(model), "B A is dense, and would fill the zeros"
@@ -149,14 +146,12 @@ def fold_adapter(model: PreTrainedModel) -> None:
 
 
 def _adaptable(model: PreTrainedModel) -> list[str]:
-    """The modules that an adapter can be put on.
-
-    peft takes a mixture's gate_proj, up_proj and down_proj for the fused experts, also where a block has an MLP of its
-    own, and on those its adapter would make a whole matrix of B A for every expert in each step.
-    """
+    """Returns the names of the linears that can have an adapter."""
     linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     if not has_fused_experts(model):
         return linears
+    # In a mixture peft maps the names gate_proj, up_proj and down_proj to the fused experts, even in blocks that have a
+    # plain MLP instead, and its adapter for experts computes the whole matrix B A of every expert in each step.
     return [name for name in linears if not name.endswith(("gate_proj", "up_proj", "down_proj", "lm_head"))]
 
 

@@ -1,4 +1,4 @@
-"""What a recovery is."""
+"""The interface of a recovery."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lit_prune.recover.adapter import fold_adapter
 
 
 class Recovery(ABC):
-    """What is trained after a cut, so that the model heals and the pruned weights stay pruned; or before the first.
+    """A way to train a model after a cut (or before the first) under which pruned weights stay pruned.
 
     Attributes:
         folds_under_masks: Whether :meth:`detach` keeps the zeros of a masked model.
-        quantises: Whether :meth:`attach` quantises the weights, so that nothing can be cut after it.
-        leaves_base: Whether all weights stay what the cut left, to the bit and in their type, until :meth:`detach`.
+        quantises: Whether :meth:`attach` quantises the weights, so that the model cannot be pruned afterwards.
+        leaves_base: Whether no weight of the model changes, in value or type, before :meth:`detach`.
     """
 
     folds_under_masks: ClassVar[bool] = False
@@ -24,15 +24,15 @@ class Recovery(ABC):
     leaves_base: ClassVar[bool] = False
 
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most have nothing to check)
-        """Raises InputError where the settings do not fit ``model``, before anything is done to it."""
+        """Raises InputError if the settings do not fit ``model``."""
 
     def check_sliced(self) -> None:  # noqa: B027
-        """Raises InputError where the settings do not fit a model that is to be sliced."""
+        """Raises InputError if the settings do not fit a model that will be sliced."""
 
     @abstractmethod
     def attach(self, model: PreTrainedModel) -> None:
-        """Makes ``model`` ready to be trained, in place: what is to learn requires gradients, nothing else does."""
+        """Prepares ``model`` for training, in place: exactly the parameters that are trained require gradients."""
 
     def detach(self, model: PreTrainedModel) -> None:
-        """Folds what was learnt into the weights of ``model``, in place, and leaves no adapter: the next cut comes."""
+        """Merges an adapter into the weights of ``model`` and removes it, in place, so that it can be cut again."""
         fold_adapter(model)

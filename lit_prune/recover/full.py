@@ -1,4 +1,4 @@
-"""FullFineTuning: all weights are trained, and what is pruned stays zero."""
+"""FullFineTuning: trains all weights, under gradient masks that keep pruned weights at zero."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lit_prune.recover.base import Recovery
 @final
 @dataclass(frozen=True)
 class FullFineTuning(Recovery):
-    """Trains the whole model, or what was left trainable of it; gradients of pruned weights are zero.
+    """Trains the whole model, except for parameters that are frozen; gradients of pruned weights are zero.
 
-    Any optimizer whose steps are made of gradients and weights (SGD, AdamW with weight decay, ...) then leaves them at
-    zero, and its moments too. What was frozen before stays frozen.
+    Any optimizer that computes its steps from gradients and weights (SGD, AdamW with weight decay, ...) then leaves
+    pruned weights, and their moments, at zero. Parameters that were frozen before stay frozen.
 
     Raises:
         InputError: if the whole model is frozen.
@@ -27,7 +27,7 @@ class FullFineTuning(Recovery):
     folds_under_masks: ClassVar[bool] = True
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises InputError where nothing of ``model`` can be trained."""
+        """Raises InputError if all parameters of ``model`` are frozen."""
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise InputError(
                 "`pruning.recovery` must be a recovery that has something to train: FullFineTuning trains what the LLM "
@@ -35,5 +35,5 @@ class FullFineTuning(Recovery):
             )
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Makes the zeros in the linears of the blocks stay zeros."""
+        """Freezes the zeros in the linears of the blocks."""
         freeze_zeros(model)

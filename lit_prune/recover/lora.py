@@ -16,19 +16,19 @@ from lit_prune.recover.base import Recovery
 class LoRA(Recovery):
     """Freezes the pruned weights and trains W + alpha / r * B A beside them.
 
-    Over masks the adapter is exported beside the pruned weights, not merged: B A is dense, and adding it would fill
-    every zero. MaskedLoRA can be merged.
+    For a masked model the adapter is exported beside the pruned weights, not merged: B A is dense, and adding it would
+    fill every zero. MaskedLoRA can be merged.
 
     Args:
         r: Rank.
         alpha: Numerator of the scale alpha / r.
         dropout: Dropout on the adapter's input, in [0, 1).
-        target_modules: Name suffixes of the linears that get an adapter; null takes all but the head, and of a mixture
-            of fused experts those of the attention: the experts stay as they were pruned.
+        target_modules: Name suffixes of the linears that get an adapter; null takes all but the head, and in a mixture
+            of fused experts only those of the attention: the experts are not trained.
 
     Raises:
-        InputError: for a rank below 1, a dropout outside [0, 1), or target modules that match nothing
-            that can have an adapter.
+        InputError: for a rank below 1, a dropout outside [0, 1), or target modules that match no linear that can have
+            an adapter.
     """
 
     leaves_base: ClassVar[bool] = True
@@ -42,7 +42,7 @@ class LoRA(Recovery):
         check_settings(self)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises InputError for target modules that match no linear, or only such as can have no adapter."""
+        """Raises InputError for target modules that match no linear that can have an adapter."""
         check_targets(self, model)
 
     def attach(self, model: PreTrainedModel) -> None:

@@ -1,12 +1,12 @@
-"""A linear under an adapter that keeps zeros: y = x W'^T with W' = (W + scale B A) * M, M = (W != 0).
+"""A linear with a masked adapter: y = x W'^T with W' = (W + scale B A) * M, M = (W != 0).
 
-The product B A of plain LoRA is dense, and adding it fills every zero of a pruned W. Here the sum is masked before it
-multiplies, so that what is trained is what a merge gives, zeros included. The gradients, with G = (dy^T x) * M:
+The product B A of plain LoRA is dense, and adding it fills every zero of a pruned W. Here the sum is masked before the
+input is multiplied by it, so training uses exactly the weight that a merge gives. The gradients, with G = (dy^T x) * M:
 
     dx = dy W',    dA = scale B^T G,    dB = scale G A^T
 
-G is a third matrix product beside the two that plain LoRA on a frozen W has. W' and G are made when they are needed and
-dropped at once: what is kept from the forward to the backward pass is x and the parameters.
+G is a third matrix product besides the two that plain LoRA on a frozen W has. W' and G are computed when needed
+and freed at once: only x and the parameters are saved for the backward pass.
 Suffixes: O output channels, I input channels, R rank, P positions.
 """
 
@@ -16,7 +16,7 @@ from abc import abstractmethod
 from typing import Any, final
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -35,21 +35,20 @@ def masked_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> T
     return zeroed(sum_OI, weight_OI)
 
 
-def zeroed(given_OI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Sets ``given_OI`` to 0 wherever ``weight_OI`` (or a mask) is, in place, and returns it; NaN and infinity too.
-
-    On a CPU a mask without a pattern makes ``masked_fill_`` guess wrong at every other weight, and slower than a matrix
-    product of a thousand tokens needs it to be; to AND the bits with 0 or -1 takes a tenth of the time.
-    """
-    if given_OI.device.type != "cpu":
-        return given_OI.masked_fill_(weight_OI == 0, 0)
-    bits = BITS[given_OI.element_size()]
-    given_OI.view(bits).bitwise_and_((weight_OI != 0).to(bits).neg_())
-    return given_OI
+def zeroed(values_OI: Tensor, weight_OI: Tensor) -> Tensor:
+    """Sets ``values_OI`` to +0 wherever ``weight_OI`` (or a mask) is 0, in place, and returns it."""
+    if values_OI.device.type != "cpu":
+        return values_OI.masked_fill_(weight_OI == 0, 0)
+    # On a CPU masked_fill_ branches on every element, and an irregular mask makes every other branch mispredicted. An
+    # AND of the bits with 0 or -1 (all ones) takes a tenth of the time. Unlike a product with the mask it also turns
+    # NaN, infinity and negative values, whose product with 0 is NaN or -0.0, into +0.
+    bits = BITS[values_OI.element_size()]
+    values_OI.view(bits).bitwise_and_((weight_OI != 0).to(bits).neg_())
+    return values_OI
 
 
 class MaskedProduct(torch.autograd.Function):
-    """x ((W + scale B A) * M)^T, with no matrix of W's size kept for the backward pass but W itself."""
+    """x ((W + scale B A) * M)^T, saving no matrix of W's size for the backward pass but W itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
@@ -76,10 +75,10 @@ class MaskedProduct(torch.autograd.Function):
         return dx, grad_OI if ctx.needs_input_grad[1] else None, da_RI, db_OR, None
 
 
-class MaskedLayer(Linear):
-    """peft's LoRA layer over a linear of any kind, with the sum masked.
+class MaskedLayer(LoraLinear):
+    """peft's LoRA layer over a linear of any kind, with a masked sum of weight and adapter.
 
-    Dropout takes columns of A: one draw an input channel and forward pass, the same for all positions.
+    Dropout drops columns of A: one draw per input channel and forward pass, the same for all positions.
     """
 
     @abstractmethod
@@ -88,10 +87,10 @@ class MaskedLayer(Linear):
 
     @abstractmethod
     def merged_weight(self) -> Tensor:
-        """Returns W' as the forward pass uses it, laid out as the base layer's weight is."""
+        """Returns W' as the forward pass uses it, in the layout of the base layer's weight."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Returns x W'^T + bias; without an adapter, or with it merged, what the base layer gives."""
+        """Returns x W'^T + bias, or the base layer's output if the adapter is disabled or merged."""
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         assert not kwargs, "masked adapters cannot be mixed within a batch"
@@ -113,7 +112,7 @@ class MaskedLayer(Linear):
 
     @property
     def _name(self) -> str:
-        """The one adapter there is."""
+        """Name of the only active adapter."""
         assert len(self.active_adapters) == 1, "masked adapters cannot be mixed"
         return self.active_adapters[0]
 
@@ -122,8 +121,8 @@ class MaskedLayer(Linear):
 class MaskedLinear(MaskedLayer):
     """The layer over an ``nn.Linear`` or a ``Conv1D``, masked by the zeros of the weight.
 
-    The mask is read from the weight, which is frozen: wherever the weight is exactly zero it stays so. In a linear that
-    was not pruned these are the few weights that happen to be zero.
+    The weight is frozen, so it serves as its own mask: where it is exactly zero it stays zero. In a linear that was not
+    pruned these are the few weights that happen to be zero.
     """
 
     def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -131,7 +130,7 @@ class MaskedLinear(MaskedLayer):
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
 
     def product(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-        """Returns x W'^T, W' by the weight as it is."""
+        """Returns x W'^T."""
         return MaskedProduct.apply(x, self.weight_OI, a_RI, b_OR, scale)
 
     @property
@@ -142,11 +141,11 @@ class MaskedLinear(MaskedLayer):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """Returns W' as the forward pass uses it, laid out as the base layer's weight is."""
+        """Returns W' as the forward pass uses it, in the layout of the base layer's weight."""
         merged_OI = masked_sum(self.weight_OI, *self.adapter())
         return merged_OI.T.contiguous() if self.fan_in_fan_out else merged_OI
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Returns W' - W, which peft adds to the weight when it merges by itself."""
+        """Returns W' - W, which peft's own ``merge`` adds to the weight and ``unmerge`` subtracts."""
         base: Any = self.get_base_layer()
         return super().get_delta_weight(adapter).masked_fill(base.weight == 0, 0)

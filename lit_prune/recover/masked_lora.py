@@ -1,4 +1,4 @@
-"""MaskedLoRA: an adapter of low rank that keeps the zeros, so that it can be merged."""
+"""MaskedLoRA: a low-rank adapter that preserves the zeros, so that it can be merged."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from lit_prune.recover.base import Recovery
 class MaskedLoRA(Recovery):
     """Freezes the pruned weights and trains (W + alpha / r * B A) * M, where M is 0 wherever W is.
 
-    What is trained and validated is what the merge gives, and the exported folder is merged: plain weights, as many
-    zeros as were pruned, no peft needed. A step costs one matrix product a linear more than with LoRA, the gradient of
-    the whole weight.
+    Training and validation use the merged weights, and the exported folder is merged: plain weights with all pruned
+    zeros, which need no peft. A step takes one matrix product per linear more than with LoRA, the gradient of the whole
+    weight.
 
     Args:
         r: Rank.
         alpha: Numerator of the scale alpha / r.
-        dropout: Share of A's columns, one an input channel, that a training step leaves out, in [0, 1). (Dropout on the
-            adapter's input, as LoRA has it, would take yet another matrix product.)
-        target_modules: Name suffixes of the linears that get an adapter; null takes all but the head, and of a mixture
-            of fused experts those of the attention: the experts stay as they were pruned.
+        dropout: Share of A's columns (input channels) that a training step drops, in [0, 1). Dropout on the adapter's
+            input, as in LoRA, would take one more matrix product.
+        target_modules: Name suffixes of the linears that get an adapter; null takes all but the head, and in a mixture
+            of fused experts only those of the attention: the experts are not trained.
 
     Raises:
-        InputError: for a rank below 1, a dropout outside [0, 1), or target modules that match nothing
-            that can have an adapter.
+        InputError: for a rank below 1, a dropout outside [0, 1), or target modules that match no linear that can have
+            an adapter.
     """
 
     folds_under_masks: ClassVar[bool] = True
@@ -45,7 +45,7 @@ class MaskedLoRA(Recovery):
         check_settings(self)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises InputError for target modules that match no linear, or only such as can have no adapter."""
+        """Raises InputError for target modules that match no linear that can have an adapter."""
         check_targets(self, model)
 
     def attach(self, model: PreTrainedModel) -> None:

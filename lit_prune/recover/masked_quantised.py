@@ -1,8 +1,8 @@
-"""A quantised linear under an adapter that keeps zeros: y = x W'^T with W' = (Q + scale B A) * M.
+"""A quantised linear with a masked adapter: y = x W'^T with W' = (Q + scale B A) * M.
 
-Q is what the bits of the weight give, M the mask that was kept beside it: Q has more zeros than were pruned, and those
-may be trained. Q, W' and the gradient of the whole weight are made in the forward and again in the backward pass, one
-linear at a time; what is kept between them is x and the parameters, packed. The gradients are those of masked_linear.
+Q is the dequantised weight and M the mask stored beside it: Q has more zeros than were pruned, since small weights are
+rounded to zero, and those are trained. Q and W' are computed in the forward and again in the backward pass, one linear
+at a time; only x and the parameters are saved in between, the weight quantised. The gradients are as in masked_linear.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lit_prune.recover.masked_linear import MaskedLayer, zeroed
 
 
 class QuantisedProduct(torch.autograd.Function):
-    """x ((Q + scale B A) * M)^T, with no matrix of the weight's size kept for the backward pass."""
+    """x ((Q + scale B A) * M)^T, saving no matrix of the weight's size for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, module: Any) -> Tensor:
@@ -54,19 +54,19 @@ def quantised_sum(module: Any, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tens
     return _masked(sum_OI, module)
 
 
-def _masked(given_OI: Tensor, module: Any) -> Tensor:
-    """Sets to 0, in place, what was pruned in a quantised linear."""
+def _masked(values_OI: Tensor, module: Any) -> Tensor:
+    """Sets the pruned weights of a quantised linear to 0 in ``values_OI``, in place."""
     keep_OI = mask(module)
-    assert keep_OI is not None, "a masked adapter needs the mask of what is under it"
-    return zeroed(given_OI, keep_OI)
+    assert keep_OI is not None, "a masked adapter needs the mask of its base layer"
+    return zeroed(values_OI, keep_OI)
 
 
 @final
 class MaskedQuantised(MaskedLayer):
-    """The layer over a quantised linear, masked by what was kept beside it when it was quantised."""
+    """The layer over a quantised linear, masked by the mask that was stored when it was quantised."""
 
     def product(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-        """Returns x W'^T, W' by the quantised weight."""
+        """Returns x W'^T."""
         return QuantisedProduct.apply(x, a_RI, b_OR, scale, self.get_base_layer())
 
     @torch.no_grad()
@@ -75,5 +75,5 @@ class MaskedQuantised(MaskedLayer):
         return quantised_sum(self.get_base_layer(), *self.adapter())
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuses: peft would add to the packed weight; the export merges."""
+        """Raises TypeError: peft would add to the quantised data; the export merges."""
         raise TypeError("a masked adapter over a quantised weight is merged by the export alone.")

@@ -1,4 +1,4 @@
-"""QLoRA: Efficient Finetuning of Quantized LLMs, NeurIPS 2023, arXiv 2305.14314, on a pruned model."""
+"""QLoRA: Efficient Finetuning of Quantized LLMs, NeurIPS 2023, arXiv 2305.14314, for a pruned model."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ Form = Literal["adapter", "merged", "requantised"]
 @final
 @dataclass(frozen=True)
 class QLoRA(Recovery):
-    """Quantises the linears of the blocks once they are pruned, and trains an adapter over them.
+    """Quantises the linears of the blocks after the cut, and trains an adapter over them.
 
-    The form of the export says what is trained, so that it is what was validated:
+    The form of the export determines what is trained, so that it is what is validated:
 
-    - `adapter`: Q + alpha / r * B A, exported as it is: the quantised weights and, beside them, the adapter;
-    - `merged`: (Q + alpha / r * B A) * M, M being the mask of what was pruned: merged into plain weights of the type
-      that the model had, with every zero;
-    - `requantised`: the same, quantised again after the merge, which rounds once more; the report tells what that
-      costs.
+    - `adapter`: Q + alpha / r * B A, exported as the quantised weights and, beside them, the adapter;
+    - `merged`: (Q + alpha / r * B A) * M, M being the mask of the pruned weights, merged into plain weights of the
+      model's original type, with every zero;
+    - `requantised`: the same, quantised again after the merge, which rounds once more; the report has the perplexity
+      after that.
 
-    Without masks, over slices, M is one everywhere.
+    For slices, which have no masks, M is one everywhere.
 
     Args:
         r: Rank.
         alpha: Numerator of the scale alpha / r.
-        dropout: Dropout on the adapter's input, in [0, 1); where the adapter is masked, share of A's columns that a
-            training step leaves out.
+        dropout: Dropout on the adapter's input, in [0, 1); if the adapter is masked, the share of A's columns that a
+            training step drops.
         target_modules: Name suffixes of the linears that get an adapter; null takes all but the head.
-        quantization: Type of the weights: `nf4` and `fp4`, 4 bits and a scale for 64 weights, or `int8`, and a scale
-            for a row.
-        double_quant: Quantise the scales of 4-bit weights too, which saves 0.37 bit a weight.
-        form: What the export writes.
+        quantization: Type of the weights: `nf4` and `fp4`, 4 bits and a scale for every 64 weights, or `int8`, and a
+            scale for every row.
+        double_quant: Quantise the scales of 4-bit weights too, which saves 0.37 bits per weight.
+        form: Form of the exported model.
 
     Raises:
         InputError: for a rank below 1, a dropout outside [0, 1), an unknown quantization or form, target modules that
-            match nothing, fused experts, or linears of a size that bitsandbytes does not run in 4 bits everywhere.
+            match nothing, fused experts, or linears of a size that bitsandbytes does not run in 4 bits on every CPU.
     """
 
     quantises: ClassVar[bool] = True
@@ -66,7 +66,7 @@ class QLoRA(Recovery):
                 raise unknown(f"QLoRA.{field}", getattr(self, field), get_args(choices))
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises InputError for target modules that match nothing, experts, and sizes that 4 bits do not fit."""
+        """Raises InputError for target modules that match nothing, fused experts, and sizes unsupported in 4 bits."""
         if has_fused_experts(model):
             raise InputError(
                 "`pruning.recovery` must not be QLoRA for a mixture of fused experts, which bitsandbytes does not "
@@ -79,7 +79,7 @@ class QLoRA(Recovery):
             self._check_sizes({linear.name: tuple(linear.weight_OI.shape) for linear in linears})
 
     def check_sliced(self) -> None:
-        """Raises InputError for an export in 4 bits: the widths of slices are of any size."""
+        """Raises InputError for an export in 4 bits, since slices may have any width."""
         if self._writes_4_bits:
             raise InputError(
                 f"`QLoRA.form` must be merged over slices, or `quantization` int8, got {self.form} in "
@@ -107,5 +107,5 @@ class QLoRA(Recovery):
         add_adapter(model, lora_config(self, model), masked=self.form != "adapter" and structure.masked(model))
 
     def detach(self, model: PreTrainedModel) -> None:
-        """Refuses: what is quantised cannot be cut again."""
-        raise TypeError("QLoRA cannot be folded into weights that are quantised.")
+        """Raises TypeError: a quantised model cannot be cut again."""
+        raise TypeError("the adapter of QLoRA cannot be merged into quantised weights in place.")

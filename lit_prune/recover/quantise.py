@@ -1,4 +1,4 @@
-"""Quantises a model that was pruned: the linears of its blocks, each with its mask."""
+"""Quantisation of a pruned model: the linears of its blocks, each with its mask."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lit_prune.models.quantised import Quantization, quantisation, quantised
 
 
 def quantise(model: PreTrainedModel, quantization: Quantization, double_quant: bool) -> None:
-    """Puts the linears of the blocks of ``model`` into 4 or 8 bits, in place; embeddings and head stay as they are.
+    """Quantises the linears of the blocks of ``model`` to 4 or 8 bits, in place; embeddings and head stay as they are.
 
-    Where weights are masked, every linear keeps beside it what is zero in it, as the packed weight does not tell.
+    In a masked model every linear stores its mask, which the quantised weight does not show: it has further zeros.
     """
     masked = structure.masked(model)
     path = structure.record(model).get("recipe", {}).get("blocks")
@@ -26,7 +26,7 @@ def quantise(model: PreTrainedModel, quantization: Quantization, double_quant: b
 
 
 def mark(model: PreTrainedModel) -> None:
-    """Tells ``model`` what peft and transformers ask of one whose linears are quantised."""
+    """Sets the attributes of ``model`` by which peft and transformers recognise quantised models."""
     kind = quantisation(model)
     model.is_loaded_in_8bit = kind is not None and kind["quantization"] == "int8"  # type: ignore[assignment]
     model.is_loaded_in_4bit = kind is not None and kind["quantization"] != "int8"  # type: ignore[assignment]
