@@ -414,8 +414,8 @@ class DynamicPruningCallback(Callback):
 
     def check_resumed(self, trainer: Trainer, pl_module: LightningModule, datamodule: Any, path: str) -> None:
         """Raises InputError for a checkpoint of another run, as far as that is known before any text is read."""
-        unread: Settings = getattr(datamodule, "unread_settings", dict)()
-        own = self.settings(trainer, pl_module) | unread
+        expected: Settings = getattr(datamodule, "expected_settings", dict)()
+        own = self.settings(trainer, pl_module) | expected
         own.pop(PROCESSES)  # which are not there yet
         check_settings(own, stored_run(path)["settings"])
 

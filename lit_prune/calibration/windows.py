@@ -1,4 +1,4 @@
-"""Calibration windows: how many, how long, and where in the text they begin."""
+"""Calibration windows: how many there are, how long they are, and where in the text they begin."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
 
 @dataclass(frozen=True)
 class Calibration:
-    """How much text the statistics are taken over.
+    """The size of the sample that statistics are computed over.
 
     Args:
         num_samples: Number of windows.
@@ -48,13 +48,13 @@ class Calibration:
 
 
 class Windows(NamedTuple):
-    """Calibration windows and where in the token stream each begins."""
+    """Calibration windows, (N, T), and the position in the token stream at which each begins."""
 
     input_ids_NT: Tensor
     positions: list[int]
 
 
-def draw_windows(stream: Tensor, num_samples: int, seq_length: int, seed: int) -> Windows:
+def draw_windows(stream: Tensor, num_samples: int, seq_length: int, seed: int, *, bos: int | None = None) -> Windows:
     """Returns windows drawn without replacement from the grid of non-overlapping windows over a token stream.
 
     Ten tokens and a `seq_length` of 3 make a grid of three windows, at 0, 3 and 6.
@@ -64,6 +64,7 @@ def draw_windows(stream: Tensor, num_samples: int, seq_length: int, seed: int) -
         num_samples: N, how many to draw.
         seq_length: T, tokens per window.
         seed: Seed of the draw.
+        bos: Id that every window begins with, see :func:`begin_with`.
 
     Raises:
         InputError: if there are fewer windows than asked for.
@@ -76,7 +77,22 @@ def draw_windows(stream: Tensor, num_samples: int, seq_length: int, seed: int) -
         )
     drawn = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:num_samples]
     grid_NT = stream[: available * seq_length].view(available, seq_length)
-    return Windows(grid_NT[drawn].long(), [int(index) * seq_length for index in drawn])
+    return Windows(begin_with(grid_NT[drawn].long(), bos), [int(index) * seq_length for index in drawn])
+
+
+def begin_with(windows_NT: Tensor, bos: int | None) -> Tensor:
+    """Returns windows that begin with ``bos``, for which the last token of each gives way.
+
+    With BOS 1, [5, 6, 7] becomes [1, 5, 6]; [1, 5, 6] stays, so that none begins with two.
+
+    Args:
+        windows_NT: Token ids, (N, T).
+        bos: The id; None returns the windows as they are.
+    """
+    if bos is None:
+        return windows_NT
+    shifted_NT = torch.cat([torch.full_like(windows_NT[:, :1], bos), windows_NT[:, :-1]], 1)
+    return torch.where(windows_NT[:, :1] == bos, windows_NT, shifted_NT)
 
 
 def batches_of(windows: Windows, batch_size: int) -> list[Batch]:
@@ -88,11 +104,11 @@ def first_batches(loader: Iterable[Any], calibration: Calibration) -> list[Batch
     """Returns the first ``num_samples`` rows of a dataloader, as it batches them, cut to ``seq_length`` tokens.
 
     Args:
-        loader: Gives mappings with `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
+        loader: An iterable of mappings with `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
         calibration: How many rows and tokens.
 
     Raises:
-        InputError: if the loader gives something else, or too few rows.
+        InputError: if a batch is something else, or there are too few rows.
     """
     batches, rows = [], 0
     for batch in loader:
@@ -113,5 +129,5 @@ def first_batches(loader: Iterable[Any], calibration: Calibration) -> list[Batch
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> Batch:
-    """Returns what of ``batch`` a model is called with: the ids, and mask and positions where there are any."""
+    """Returns the tensors of ``batch`` that a model takes: ids, and attention mask and positions if present."""
     return {name: batch[name] for name in INPUT_NAMES if batch.get(name) is not None}

@@ -218,7 +218,7 @@ class LitPruneCLI(LightningCLI):
         self._say_protocol("test")
 
     def _say_protocol(self, part: Literal["val", "test"]) -> None:
-        log(f"{self.datamodule.describe(part)}; {self.datamodule.windows(part).told}")
+        log(f"{self.datamodule.describe(part)}; {self.datamodule.windows(part).description}")
 
     def fit(
         self,
@@ -251,6 +251,7 @@ class LitPruneCLI(LightningCLI):
             results.check_tasks(self.datamodule.tokenizer, load=self.subcommand != "evaluate")
         if self.subcommand == "evaluate":  # which reads no data of ours
             return
+        self.datamodule.check_vocabulary(self.model.config)
         limit = getattr(self.model.config, "max_position_embeddings", None)
         lengths = {f"data.{field}": getattr(self.datamodule, field) for field in ("seq_length", "val_seq_length")}
         if pruning.fit_plan.recipe is not None and self.subcommand in ("fit", "prune", "score"):

@@ -1,77 +1,35 @@
-"""TextDataModule: text from the hub, from local files or from Python's own documentation, packed into windows.
+"""TextDataModule: text or conversations from the hub, from local files or from Python's own documentation, as batches.
 
-documents -> tokens (through ``datasets`` and its cache) -> one stream -> non-overlapping windows, the tail dropped.
-Calibration windows come from the training stream only. Sizes: N windows of T tokens.
+The source and the kind of data are files of their own; here are the fields that a user sets, and Lightning's loaders.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
-import datasets
 import torch
-from datasets import Dataset, load_dataset
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedConfig
 
 from lit_prune import distributed
-from lit_prune.calibration.windows import Windows, draw_windows
-from lit_prune.data.conversations import (
-    Conversations,
-    Example,
-    Instructions,
-    PackedConversations,
-    examples,
-    without,
-)
+from lit_prune.calibration.windows import Windows
+from lit_prune.data.base import DatasetKind, Items, Part, Source, WindowSizes
+from lit_prune.data.chat_template import give_template
+from lit_prune.data.conversations import ConversationData, Instructions
+from lit_prune.data.files import FileList, check_encoding_name
 from lit_prune.data.loaders import PaddedDataset, ResumableLoader, ShardedSampler
-from lit_prune.data.python_docs import SHARED_CHARACTERS, python_docs
+from lit_prune.data.sources import HubDataset, LocalFiles, PythonDocs
+from lit_prune.data.text import TextData
 from lit_prune.distributed import shards
-from lit_prune.errors import InputError, near_misses
-from lit_prune.models.load import HUB_TIMEOUT_SECONDS, Tokenizer, load_tokenizer
-from lit_prune.progress import log
+from lit_prune.errors import InputError
+from lit_prune.models.load import Tokenizer, load_tokenizer
 
-BUILDERS = {".txt": "text", ".raw": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-Part = Literal["train", "val", "test"]
 WINDOW_TOKENS = 1024
-PYTHON_DOCS: dict[Part, str] = {
-    "train": "training documents",
-    "val": "validation documents",
-    "test": "validation documents, as it has none to test on",
-}
-Files = str | list[str] | None
-
-
-class PackedWindows(TorchDataset):
-    """The non-overlapping windows of a token stream; item i is ``{"input_ids": (T,) int64}``.
-
-    Args:
-        stream: Token ids, shape (tokens,).
-        seq_length: T, tokens per window.
-        limit: Keep only the first so many windows.
-    """
-
-    def __init__(self, stream: torch.Tensor, seq_length: int, limit: int | None = None) -> None:
-        count = stream.numel() // seq_length
-        count = count if limit is None else min(count, limit)
-        self.windows_NT = stream[: count * seq_length].view(count, seq_length)
-
-    def __len__(self) -> int:
-        return len(self.windows_NT)
-
-    @property
-    def told(self) -> str:
-        """How many there are, and how long."""
-        return f"{len(self)} windows of {self.windows_NT.shape[1]} tokens"
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.windows_NT[index].long()}
+Names = str | list[str] | None
 
 
 class TextDataModule(LightningDataModule):
@@ -84,14 +42,18 @@ class TextDataModule(LightningDataModule):
         train_split: Split of the hub data set that is trained and calibrated on.
         val_split: Split of the hub data set whose perplexity is reported.
         test_split: Split of the hub data set for `lit-prune test`.
-        train_files: Local .txt, .jsonl or .parquet files; any local files replace `source` altogether.
+        train_files: Local .txt, .csv, .jsonl or .parquet files, folders of them or patterns; any local files replace
+            `source` altogether.
         val_files: Local files for validation.
         test_files: Local files for `lit-prune test`.
-        text_column: Column of the text in a hub data set, a .jsonl or a .parquet file.
+        encoding: Encoding of local files, such as `latin-1` or `utf-16`; null is UTF-8.
+        text_column: Column of the text in a hub data set, a .csv, a .jsonl or a .parquet file.
         separator: String that joins the rows of a data set into one text before it is tokenised (the WikiText
             protocol); null keeps rows apart, each ended by the tokenizer's end-of-text token.
         packages: With `python-docs`, train on the docstrings of all installed packages too.
         instructions: Take the rows of files or of a hub data set for conversations, and train on their answers alone.
+        bos: Begin every window with the tokenizer's BOS token, for which its last token gives way; null does where the
+            tokenizer begins a text so, false leaves windows as they are cut (the papers' protocol).
         seq_length: Tokens per training window; null takes 1024, on the command line the model's limit where that is
             less.
         val_seq_length: Tokens per window of validation and test; null takes `seq_length`.
@@ -113,13 +75,15 @@ class TextDataModule(LightningDataModule):
         train_split: str = "train",
         val_split: str = "validation",
         test_split: str = "test",
-        train_files: Files = None,
-        val_files: Files = None,
-        test_files: Files = None,
+        train_files: Names = None,
+        val_files: Names = None,
+        test_files: Names = None,
+        encoding: str | None = None,
         text_column: str = "text",
         separator: str | None = None,
         packages: bool = False,
         instructions: Instructions | None = None,
+        bos: bool | None = None,
         seq_length: int | None = None,
         val_seq_length: int | None = None,
         batch_size: int = 8,
@@ -128,102 +92,85 @@ class TextDataModule(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        seq_length = WINDOW_TOKENS if seq_length is None else seq_length
-        lengths = {"seq_length": seq_length, "val_seq_length": seq_length if val_seq_length is None else val_seq_length}
-        for field, length in lengths.items():
-            if length < 2:
-                raise InputError(f"`data.{field}` must be at least 2, got {length}.")
-        if batch_size < 1:
-            raise InputError(f"`data.batch_size` must be at least 1, got {batch_size}.")
-        if val_windows is not None and val_windows < 1:
-            raise InputError(f"`data.val_windows` must be at least 1 or null, got {val_windows}.")
-        self.tokenizer_name = tokenizer
-        self.source, self.name, self.text_column, self.separator = source, name, text_column, separator
-        self.splits: dict[Part, str] = {"train": train_split, "val": val_split, "test": test_split}
-        self.files: dict[Part, list[str]] = {
-            "train": _as_list(train_files),
-            "val": _as_list(val_files),
-            "test": _as_list(test_files),
-        }
-        self.packages, self.batch_size, self.instructions = packages, batch_size, instructions
-        self.seq_length, self.val_seq_length = lengths["seq_length"], lengths["val_seq_length"]
-        self.val_windows, self.seed, self.num_workers = val_windows, seed, num_workers
-        self._streams: dict[Part, torch.Tensor] = {}
-        self._examples: dict[Part, list[Example]] = {}
-        self._tokenizer: Tokenizer | None = None
-        self._check_files()
+        self.seq_length = WINDOW_TOKENS if seq_length is None else seq_length
+        self.val_seq_length = self.seq_length if val_seq_length is None else val_seq_length
+        self.batch_size, self.val_windows, self.seed, self.num_workers = batch_size, val_windows, seed, num_workers
+        self.tokenizer_name, self.instructions, self.bos = tokenizer, instructions, bos
+        self.text_column, self.separator, self.packages = text_column, separator, packages
+        self._vocabulary: int | None = None
+        self._check_sizes()
+        check_encoding_name(encoding)
+        named: dict[Part, Names] = {"train": train_files, "val": val_files, "test": test_files}
+        splits: dict[Part, str] = {"train": train_split, "val": val_split, "test": test_split}
+        self.source = _source(source, name, splits, named, packages, encoding)
         self._check_instructions()
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, loaded when first asked for."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
-            if self.instructions is not None:
-                self.instructions.ready(self._tokenizer, self.tokenizer_name)
-        return self._tokenizer
+        """The tokenizer with the chat template of the conversations, loaded when first asked for."""
+        tokenizer = load_tokenizer(self.tokenizer_name)
+        if self.instructions is not None:
+            give_template(tokenizer, self.instructions.chat_template, self.tokenizer_name)
+        return tokenizer
+
+    @cached_property
+    def kind(self) -> DatasetKind:
+        """What rows are made into, windows of text or conversations; nothing is read yet."""
+        sizes = WindowSizes(self.seq_length, self.val_seq_length, self.val_windows)
+        if self.instructions is not None:
+            return ConversationData(self.source, self.tokenizer, sizes, instructions=self.instructions, bos=self.bos)
+        return TextData(
+            self.source, self.tokenizer, sizes, column=self.text_column, separator=self.separator, bos=self.bos
+        )
 
     def setup(self, stage: str) -> None:
         """Reads and tokenises what a stage needs: training and validation text for fit, else the part evaluated."""
         parts: dict[str, tuple[Part, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+        config = getattr(getattr(self.trainer, "lightning_module", None), "config", None)
+        if self._vocabulary is None and isinstance(config, PreTrainedConfig):
+            self.check_vocabulary(config)
         for part in parts[stage]:
             self.windows(part)
         if stage == "fit":
-            self.train_dataloader()  # which says so now if there are too few
+            self.train_dataloader()  # which refuses now to have fewer windows than processes
 
-    def stream(self, part: Part) -> torch.Tensor:
+    def check_vocabulary(self, config: PreTrainedConfig) -> None:
+        """Refuses a tokenizer whose tokens a model has no embeddings for; also of the text, as soon as it is read.
+
+        Tokens that were added to a tokenizer may be beyond the embedding as long as no text has them: Gemma 3's for
+        images are.
+
+        Raises:
+            InputError: if the tokenizer has more tokens, added ones aside, than the model of ``config``.
+        """
+        self._vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+        self._check_ids(self.tokenizer.vocab_size - 1)
+
+    def stream(self, part: Part) -> Tensor:
         """Returns all tokens of a part in order, shape (tokens,) int32; a part's text is read once."""
-        if part not in self._streams and self.instructions is not None:
-            self._streams[part] = torch.tensor([i for row in self.examples(part) for i in row["input_ids"]]).int()
-        if part not in self._streams:
-            rows = self._rows(part)
-            if part == "train":
-                rows = self._without_validation(rows)
-            stream = self._tokenise(self._joined(rows))
-            field = "seq_length" if part == "train" else "val_seq_length"
-            if stream.numel() < getattr(self, field):
-                raise InputError(
-                    f"`data.{field}` must be at most the length of the text: the {part} text has {stream.numel()} "
-                    f"tokens, one window needs {getattr(self, field)}. Give more text or a smaller `data.{field}`."
-                )
-            self._streams[part] = stream
-        return self._streams[part]
+        stream = self.kind.stream(part)
+        self._check_ids(int(stream.max()))
+        return stream
 
-    def examples(self, part: Part) -> list[Example]:
-        """Returns the conversations of a part as tokens and labels; they are read once."""
-        if part not in self._examples:
-            tokenizer, rows = self.tokenizer, self._rows(part)
-            if part == "train" and (not self._local() or self.files["val"]):
-                rows = without(rows, self._rows("val"))
-            length = self.seq_length if part == "train" else self.val_seq_length
-            self._examples[part] = examples(rows, tokenizer, length)
-        return self._examples[part]
-
-    def windows(self, part: Part) -> PackedWindows | Conversations | PackedConversations:
+    def windows(self, part: Part) -> Items:
         """Returns the windows of a part, in order: of a conversation each where they are not packed."""
-        train = part == "train"
-        length, limit = (self.seq_length, None) if train else (self.val_seq_length, self.val_windows)
-        if self.instructions is None:
-            return PackedWindows(self.stream(part), length, limit)
-        tokenizer = self.tokenizer
-        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        if self.instructions.packed:
-            return PackedConversations(self.examples(part), length, pad, limit)
-        return Conversations(self.examples(part), pad, limit)
+        self.stream(part)
+        return self.kind.items(part)
 
     def calibration_windows(self, num_samples: int, seq_length: int, seed: int) -> Windows:
         """Returns windows drawn without replacement from the grid over the training stream; see ``draw_windows``."""
-        return draw_windows(self.stream("train"), num_samples, seq_length, seed)
+        self.stream("train")
+        return self.kind.calibration_windows(num_samples, seq_length, seed)
 
     def train_dataloader(self) -> DataLoader:
         """Returns shuffled training windows; their order is a function of the seed and the epoch."""
         items = self.windows("train")
         return ResumableLoader(
-            items,
+            items,  # type: ignore[arg-type]
             batch_size=self.batch_size,
             seed=self.seed,
             num_workers=self.num_workers,
-            collate_fn=_collate(items),
+            collate_fn=getattr(items, "collate", None),
         )
 
     def val_dataloader(self) -> DataLoader:
@@ -236,54 +183,52 @@ class TextDataModule(LightningDataModule):
 
     def describe(self, part: Part) -> str:
         """Returns where a part's text comes from, for protocols and reports."""
-        return self._source(part) + ("" if self.instructions is None else ", answers alone")
-
-    def _source(self, part: Part) -> str:
-        if self._local():
-            return " + ".join(Path(file).name for file in self.files[part])
-        if self.source == "python-docs":
-            return f"python-docs ({PYTHON_DOCS[part]})"
-        return f"{self.source}{f' {self.name}' if self.name else ''}, split {self.splits[part]}"
+        return self.kind.describe(part)
 
     def resume_settings(self) -> dict[str, Any]:
-        """Returns what the position in the data means nothing without, by field; a resumed run must have the same."""
+        """Returns the settings without which a position in the data means nothing; a resumed run must have the same."""
         stream = self.stream("train")
         digest = hashlib.sha256(stream.numpy().tobytes()).hexdigest()[:12]
         text = f"text of {stream.numel():,} tokens, SHA-256 {digest}"
-        return self.unread_settings() | {"data.train_files (or data.source)": text}
+        return self.expected_settings() | {"data.train_files (or data.source)": text}
 
-    def unread_settings(self) -> dict[str, Any]:
+    def expected_settings(self) -> dict[str, Any]:
         """Returns those of :meth:`resume_settings` that are known before any text is read."""
-        return {
-            "data.instructions": None if self.instructions is None else repr(self.instructions),
-            "data.seed": self.seed,
-            "data.batch_size": self.batch_size,
-            "data.seq_length": self.seq_length,
-        }
+        sizes = {"data.seed": self.seed, "data.batch_size": self.batch_size, "data.seq_length": self.seq_length}
+        return self.kind.settings | sizes
 
     def _loader(self, part: Part) -> DataLoader:
-        own = torch.Generator()  # evaluation draws nothing from the global random numbers, which training may use
         items = self.windows(part)
         if len(items) < distributed.number():
             raise InputError(
                 f"`data.val_windows` must give each of {distributed.number()} processes a window, got {len(items)}."
             )
-        in_step = self.trainer is not None and shards(self.trainer)
-        shared, collate = PaddedDataset(items, distributed.number() if in_step else 1), _collate(items)
+        # sharded weights are gathered in every forward pass, so that all processes need as many
+        multiple = distributed.number() if self.trainer is not None and shards(self.trainer) else 1
+        padded = PaddedDataset(items, multiple)  # type: ignore[arg-type]
         return DataLoader(
-            shared,
+            padded,
             self.batch_size,
-            sampler=ShardedSampler(shared),
+            sampler=ShardedSampler(padded),
             num_workers=self.num_workers,
-            generator=own,
-            collate_fn=collate,
+            generator=torch.Generator(),  # a loader draws from its generator, which may not be the one training uses
+            collate_fn=getattr(items, "collate", None),
         )
+
+    def _check_sizes(self) -> None:
+        for field in ("seq_length", "val_seq_length"):
+            if getattr(self, field) < 2:
+                raise InputError(f"`data.{field}` must be at least 2, got {getattr(self, field)}.")
+        if self.batch_size < 1:
+            raise InputError(f"`data.batch_size` must be at least 1, got {self.batch_size}.")
+        if self.val_windows is not None and self.val_windows < 1:
+            raise InputError(f"`data.val_windows` must be at least 1 or null, got {self.val_windows}.")
 
     def _check_instructions(self) -> None:
         """Refuses what conversations have no use for."""
         if self.instructions is None:
             return
-        if not self._local() and self.source == "python-docs":
+        if isinstance(self.source, PythonDocs):
             raise InputError(
                 "`data.instructions` needs `data.train_files` and `data.val_files`, or a hub `data.source`."
             )
@@ -291,159 +236,24 @@ class TextDataModule(LightningDataModule):
         for field in (name for name, given in others.items() if given):
             raise InputError(f"`data.{field}` must be left out with `data.instructions`, which has columns of its own.")
 
-    def _local(self) -> bool:
-        return any(self.files.values())
-
-    def _check_files(self) -> None:
-        for part, files in self.files.items():
-            for file in files:
-                path = Path(file)
-                if not path.is_file():
-                    raise InputError(f"`data.{part}_files` must name files that are there, got {file}.")
-                if path.stat().st_size == 0:
-                    raise InputError(f"`data.{part}_files` must name files with text in them, {file} is empty.")
-                if path.suffix not in BUILDERS:
-                    raise InputError(f"`data.{part}_files` must end in {', '.join(BUILDERS)}, got {file}.")
-        for part in ("val", "test"):
-            shared = {Path(f).resolve() for f in self.files["train"]} & {Path(f).resolve() for f in self.files[part]}
-            if shared:
-                raise InputError(
-                    f"`data.train_files` and `data.{part}_files` must not share text, both name {shared.pop()}."
-                )
-        if (
-            not self._local()
-            and self.source not in (None, "python-docs")
-            and self.splits["train"] == self.splits["val"]
-        ):
-            raise InputError(f"`data.train_split` and `data.val_split` must differ, both are {self.splits['train']!r}.")
-
-    def _rows(self, part: Part) -> Dataset:
-        """Returns the text of a part as it comes: a row a file, a row of the data set, or a document."""
-        if self._local():
-            return self._from_files(part)
-        if self.source == "python-docs":
-            log(f"Reading Python's documentation, {'training' if part == 'train' else 'validation'} documents ...")
-            rows = python_docs("train" if part == "train" else "validation", packages=self.packages)
-            return Dataset.from_list(rows).select_columns("text")
-        if self.source is None:
-            raise InputError("`data.source` must be given, or `data.train_files` and `data.val_files`.")
-        return self._one_column(self._from_hub(part), f"the data set {self.source}")
-
-    def _from_files(self, part: Part) -> Dataset:
-        if not self.files[part]:
+    def _check_ids(self, largest: int) -> None:
+        if self._vocabulary is not None and largest >= self._vocabulary:
             raise InputError(
-                f"`data.{part}_files` must be given: local files replace `data.source`, and there are none for {part}."
+                f"`data.tokenizer` must be that of the model, which has embeddings of {self._vocabulary} tokens, "
+                f"{self.tokenizer_name} gives token {largest}."
             )
-        builders = {BUILDERS[Path(file).suffix] for file in self.files[part]}
-        if len(builders) > 1:
-            raise InputError(f"`data.{part}_files` must all be of one kind, got {self.files[part]}.")
-        builder = builders.pop()
-        extra = {"sample_by": "document"} if builder == "text" else {}
-        try:
-            rows = load_dataset(builder, data_files=self.files[part], split="train", **extra)
-        except Exception as error:  # each builder raises its own kinds for a file that it cannot read
-            raise InputError(f"`data.{part}_files` cannot be read as {builder}: {_root_cause(error)}") from error
-        return (
-            rows
-            if builder == "text" and self.instructions is None
-            else self._one_column(rows, ", ".join(self.files[part]))
-        )
-
-    def _from_hub(self, part: Part) -> Dataset:
-        assert self.source is not None
-        if self.source.startswith((".", "/", "~")):
-            raise InputError(
-                f"`data.source` must be python-docs or a hub id; for {self.source} use `data.train_files`."
-            )
-        if "/" not in self.source and near_misses(self.source, ["python-docs"]):
-            raise InputError(f"`data.source`: there is no data set {self.source!r}. Did you mean python-docs?")
-        try:
-            HfApi().dataset_info(self.source, timeout=HUB_TIMEOUT_SECONDS)
-        except HfHubHTTPError:  # it answered; load_dataset says what
-            pass
-        except Exception:  # away, or offline on purpose: what is in the cache is to be had without five retries
-            datasets.config.HF_HUB_OFFLINE = True
-        try:
-            return load_dataset(self.source, self.name, split=self.splits[part])
-        except Exception as error:  # what datasets raises depends on the hub's answer and the data set's kind
-            raise InputError(
-                f"`data.source` {self.source!r} (name {self.name}, split {self.splits[part]}) cannot be loaded: "
-                f"{_root_cause(error).rstrip('.')}. For local text use `data.train_files` and `data.val_files`."
-            ) from error
-
-    def _one_column(self, rows: Dataset, where: str) -> Dataset:
-        if self.instructions is not None:
-            return self.instructions.conversations(rows, where)
-        if self.text_column not in rows.column_names:
-            raise InputError(
-                f"`data.text_column` must be a column of {where}, got {self.text_column!r}; it has "
-                f"{', '.join(rows.column_names)}."
-            )
-        if self.text_column != "text":
-            rows = rows.select_columns(self.text_column).rename_column(self.text_column, "text")
-        rows = rows.select_columns("text")
-        if rows.features["text"].dtype not in ("string", "large_string"):
-            raise InputError(
-                f"`data.text_column` must be a column of text, {self.text_column!r} of {where} holds "
-                f"{rows.features['text'].dtype}."
-            )
-        if missing := rows.data.column("text").null_count:
-            raise InputError(f"`data.text_column`: {missing} rows of {where} have no text; leave them out of the file.")
-        return rows
-
-    def _joined(self, rows: Dataset) -> Dataset:
-        """Returns rows as the documents they are tokenised as: all joined where there is a `separator`."""
-        if self.separator is None or len(rows) == 1:
-            return rows
-        return Dataset.from_dict({"text": [self.separator.join(rows["text"])]})
-
-    def _without_validation(self, rows: Dataset) -> Dataset:
-        """Drops the lines of training text, of some length, that stand in the validation part too."""
-        if self._local() and not self.files["val"]:
-            return rows
-        if not self._local() and self.source == "python-docs":
-            return rows  # its parts are disjoint by construction
-        held_out = {line.strip() for text in self._rows("val")["text"] for line in text.splitlines()}
-        held_out = {line for line in held_out if len(line) >= SHARED_CHARACTERS}
-
-        def fresh(row: dict[str, str]) -> dict[str, Any]:
-            lines = row["text"].splitlines(keepends=True)
-            kept = [line for line in lines if line.strip() not in held_out]
-            return {"text": "".join(kept), "dropped": len(lines) - len(kept)}
-
-        cleaned = rows.map(fresh, desc="Comparing with validation")
-        if dropped := sum(cleaned["dropped"]):
-            log(f"{dropped} lines of training text stand in the validation text too, and are left out.")
-        kept = cleaned.filter(lambda row: row["text"] or not row["dropped"]).remove_columns("dropped")
-        if len(kept) == 0:
-            raise InputError("`data`: training and validation text must not be the same.")
-        return kept
-
-    def _tokenise(self, documents: Dataset) -> torch.Tensor:
-        tokenizer, end = self.tokenizer, self.tokenizer.eos_token_id
-        several = len(documents) > 1
-
-        def tokens(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-            rows = tokenizer(batch["text"], verbose=False)["input_ids"]
-            if several and end is not None:
-                rows = [row if row[-1:] == [end] else [*row, end] for row in rows]
-            return {"input_ids": rows}
-
-        rows = documents.map(tokens, batched=True, remove_columns=documents.column_names, desc="Tokenising")
-        column = rows.with_format("arrow")[:]["input_ids"].combine_chunks()
-        return torch.from_numpy(column.flatten().to_numpy(zero_copy_only=False).copy()).int()
 
 
-def _collate(items: TorchDataset) -> Callable[..., Any] | None:
-    """What makes a batch of items that differ in length; None where a stack does."""
-    return items.collate if isinstance(items, Conversations) else None
-
-
-def _as_list(files: Files) -> list[str]:
-    return [files] if isinstance(files, str) else list(files or [])
-
-
-def _root_cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _source(
+    source: str | None,
+    name: str | None,
+    splits: dict[Part, str],
+    named: dict[Part, Names],
+    packages: bool,
+    encoding: str | None,
+) -> Source:
+    """The source that the fields describe; any local files replace all else."""
+    files = {part: [given] if isinstance(given, str) else list(given or []) for part, given in named.items()}
+    if any(files.values()):
+        return LocalFiles({part: FileList.find(f"data.{part}_files", names) for part, names in files.items()}, encoding)
+    return PythonDocs(packages) if source == "python-docs" else HubDataset(source, name, splits)

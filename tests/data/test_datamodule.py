@@ -1,13 +1,14 @@
-import json
+"""The data module: fields, loaders, and what is refused before work begins."""
+
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
-from datasets import Dataset
 
 from lit_prune import distributed
-from lit_prune.data.datamodule import PackedWindows, TextDataModule
+from lit_prune.data.datamodule import TextDataModule
 from lit_prune.errors import InputError
+from tests.conftest import small_model
 
 SENTENCE = "Return the number of items in a container, and raise an error if there are none.\n"
 
@@ -27,12 +28,6 @@ def val(tmp_path: Path) -> str:
     return write(tmp_path / "val.txt", "Open the file and read its lines.\n" * 60)
 
 
-def test_windows_do_not_overlap_and_the_tail_is_dropped() -> None:
-    windows = PackedWindows(torch.arange(11), 4)
-    assert [window["input_ids"].tolist() for window in windows] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert len(PackedWindows(torch.arange(11), 4, limit=1)) == 1
-
-
 def test_a_text_file_is_tokenised_as_one_string(train: str, val: str) -> None:
     data = TextDataModule(train_files=train, val_files=[val], seq_length=16, batch_size=4)
     data.setup("fit")
@@ -44,27 +39,19 @@ def test_a_text_file_is_tokenised_as_one_string(train: str, val: str) -> None:
     assert data.describe("val") == "val.txt"
 
 
-def test_rows_end_in_the_end_of_text_token_or_are_joined(tmp_path: Path) -> None:
-    rows = ["first row of text", "second row of text"]
-    file = write(tmp_path / "rows.jsonl", "".join(json.dumps({"text": row}) + "\n" for row in rows))
-    data = TextDataModule(train_files=file, seq_length=2)
-    tokens = [data.tokenizer(row)["input_ids"] for row in rows]
-    assert data.stream("train").tolist() == [*tokens[0], 0, *tokens[1], 0]
-    joined = TextDataModule(train_files=file, seq_length=2, separator="\n\n")
-    assert joined.stream("train").tolist() == data.tokenizer("\n\n".join(rows))["input_ids"]
-
-
-def test_parquet_and_another_column(tmp_path: Path) -> None:
-    Dataset.from_dict({"body": [SENTENCE * 5], "n": [1]}).to_parquet(str(tmp_path / "rows.parquet"))
-    data = TextDataModule(train_files=str(tmp_path / "rows.parquet"), text_column="body", seq_length=8)
-    assert data.tokenizer.decode(data.stream("train")) == SENTENCE * 5
-
-
 def test_local_files_replace_the_source(train: str) -> None:
     data = TextDataModule(source="nobody/nothing", train_files=train, seq_length=8)
     assert len(data.stream("train")) > 8
     with pytest.raises(InputError, match="`data.val_files` must be given: local files replace `data.source`"):
         data.setup("validate")
+
+
+def test_the_encoding_of_files(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes((SENTENCE * 9 + "café").encode("latin-1"))
+    data = TextDataModule(train_files=str(tmp_path / "a.txt"), encoding="latin-1", seq_length=8)
+    assert data.tokenizer.decode(data.stream("train")).endswith("café")
+    with pytest.raises(InputError, match="`data.encoding` must be null or an encoding"):
+        TextDataModule(encoding="klat")
 
 
 def test_calibration_windows_come_from_the_training_text(train: str, val: str) -> None:
@@ -84,7 +71,7 @@ def test_training_windows_are_shuffled_by_the_seed(train: str, val: str) -> None
     assert sorted(order(0)) == sorted(order(1))
 
 
-def test_fewer_training_windows_than_processes_are_told_at_once(
+def test_fewer_training_windows_than_processes_are_refused_at_once(
     train: str, val: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = TextDataModule(train_files=train, val_files=val, seq_length=300)
@@ -102,100 +89,44 @@ def test_validation_is_capped(train: str, val: str) -> None:
     assert [len(batch["input_ids"]) for batch in data.val_dataloader()] == [4, 2]
 
 
-@pytest.mark.parametrize("separator", [None, ""])
-def test_rows_of_validation_are_dropped_from_training(tmp_path: Path, separator: str | None) -> None:
-    rows = [{"text": SENTENCE}, {"text": "only in training, and long enough\n"}]
-    train = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    val = write(tmp_path / "b.jsonl", json.dumps(rows[0]) + "\n")
-    data = TextDataModule(train_files=train, val_files=val, seq_length=4, separator=separator)
-    assert data.tokenizer.decode(data.stream("train")).startswith("only in training")
-
-
-def test_lines_of_validation_are_dropped_from_a_training_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_tokenizer_larger_than_the_model_is_refused_before_text_is_read(
+    train: str, val: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short, own = "a short line stays\n", "only in training, and long enough to be told apart from a phrase\n"
-    train = write(tmp_path / "a.txt", SENTENCE + short + own)
-    val = write(tmp_path / "b.txt", short + SENTENCE)
-    data = TextDataModule(train_files=train, val_files=val, seq_length=4)
-    text = data.tokenizer.decode(data.stream("train"))
-    assert text == short + own
-    assert "1 lines of training text stand in the validation text too" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"text": 1}\n', "must be a column of text, 'text' of .* holds int64"),
-        ('{"text": "a"}\n{"text": null}\n', "1 rows of .* have no text"),
-    ],
-)
-def test_a_column_that_is_no_text(tmp_path: Path, content: str, message: str) -> None:
+    data = TextDataModule(train_files=train, val_files=val, seq_length=8)
+    monkeypatch.setattr(type(data.kind), "stream", lambda *_: pytest.fail("text was read"))
+    message = "`data.tokenizer` must be that of the model, which has embeddings of 64 tokens, embedded gives token 4095"
     with pytest.raises(InputError, match=message):
-        TextDataModule(train_files=write(tmp_path / "a.jsonl", content)).stream("train")
-
-
-def test_the_same_text_in_both_is_refused(tmp_path: Path, train: str) -> None:
-    with pytest.raises(InputError, match="`data.train_files` and `data.val_files` must not share text"):
-        TextDataModule(train_files=train, val_files=train)
-    copy = write(tmp_path / "copy.txt", Path(train).read_text())
-    with pytest.raises(InputError, match="training and validation text must not be the same"):
-        TextDataModule(train_files=train, val_files=copy, seq_length=8).setup("fit")
-    with pytest.raises(InputError, match="`data.train_split` and `data.val_split` must differ"):
-        TextDataModule(source="some/set", train_split="test", val_split="test")
-
-
-def test_a_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = {"train": ["a first row\n", "a second row\n"], "test": ["held out, every word of it\n"]}
-    asked = []
-
-    def load(source: str, name: str | None, split: str) -> Dataset:
-        asked.append((source, name, split))
-        return Dataset.from_dict({"text": parts[split]})
-
-    monkeypatch.setattr("lit_prune.data.datamodule.load_dataset", load)
-    data = TextDataModule(source="some/set", name="raw", val_split="test", separator="", seq_length=4)
-    data.setup("fit")
-    assert data.tokenizer.decode(data.stream("train")) == "a first row\na second row\n"
-    assert ("some/set", "raw", "test") in asked
-    assert data.describe("val") == "some/set raw, split test"
-
-
-def test_a_hub_data_set_that_cannot_be_had() -> None:
-    with pytest.raises(InputError, match=r"`data.source` 'nobody/nothing' .*cannot be loaded.*use `data.train_files`"):
-        TextDataModule(source="nobody/nothing").setup("fit")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", "", "empty.txt is empty"),
-        ("odd.csv", "a,b", "must end in .txt"),
-        ("short.txt", "two words", "one window needs 64"),
-        ("rows.jsonl", '{"body": "x"}\n', "must be a column of .*rows.jsonl, got 'text'; it has body"),
-        ("broken.jsonl", "{", "cannot be read as json"),
-    ],
-)
-def test_files_that_cannot_be(tmp_path: Path, name: str, content: str, message: str) -> None:
-    file = write(tmp_path / name, content)
+        data.check_vocabulary(small_model().config)
+    fresh = TextDataModule(train_files=train, val_files=val, seq_length=8)
+    fresh.trainer = SimpleNamespace(lightning_module=SimpleNamespace(config=small_model().config))  # type: ignore[assignment]
     with pytest.raises(InputError, match=message):
-        TextDataModule(train_files=file, seq_length=64).stream("train")
+        fresh.setup("fit")
 
 
-def test_files_that_are_not_there() -> None:
-    with pytest.raises(InputError, match="`data.train_files` must name files that are there, got none.txt"):
-        TextDataModule(train_files="none.txt")
+def test_a_token_that_was_added_is_refused_where_the_text_has_it(train: str, tmp_path: Path) -> None:
+    small = TextDataModule(train_files=train, seq_length=8)
+    small.tokenizer.add_tokens(["<image>"])
+    config = small_model(vocab_size=small.tokenizer.vocab_size).config
+    small.check_vocabulary(config)
+    small.stream("train")
+    image = TextDataModule(train_files=write(tmp_path / "image.txt", SENTENCE + "<image>"), seq_length=8)
+    image.tokenizer.add_tokens(["<image>"])
+    image.check_vocabulary(config)
+    with pytest.raises(InputError, match="embedded gives token 4096"):
+        image.calibration_windows(1, 8, 0)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"seq_length": 1}, "`data.seq_length` must be at least 2"),
+        ({"val_seq_length": 1}, "`data.val_seq_length` must be at least 2"),
         ({"batch_size": 0}, "`data.batch_size` must be at least 1"),
         ({"val_windows": 0}, "`data.val_windows` must be at least 1"),
         ({"source": None}, "`data.source` must be given"),
         ({"source": "python-doc"}, "Did you mean python-docs"),
         ({"source": "./folder"}, "for ./folder use `data.train_files`"),
+        ({"source": "some/set", "train_split": "test", "val_split": "test"}, "`data.val_split` must differ"),
     ],
 )
 def test_settings_that_cannot_be(fields: dict[str, object], message: str) -> None:

@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks import DynamicPruningCallback
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
-from lit_prune.data.datamodule import PackedWindows
 from lit_prune.data.loaders import ResumableLoader
+from lit_prune.data.text import PackedWindows
 from lit_prune.distill import Copy, Distillation, SparseDelta, TopK
 from lit_prune.errors import InputError
 from lit_prune.export.folder import export

@@ -1,0 +1,115 @@
+"""The two protocols of the room: where rows come from, and what they are made into.
+
+A source gives the rows of a part, a dataset kind turns them into items to train and to validate on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from lit_prune.calibration.windows import Windows, draw_windows
+
+Part = Literal["train", "val", "test"]
+
+
+class Source(ABC):
+    """Where the rows of the training, validation and test part come from."""
+
+    @property
+    @abstractmethod
+    def may_overlap(self) -> bool:
+        """Whether training rows have to be compared with validation rows, which may repeat them."""
+
+    @abstractmethod
+    def is_plain(self, part: Part) -> bool:
+        """Returns whether the rows of a part are whole texts, in a column `text`, and not rows of a table."""
+
+    @abstractmethod
+    def rows(self, part: Part) -> Dataset:
+        """Returns the rows of a part, with all their columns.
+
+        Raises:
+            InputError: if there are none, or they cannot be read.
+        """
+
+    @abstractmethod
+    def describe(self, part: Part) -> str:
+        """Returns what a report calls the rows of a part."""
+
+    @abstractmethod
+    def where(self, part: Part) -> str:
+        """Returns what an error message calls the rows of a part."""
+
+
+@dataclass(frozen=True)
+class WindowSizes:
+    """How long windows are and how many are used.
+
+    Attributes:
+        train: Tokens of a training window.
+        val: Tokens of a validation or test window.
+        limit: Number of validation or test windows that are used; None uses all.
+    """
+
+    train: int
+    val: int
+    limit: int | None = None
+
+    def tokens(self, part: Part) -> int:
+        """Returns the tokens of a window of ``part``."""
+        return self.train if part == "train" else self.val
+
+    def count(self, part: Part) -> int | None:
+        """Returns how many windows of ``part`` are used at most; None means all."""
+        return None if part == "train" else self.limit
+
+
+class Items(Protocol):
+    """A map-style data set of dicts of tensors that can describe itself in a few words."""
+
+    @property
+    def description(self) -> str:
+        """How many items there are, and how long they are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+
+
+class DatasetKind(ABC):
+    """What the rows of a source are made into; every part is read once.
+
+    Attributes:
+        bos: Id of the token that every window begins with; None leaves windows as the tokens come.
+        settings: What of the kind a resumed run must have in common with the run before, by field.
+    """
+
+    bos: int | None
+    settings: dict[str, Any]
+
+    @abstractmethod
+    def stream(self, part: Part) -> Tensor:
+        """Returns all tokens of a part in order, shape (tokens,) int32."""
+
+    @abstractmethod
+    def items(self, part: Part) -> Items:
+        """Returns what a loader batches: the windows of a part, in order."""
+
+    @abstractmethod
+    def describe(self, part: Part) -> str:
+        """Returns what a part is, for protocols and reports."""
+
+    def calibration_windows(self, num_samples: int, seq_length: int, seed: int) -> Windows:
+        """Returns windows drawn without replacement from the grid over the training stream; see ``draw_windows``."""
+        return draw_windows(self.stream("train"), num_samples, seq_length, seed, bos=self.bos)
+
+
+def concatenated(rows: list[list[int]]) -> Tensor:
+    """Returns the tokens of all rows, one after the other, shape (tokens,) int32."""
+    return torch.tensor([token for row in rows for token in row], dtype=torch.int32)
