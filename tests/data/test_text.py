@@ -48,7 +48,8 @@ def test_rows_end_in_the_end_of_text_token_or_are_joined(tmp_path: Path) -> None
 
 def test_every_window_begins_with_bos_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
     tokenizer, bos = with_bos(tmp_path / "tokenizer")
-    files = {f"{part}_files": write(tmp_path / f"{part}.txt", f"{part} " + SENTENCE * 9) for part in ("train", "val")}
+    texts = {"train": SENTENCE * 9, "val": "Open the file and read its lines.\n" * 9}
+    files = {f"{part}_files": write(tmp_path / f"{part}.txt", text) for part, text in texts.items()}
     data = TextDataModule(tokenizer, **files, seq_length=16, batch_size=2)
     papers = TextDataModule(tokenizer, **files, seq_length=16, batch_size=2, bos=False)
     stream = data.stream("train").tolist()
