@@ -24,7 +24,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from lit_prune.cli import main
+from lit_prune.cli.main import main
 
 GOLDEN = Path(__file__).parent / "behaviour"
 BY_TYPE = re.compile(r"seconds|speed|^versions$|_version$|^max_logit_difference$")  # names of what differs every time
