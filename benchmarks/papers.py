@@ -59,7 +59,7 @@ def propagate_cases() -> Iterator[tuple[str, Recipe]]:
 def search_cases(rows: Sequence[Row], folder: Path) -> Iterator[tuple[str, Recipe]]:
     """Yields, for Wanda and SparseGPT at the greatest sparsity, a search that starts from their best allocation.
 
-    SparseGPT's rungs are dear, two seconds each where Wanda's take a tenth of one, so that it gets fewer evaluations.
+    SparseGPT's levels are costly, two seconds each where Wanda's take a tenth of one; it gets fewer evaluations.
     """
     found = {row["case"]: row["perplexity"] for row in rows}
     for method, evaluations in ((Wanda(), 200), (SparseGPT(), 80)):

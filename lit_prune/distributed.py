@@ -1,6 +1,6 @@
-"""Several processes that hold the same model and share out the calibration windows: sums, and what all must agree on.
+"""Sums and agreement between processes that have the same model and share the calibration windows.
 
-Everything here does nothing in one process. torch.distributed says how many there are.
+In a single process all of it does nothing. The number of processes is that of torch.distributed.
 """
 
 from __future__ import annotations
@@ -20,47 +20,47 @@ from torch import Tensor
 from lit_prune.errors import InputError
 
 Item = TypeVar("Item")
-_alone: ContextVar[bool] = ContextVar("alone", default=False)
+_single: ContextVar[bool] = ContextVar("single", default=False)
 
 
 def number() -> int:
-    """Returns how many processes there are."""
-    together = dist.is_available() and dist.is_initialized() and not _alone.get()
-    return dist.get_world_size() if together else 1
+    """Returns the number of processes."""
+    several = dist.is_available() and dist.is_initialized() and not _single.get()
+    return dist.get_world_size() if several else 1
 
 
 def rank() -> int:
-    """Returns which of them this is, from 0."""
+    """Returns the number of this process, from 0."""
     return dist.get_rank() if number() > 1 else 0
 
 
 def first() -> bool:
-    """Returns whether this process is the one that prints and writes, also within :func:`alone`."""
+    """Returns whether this process is the one that prints and writes, also within :func:`single_process`."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 @contextmanager
 def single_process() -> Iterator[None]:
-    """Lets this process work by itself for as long as the context lasts: the others do not take part."""
-    token = _alone.set(True)
+    """Lets this process work by itself for as long as the context lasts, without waiting for the others."""
+    token = _single.set(True)
     try:
         yield
     finally:
-        _alone.reset(token)
+        _single.reset(token)
 
 
 def share(items: Sequence[Item]) -> list[Item]:
-    """Returns this process's part of ``items``, every so-manieth: of [a, b, c] and two processes [a, c], and [b].
+    """Returns every n-th of ``items`` for n processes: of [a, b, c] the first of two gets [a, c], the second [b].
 
     Raises:
-        InputError: if there are fewer than there are processes.
+        InputError: if there are fewer items than processes.
     """
     check_shares(len(items))
     return list(items[rank() :: number()])
 
 
 def check_shares(batches: int) -> None:
-    """Raises InputError where calibration has fewer batches than there are processes."""
+    """Raises InputError if calibration has fewer batches than there are processes."""
     if batches < number():
         raise InputError(
             f"`calibration.num_samples` must give every process a batch, got {batches} batches for {number()} "
@@ -69,28 +69,29 @@ def check_shares(batches: int) -> None:
 
 
 def equal_batches(items: Iterable[Item]) -> Iterator[tuple[Item, bool]]:
-    """Yields this process's part of ``items``, with whether each counts.
+    """Yields every n-th of ``items`` for n processes, each with whether it counts; all processes get the same number.
 
-    All processes have the same number: where a last round has fewer than there are processes, the others are given one
-    that counts elsewhere. Of [a, b, c] two processes have (a, True), (c, True), and (b, True), (c, False).
+    Sharded weights are gathered in every forward pass, for which all processes have to make one. A process for which
+    the last round has no item left gets one that counts in another: of [a, b, c] two processes get (a, True), (c, True)
+    and (b, True), (c, False).
     """
     following = iter(items)
-    while turn := list(islice(following, number())):
-        yield (turn[rank()], True) if rank() < len(turn) else (turn[0], False)
+    while one_each := list(islice(following, number())):
+        yield (one_each[rank()], True) if rank() < len(one_each) else (one_each[0], False)
 
 
 def total(value: Tensor) -> Tensor:
     """Returns the sum of the processes' values, the same to the bit in all of them."""
     if number() == 1:
         return value
-    place = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")
-    summed = value.detach().to(place, copy=True)
+    device = torch.device("cuda") if dist.get_backend() == "nccl" else torch.device("cpu")  # nccl sums on GPUs alone
+    summed = value.detach().to(device, copy=True)
     dist.all_reduce(summed)
     return summed.to(value.device)
 
 
 def total_count(value: int) -> int:
-    """Returns the sum of the processes' numbers."""
+    """Returns the sum of the processes' counts."""
     return int(total(torch.tensor(value)))
 
 
@@ -104,16 +105,16 @@ def gathered(value: Any) -> list[Any]:
 
 
 def agree_on_threads() -> None:
-    """Lets all processes compute with as many threads: with others a sum is another in the last bit.
+    """Gives all processes the same number of threads, without which their sums would differ in the last bit.
 
-    Lightning gives the processes that it starts fewer than they would take, under some strategies only the first.
+    Lightning limits the threads of the processes that it starts, under some strategies only of the first.
     """
     if number() > 1:
         torch.set_num_threads(min(gathered(torch.get_num_threads())))
 
 
 def check_same(what: str, value: Any) -> None:
-    """Raises RuntimeError where ``value`` is not the same in all processes."""
+    """Raises RuntimeError if ``value`` differs between processes; ``what`` names it."""
     values = gathered(value)
     different = [index for index, other in enumerate(values) if other != values[0]]
     if different:

@@ -210,7 +210,7 @@ def check_expected_statistics(
     stored: CachedStatistics, model: PreTrainedModel, recipe: Recipe, settings: Mapping[str, Any]
 ) -> None:
     """Asks the same of a ``model`` without weights, before the text is read, as far as that can be told."""
-    stored.check(stored.key.unread(settings), recipe.find(model), _needs(recipe))
+    stored.check(stored.key.expected(settings), recipe.find(model), _needs(recipe))
 
 
 def _needs(recipe: Recipe) -> frozenset[str]:

@@ -141,7 +141,7 @@ class Search(Allocation):
         """Returns the best rates, and the details of the search."""
         lower = [max(low, self.floor(limits.target)) for low in limits.lower]
         upper = [max(limits.upper, low) for low in lower]
-        space = Space(list(rates), limits.sizes, trial.grains, lower, upper, self.step)
+        space = Space(list(rates), limits.sizes, trial.granularity, lower, upper, self.step)
         bounds = {"lower": lower, "upper": upper, "rates at the start": [round(rate, 4) for rate in rates]}
         key = {**key, **self._settings(), "sizes": limits.sizes, **bounds}
         measured = Measured(self.state)

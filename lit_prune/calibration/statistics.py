@@ -1,6 +1,6 @@
-"""The statistics that are taken of one block while calibration batches run through it.
+"""The statistics of one block, accumulated while calibration batches run through it.
 
-Positions whose attention mask is 0 are left out of every one; an expert's are over the tokens that it saw.
+Positions whose attention mask is 0 count in none of them; an expert's are over the tokens that are routed to it.
 Suffixes: B batch, T tokens, D hidden size, I input channels, P positions that count, S positions of one expert.
 """
 
@@ -26,11 +26,11 @@ STRIPS = 8
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What is known of the input of one linear, or of several that share it.
+    """The statistics of the input of one linear, or of several that share it.
 
     Attributes:
-        norm_I: ||X_j||, root mean square of each input channel, fp32; None if INPUTS was not asked for.
-        gram_II: Mean over tokens of x x^T, fp32; None if GRAM was not asked for.
+        norm_I: ||X_j||, root mean square of each input channel, fp32; None without INPUTS.
+        gram_II: Mean over tokens of x x^T, fp32; None without GRAM.
     """
 
     norm_I: Tensor | None = None
@@ -44,13 +44,13 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """What passed through one block.
+    """The statistics of one block.
 
     Attributes:
-        norms: ||X_j|| by linear, shape (I,), fp32: the root mean square over the tokens that the linear saw.
-        cosine: mean over tokens of cos(block's input, block's output); None if it was not asked for.
+        norms: ||X_j|| by linear, shape (I,), fp32: the root mean square over the tokens that reach the linear.
+        cosine: Mean over tokens of cos(block's input, block's output); None without COSINE.
         grams: Mean of x x^T by linear, shape (I, I), fp32, one tensor for all linears that share the input.
-        shared_inputs: By linear, the first one that is given the same input.
+        shared_inputs: By linear, the first one that has the same input.
     """
 
     norms: dict[str, Tensor] = field(default_factory=dict)
@@ -59,18 +59,18 @@ class BlockStatistics:
     shared_inputs: dict[str, str] = field(default_factory=dict)
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
-        """Returns ``names`` in groups that share one input; what was not observed stands alone."""
+        """Returns ``names`` in groups that share one input; a linear that was not observed is a group of its own."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(self.shared_inputs.get(name, name), []).append(name)
         return list(groups.values())
 
-    def seen(self, name: str) -> InputStatistics:
-        """Returns what is known of the input of one linear."""
+    def input_of(self, name: str) -> InputStatistics:
+        """Returns the statistics of the input of one linear."""
         return InputStatistics(self.norms.get(name), self.grams.get(name))
 
     def to(self, device: torch.device) -> BlockStatistics:
-        """Returns the same on ``device``; what is shared stays shared."""
+        """Returns the same on ``device``; a tensor that linears share is moved once and stays shared."""
         moved: dict[int, Tensor] = {}
 
         def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,12 +93,12 @@ class InputSquares:
         self.tokens += len(x_PI)
 
     def sum_over_processes(self, width: int) -> None:
-        """Adds what the other processes saw of the input, of ``width`` channels."""
+        """Adds the sums of the other processes; ``width`` is the number of channels, for one that saw no token."""
         self.sum_I = distributed.total(torch.zeros(width) if self.sum_I is None else self.sum_I)
         self.tokens = distributed.total_count(self.tokens)
 
     def norm(self) -> Tensor:
-        """Returns the root mean square, shape (I,); channels [3, 4] seen in one token give [3, 4]."""
+        """Returns the root mean square, shape (I,); one token [3, 4] gives [3, 4]."""
         assert self.sum_I is not None
         return (self.sum_I / max(self.tokens, 1)).sqrt()
 
@@ -106,7 +106,8 @@ class InputSquares:
 class InputGram:
     """Sum of x x^T over the positions that count.
 
-    It is symmetric: of each strip of ``STRIPS`` the products right of the strip's left edge are summed, 9/16 of all.
+    It is symmetric, so that half of the products would do: each of ``STRIPS`` strips of rows is multiplied with the
+    columns from its left edge on, which is 9/16 of all products, in matrix products large enough to be fast.
     """
 
     def __init__(self) -> None:
@@ -123,7 +124,7 @@ class InputGram:
         self.tokens += len(x_PI)
 
     def sum_over_processes(self, width: int) -> None:
-        """Adds what the other processes saw of the input, of ``width`` channels."""
+        """Adds the sums of the other processes; ``width`` is the number of channels, for one that saw no token."""
         self.sum_II = distributed.total(torch.zeros(width, width) if self.sum_II is None else self.sum_II)
         self.tokens = distributed.total_count(self.tokens)
 
@@ -142,10 +143,14 @@ def _strips(width: int) -> Iterator[tuple[slice, slice]]:
 
 
 class Observer:
-    """Takes the wanted statistics of one block while batches run through it.
+    """Accumulates statistics of one block while batches run through it.
 
-    Linears that are given the same tensor (q, k, v; gate, up) share one statistic: on the first batch they are told
-    apart by the identity of what they are given.
+    Linears with the same input tensor (q, k, v; gate, up) share one statistic. The first batch shows which ones do:
+    they are called with the same object.
+
+    Args:
+        block: The block.
+        wanted: The kinds of statistics: INPUTS, COSINE, GRAM.
     """
 
     def __init__(self, block: Block, wanted: frozenset[str]) -> None:
@@ -153,70 +158,71 @@ class Observer:
         self.mask_BT: Tensor | None = None
         self._linears = block.linears.values() if wanted & {INPUTS, GRAM} else ()
         self._width = {name: linear.weight_OI.shape[1] for name, linear in block.linears.items()}
-        self._leader: dict[str, str] = {}
+        self._shared_inputs: dict[str, str] = {}
         self._squares: dict[str, InputSquares] = {}
         self._grams: dict[str, InputGram] = {}
-        self._given: dict[int, tuple[str, Tensor]] = {}
+        self._first_by_id: dict[int, tuple[str, Tensor]] = {}
         self._cosine, self._tokens = 0.0, 0
 
     @contextmanager
     def watching(self) -> Iterator[Observer]:
-        """Watches the linears for as long as the context lasts."""
-        with watching(self._linears, self._see):
+        """Hooks the linears for as long as the context lasts."""
+        with watching(self._linears, self._add_input):
             yield self
 
-    def _see(self, name: str, x_BTI: Tensor, rows_S: Tensor | None) -> None:
-        if name not in self._leader:
-            leader, _ = self._given.setdefault(id(x_BTI), (name, x_BTI))  # holding x keeps its id from being reused
-            self._leader[name] = leader
-        if self._leader[name] == name:
+    def _add_input(self, name: str, x_BTI: Tensor, rows_S: Tensor | None) -> None:
+        if name not in self._shared_inputs:
+            # the entry holds x, as the id of a tensor that is freed may be that of the next one
+            first, _ = self._first_by_id.setdefault(id(x_BTI), (name, x_BTI))
+            self._shared_inputs[name] = first
+        if self._shared_inputs[name] == name:
             x_PI = self._counted(x_BTI, rows_S)
             if INPUTS in self.wanted:
                 self._squares.setdefault(name, InputSquares()).update(x_PI)
             if GRAM in self.wanted:
                 self._grams.setdefault(name, InputGram()).update(x_PI)
 
-    def see_block(self, x_BTD: Tensor, y_BTD: Tensor) -> None:
-        """Adds the cosine of a block's input and output, and forgets what told the linears of a batch apart."""
-        self._given.clear()
+    def add_block(self, x_BTD: Tensor, y_BTD: Tensor) -> None:
+        """Adds the cosine of a block's input and output; ends a batch, whose tensors are released."""
+        self._first_by_id.clear()
         if COSINE in self.wanted:
             cosine_P = F.cosine_similarity(self._counted(x_BTD).float(), self._counted(y_BTD).float(), dim=-1)
-            self._cosine += float(cosine_P.cpu().double().sum())
+            self._cosine += float(cosine_P.cpu().double().sum())  # in float64, which MPS does not have
             self._tokens += len(cosine_P)
 
     def _counted(self, x_BTD: Tensor, rows_S: Tensor | None = None) -> Tensor:
-        """The positions that count; OPT gives some of its linears (batch * tokens, in)."""
+        """The positions that count, (P, D); OPT calls some of its linears with (batch * tokens, in)."""
         x_PD = x_BTD.flatten(0, -2)
         if self.mask_BT is None:
             return x_PD
         mask_P = self.mask_BT.flatten()
         return x_PD[mask_P if rows_S is None else mask_P[rows_S]]
 
-    def observed(self) -> BlockStatistics:
-        """Returns the statistics over everything that was seen, by any process."""
+    def statistics(self) -> BlockStatistics:
+        """Returns the statistics over all batches of all processes."""
         shared_inputs = self._agreed_shared_inputs()
         self._sum_over_processes(shared_inputs.values())
-        norms = {leader: squares.norm() for leader, squares in self._squares.items()}
-        grams = {leader: gram.gram() for leader, gram in self._grams.items()}
+        norms = {name: squares.norm() for name, squares in self._squares.items()}
+        grams = {name: gram.gram() for name, gram in self._grams.items()}
         cosine, tokens = distributed.total(torch.tensor([self._cosine, self._tokens], dtype=torch.float64)).tolist()
         return BlockStatistics(
-            norms={name: norms[leader] for name, leader in shared_inputs.items() if leader in norms},
+            norms={name: norms[first] for name, first in shared_inputs.items() if first in norms},
             cosine=cosine / tokens if tokens else None,
-            grams={name: grams[leader] for name, leader in shared_inputs.items() if leader in grams},
+            grams={name: grams[first] for name, first in shared_inputs.items() if first in grams},
             shared_inputs=shared_inputs,
         )
 
     def _agreed_shared_inputs(self) -> dict[str, str]:
-        """Which linear stands for which: an expert that no token of this process reached may be known to another."""
-        return {
-            name: leader for known in reversed(distributed.gathered(self._leader)) for name, leader in known.items()
-        }
+        """The shared inputs that any process knows of: an expert may have had tokens in another one alone."""
+        by_process = distributed.gathered(self._shared_inputs)
+        return {name: first for shared in reversed(by_process) for name, first in shared.items()}
 
     def _sum_over_processes(self, shared_inputs: Iterable[str]) -> None:
-        """Adds up what the processes saw, in an order that is the same in all of them."""
-        for leader in sorted(set(shared_inputs)):
-            width = self._width[leader]
+        """Adds up the sums of all processes."""
+        # in one order for all: each sum waits for that of the other processes
+        for name in sorted(set(shared_inputs)):
+            width = self._width[name]
             if INPUTS in self.wanted:
-                self._squares.setdefault(leader, InputSquares()).sum_over_processes(width)
+                self._squares.setdefault(name, InputSquares()).sum_over_processes(width)
             if GRAM in self.wanted:
-                self._grams.setdefault(leader, InputGram()).sum_over_processes(width)
+                self._grams.setdefault(name, InputGram()).sum_over_processes(width)

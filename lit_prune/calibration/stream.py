@@ -1,6 +1,6 @@
-"""Runs calibration windows through a model one block at a time; ``statistics.py`` has what is taken on the way.
+"""Calibration windows run through a model one block at a time, while an Observer accumulates statistics.
 
-At any time one block, one batch and the statistics are on the accelerator; the rest stays where it was.
+At any time one block, one batch and the statistics are on the accelerator; everything else stays where the model is.
 Suffixes: N windows, B batch, T tokens, D hidden size.
 """
 
@@ -25,10 +25,10 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class Stream:
-    """The residual stream of all calibration batches, standing between two blocks of a model.
+    """The residual stream of all calibration batches between two blocks of a model.
 
-    Making one embeds the batches with every block short-circuited, and records what each block is called with: masks
-    and rotary embeddings differ by the layer's type and by the batch. :meth:`run` takes the stream through one block.
+    The constructor embeds the batches with every block short-circuited and records the arguments of every block: masks
+    and rotary embeddings differ by the layer's type and by the batch. :meth:`run` advances the stream by one block.
 
     Args:
         model: A causal LM in eval mode.
@@ -37,23 +37,23 @@ class Stream:
         device: Where a block computes.
 
     Attributes:
-        hidden: The residual stream of every batch.
-        wraps: Whether the model's blocks give tuples.
+        hidden: The residual stream of every batch, (B, T, D), where the model is.
+        wraps: Whether the model's blocks return tuples.
     """
 
     def __init__(
         self, model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch], device: torch.device
     ) -> None:
         self.device = device
-        self.home = model.device
+        self.offload_device = model.device
         self.masks: list[Tensor | None] = [_mask(batch) for batch in batches]
         self.hidden: list[Tensor] = []
         self.arguments: list[Arguments] = []
         capture = _Capture(model, [block.module for block in blocks])
         for batch in batches:
-            inputs, arguments = capture({key: value.to(self.home) for key, value in batch.items()})
+            inputs, arguments = capture({key: value.to(self.offload_device) for key, value in batch.items()})
             self.hidden.append(inputs)
-            self.arguments.append([share_of_zeros(now, before) for now, before in self._beside_last(arguments)])
+            self.arguments.append([reuse_equal(now, before) for now, before in self._beside_last(arguments)])
         self.wraps = bool(capture.wraps)
 
     def _beside_last(self, arguments: Arguments) -> Iterable[tuple[Any, Any]]:
@@ -64,13 +64,13 @@ class Stream:
         """Runs every batch through ``block``, which must be on the stream's device.
 
         Args:
-            block: The block that the stream stands before.
-            observer: Takes statistics on the way.
-            advance: Put the block's outputs in the place of its inputs.
-            finite: Ask whether they are numbers.
+            block: The block that the stream is in front of.
+            observer: Accumulates statistics.
+            advance: Replace the block's inputs by its outputs.
+            finite: Check that the outputs are finite.
 
         Raises:
-            InputError: if the block gives NaN or infinity, where that is asked.
+            InputError: if ``finite`` and the block returns NaN or infinity.
         """
         for index, x_BTD in enumerate(self.hidden):
             args, kwargs = move_data_to_device(self.arguments[index][block.index], self.device)
@@ -82,28 +82,28 @@ class Stream:
             if finite:
                 _check_finite(y_BTD, block, index)
             if observer is not None:
-                observer.see_block(x_BTD, y_BTD)
+                observer.add_block(x_BTD, y_BTD)
             if advance:
-                self.hidden[index] = y_BTD.to(self.home)
+                self.hidden[index] = y_BTD.to(self.offload_device)
 
     @torch.no_grad()
     def map(self, work: Callable[..., Tensor], block: Block | None = None) -> None:
-        """Puts what ``work`` makes of every batch's hidden states in their place.
+        """Replaces the hidden states of every batch by what ``work`` returns for them.
 
         Args:
-            work: Is given the batch's index, its hidden states on the stream's device and, by keyword, the arguments
-                that ``block`` is called with.
-            block: The block that the stream stands before.
+            work: Takes the batch's index, its hidden states on the stream's device and, by keyword, the arguments of
+                ``block``.
+            block: The block that the stream is in front of.
 
         Raises:
-            InputError: if NaN or infinity comes out of a block.
+            InputError: if ``work`` returns NaN or infinity for a block.
         """
         for index, x_BTD in enumerate(self.hidden):
             kwargs = {} if block is None else self.arguments[index][block.index][1]
             y_BTD = work(index, x_BTD.to(self.device), **move_data_to_device(kwargs, self.device))
             if block is not None:
                 _check_finite(y_BTD, block, index)
-            self.hidden[index] = y_BTD.to(self.home)
+            self.hidden[index] = y_BTD.to(self.offload_device)
 
     def counted(self, index: int, x_BTD: Tensor) -> Tensor:
         """Returns the positions of batch ``index`` that count, (P, D)."""
@@ -123,17 +123,17 @@ def observe(stream: Stream, block: Block, wanted: frozenset[str], *, advance: bo
     """Returns the wanted statistics of ``block`` over the whole stream."""
     with Observer(block, wanted).watching() as observer:
         stream.run(block, observer, advance=advance)
-    return observer.observed()
+    return observer.statistics()
 
 
 @contextmanager
 def on_device(block: Block, device: torch.device, *, changes: bool = False) -> Iterator[Block]:
-    """Moves one block to the accelerator, and back where it was.
+    """Moves one block to ``device`` for as long as the context lasts, and back.
 
     Args:
         block: The block.
         device: Where it computes.
-        changes: Whether its weights are changed there, which a block on disk has to know.
+        changes: Whether its weights are changed there, so that a block on disk is written back.
     """
     if block.home is not None:
         with block.home.lent(block.path, block.module, device, changes=changes):
@@ -148,7 +148,7 @@ def on_device(block: Block, device: torch.device, *, changes: bool = False) -> I
 
 
 def unwrap(output: Tensor | tuple[Any, ...]) -> Tensor:
-    """Returns the hidden states of a block's output, which some families wrap in a tuple."""
+    """Returns the hidden states in a block's output, which some families wrap in a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -160,8 +160,8 @@ def _mask(batch: Batch) -> Tensor | None:
 class _Capture:
     """Embeds batches with every block short-circuited; returns block 0's input and every block's other arguments.
 
-    What stands in for a block gives what the block would give, a tensor or a tuple. Nothing but the block itself can
-    tell which, so that the first one runs once: Falcon takes ``outputs[0]``, which of a tensor is its first row.
+    The patched forward of a block has to return what the block itself would, a tensor or a tuple: Falcon takes
+    ``outputs[0]``, which of a tensor is its first row. Only a call shows which, so that the first block runs once.
     """
 
     def __init__(self, model: PreTrainedModel, modules: Sequence[nn.Module]) -> None:
@@ -186,15 +186,15 @@ class _Capture:
         return hidden[0], arguments
 
 
-def share_of_zeros(now: Any, before: Any) -> Any:
-    """Returns ``now`` with every tensor that equals its counterpart in ``before`` replaced by that one."""
+def reuse_equal(now: Any, before: Any) -> Any:
+    """Returns ``now`` with every tensor that equals its counterpart in ``before`` replaced by it, to hold it once."""
     if isinstance(now, Tensor):
         same = isinstance(before, Tensor) and now.shape == before.shape and torch.equal(now, before)
         return before if same else now
     if isinstance(now, tuple):
         pairs = before if isinstance(before, tuple) and len(before) == len(now) else (None,) * len(now)
-        return tuple(share_of_zeros(item, other) for item, other in zip(now, pairs, strict=True))
+        return tuple(reuse_equal(item, other) for item, other in zip(now, pairs, strict=True))
     if isinstance(now, dict):
         counterparts = before if isinstance(before, dict) else {}
-        return {key: share_of_zeros(value, counterparts.get(key)) for key, value in now.items()}
+        return {key: reuse_equal(value, counterparts.get(key)) for key, value in now.items()}
     return now

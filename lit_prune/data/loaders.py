@@ -1,7 +1,7 @@
-"""DataLoaders for one process or several: one whose order is a function of (seed, epoch), and that a checkpoint can put
-back where it was, and one that gives every window once.
+"""A training DataLoader whose order is a function of (seed, epoch) and whose position a checkpoint can restore, and the
+padding and sharding of evaluation data.
 
-In several processes a step of the training reads the windows that one process reads in a batch so many times as large.
+A training step of n processes reads the windows that a single process reads in a batch n times as large.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from lit_prune.evaluation.perplexity import IGNORED
 EPOCH_STRIDE = 1_000_003  # so that neighbouring seeds share no epoch's order
 
 
-class EpochOrder(DistributedSampler[int]):  # by this type Lightning knows that it need not share out the items itself
+class EpochOrder(DistributedSampler[int]):  # Lightning replaces any sampler but a DistributedSampler by one of its own
     """The order of this process's items in an epoch, from a position on.
 
-    All processes have the same number, those that are left over in no epoch.
+    All processes have the same number of items; the remainder of an epoch is dropped.
 
     Args:
         items: The data set.
         seed: Seed of the order.
 
     Raises:
-        InputError: if there are fewer items than processes, and so none in any epoch.
+        InputError: if there are fewer items than processes.
     """
 
     def __init__(self, items: Dataset, seed: int) -> None:
@@ -51,7 +51,8 @@ class EpochOrder(DistributedSampler[int]):  # by this type Lightning knows that 
     def order(self) -> Tensor:
         """Returns the indices of the items in the order of this epoch, shape (count,)."""
         random = torch.Generator().manual_seed(self.seed + EPOCH_STRIDE * self.epoch)
-        torch.empty((), dtype=torch.int64).random_(generator=random)  # as a plain, shuffled DataLoader does first
+        # a plain DataLoader draws the seed of its workers first; so the first epoch has the order of a shuffled one
+        torch.empty((), dtype=torch.int64).random_(generator=random)
         return torch.randperm(self.count, generator=random)
 
     def __iter__(self) -> Iterator[int]:
@@ -63,16 +64,16 @@ class EpochOrder(DistributedSampler[int]):  # by this type Lightning knows that 
 
 
 class ResumableLoader(DataLoader):
-    """Shuffled batches; what was read of an epoch is skipped after a resume, and not read.
+    """Shuffled batches; a resumed run skips the batches of its epoch that were read, without loading them.
 
-    Lightning keeps its state in every checkpoint. It draws nothing from the global random numbers.
+    Lightning stores its state in every checkpoint. It draws nothing from the global random numbers.
 
     Args:
         items: A map-style data set.
         batch_size: Items per batch.
         seed: Seed of the order.
         num_workers: Processes that load batches.
-        collate_fn: Makes a batch of a list of items; None stacks them.
+        collate_fn: Returns the batch of a list of items; None stacks them.
     """
 
     def __init__(
@@ -85,16 +86,16 @@ class ResumableLoader(DataLoader):
         collate_fn: Callable[..., Any] | None = None,
     ) -> None:
         self.ordered = EpochOrder(items, seed)
-        own = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         super().__init__(
-            items, batch_size, sampler=self.ordered, num_workers=num_workers, generator=own, collate_fn=collate_fn
+            items, batch_size, sampler=self.ordered, num_workers=num_workers, generator=generator, collate_fn=collate_fn
         )
         self.position = {"epoch": 0, "batches": 0}
         self._resumed = False
 
     def __iter__(self) -> Any:
-        """Yields the batches of the epoch; it begins at the position of a checkpoint that was just loaded."""
-        epoch = self.ordered.epoch  # by the time of the first batch Lightning has set it
+        """Yields the batches of the epoch, from the position of the checkpoint if one was just loaded."""
+        epoch = self.ordered.epoch  # Lightning calls set_epoch before the first batch, but after the loader is made
         skipped = self.position["batches"] if self._resumed and self.position["epoch"] == epoch else 0
         self._resumed = False
         self.ordered.begin = skipped * (self.batch_size or 1)
@@ -105,32 +106,32 @@ class ResumableLoader(DataLoader):
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Within it the loader may be read for another purpose than training, which goes on where it was."""
-        kept = self.position, self._resumed, self.ordered.epoch, self.ordered.begin
+        """Lets the loader be read for another purpose than training, which then continues at its position."""
+        before = self.position, self._resumed, self.ordered.epoch, self.ordered.begin
         try:
             self._resumed = False
             yield
         finally:
-            self.position, self._resumed, self.ordered.epoch, self.ordered.begin = kept
+            self.position, self._resumed, self.ordered.epoch, self.ordered.begin = before
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the epoch, and how many of its batches were given."""
+        """Returns the epoch, and the number of its batches that were read."""
         return dict(self.position)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the position of a checkpoint."""
+        """Restores the position of a checkpoint."""
         self.position, self._resumed = dict(state_dict), True
 
 
 class PaddedDataset(Dataset):
-    """The items of a data set, and as many more as make their number a multiple; those that are added predict nothing.
+    """The items of a data set, padded to a multiple by items that predict nothing.
 
-    So all processes make as many forward passes, which sharded weights ask for. Where none has to be added, the items
-    are as they are; else they have `labels`, -100 in those that are added.
+    So all processes make the same number of forward passes, which sharded weights need. If none has to be added, items
+    are returned as they are; else they have `labels`, -100 in those that are added.
 
     Args:
-        items: Gives dicts of `input_ids` (T,) and perhaps `labels`.
-        multiple: How many processes there are.
+        items: A data set of dicts with `input_ids` (T,) and perhaps `labels`.
+        multiple: Number of processes.
     """
 
     def __init__(self, items: Dataset, multiple: int) -> None:
@@ -149,7 +150,10 @@ class PaddedDataset(Dataset):
 
 
 class ShardedSampler(DistributedSampler[int]):
-    """Every item once, in order: to each process every so-manieth; no item twice, as Lightning's own would have it.
+    """Every item once, in order, every n-th for each of n processes.
+
+    Lightning's own sampler repeats items to give all processes the same number, so that a perplexity would count them
+    twice.
 
     Args:
         items: The data set.

@@ -1,9 +1,9 @@
-"""The documentation that every Python carries, as named documents: language topics and docstrings.
+"""The documentation inside every Python as named documents: language topics and docstrings.
 
-Nothing is imported or downloaded: docstrings are read from the source files with ``ast``. A document is one module;
-which part it belongs to hangs on a hash of its name alone, so that training text under one Python version is not
-validation text under another. A paragraph of some length that stands in both parts is dropped from one: from
-validation where the standard library's training documents have it, from packages where validation has it.
+Nothing is imported or downloaded: docstrings are read from the source files with ``ast``. A document is one module; a
+hash of its name alone decides which part it belongs to, so that training text of one Python version is not validation
+text of another. A longer paragraph that is in both parts is dropped from one of them: from validation if the standard
+library's training documents have it, from packages if validation has it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def python_docs(part: Part, packages: bool = False) -> list[dict[str, str]]:
 
 @functools.cache
 def _standard() -> dict[str, list[tuple[str, str]]]:
-    """All that Python itself documents: several thousand files are read, once for both parts."""
+    """The documents of Python itself; several thousand files are read, once for both parts."""
     return {**_topics(), **_modules(Path(sysconfig.get_path("stdlib")), "", {"site-packages"})}
 
 
@@ -55,14 +55,14 @@ def _hash(name: str) -> int:
 
 
 def _documents(named: dict[str, list[tuple[str, str]]]) -> list[dict[str, str]]:
-    """Joins each document's (heading, text) pieces, leaving out texts that were seen before."""
-    seen = set()
+    """Joins each document's (heading, text) pieces, leaving out texts that an earlier one has."""
+    texts = set()
     documents = []
     for name in sorted(named, key=_hash):
         fresh = []
         for heading, text in named[name]:
-            if text.strip() not in seen:
-                seen.add(text.strip())
+            if text.strip() not in texts:
+                texts.add(text.strip())
                 fresh.append(f"{heading}\n{text}" if heading else text)
         if fresh:
             documents.append({"name": name, "text": "\n\n".join(fresh)})
@@ -70,7 +70,7 @@ def _documents(named: dict[str, list[tuple[str, str]]]) -> list[dict[str, str]]:
 
 
 def _paragraphs(documents: list[dict[str, str]]) -> set[str]:
-    """The paragraphs that are long enough to be told apart from phrases that everybody writes."""
+    """The paragraphs that are too long to be in two documents by coincidence."""
     pieces = {piece.strip() for row in documents for piece in row["text"].split("\n\n")}
     return {piece for piece in pieces if len(piece) >= SHARED_CHARACTERS}
 
@@ -92,7 +92,7 @@ def _topics() -> dict[str, list[tuple[str, str]]]:
 
 
 def _modules(root: Path, prefix: str, skipped: set[str]) -> dict[str, list[tuple[str, str]]]:
-    """Maps each module's dotted name to its docstrings, each under the heading of what it documents."""
+    """Each module's docstrings by its dotted name, each with a heading that names what it documents."""
     modules = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts

@@ -1,8 +1,8 @@
-"""What a model is worth and what it weighs: perplexity, sparsity, parameters, bytes.
+"""Perplexity of a causal LM, and the labels that count in it.
 
 Perplexity is exp(mean token negative log-likelihood), shifted by one, padding left out. It is computed from
-fp32 cross entropy a chunk of tokens at a time: a softmax followed by a log underflows to infinity on fp16 logits of a
-healthy model, and fp32 logits of a 150,000-word vocabulary would double the memory.
+fp32 cross entropy, a chunk of tokens at a time: a softmax followed by a log (as in torchmetrics) is infinite for fp16
+logits of a healthy model, and fp32 logits of a vocabulary of 150,000 would double the memory.
 Suffixes: B batch, T tokens, V vocabulary, P predicted positions.
 """
 
@@ -34,7 +34,7 @@ IGNORED = -100  # a label that does not count
 
 
 def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """Returns the token that each position is, (B, T), and -100 where no prediction of it counts.
+    """Returns the token ids of a batch, (B, T), with -100 where the prediction of a token does not count.
 
     A prediction counts where the token and the one before it are attended to, and where `labels`, if the batch has
     them, are not -100.
@@ -56,7 +56,7 @@ def negative_log_likelihood(
 ) -> tuple[Tensor, int]:
     """Returns the summed negative log-likelihood (float64 scalar, nats) and the number of predicted tokens.
 
-    Position t predicts token t + 1; which predictions count, :func:`labels_of` tells.
+    Position t predicts token t + 1; :func:`labels_of` says which predictions count.
     Two tokens under uniform logits over V = 4 give one prediction of log 4 = 1.386.
 
     Args:
@@ -65,8 +65,8 @@ def negative_log_likelihood(
         attention_mask_BT: 1 for tokens, 0 for padding; None means no padding.
         labels_BT: The token ids, -100 where they do not count; None counts all.
     """
-    given = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
-    targets_BT = labels_of({name: tensor for name, tensor in given.items() if tensor is not None})[:, 1:]
+    batch = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
+    targets_BT = labels_of({name: tensor for name, tensor in batch.items() if tensor is not None})[:, 1:]
     counted_BT = targets_BT != IGNORED
     total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
     for logits_TV, targets_T, counted_T in zip(logits_BTV, targets_BT, counted_BT, strict=True):
@@ -78,7 +78,7 @@ def negative_log_likelihood(
 
 
 class Perplexity(Metric):
-    """Perplexity of a causal LM over everything it was updated with; sums reduce over processes.
+    """Perplexity of a causal LM over all batches of all updates; its sums reduce over processes.
 
     Raises:
         ValueError: if no token was predicted.
@@ -121,14 +121,14 @@ class Perplexity(Metric):
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a perplexity was measured on and how; only values of one protocol may be compared.
+    """The data and the way that a perplexity was measured; only values of one protocol may be compared.
 
     Attributes:
-        data: What the batches are.
-        windows: How many there are.
+        data: Description of the text.
+        windows: Number of windows.
         seq_length: Tokens of the longest one.
-        tokens: How many were predicted.
-        dtype: Of the model, such as `bfloat16`.
+        tokens: Number of predicted tokens.
+        dtype: Data type of the model, such as `bfloat16`.
     """
 
     data: str
@@ -140,12 +140,12 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A perplexity, and what it was measured on and how.
+    """A perplexity and its protocol.
 
     Attributes:
         perplexity: exp(mean negative log-likelihood).
         protocol: See Protocol.
-        seconds: How long it took.
+        seconds: Time of the measurement.
     """
 
     perplexity: float
@@ -163,18 +163,18 @@ def measure(
     device: torch.device | None = None,
     streamed: bool = False,
 ) -> Measurement:
-    """Returns the perplexity of ``model``, where it is and as it is, in eval mode.
+    """Returns the perplexity of ``model`` in eval mode, on the device that it is on.
 
-    A model on disk goes through its blocks once, with all batches. In several processes each measures its share of the
-    batches, in as many forward passes as the others, and all return what is true of all.
+    A model on disk passes all batches through one block after the other. In several processes each measures its share
+    of the batches, in as many forward passes as the others, and all return the perplexity over all batches.
 
     Args:
         model: A causal LM.
-        batches: Dicts with `input_ids` (batch, tokens); where there is padding, `attention_mask`; where not every token
-            counts, `labels`; where conversations are packed, `position_ids`.
-        data: What the batches are, for the protocol.
-        label: What the progress bar says.
-        device: Where the blocks of a model on disk compute; None means where the model is.
+        batches: Dicts with `input_ids` (batch, tokens) and, if the batch has padding, `attention_mask`; if not every
+            token counts, `labels`; if it packs conversations, `position_ids`.
+        data: Description of the text, for the protocol.
+        label: Text of the progress bar.
+        device: Device on which the blocks of a model on disk compute; None means that of the model.
         streamed: Move the blocks to ``device`` one at a time, as with a model on disk.
 
     Raises:
@@ -198,16 +198,16 @@ def measure(
 def _logits(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], device: torch.device, label: str, streamed: bool
 ) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
-    """Gives every batch of this process and its logits, where the model is."""
+    """Yields every batch of this process and its logits, on the model's device."""
     if (streamed or on_disk(model) is not None) and is_known(model.config):
-        kept = [dict(batch) for batch, counts in distributed.equal_batches(batches) if counts]
-        yield from zip(kept, streamed_logits(model, kept, device, label), strict=True)
+        own = [dict(batch) for batch, counts in distributed.equal_batches(batches) if counts]
+        yield from zip(own, streamed_logits(model, own, device, label), strict=True)
         return
     for batch, counts in distributed.equal_batches(track(batches, label)):
-        there = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
-        logits = model(**inputs_of(there), use_cache=False).logits
+        moved = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        logits = model(**inputs_of(moved), use_cache=False).logits  # also of a batch that does not count: see above
         if counts:
-            yield there, logits
+            yield moved, logits
 
 
 @contextmanager

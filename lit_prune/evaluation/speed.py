@@ -1,4 +1,4 @@
-"""How many tokens a second a model reads (prefill) and writes (decode)."""
+"""Tokens per second that a model reads (prefill) and writes (decode)."""
 
 from __future__ import annotations
 

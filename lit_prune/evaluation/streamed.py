@@ -1,4 +1,4 @@
-"""The logits of a model whose blocks are on disk: every block is read once, for all batches, and computes alone."""
+"""Logits of a model whose blocks are on disk: every block is read once for all batches."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lit_prune.progress import track
 def streamed_logits(
     model: PreTrainedModel, batches: Sequence[Batch], device: torch.device, label: str
 ) -> Iterator[Tensor]:
-    """Gives the logits of every batch, (batch, tokens, vocabulary), as ``model`` itself would.
+    """Yields the logits of every batch, (batch, tokens, vocabulary), as ``model`` itself would return them.
 
-    The residual stream of all batches is held, batch * tokens * hidden size of the model's type.
+    The residual stream of all batches is in memory: tokens * hidden size in the model's type.
 
     Args:
         model: A causal LM of a known family, in eval mode.
-        batches: Dicts of `input_ids` and, where there is padding, `attention_mask`; packed ones have `position_ids`.
-        device: Where a block computes; embedding and head compute where the model is.
-        label: What the progress bar over the blocks says.
+        batches: Dicts of `input_ids` and, if there is padding, `attention_mask`; packed ones have `position_ids`.
+        device: Device on which a block computes; embedding and head compute on the model's.
+        label: Text of the progress bar over the blocks.
     """
     blocks = find_blocks(model)
     stream = Stream(model, blocks, batches, device)

@@ -1,6 +1,6 @@
-"""Tasks of lm-eval (EleutherAI's evaluation harness) on a model in memory, as it is: masked, sliced, with an adapter.
+"""Tasks of lm-eval (EleutherAI's evaluation harness) on a model in memory: masked, sliced, or with an adapter.
 
-The harness's own model class for Hugging Face and its own ``simple_evaluate`` do it; nothing of a task is done here.
+All work on a task is that of the harness's own Hugging Face class and its ``simple_evaluate``.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from lit_prune.progress import log
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """How lm-eval asks its tasks.
+    """Settings of lm-eval.
 
     Args:
         num_fewshot: Examples before every question; null takes each task's own number.
         limit: Use only the first so many questions of every task; for trying out.
         batch_size: Questions per forward pass.
-        include_path: Folder with task files of your own, by whose names they can be asked for.
+        include_path: Folder with task files of your own, whose names `tasks` may then have.
         chat: Put the questions into the tokenizer's chat template.
 
     Raises:
-        InputError: for a number below 1 (`num_fewshot`: below 0), or a folder that is not there.
+        InputError: for a number below 1 (`num_fewshot`: below 0), or a folder that does not exist.
     """
 
     num_fewshot: int | None = None
@@ -57,7 +57,7 @@ class HarnessSettings:
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks, by name, pattern or YAML file, and how they are asked.
+    """Tasks by name, pattern or YAML file, with the settings of the harness.
 
     Args:
         names: Such as `arc_easy`, `mmlu*`, or `my_task.yaml`.
@@ -68,14 +68,14 @@ class Tasks:
     settings: HarnessSettings = field(default_factory=HarnessSettings)
 
     def check(self, tokenizer: Tokenizer | None = None, *, load: bool = False) -> Any:
-        """Asks whether every task is there; returns the harness's manager of tasks.
+        """Returns the harness's task manager, if it knows every task.
 
         Args:
-            tokenizer: What the model is asked with; for `lm_eval.chat` it must have a chat template.
-            load: Read the tasks and their data, too, so that a run does not find out at its end that there is none.
+            tokenizer: The model's tokenizer; for `lm_eval.chat` it must have a chat template.
+            load: Load the tasks and their data, too, so that missing data ends a run at its start and not at its end.
 
         Raises:
-            InputError: without lm-eval; for names that no task has, with near misses; for data that is not to be had.
+            InputError: without lm-eval; for unknown names, with near misses; for data that cannot be loaded.
         """
         if importlib.util.find_spec("lm_eval") is None:
             raise InputError("`tasks` needs lm-eval, which is not installed: pip install 'lit-prune[eval]'.")
@@ -89,16 +89,16 @@ class Tasks:
         return manager
 
     def _manager(self) -> Any:
-        """The manager of the tasks in files, or of those that the harness has where a name is not among them.
+        """The manager of the tasks in `include_path`; of the harness's own, too, if a name is not among them.
 
-        It has nearly 15,000 and takes seconds to list them.
+        The harness has nearly 15,000 tasks and takes seconds to list them.
         """
         from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         for path in (name for name in self.names if _is_path(name)):
             if not Path(path).is_file():
-                raise InputError(f"`tasks` must be names or YAML files that are there, got {path}.")
+                raise InputError(f"`tasks` must be names or YAML files that exist, got {path}.")
         named, own = [name for name in self.names if not _is_path(name)], self.settings.include_path
         manager = TaskManager(include_path=own, include_defaults=False)
         if all(manager.match_tasks([name]) for name in named):
@@ -116,32 +116,33 @@ class Tasks:
         return manager
 
     def _specs(self, manager: Any) -> list[str]:
-        """The names with patterns spelt out, and the paths."""
+        """The names with patterns expanded, and the paths."""
         specs = [[name] if _is_path(name) else manager.match_tasks([name]) for name in self.names]
-        return list(dict.fromkeys(spec for found in specs for spec in found))
+        return list(dict.fromkeys(spec for matched in specs for spec in matched))
 
     def _load(self, manager: Any) -> list[Any]:
-        """The tasks and groups themselves, with their data."""
+        """The tasks and groups, with their data."""
         try:
             loaded = [(spec, manager.load(spec)) for spec in self._specs(manager)]
-        except Exception as error:  # what datasets raises hangs on the hub's answer and on the data set
+        except Exception as error:  # what datasets raises depends on the hub's answer and on the data set
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"`tasks`: {', '.join(self.names)} cannot be read, or the data cannot be had: {first}. Without a hub, "
-                "give a task file whose data is local."
+                f"`tasks`: {', '.join(self.names)} cannot be read, or the data cannot be loaded: {first}. "
+                "Without a hub, give a task file whose data is local."
             ) from error
         groups = [
-            [found["groups"][spec]] if spec in found["groups"] else found["tasks"].values() for spec, found in loaded
+            [content["groups"][spec]] if spec in content["groups"] else content["tasks"].values()
+            for spec, content in loaded
         ]
         return [item for group in groups for item in group]
 
     def run(self, model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Returns what report.json says of the tasks: the harness's version, the settings, and each task's metrics.
+        """Returns the `tasks` of report.json: the harness's version, the settings, and each task's metrics.
 
-        Neither ``model`` nor ``tokenizer`` is changed, nor are the random numbers.
+        Neither ``model`` nor ``tokenizer`` is changed, nor the state of the random numbers.
 
         Args:
-            model: A causal LM, where it is and as it is.
+            model: A causal LM, which is evaluated on the device that it is on.
             tokenizer: Its tokenizer.
         """
         manager = self.check()
@@ -152,10 +153,11 @@ class Tasks:
         begin, states = time.perf_counter(), random_states()
         try:
             with evaluating(model):
+                # HFLM sets a padding token on the tokenizer, which would be exported
                 harness: Any = HFLM(
                     pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.settings.batch_size
                 )
-                found: Any = simple_evaluate(
+                evaluated: Any = simple_evaluate(
                     harness,
                     tasks=loaded,
                     num_fewshot=self.settings.num_fewshot,
@@ -169,7 +171,7 @@ class Tasks:
         return {
             "harness": f"lm-eval {importlib.metadata.version('lm-eval')}",
             "settings": asdict(self.settings),
-            "results": {name: _told(name, found) for name in found["results"]},
+            "results": {name: _metrics(name, evaluated) for name in evaluated["results"]},
             "seconds": time.perf_counter() - begin,
         }
 
@@ -178,15 +180,16 @@ def _is_path(name: str) -> bool:
     return name.endswith((".yaml", ".yml"))
 
 
-def _told(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    """A task's metrics by name, a filter in parentheses, and how many questions with how many examples."""
+def _metrics(name: str, evaluated: dict[str, Any]) -> dict[str, Any]:
+    """A task's metrics by name, with the filter in parentheses, and the number of questions and of examples."""
     metrics = {}
-    for key, value in found["results"][name].items():
-        metric, _, how = key.partition(",")
-        if isinstance(value, (int, float)) and how:
-            metrics[metric if how == "none" else f"{metric} ({how})"] = value
-    samples = found["n-samples"].get(name, {}).get("effective")
-    return metrics | {"samples": samples, "shots": found["n-shot"].get(name), "version": found["versions"].get(name)}
+    for key, value in evaluated["results"][name].items():
+        metric, _, filter_name = key.partition(",")
+        if isinstance(value, (int, float)) and filter_name:
+            metrics[metric if filter_name == "none" else f"{metric} ({filter_name})"] = value
+    samples = evaluated["n-samples"].get(name, {}).get("effective")
+    shots, version = evaluated["n-shot"].get(name), evaluated["versions"].get(name)
+    return metrics | {"samples": samples, "shots": shots, "version": version}
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -195,16 +198,16 @@ def describe(result: dict[str, Any]) -> str:
     >>> describe({"acc": 0.5, "acc_stderr": 0.0211, "samples": 9, "shots": 0, "version": 1})
     'acc 0.5000 ± 0.0211; 9 questions, 0 shots'
     """
-    told = []
+    metrics = []
     for name, value in result.items():
         if name not in ("samples", "shots", "version") and "_stderr" not in name:
             error = result.get(re.sub(r"^(\w+)", r"\1_stderr", name))
-            told.append(f"{name} {value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
+            metrics.append(f"{name} {value:.4f}" + (f" ± {error:.4f}" if isinstance(error, float) else ""))
     count = "" if result["samples"] is None else f"; {result['samples']} questions, {result['shots']} shots"
-    return ", ".join(told) + count
+    return ", ".join(metrics) + count
 
 
-def names_of(given: str | Sequence[str] | None) -> list[str]:
+def names_of(tasks: str | Sequence[str] | None) -> list[str]:
     """Returns the names in `arc_easy,piqa`, or in a list."""
-    parts = given.split(",") if isinstance(given, str) else given or []
+    parts = tasks.split(",") if isinstance(tasks, str) else tasks or []
     return [name.strip() for name in parts if name.strip()]

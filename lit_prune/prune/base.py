@@ -20,7 +20,7 @@ from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.progress import track
 from lit_prune.prune.patterns import Pattern, Unstructured
-from lit_prune.search.mask_cache import MaskedTrial, climbing
+from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, moved
 
 Propagate = Literal["dense", "pruned"]
@@ -233,12 +233,12 @@ class MaskMethod(Method):
         They are made from the statistics of the unpruned model, also where the cut will take those behind pruned
         blocks: SparseGPT then needs the Gram matrices of all blocks at once (see its `propagate`).
         """
-        grains = [self.pattern.grain(block.size) for block in blocks]
+        granularity = [self.pattern.grain(block.size) for block in blocks]
         with (
             moved(model, device),
-            climbing(blocks, lambda block, rate: dict(self._cut(block, observed[block.index], rate))) as ladder,
+            mask_cache(blocks, lambda block, rate: dict(self._cut(block, observed[block.index], rate))) as cache,
         ):
-            yield MaskedTrial(model, batches, ladder, grains)
+            yield MaskedTrial(model, batches, cache, granularity)
 
     @torch.no_grad()
     def _prune_next(self, walk: Stream | None, block: Block, observed: BlockStatistics, rate: float) -> None:
@@ -252,7 +252,7 @@ class MaskMethod(Method):
         """Yields the pruned weight of every linear; those of one input are pruned together."""
         for names in observed.groups(block.linears):
             weights = [block.linears[name].weight_OI.contiguous() for name in names]
-            seen = observed.seen(names[0]).to(weights[0].device)
+            seen = observed.input_of(names[0]).to(weights[0].device)
             yield from zip(names, self.prune(weights, seen, rate), strict=True)
 
 

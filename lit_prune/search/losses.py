@@ -1,7 +1,8 @@
-"""The losses that a search has measured: each once, and kept in a file from which a search that was stopped goes on.
+"""The losses that a search has measured, in a file from which an interrupted search continues.
 
-A search draws by a seed, so that the same losses lead it the same way: it begins at its start again, is told what was
-measured before, and measures from where that ends. The file is JSON; its key says what the losses hang on.
+A search draws by a seed, so that the same losses lead it the same way: it starts again from its beginning, reads the
+losses in the file instead of measuring them, and measures from where they end. The file is JSON; its key identifies
+the model, the text and the settings that the losses belong to.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from lit_prune.errors import InputError
 from lit_prune.files import write_text
 from lit_prune.search.evolution import Moved
 
-DIGEST = 64  # letters of a SHA-256, which tells people nothing
+DIGEST = 64  # letters of a SHA-256, which people cannot read
 CHANGE = "choose another file by `--pruning.allocation.state FILE`"
 
 
 class Measured:
-    """Losses by what was moved and by window.
+    """Losses by point of the space and by window.
 
     Args:
-        path: The file; None keeps them in memory alone.
+        path: The file; None keeps the losses in memory.
 
     Raises:
-        InputError: if there is a file that is none of a search, or no folder to write it to.
+        InputError: if the file was not written by a search, or its folder does not exist.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -40,7 +41,7 @@ class Measured:
             self._read(self.path)
         elif not self.path.absolute().parent.is_dir():
             raise InputError(
-                f"`Search.state` must be a file in a folder that is there, got {path}: make it, or {CHANGE}."
+                f"`Search.state` must be a file in a folder that exists, got {path}: make it, or {CHANGE}."
             )
 
     def _read(self, path: Path) -> None:
@@ -49,27 +50,27 @@ class Measured:
             losses = {(tuple(moved), window): loss for window, loss, moved in content["losses"]}
             self.key, self.losses = dict(content["key"]), losses
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"`Search.state` must be a file that a search wrote, {path} is none; {CHANGE}.") from error
+            raise InputError(f"`Search.state` must be a file that a search wrote, {path} is not; {CHANGE}.") from error
         self._saved = len(self.losses)
 
     def fit(self, key: Mapping[str, Any]) -> None:
-        """Asks whether the losses are those of ``key``, as far as that says; a file without any takes it over.
+        """Refuses losses of another ``key``, which may be a part of the whole one; a file without losses fits any.
 
         Raises:
-            InputError: if not, saying what differs.
+            InputError: if the keys differ, with what differs.
         """
         now = json.loads(json.dumps(key))
         if self.key is None:
             return
         differing = [_differs(name, self.key.get(name), value) for name, value in now.items()]
-        if found := [told for told in differing if told]:
+        if differences := [text for text in differing if text]:
             raise InputError(
-                f"`Search.state` must be of the same search, {self.path} is of another: {'; '.join(found)}. Change it "
-                f"back, {CHANGE}."
+                f"`Search.state` must be of the same search, {self.path} is of another: {'; '.join(differences)}. "
+                f"Change it back, {CHANGE}."
             )
 
     def save(self, key: Mapping[str, Any], rates: list[float]) -> None:
-        """Writes the file, aside and renamed, where there is something new; ``rates`` are the best so far."""
+        """Writes the file, if there are new losses; ``rates`` are the best ones, for people to read."""
         if self.path is None or len(self.losses) == self._saved:
             return
         losses = [[window, loss, list(moved)] for (moved, window), loss in self.losses.items()]
@@ -79,7 +80,7 @@ class Measured:
 
 
 def _differs(name: str, then: Any, now: Any) -> str:
-    """How a value was another, in words; nothing where it was not."""
+    """The difference of two values in words; empty if they are equal."""
     if then == now:
         return ""
     if isinstance(now, dict) and isinstance(then, dict):

@@ -1,6 +1,6 @@
-"""Trial by masks: the weights of every block at a ladder of rates, each made once, kept on disk and swapped in.
+"""Masked weights of every block at several levels of sparsity, computed once, cached on disk and swapped in.
 
-Suffixes: O out, I in, N entries of a weight, K those that stay.
+Suffixes: O out, I in, N entries of a weight, K those that are kept.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ DENSE = "dense"
 
 
 class MaskCache:
-    """The weights of blocks at the rates that were asked for, in a folder.
+    """The weights of blocks at all rates that were asked for, in a folder.
 
-    A rung is made from the dense weights when it is first asked for. What is kept of it is one bit for every weight,
-    whether it stays, and the weights that stay only where they are not those of the dense block, as SparseGPT's are: an
-    eighth of a byte for each weight of a rung, for SparseGPT at 0.7 in float32 1.3 bytes. Files are read as maps, so
-    that memory does not grow with the rungs.
+    A level is the number of weights that a block loses. It is computed from the dense weights when it is first asked
+    for. The file of a level has one bit for every weight, whether it is kept, and the kept weights only if they differ
+    from the dense ones, as those of SparseGPT do: an eighth of a byte a weight, for SparseGPT at 0.7 in float32 1.3
+    bytes. Files are memory-mapped, so that memory does not grow with the levels.
 
     Args:
         blocks: The blocks, dense.
         cut: Returns the weights of a dense block at a rate, by linear.
-        folder: Where files go.
+        folder: Folder of the files.
     """
 
     def __init__(self, blocks: Sequence[Block], cut: Cut, folder: Path) -> None:
         self.blocks, self.cut, self.folder = blocks, cut, folder
-        self.standing: list[str] = [DENSE] * len(blocks)
+        self.levels: list[str] = [DENSE] * len(blocks)
         for block in blocks:
             weights = {name: linear.weight_OI.contiguous() for name, linear in block.linears.items()}
             save_file(weights, self._file(block, DENSE))
 
     def take(self, rates: Sequence[float]) -> None:
-        """Puts every block on the rung of its rate; those that stand there already are left alone."""
+        """Gives every block the weights of its rate; blocks that have them already are left alone."""
         for block, rate in zip(self.blocks, rates, strict=True):
-            rung = str(round(rate * block.size))
-            if self.standing[block.index] == rung:
+            level = str(round(rate * block.size))
+            if self.levels[block.index] == level:
                 continue
-            if not self._file(block, rung).exists():
-                self._make(block, rung, rate)
-            self._write(block, rung, self._weights(block, rung))
+            if not self._file(block, level).exists():
+                self._make(block, level, rate)
+            self._write(block, level, self._weights(block, level))
 
     def restore(self) -> None:
         """Makes every block dense again, bit for bit."""
         for block in self.blocks:
-            if self.standing[block.index] != DENSE:
+            if self.levels[block.index] != DENSE:
                 self._write(block, DENSE, self._dense(block))
 
-    def _make(self, block: Block, rung: str, rate: float) -> None:
-        if self.standing[block.index] != DENSE:
+    def _make(self, block: Block, level: str, rate: float) -> None:
+        if self.levels[block.index] != DENSE:
             self._write(block, DENSE, self._dense(block))
         stored: Weights = {}
         for name, pruned_OI in self.cut(block, rate).items():
@@ -71,27 +71,28 @@ class MaskCache:
             stored[f"keep.{name}"] = packed(keep_OI)
             if not torch.equal(torch.where(keep_OI, dense_OI, 0), pruned_OI):
                 stored[f"new.{name}"] = pruned_OI[keep_OI]
-        save_file(stored, self._file(block, rung))
+        save_file(stored, self._file(block, level))
 
-    def _weights(self, block: Block, rung: str) -> Weights:
-        stored, dense = load_file(self._file(block, rung)), self._dense(block)
+    def _weights(self, block: Block, level: str) -> Weights:
+        stored, dense = load_file(self._file(block, level)), self._dense(block)
         return {name: _rebuilt(stored, name, dense_OI) for name, dense_OI in dense.items()}
 
     def _dense(self, block: Block) -> Weights:
         return load_file(self._file(block, DENSE))
 
-    def _write(self, block: Block, rung: str, weights: Weights) -> None:
-        self.standing[block.index] = "half written"  # should an interrupt come now
+    def _write(self, block: Block, level: str, weights: Weights) -> None:
+        # an interrupt before all linears are written must not leave a block that restore() takes for dense
+        self.levels[block.index] = "half written"
         for name, weight_OI in weights.items():
             block.linears[name].write(weight_OI)
-        self.standing[block.index] = rung
+        self.levels[block.index] = level
 
-    def _file(self, block: Block, rung: str) -> Path:
-        return self.folder / f"{block.index}-{rung}.safetensors"
+    def _file(self, block: Block, level: str) -> Path:
+        return self.folder / f"{block.index}-{level}.safetensors"
 
 
 def _rebuilt(stored: Weights, name: str, dense_OI: Tensor) -> Tensor:
-    """The weight of a rung."""
+    """The weight of a linear at a level."""
     keep_OI = unpacked(stored[f"keep.{name}"], dense_OI.shape)
     new_K = stored.get(f"new.{name}")
     if new_K is None:
@@ -100,25 +101,25 @@ def _rebuilt(stored: Weights, name: str, dense_OI: Tensor) -> Tensor:
 
 
 class MaskedTrial(Trial):
-    """A model whose blocks stand on the rungs of a ladder."""
+    """A trial that swaps in weights from a mask cache."""
 
     def __init__(
-        self, model: PreTrainedModel, batches: Sequence[Batch], ladder: MaskCache, grains: Sequence[int]
+        self, model: PreTrainedModel, batches: Sequence[Batch], cache: MaskCache, granularity: Sequence[int]
     ) -> None:
         super().__init__(model, batches)
-        self.ladder, self.grains = ladder, grains
+        self.cache, self.granularity = cache, granularity
 
     def take(self, rates: Sequence[float]) -> None:
-        """Swaps in the weights of the rates' rungs."""
-        self.ladder.take(rates)
+        """Swaps in the weights of the rates."""
+        self.cache.take(rates)
 
 
 @contextmanager
-def climbing(blocks: Sequence[Block], cut: Cut) -> Iterator[MaskCache]:
-    """Gives a ladder in a temporary folder (`TMPDIR` says where); at the end the blocks are as they were."""
-    with TemporaryDirectory(prefix="lit_prune-rungs-") as folder:
-        ladder = MaskCache(blocks, cut, Path(folder))
+def mask_cache(blocks: Sequence[Block], cut: Cut) -> Iterator[MaskCache]:
+    """Gives a mask cache in a temporary folder (under `TMPDIR`); at the end the blocks are dense again."""
+    with TemporaryDirectory(prefix="lit_prune-levels-") as folder:
+        cache = MaskCache(blocks, cut, Path(folder))
         try:
-            yield ladder
+            yield cache
         finally:
-            ladder.restore()
+            cache.restore()

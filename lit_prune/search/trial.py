@@ -1,4 +1,4 @@
-"""What a trial is: the loss of a model under rates that are only tried.
+"""A trial: the loss of a model under rates that it is not pruned by yet.
 
 Suffixes: T tokens of one window.
 """
@@ -19,18 +19,18 @@ from lit_prune.evaluation.perplexity import negative_log_likelihood
 
 
 class Trial(ABC):
-    """A model that takes on any rates, and gives them up again.
+    """A model that can take on any rates, and be restored.
 
     Args:
-        model: The causal LM that runs, in eval mode, as a whole on one device.
+        model: The causal LM, in eval mode, on one device.
         batches: The calibration batches; every row that predicts a token is a window.
 
     Attributes:
-        tokens: How many tokens each window predicts.
-        grains: What each block gives can change by multiples of this only, in the unit that rates are a share of.
+        tokens: Number of tokens that each window predicts.
+        granularity: Number of units, of those that rates are a share of, by multiples of which each block can change.
     """
 
-    grains: Sequence[int]
+    granularity: Sequence[int]
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         self.model = model
@@ -41,11 +41,11 @@ class Trial(ABC):
 
     @abstractmethod
     def take(self, rates: Sequence[float]) -> None:
-        """Makes the model what a cut by ``rates``, one a block, would make of it, or nearly."""
+        """Gives the model the weights, exactly or nearly, that a cut by ``rates``, one a block, would leave."""
 
     @torch.no_grad()
     def loss(self, rates: Sequence[float], window: int) -> float:
-        """Returns the mean cross entropy of the next token over one window, in nats; infinity where it is none."""
+        """Returns the mean cross entropy of the next token over one window, in nats; infinity for NaN."""
         self.take(rates)
         ids_1T, mask_1T = self._rows[window]
         ids_1T = ids_1T.to(self.model.device)
@@ -57,7 +57,7 @@ class Trial(ABC):
 
 
 def _rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The windows of a batch, one by one, with their masks where they have padding."""
+    """The windows of a batch, one by one, with the attention masks of those that have padding."""
     ids, masks = batch["input_ids"], batch.get("attention_mask")
     for index in range(len(ids)):
         mask_1T = None if masks is None else masks[index : index + 1]
@@ -72,12 +72,12 @@ def _predicted(ids_1T: Tensor, mask_1T: Tensor | None) -> int:
 
 @contextmanager
 def moved(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Has the whole ``model`` on ``device`` for as long as the context lasts."""
-    home = model.device
-    if home != device:
+    """Moves the whole ``model`` to ``device`` for as long as the context lasts."""
+    before = model.device
+    if before != device:
         model.to(device)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        if home != device:
-            model.to(home)  # type: ignore[arg-type]
+        if before != device:
+            model.to(before)  # type: ignore[arg-type]

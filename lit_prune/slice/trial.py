@@ -27,7 +27,7 @@ class SlicedTrial(Trial):
     Args:
         model: A sliced model of full width, whose weights are changed.
         batches: The calibration batches.
-        grains: What each block gives can change by multiples of this only.
+        granularity: Number of units by multiples of which each block can change.
         widths: Returns, for rates, the width that each block reads, and at the end the head's.
     """
 
@@ -35,11 +35,11 @@ class SlicedTrial(Trial):
         self,
         model: PreTrainedModel,
         batches: Sequence[Batch],
-        grains: Sequence[int],
+        granularity: Sequence[int],
         widths: Callable[[Sequence[float]], list[int]],
     ) -> None:
         super().__init__(model, batches)
-        self.grains, self.widths = grains, widths
+        self.granularity, self.widths = granularity, widths
         layout = sliced_class(model).layer_class.layout
         self._embeddings = [_whole(model.get_submodule(name)) for name in layout.embeddings]
         self._layers = [_WholeLayer(layer) for layer in model.get_submodule(layout.layers).children()]

@@ -33,7 +33,7 @@ KEY = {"weights": "a" * 64}
 class Bowl:
     """A trial without a model: the loss is least, 0, at BEST."""
 
-    grains = [1] * 6
+    granularity = [1] * 6
 
     def __init__(self, stop: int | None = None) -> None:
         self.tokens = [10, 20, 30, 40]

@@ -1,4 +1,4 @@
-"""Statistics that are taken once: the file, what they serve, what is refused."""
+"""Statistics that are computed once: the file, the cuts that they serve, those that are refused."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,7 @@ Batches = list[torch.Tensor]
 ALL = Recipe(SparseGPT(propagate="dense"))
 
 
-def kept(model: PreTrainedModel, batches: Batches, folder: Path, recipe: Recipe = ALL) -> CachedStatistics:
+def cached(model: PreTrainedModel, batches: Batches, folder: Path, recipe: Recipe = ALL) -> CachedStatistics:
     write_statistics(folder / FILE, look(model, batches, recipe, settings={"model": "small"})[1])
     return read_statistics(folder)
 
@@ -34,7 +34,7 @@ def test_a_file_gives_back_what_was_written(family: str, batches: Batches, tmp_p
     write_statistics(tmp_path / FILE, stored)
     read = read_statistics(tmp_path / FILE)
     assert read.key == stored.key == key_of(model, batches, {"model": "small"})
-    assert read.taken == stored.taken == {INPUTS, COSINE, GRAM}
+    assert read.kinds == stored.kinds == {INPUTS, COSINE, GRAM}
     assert read.scores == stored.scores
     for one, other in zip(read.observed, stored.observed, strict=True):
         assert (one.cosine, one.shared_inputs) == (other.cosine, other.shared_inputs)
@@ -52,7 +52,7 @@ def test_one_look_serves_every_recipe(
     method: Magnitude | Wanda | SparseGPT, allocation: Allocation, batches: Batches, tmp_path: Path
 ) -> None:
     recipe = Recipe(method, 0.6, allocation)
-    stored = kept(small_model(), batches, tmp_path)
+    stored = cached(small_model(), batches, tmp_path)
     one, other = small_model(), small_model()
     fresh, reused = prune(one, batches, recipe), prune(other, batches, recipe, stored=stored)
     assert fresh.scores == reused.scores
@@ -64,7 +64,7 @@ def test_nothing_runs_where_statistics_are_stored(
     batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model()
-    stored = kept(model, batches, tmp_path)
+    stored = cached(model, batches, tmp_path)
     monkeypatch.setattr("lit_prune.pipeline.Stream", lambda *_: pytest.fail("the model ran"))
     assert score(model, batches, Recipe(), stored=stored).scores
     prune(model, batches, Recipe(), stored=stored)
@@ -74,7 +74,7 @@ def test_scores_are_kept_by_allocation_and_linears(
     batches: Batches, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, recipe = small_model(), Recipe(Magnitude(), 0.4, AlphaPruning())
-    first = kept(model, batches, tmp_path)
+    first = cached(model, batches, tmp_path)
     scored, second = look(model, batches, recipe, stored=first)
     assert set(second.scores) == {repr(ALL.allocation), repr(recipe.allocation)}
     monkeypatch.setattr(AlphaPruning, "score", lambda *_: 7.0)
@@ -94,7 +94,7 @@ def test_the_key_is_of_rows_not_of_batches(batches: Batches) -> None:
 
 def test_what_differs_is_said(batches: Batches, tmp_path: Path) -> None:
     model = small_model()
-    stored = kept(model, batches, tmp_path)
+    stored = cached(model, batches, tmp_path)
     with pytest.raises(InputError, match="statistics.safetensors is of others: other calibration tokens. Run"):
         prune(model, batches[:-1], Recipe(), stored=stored)
     with pytest.raises(InputError, match="other calibration tokens; `model` small, now big. Run `lit-prune score`"):
@@ -121,7 +121,7 @@ def test_a_setting_of_the_function_is_part_of_the_key(batches: Batches) -> None:
 
 def test_what_is_not_there_is_said(batches: Batches, tmp_path: Path) -> None:
     model = small_model()
-    stored = kept(model, batches, tmp_path, Recipe(Wanda(), targets=["q_proj"]))
+    stored = cached(model, batches, tmp_path, Recipe(Wanda(), targets=["q_proj"]))
     with pytest.raises(InputError, match=r"must hold what is needed, gram, .* holds cosine, inputs; run"):
         prune(model, batches, dataclasses.replace(ALL, targets=["q_proj"]), stored=stored)
     with pytest.raises(InputError, match="has none of self_attn.k_proj of block 0; run"):
@@ -134,7 +134,7 @@ def test_what_is_not_there_is_said(batches: Batches, tmp_path: Path) -> None:
 
 
 def test_no_file_of_statistics(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="`pruning.statistics` must be there"):
+    with pytest.raises(InputError, match="`pruning.statistics` must be a file that exists"):
         read_statistics(tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no")

@@ -642,7 +642,7 @@ MISTAKES = [
     ),
     (
         ["--pruning.allocation=Search", "--pruning.allocation.state=none/state.json"],
-        r"`Search.state` must be a file in a folder that is there, got none/state.json",
+        r"`Search.state` must be a file in a folder that exists, got none/state.json",
     ),
     (["--pruning.method.pattern=NofM"], r"`pruning.allocation` must be Uniform for the pattern NofM, .*MixedNofM"),
     (
@@ -684,7 +684,10 @@ MISTAKES = [
     (["--data.val_files=null"], r"`data.val_files` must be given"),
     (["--model.pretrained=./none"], r"`model.pretrained` must be there, got './none': no such file or folder"),
     (["--model.pretrained=nobody/nothing"], r"`model.pretrained`: .*pass a local folder"),
-    (["--pruning.statistics=runs/none"], r"`pruning.statistics` must be there, runs/none is not; `lit-prune score`"),
+    (
+        ["--pruning.statistics=runs/none"],
+        r"`pruning.statistics` must be a file that exists, runs/none does not; `lit-prune score`",
+    ),
     (["--pruning.targets=[qproj]"], r"`pruning.targets` must match a linear, got 'qproj'"),
     (["--pruning.blocks=model.leyers"], r"`pruning.blocks` must be a path in the model, got 'model.leyers'"),
     (["--ckpt_path=last"], r"`ckpt_path` must be a checkpoint that is there, runs/x/checkpoints/last.ckpt is not"),

@@ -129,7 +129,7 @@ def test_a_metric_in_a_line() -> None:
 
 
 MISTAKES = [
-    (["no.yaml"], {}, "must be names or YAML files that are there, got no.yaml"),
+    (["no.yaml"], {}, "must be names or YAML files that exist, got no.yaml"),
     (["ends"], {"limit": 0}, "`lm_eval.limit` must be at least 1, got 0"),
     (["ends"], {"include_path": "no"}, "`lm_eval.include_path` must be a folder, got no"),
 ]
@@ -141,9 +141,9 @@ def test_a_mistake_is_told(names: list[str], settings: dict, told: str) -> None:
         Tasks(names, HarnessSettings(**settings)).check()
 
 
-def test_data_that_is_not_to_be_had(tmp_path: Path) -> None:
+def test_data_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "away.yaml").write_text(TASK.format(data=tmp_path / "gone.jsonl").replace("ends", "away"))
-    with pytest.raises(InputError, match=r"`tasks`: .*away.yaml cannot be read, or the data cannot be had: "):
+    with pytest.raises(InputError, match=r"`tasks`: .*away.yaml cannot be read, or the data cannot be loaded: "):
         Tasks([str(tmp_path / "away.yaml")]).check(load=True)
 
 
@@ -242,8 +242,8 @@ def test_a_chat_needs_a_template(folder: Path) -> None:
         ("score", ["--tasks", "ends"], "`tasks` must be left out for score, which asks none: use `lit-prune evaluate`"),
         ("evaluate", [f"--tasks={SHIPPED}", "--lm_eval.chat=true"], "`lm_eval.chat` must be false for a tokenizer"),
         ("evaluate", [], "`tasks` must be given, such as `--tasks arc_easy,piqa`, got none"),
-        ("fit", ["--tasks=no.yaml"], "`tasks` must be names or YAML files that are there, got no.yaml"),
-        ("prune", ["--tasks=no.yaml"], "`tasks` must be names or YAML files that are there, got no.yaml"),
+        ("fit", ["--tasks=no.yaml"], "`tasks` must be names or YAML files that exist, got no.yaml"),
+        ("prune", ["--tasks=no.yaml"], "`tasks` must be names or YAML files that exist, got no.yaml"),
         ("prune", ["--tasks=x.yaml", "--model.on_disk=true"], "`tasks` must be left out with `model.on_disk`"),
         ("evaluate", ["--tasks=x", "--lm_eval.limit=0"], "`lm_eval.limit` must be at least 1, got 0"),
     ],

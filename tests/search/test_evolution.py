@@ -19,7 +19,7 @@ def space(start: Sequence[float] = (0.5,) * 8, **fields: object) -> Space:
     count = len(start)
     given = {
         "sizes": [1000] * count,
-        "grains": [1] * count,
+        "granularity": [1] * count,
         "lower": [0.0] * count,
         "upper": [0.99] * count,
         "step": 0.02,
@@ -71,13 +71,13 @@ def test_costs_by_hand() -> None:
     assert evolution.costs == pytest.approx([0.1, -0.1])
 
 
-def test_moves_go_from_dear_blocks_to_cheap_ones() -> None:
+def test_moves_go_from_costly_blocks_to_cheap_ones() -> None:
     evolution = Evolution(space(), ROUNDS, 4, lambda moved, windows: 0.0, 0)
     evolution.costs = [float(block) for block in range(8)]
     moved = [sum(parts) for parts in zip(*(evolution._child() for _ in range(300)), strict=True)]
     assert moved == sorted(moved, reverse=True)
     assert moved[0] > 0 > moved[-1]
-    assert moved[6] != 0  # chance explores: not the dearest block alone gives less
+    assert moved[6] != 0  # chance explores: not the costliest block alone gives less
 
 
 def test_the_parent_is_measured_on_the_windows_of_its_rivals() -> None:
@@ -117,10 +117,12 @@ def test_the_same_seed_gives_the_same_search_and_another_one_another() -> None:
 
 
 def test_a_move_takes_what_both_blocks_can_give() -> None:
-    where = space([0.5] * 3, sizes=[1000, 500, 600], grains=[1, 1, 75], step=0.02)
+    where = space([0.5] * 3, sizes=[1000, 500, 600], granularity=[1, 1, 75], step=0.02)
     assert where.amount(0, 1) == 14  # 0.02 of the mean size, 700
     assert where.amount(0, 2) == 75
-    assert space([0.5] * 2, sizes=[800, 800], grains=[20, 30], step=0.2).amount(0, 1) == 180  # 3 times 60, near 160
+    assert (
+        space([0.5] * 2, sizes=[800, 800], granularity=[20, 30], step=0.2).amount(0, 1) == 180
+    )  # 3 times 60, near 160
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -151,7 +153,7 @@ def spaces(draw: st.DrawFn) -> Space:
 
 
 @given(where=spaces(), seed=st.integers(0, 9))
-def test_budget_grains_and_bounds_are_kept(where: Space, seed: int) -> None:
+def test_budget_granularity_and_bounds_are_kept(where: Space, seed: int) -> None:
     drawn: list[Moved] = []
 
     def loss(moved: Moved, windows: Sequence[int]) -> float:
@@ -164,7 +166,7 @@ def test_budget_grains_and_bounds_are_kept(where: Space, seed: int) -> None:
     budget = weighted_mean(where.start, where.sizes)
     for moved in drawn:
         assert sum(moved) == 0
-        assert all(part % grain == 0 for part, grain in zip(moved, where.grains, strict=True))
+        assert all(part % grain == 0 for part, grain in zip(moved, where.granularity, strict=True))
         rates = where.rates(moved)
         assert weighted_mean(rates, where.sizes) == pytest.approx(budget, abs=1e-12)
         bounds = zip(rates, where.lower, where.upper, strict=True)

@@ -1,4 +1,4 @@
-"""What a search has measured, in a file."""
+"""The losses of a search in a file."""
 
 from pathlib import Path
 
@@ -34,11 +34,15 @@ def test_nothing_new_is_not_written(tmp_path: Path) -> None:
     assert len(Measured(str(tmp_path / "state.json")).losses) == 3
 
 
-def test_in_memory_alone() -> None:
+def test_without_a_file_losses_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     measured = Measured(None)
     measured.losses[(1, -1), 0] = 1.0
     measured.fit(KEY)
     measured.save(KEY, [0.5])
+    assert measured.losses == {((1, -1), 0): 1.0}
+    assert list(tmp_path.iterdir()) == []
+    assert Measured(None).losses == {}
 
 
 @pytest.mark.parametrize(
@@ -59,12 +63,12 @@ def test_a_state_of_another_search(change: dict[str, object], message: str, tmp_
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"key": {}, "losses": [[1]]}', '{"key": 3, "losses": []}'])
 def test_a_file_that_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text(text)
-    with pytest.raises(InputError, match=r"`Search.state` must be a file that a search wrote, .* is none; choose"):
+    with pytest.raises(InputError, match=r"`Search.state` must be a file that a search wrote, .* is not; choose"):
         Measured(str(tmp_path / "state.json"))
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"`Search.state` must be a file in a folder that is there, got .*none/state"):
+    with pytest.raises(InputError, match=r"`Search.state` must be a file in a folder that exists, got .*none/state"):
         Measured(str(tmp_path / "none" / "state.json"))
     with pytest.raises(InputError, match=r"`Search.state` must be a file that a search wrote"):
         Measured(str(tmp_path))

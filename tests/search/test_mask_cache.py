@@ -1,4 +1,4 @@
-"""Blocks on rungs: what stands there, that each is made once, and that the model is dense again at the end."""
+"""The mask cache: weights of every level, each computed once, and a model that is dense again at the end."""
 
 import math
 from pathlib import Path
@@ -15,7 +15,7 @@ from lit_prune.masks.zeros import zeros
 from lit_prune.models.families import find_blocks
 from lit_prune.models.linears import DenseLinear
 from lit_prune.prune import Magnitude, MaskMethod, MixedNofM, SparseGPT, Wanda
-from lit_prune.search import mask_cache as ladders
+from lit_prune.search import mask_cache
 from tests.conftest import small_model
 
 METHODS = [Magnitude(), Wanda(), SparseGPT(), Wanda(MixedNofM(8))]
@@ -114,49 +114,49 @@ def test_an_interrupt_in_the_middle_of_a_swap_leaves_the_model_alone(
     assert same(model, before)
 
 
-def test_a_rung_is_made_once_and_a_block_that_stands_there_is_left_alone(
+def test_a_level_is_computed_once_and_a_block_that_has_it_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks, made = find_blocks(small_model()), []
 
-    def cut(block: object, rate: float) -> ladders.Weights:
+    def cut(block: object, rate: float) -> mask_cache.Weights:
         made.append((block.index, rate))  # type: ignore[attr-defined]
         return {name: torch.where(w.weight_OI > 0, w.weight_OI, 0) for name, w in block.linears.items()}  # type: ignore[attr-defined]
 
-    ladder = ladders.MaskCache(blocks, cut, tmp_path)
-    ladder.take([0.5, 0.5, 0.5])
-    ladder.take([0.6, 0.5, 0.4])
-    ladder.take([0.5, 0.5, 0.5])
+    cache = mask_cache.MaskCache(blocks, cut, tmp_path)
+    cache.take([0.5, 0.5, 0.5])
+    cache.take([0.6, 0.5, 0.4])
+    cache.take([0.5, 0.5, 0.5])
     assert made == [(0, 0.5), (1, 0.5), (2, 0.5), (0, 0.6), (2, 0.4)]
-    monkeypatch.setattr(ladder, "_write", None)
-    ladder.take([0.5, 0.5, 0.5])
+    monkeypatch.setattr(cache, "_write", None)
+    cache.take([0.5, 0.5, 0.5])
 
 
-def test_a_rung_of_a_mask_takes_a_bit_a_weight(tmp_path: Path) -> None:
+def test_a_level_of_a_mask_takes_a_bit_a_weight(tmp_path: Path) -> None:
     block = find_blocks(small_model())[0]
     dense = {name: linear.weight_OI.clone() for name, linear in block.linears.items()}
     scale = {"by": 1.0}
 
-    def cut(block: object, rate: float) -> ladders.Weights:
+    def cut(block: object, rate: float) -> mask_cache.Weights:
         return {name: torch.where(weight_OI > 0, weight_OI * scale["by"], 0) for name, weight_OI in dense.items()}
 
-    ladder = ladders.MaskCache([block], cut, tmp_path)
-    ladder.take([0.5])
+    cache = mask_cache.MaskCache([block], cut, tmp_path)
+    cache.take([0.5])
     scale["by"] = 2.0
-    ladder.take([0.6])
-    masks, changed = (held(ladder._file(block, str(round(rate * block.size)))) for rate in (0.5, 0.6))
+    cache.take([0.6])
+    masks, changed = (held(cache._file(block, str(round(rate * block.size)))) for rate in (0.5, 0.6))
     assert masks == pytest.approx(block.size / 8, rel=0.01)
     assert changed == pytest.approx(block.size / 8 + 4 * block.size / 2, rel=0.05)
     assert all(torch.equal(block.linears[name].weight_OI, cut(block, 0.6)[name]) for name in dense)
 
 
 def held(file: Path) -> int:
-    return sum(tensor.nbytes for tensor in ladders.load_file(file).values())
+    return sum(tensor.nbytes for tensor in mask_cache.load_file(file).values())
 
 
-def test_the_folder_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_folder_is_removed_at_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with ladders.climbing(find_blocks(small_model()), lambda block, rate: {}) as ladder:
-        assert ladder.folder.parent == tmp_path
-        assert len(list(ladder.folder.iterdir())) == 3
+    with mask_cache.mask_cache(find_blocks(small_model()), lambda block, rate: {}) as cache:
+        assert cache.folder.parent == tmp_path
+        assert len(list(cache.folder.iterdir())) == 3
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from tests.conftest import small_model
 
 
 class AsItIs(Trial):
-    grains = (1, 1, 1)
+    granularity = (1, 1, 1)
 
     def take(self, rates: Sequence[float]) -> None:
         pass

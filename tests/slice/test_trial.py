@@ -63,7 +63,7 @@ def test_a_trial_strikes_out_axes_and_leaves_the_model_alone(family: str, slice_
     blocks, device = find_blocks(model), model.device
     with method.trial(model, blocks, observed=[], device=device, batches=dicts) as trial:
         assert isinstance(trial, SlicedTrial)
-        assert trial.grains == [8, 8, 8]
+        assert trial.granularity == [8, 8, 8]
         trial.take(RATES)
         sliced = [trial.loss(RATES, window) for window in range(6)]
         whole = [trial.loss([0.0] * 3, window) for window in range(6)]
