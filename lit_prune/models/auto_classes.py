@@ -32,9 +32,8 @@ def _wrap(module: ModuleType) -> None:
     @functools.wraps(original.__func__)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         auto_config.from_pretrained = original
-        from lit_prune.models.modeling_sliced import register
+        import lit_prune.models.modeling_sliced  # noqa: F401 (registers its classes)
 
-        register()
         return cls.from_pretrained(*args, **kwargs)
 
     auto_config.from_pretrained = classmethod(from_pretrained)
