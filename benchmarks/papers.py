@@ -20,7 +20,7 @@ from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundan
 from lit_prune.calibration.cached_statistics import CachedStatistics, read_statistics, write_statistics
 from lit_prune.files import written_aside
 from lit_prune.models.load import load_model
-from lit_prune.pipeline import look
+from lit_prune.pipeline import score_with_statistics
 from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 
@@ -92,7 +92,7 @@ class Cases:
         looked = Recipe(SparseGPT(propagate="dense"), recipe.sparsity, rule)  # for the Gram matrices
         known = self.stored is not None and repr(rule) in self.stored.scores
         if not known:
-            scored, self.stored = look(model, batches, looked, stored=self.stored)
+            scored, self.stored = score_with_statistics(model, batches, looked, statistics=self.stored)
             with written_aside(self.file) as draft:
                 write_statistics(draft, self.stored)
         row = self.protocol.run(recipe, self.stored)

@@ -65,7 +65,7 @@ class Protocol:
     def run(self, recipe: Recipe | None, stored: CachedStatistics | None = None) -> Row:
         """Returns the row of one recipe, on a fresh copy of the model; None leaves that dense."""
         model = load_model(self.pretrained, "float32")
-        pruned = None if recipe is None else prune(model, self.batches(), recipe, stored=stored)
+        pruned = None if recipe is None else prune(model, self.batches(), recipe, statistics=stored)
         found = measure(model, self.data.val_dataloader(), self.data.describe("val"))
         return {
             "perplexity": found.perplexity,

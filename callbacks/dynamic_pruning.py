@@ -197,7 +197,7 @@ class DynamicPruningCallback(Callback):
             if trainer.max_steps == -1:
                 self.fit_plan.check_end(trainer.estimated_stepping_batches)
             distributed.agree_on_threads()
-        if self.fit_plan.recipe is not None and self.fit_plan.recipe.reads:
+        if self.fit_plan.recipe is not None and self.fit_plan.recipe.needs_text:
             check_calibration(trainer, self.fit_plan.calibration)
         self._settings = self.settings(trainer, pl_module)
         stored = self.checkpointed(str(trainer.ckpt_path)) if trainer.ckpt_path else None

@@ -23,8 +23,9 @@ class Recipe:
     """What is to be removed, and how.
 
     Args:
-        method: How the blocks become smaller: by masks, or by slices.
-        sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights, or of the dimensions.
+        method: What makes the blocks smaller, such as masks or slices.
+        sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights, of the dimensions, or of
+            whatever else the method removes.
         allocation: How blocks are scored, and how the sparsity is spread over them.
         min_rate: Least share that any block gives.
         max_rate: Greatest share that any block gives.
@@ -32,7 +33,8 @@ class Recipe:
         ignore: Suffixes or regular expressions of linears to leave alone.
         blocks: Dotted path of the decoder layers, for a family that is not known.
         budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
-            of the model, tied weights counted once, of which the linears then give more than that share.
+            of the model, tied weights counted once. Embeddings are parameters that no mask is put on, so that the
+            linears give more than that share.
 
     Raises:
         InputError: for a number out of its range, linears chosen for a method that takes from all, a search by a
@@ -76,9 +78,9 @@ class Recipe:
             )
 
     @property
-    def reads(self) -> bool:
-        """Whether a cut looks at calibration text."""
-        return bool(self.allocation.needs | self.method.needs) or self.method.changes_shapes
+    def needs_text(self) -> bool:
+        """Whether a cut needs calibration text."""
+        return bool(self.allocation.needs | self.method.needs) or self.method.needs_text
 
     def find(self, model: PreTrainedModel, *, quantised: bool = False) -> list[Block]:
         """Returns the blocks of ``model`` with the linears that are to be pruned; see ``families.find_blocks``."""
@@ -86,16 +88,16 @@ class Recipe:
         return find_blocks(model, **chosen, quantised=quantised)
 
     def check(self, model: PreTrainedModel) -> list[Block]:
-        """Returns the blocks of ``model``, having checked all that can be checked without running it.
+        """Returns the blocks of ``model`` once all is checked that can be checked without running it.
 
         Raises:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
-                the bounds do not allow, or that is below what is gone already, a search on a model that stays on disk.
+                the bounds do not allow or that is below the current one, a search on a model that stays on disk.
         """
         return self.bounded(model)[0]
 
     def bounded(self, model: PreTrainedModel) -> tuple[list[Block], Limits]:
-        """Returns what :meth:`check` does, with what bounds the rates of the blocks; arguments and errors as there."""
+        """Returns the blocks as :meth:`check` does, and what bounds their rates; errors as there."""
         self.method.check(model, self.sparsity)
         if self.allocation.searches and distributed.number() > 1:
             raise InputError(
@@ -120,21 +122,21 @@ class Recipe:
         return blocks, limits
 
     def limits(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Limits:
-        """Returns what bounds the rates of the blocks, and the mean that the sparsity comes to.
+        """Returns the bounds of the blocks' rates, and the mean that makes the sparsity.
 
         Raises:
             InputError: if the budget is that of all parameters, and the linears cannot give it.
         """
-        least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.most(model)))
-        taken, sizes = [self.method.taken(block) for block in blocks], self.method.sizes(model, blocks)
-        lower, target = [max(least, gone) for gone in taken], self.sparsity
-        slack = self.method.rounding(blocks)  # which an earlier cut may have taken more than was asked for
+        least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.max_rate(model)))
+        current, sizes = [self.method.current_rate(block) for block in blocks], self.method.sizes(model, blocks)
+        lower, target = [max(least, rate) for rate in current], self.sparsity
+        slack = self.method.rounding(blocks)  # an earlier cut may have exceeded its sparsity by so much
         if self.budget == "parameters":
             target = sparsity_of_linears(self.sparsity, model, blocks, lower=lower, upper=upper, slack=slack)
-        return Limits(sizes, lower, upper, target, weighted_mean(taken, sizes), slack)
+        return Limits(sizes, lower, upper, target, weighted_mean(current, sizes), slack)
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
-        """Returns the rate of every block; ``equal`` only asks whether the limits allow any."""
+        """Returns the rate of every block; with ``equal`` one rate for all, to check that any are allowed."""
         rates = allocate(
             Uniform() if equal else self.allocation,
             scores,
@@ -147,7 +149,7 @@ class Recipe:
 
 
 def recipe_record(recipe: Recipe) -> dict[str, object]:
-    """Returns ``recipe`` as JSON can hold it; objects as they would be written in Python."""
+    """Returns ``recipe`` as JSON can hold it; method and allocation by their ``repr``."""
     return {
         "method": repr(recipe.method),
         "allocation": repr(recipe.allocation),

@@ -89,7 +89,7 @@ def test_scores_by_one_plain_forward(any_model: PreTrainedModel, batches: list[t
 def test_scoring_takes_what_the_allocation_reads_and_no_more(
     model: PreTrainedModel, batches: list[torch.Tensor]
 ) -> None:
-    seen = score(model, batches, Recipe(Wanda(), 0.5, LayerRedundancy())).observed
+    seen = score(model, batches, Recipe(Wanda(), 0.5, LayerRedundancy())).statistics
     assert all(observed.cosine is not None and not observed.norms for observed in seen)
 
 

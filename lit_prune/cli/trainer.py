@@ -19,7 +19,7 @@ from lit_prune.files import write_text
 from lit_prune.fit.batches import calibration_batches, named, validation_data
 from lit_prune.fit.cut import cut
 from lit_prune.models.on_disk import on_disk, placed, working
-from lit_prune.pipeline import look
+from lit_prune.pipeline import score_with_statistics
 from lit_prune.recipe import recipe_record
 from lit_prune.recover import Snapshot
 from lit_prune.report.report import block_table, task_table, to_json, versions
@@ -105,7 +105,9 @@ class PruneTrainer(Trainer):
         llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.fit_plan.calibration)
         pruning.check_statistics(llm, batches, settings)
         device, names = self.strategy.root_device, named(settings, llm)
-        scored, stored = look(llm, batches, recipe, device=device, settings=names, stored=pruning.fit_plan.stored)
+        scored, stored = score_with_statistics(
+            llm, batches, recipe, device=device, settings=names, statistics=pruning.fit_plan.stored
+        )
         report = {
             "sparsity": {
                 "requested": recipe.sparsity,

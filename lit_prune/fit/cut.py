@@ -53,7 +53,7 @@ def cut(
     """
     batches, settings = calibration
     before = _measure(model, "before", recipe, validation, device, measured, moves)
-    pruned = prune(model, batches, recipe, device=device, stored=stored)
+    pruned = prune(model, batches, recipe, device=device, statistics=stored)
     after = _measure(model, "after", recipe, validation, device, measured, moves)
     perplexities = {"before": before.perplexity, "after": after.perplexity}
     sizes = {"before": before.size, "after": after.size}
@@ -71,7 +71,7 @@ def cut(
         achieved=pruned.achieved,
         sparsity=pruned.sparsity,
         search=SearchRecord.from_dict(pruned.search),
-        sparsity_before=pruned.found,
+        sparsity_before=pruned.sparsity_before,
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -30,23 +31,26 @@ class Method(ABC):
     """How every block of a model gives the share that its rate says.
 
     Attributes:
-        needs: The statistics that the method reads, of those in ``lit_prune.calibration.stream``.
+        needs: The statistics that the method reads, of those in ``lit_prune.calibration.statistics``.
+        needs_text: Whether it reads calibration text in other ways, by the stream that :meth:`apply` is given.
         propagate: `dense`: the statistics of the one pass over the unpruned model serve for scoring and pruning alike.
             `pruned`: each block sees what the pruned blocks before it give, which takes more passes.
         chooses_linears: Whether `targets` and `ignore` mean anything to the method.
         makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
-        changes_shapes: Whether weights become smaller, so that the model's parameters and its speed change.
+        changes_shapes: Whether weights become smaller, so that the model's parameters and its speed change; such a
+            method records a ``Structure``, which reports and checkpoints read.
         keeps_values: Whether weights that are not removed stay what they were, to the bit.
         supports_search: Whether there is a :meth:`trial`, which an allocation that searches needs.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    needs_text: ClassVar[bool] = False
     chooses_linears: ClassVar[bool] = True
     makes_zeros: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = False
     keeps_values: ClassVar[bool] = False
     supports_search: ClassVar[bool] = False
-    propagate: Propagate
+    propagate: Propagate = "dense"
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
         """Raises InputError where the method cannot take ``sparsity`` from ``model``, before anything is done to it."""
@@ -54,7 +58,7 @@ class Method(ABC):
     def check_rates(  # noqa: B027 (most can have any rates)
         self, blocks: Sequence[Block], allocation: Allocation, sparsity: float
     ) -> None:
-        """Raises InputError where the rates that ``allocation`` spreads are not such as the method can have."""
+        """Raises InputError where the method cannot have the rates that ``allocation`` spreads."""
 
     def repeats(self) -> bool:
         """Returns whether a model that the method has cut can be cut again, to a higher sparsity."""
@@ -62,18 +66,21 @@ class Method(ABC):
 
     @abstractmethod
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
-        """Returns what each block has to give, in the unit that rates are a share of."""
+        """Returns the size of each block in the unit that rates are a share of: weights, dimensions, channels, blocks.
 
-    def taken(self, block: Block) -> float:
-        """Returns the share of ``block`` that is gone already, and counts toward its rate."""
+        `sparsity` is the mean of the rates, weighted by these sizes.
+        """
+
+    def current_rate(self, block: Block) -> float:
+        """Returns the share that an earlier cut has removed from ``block`` already, which counts toward its rate."""
         return 0.0
 
-    def most(self, model: PreTrainedModel) -> float:
+    def max_rate(self, model: PreTrainedModel) -> float:
         """Returns the greatest rate that a block of ``model`` can have."""
         return 1.0
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
-        """Returns the least and the greatest rate between ``least`` and ``most`` that a block can have."""
+        """Returns the least and the greatest rate that a block can have, of those from ``least`` to ``most``."""
         return least, most
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
@@ -81,7 +88,7 @@ class Method(ABC):
         return list(rates)
 
     def rounding(self, blocks: Sequence[Block]) -> float:
-        """Returns by how much a cut may take more than was asked for, since not every share can be had."""
+        """Returns the share by which a cut may exceed the sparsity, because only some rates are possible."""
         return 0.0
 
     @abstractmethod
@@ -91,19 +98,19 @@ class Method(ABC):
         blocks: Sequence[Block],
         *,
         rates: Sequence[float],
-        observed: Sequence[BlockStatistics],
+        statistics: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> list[float]:
-        """Takes from every block of ``model``, in place; returns the share that each has given.
+        """Cuts every block of ``model``, in place; returns the share that each has given.
 
         Args:
             model: The causal LM, in eval mode.
             blocks: Its blocks.
             rates: The share that each block is to give.
-            observed: Statistics of each block of the unpruned model, as far as ``needs`` and ``propagate`` ask.
+            statistics: Those of each block of the unpruned model that ``needs`` names, where ``propagate`` is dense.
             device: Where a block computes.
-            stream: Gives the calibration batches standing before the first block.
+            stream: Returns the calibration batches as they enter the first block.
         """
 
     def trial(
@@ -111,20 +118,22 @@ class Method(ABC):
         model: PreTrainedModel,
         blocks: Sequence[Block],
         *,
-        observed: Sequence[BlockStatistics],
+        statistics: Sequence[BlockStatistics],
         device: torch.device,
         batches: Sequence[Batch],
     ) -> AbstractContextManager[Trial]:
-        """Gives what an allocation tries rates with, the whole model on ``device``; ``model`` is left as it was.
+        """Gives the trial by which an allocation measures rates, the whole model on ``device``; it changes nothing.
 
         Args:
             model: The causal LM, in eval mode.
             blocks: Its blocks.
-            observed: Statistics of each block of the unpruned model, as far as ``needs`` asks, whatever ``propagate``.
+            statistics: Those of each block of the unpruned model that ``needs`` names, whatever ``propagate`` is.
             device: Where the trial runs.
             batches: The calibration batches.
         """
-        raise NotImplementedError(f"{type(self).__name__} supports no search of the rates")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no trial, and `supports_search` is {self.supports_search}"
+        )
 
 
 class MaskMethod(Method):
@@ -193,18 +202,19 @@ class MaskMethod(Method):
         """Returns the number of prunable weights of each block."""
         return [block.size for block in blocks]
 
-    def taken(self, block: Block) -> float:
+    def current_rate(self, block: Block) -> float:
         """Returns the share of the block's prunable weights that is exactly zero."""
         zero, total = zeros(linear.weight_OI for linear in block.linears.values())
         return zero / total
 
+    @torch.no_grad()
     def apply(
         self,
         model: PreTrainedModel,
         blocks: Sequence[Block],
         *,
         rates: Sequence[float],
-        observed: Sequence[BlockStatistics],
+        statistics: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> list[float]:
@@ -212,11 +222,14 @@ class MaskMethod(Method):
         walk = stream() if self.needs and self.propagate == "pruned" else None
         for block, rate in zip(track(blocks, "Pruning blocks"), rates, strict=True):
             with on_device(block, device, changes=True):
-                self._prune_next(walk, block, observed[block.index], rate)
+                taken = observe(walk, block, self.needs, advance=False) if walk else statistics[block.index]
+                for group in groups_of(block, taken):
+                    group.write(self.prune(group.weights, group.statistics, rate))
+                del taken, group  # a block's Gram matrices go before those of the next are taken
                 if walk is not None and block is not blocks[-1]:
                     walk.run(block)
         structure.write(model, masked=True)
-        return [self.taken(block) for block in blocks]
+        return [self.current_rate(block) for block in blocks]
 
     @contextmanager
     def trial(
@@ -224,7 +237,7 @@ class MaskMethod(Method):
         model: PreTrainedModel,
         blocks: Sequence[Block],
         *,
-        observed: Sequence[BlockStatistics],
+        statistics: Sequence[BlockStatistics],
         device: torch.device,
         batches: Sequence[Batch],
     ) -> Iterator[Trial]:
@@ -233,27 +246,45 @@ class MaskMethod(Method):
         They are made from the statistics of the unpruned model, also where the cut will take those behind pruned
         blocks: SparseGPT then needs the Gram matrices of all blocks at once (see its `propagate`).
         """
+
+        def pruned(block: Block, rate: float) -> dict[str, Tensor]:
+            weights: dict[str, Tensor] = {}
+            for group in groups_of(block, statistics[block.index]):
+                weights |= zip(group.names, self.prune(group.weights, group.statistics, rate), strict=True)
+            return weights
+
         granularity = [self.pattern.grain(block.size) for block in blocks]
-        with (
-            moved(model, device),
-            mask_cache(blocks, lambda block, rate: dict(self._cut(block, observed[block.index], rate))) as cache,
-        ):
+        with moved(model, device), mask_cache(blocks, pruned) as cache:
             yield MaskedTrial(model, batches, cache, granularity)
 
-    @torch.no_grad()
-    def _prune_next(self, walk: Stream | None, block: Block, observed: BlockStatistics, rate: float) -> None:
-        """Prunes the block that ``walk`` stands before; its statistics are gone before the next block's are taken."""
-        if walk is not None:
-            observed = observe(walk, block, self.needs, advance=False)
-        for name, weight_OI in self._cut(block, observed, rate):
-            block.linears[name].write(weight_OI)
 
-    def _cut(self, block: Block, observed: BlockStatistics, rate: float) -> Iterator[tuple[str, Tensor]]:
-        """Yields the pruned weight of every linear; those of one input are pruned together."""
-        for names in observed.groups(block.linears):
-            weights = [block.linears[name].weight_OI.contiguous() for name in names]
-            seen = observed.input_of(names[0]).to(weights[0].device)
-            yield from zip(names, self.prune(weights, seen, rate), strict=True)
+@dataclass(frozen=True)
+class LinearGroup:
+    """The linears of a block that share one input.
+
+    Attributes:
+        block: The block.
+        names: Of the linears.
+        weights: Their matrices, each (out, in), contiguous.
+        statistics: Of their input.
+    """
+
+    block: Block
+    names: Sequence[str]
+    weights: Sequence[Tensor]
+    statistics: InputStatistics
+
+    def write(self, weights: Iterable[Tensor]) -> None:
+        """Puts ``weights`` in the place of the matrices."""
+        for name, weight_OI in zip(self.names, weights, strict=True):
+            self.block.linears[name].write(weight_OI)
+
+
+def groups_of(block: Block, statistics: BlockStatistics) -> Iterator[LinearGroup]:
+    """Yields the linears of ``block`` by the input that they share."""
+    for names in statistics.groups(block.linears):
+        weights = [block.linears[name].weight_OI.contiguous() for name in names]
+        yield LinearGroup(block, names, weights, statistics.input_of(names[0]).to(weights[0].device))
 
 
 class ScoredMethod(MaskMethod):

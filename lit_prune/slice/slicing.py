@@ -64,6 +64,7 @@ class Slicing(Method):
     slice_head: bool = False
 
     chooses_linears: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = True
     changes_shapes: ClassVar[bool] = True
     supports_search: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
@@ -77,9 +78,9 @@ class Slicing(Method):
         check_sliceable(model)
         width = model.config.hidden_size
         check_multiple(self.multiple, width)
-        if sparsity > self.most(model):
+        if sparsity > (most := self.max_rate(model)):
             raise InputError(
-                f"`pruning.sparsity` must be at most {self.most(model):.4g} for Slicing, got {sparsity:g}: every block "
+                f"`pruning.sparsity` must be at most {most:.4g} for Slicing, got {sparsity:g}: every block "
                 f"keeps one `multiple` ({self.multiple}) of {width} dimensions."
             )
 
@@ -91,7 +92,7 @@ class Slicing(Method):
         """Returns the dimensions of each block."""
         return [model.config.hidden_size] * len(blocks)
 
-    def most(self, model: PreTrainedModel) -> float:
+    def max_rate(self, model: PreTrainedModel) -> float:
         """Returns the slice that leaves one multiple."""
         return 1 - self.multiple / model.config.hidden_size
 
@@ -105,7 +106,7 @@ class Slicing(Method):
         blocks: Sequence[Block],
         *,
         rates: Sequence[float],
-        observed: Sequence[BlockStatistics],
+        statistics: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> list[float]:
@@ -123,7 +124,7 @@ class Slicing(Method):
         model: PreTrainedModel,
         blocks: Sequence[Block],
         *,
-        observed: Sequence[BlockStatistics],
+        statistics: Sequence[BlockStatistics],
         device: torch.device,
         batches: Sequence[Batch],
     ) -> Iterator[Trial]:

@@ -12,7 +12,7 @@ from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundan
 from lit_prune.calibration.cached_statistics import FILE, CachedStatistics, key_of, read_statistics, write_statistics
 from lit_prune.calibration.statistics import COSINE, GRAM, INPUTS
 from lit_prune.errors import InputError
-from lit_prune.pipeline import check_expected_statistics, check_statistics, look, prune, score
+from lit_prune.pipeline import check_expected_statistics, check_statistics, prune, score, score_with_statistics
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
@@ -23,14 +23,14 @@ ALL = Recipe(SparseGPT(propagate="dense"))
 
 
 def cached(model: PreTrainedModel, batches: Batches, folder: Path, recipe: Recipe = ALL) -> CachedStatistics:
-    write_statistics(folder / FILE, look(model, batches, recipe, settings={"model": "small"})[1])
+    write_statistics(folder / FILE, score_with_statistics(model, batches, recipe, settings={"model": "small"})[1])
     return read_statistics(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_file_gives_back_what_was_written(family: str, batches: Batches, tmp_path: Path) -> None:
     model = small_model(family)
-    _, stored = look(model, batches, ALL, settings={"model": "small"})
+    _, stored = score_with_statistics(model, batches, ALL, settings={"model": "small"})
     write_statistics(tmp_path / FILE, stored)
     read = read_statistics(tmp_path / FILE)
     assert read.key == stored.key == key_of(model, batches, {"model": "small"})
@@ -54,7 +54,7 @@ def test_one_look_serves_every_recipe(
     recipe = Recipe(method, 0.6, allocation)
     stored = cached(small_model(), batches, tmp_path)
     one, other = small_model(), small_model()
-    fresh, reused = prune(one, batches, recipe), prune(other, batches, recipe, stored=stored)
+    fresh, reused = prune(one, batches, recipe), prune(other, batches, recipe, statistics=stored)
     assert fresh.scores == reused.scores
     assert fresh.rates == reused.rates
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -66,8 +66,8 @@ def test_nothing_runs_where_statistics_are_stored(
     model = small_model()
     stored = cached(model, batches, tmp_path)
     monkeypatch.setattr("lit_prune.pipeline.Stream", lambda *_: pytest.fail("the model ran"))
-    assert score(model, batches, Recipe(), stored=stored).scores
-    prune(model, batches, Recipe(), stored=stored)
+    assert score(model, batches, Recipe(), statistics=stored).scores
+    prune(model, batches, Recipe(), statistics=stored)
 
 
 def test_scores_are_kept_by_allocation_and_linears(
@@ -75,12 +75,12 @@ def test_scores_are_kept_by_allocation_and_linears(
 ) -> None:
     model, recipe = small_model(), Recipe(Magnitude(), 0.4, AlphaPruning())
     first = cached(model, batches, tmp_path)
-    scored, second = look(model, batches, recipe, stored=first)
+    scored, second = score_with_statistics(model, batches, recipe, statistics=first)
     assert set(second.scores) == {repr(ALL.allocation), repr(recipe.allocation)}
     monkeypatch.setattr(AlphaPruning, "score", lambda *_: 7.0)
-    assert score(model, batches, recipe, stored=second).scores == scored.scores
+    assert score(model, batches, recipe, statistics=second).scores == scored.scores
     some = dataclasses.replace(recipe, targets=["down_proj"])
-    assert score(model, batches, some, stored=second).scores == [7.0] * 3
+    assert score(model, batches, some, statistics=second).scores == [7.0] * 3
 
 
 def test_the_key_is_of_rows_not_of_batches(batches: Batches) -> None:
@@ -96,18 +96,18 @@ def test_what_differs_is_said(batches: Batches, tmp_path: Path) -> None:
     model = small_model()
     stored = cached(model, batches, tmp_path)
     with pytest.raises(InputError, match="statistics.safetensors is of others: other calibration tokens. Run"):
-        prune(model, batches[:-1], Recipe(), stored=stored)
+        prune(model, batches[:-1], Recipe(), statistics=stored)
     with pytest.raises(InputError, match="other calibration tokens; `model` small, now big. Run `lit-prune score`"):
         check_statistics(stored, model, batches[:-1], Recipe(), {"model": "big"})
     old = dataclasses.replace(
         stored, key=dataclasses.replace(stored.key, versions=stored.key.versions | {"torch": "1"})
     )
     with pytest.raises(InputError, match="is of others: torch 1, now 2"):
-        prune(model, batches, Recipe(), stored=old)
+        prune(model, batches, Recipe(), statistics=old)
     with torch.no_grad():
         next(model.parameters()).view(-1)[-1] += 1
     with pytest.raises(InputError, match="is of others: other weights. Run"):
-        score(model, batches, Recipe(), stored=stored)
+        score(model, batches, Recipe(), statistics=stored)
 
 
 def test_a_setting_of_the_function_is_part_of_the_key(batches: Batches) -> None:
@@ -123,10 +123,10 @@ def test_what_is_not_there_is_said(batches: Batches, tmp_path: Path) -> None:
     model = small_model()
     stored = cached(model, batches, tmp_path, Recipe(Wanda(), targets=["q_proj"]))
     with pytest.raises(InputError, match=r"must hold what is needed, gram, .* holds cosine, inputs; run"):
-        prune(model, batches, dataclasses.replace(ALL, targets=["q_proj"]), stored=stored)
+        prune(model, batches, dataclasses.replace(ALL, targets=["q_proj"]), statistics=stored)
     with pytest.raises(InputError, match="has none of self_attn.k_proj of block 0; run"):
-        prune(model, batches, Recipe(Wanda()), stored=stored)
-    prune(small_model(), batches, Recipe(Slicing(multiple=4), 0.25, LayerRedundancy()), stored=stored)
+        prune(model, batches, Recipe(Wanda()), statistics=stored)
+    prune(small_model(), batches, Recipe(Slicing(multiple=4), 0.25, LayerRedundancy()), statistics=stored)
     read = {"model": "small", "calibration.num_samples": 4, "calibration.seq_length": 16}
     check_expected_statistics(stored, model, Recipe(Wanda(), targets=["q_proj"]), read)
     with pytest.raises(InputError, match=r"must be of this model, which has 4 blocks, .* is of 3\. Run `lit-prune sc"):

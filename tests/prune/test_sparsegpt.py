@@ -261,9 +261,9 @@ def test_gram_matrices_of_one_block_at_a_time_unless_dense(
     kept: list[BlockStatistics] = []
     apply = SparseGPT.apply
 
-    def spy(self: SparseGPT, *args: object, observed: list[BlockStatistics], **kwargs: object) -> list[float]:
-        kept.extend(observed)
-        return apply(self, *args, observed=observed, **kwargs)  # type: ignore[arg-type]
+    def spy(self: SparseGPT, *args: object, statistics: list[BlockStatistics], **kwargs: object) -> list[float]:
+        kept.extend(statistics)
+        return apply(self, *args, statistics=statistics, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(SparseGPT, "apply", spy)
     prune(model, batches, Recipe(SparseGPT(propagate=propagate), 0.5, DLP()))  # type: ignore[arg-type]

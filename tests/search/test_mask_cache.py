@@ -50,7 +50,7 @@ def test_a_trial_is_the_cut_and_leaves_the_model_alone(family: str, method: Mask
     for block, rate in zip(find_blocks(cut), RATES, strict=True):
         method._prune_next(None, block, observed[block.index], rate)
     dense = measure(model, dicts, "x").perplexity
-    with method.trial(model, blocks, observed=observed, device=model.device, batches=dicts) as trial:
+    with method.trial(model, blocks, statistics=observed, device=model.device, batches=dicts) as trial:
         trial.take([0.5, 0.5, 0.75])
         losses = [trial.loss(RATES, window) for window in range(6)]
         assert same(model, weights(cut))
@@ -66,7 +66,7 @@ def test_half_precision_and_zeros_that_were_there(dicts: list[Batch]) -> None:
         Wanda._prune_next(Magnitude(), None, block, BlockStatistics(), 0.3)  # type: ignore[arg-type]
     before, blocks, method = weights(model), find_blocks(model), SparseGPT()
     observed = seen(model, dicts, method)
-    with method.trial(model, blocks, observed=observed, device=model.device, batches=dicts) as trial:
+    with method.trial(model, blocks, statistics=observed, device=model.device, batches=dicts) as trial:
         trial.take([0.6] * 3)
         zero, total = zeros(linear.weight_OI for block in blocks for linear in block.linears.values())
         assert zero / total == pytest.approx(0.6, abs=1e-3)
@@ -80,7 +80,7 @@ def test_an_error_leaves_the_model_alone(error: type[BaseException], dicts: list
     before, blocks = weights(model), find_blocks(model)
 
     def fail() -> None:
-        with Magnitude().trial(model, blocks, observed=NOTHING, device=model.device, batches=dicts) as trial:
+        with Magnitude().trial(model, blocks, statistics=NOTHING, device=model.device, batches=dicts) as trial:
             trial.take(RATES)
             assert not same(model, before)
             raise error
@@ -105,7 +105,7 @@ def test_an_interrupt_in_the_middle_of_a_swap_leaves_the_model_alone(
         own(linear, weight_OI)
 
     def interrupted() -> None:
-        with Magnitude().trial(model, blocks, observed=NOTHING, device=model.device, batches=dicts) as trial:
+        with Magnitude().trial(model, blocks, statistics=NOTHING, device=model.device, batches=dicts) as trial:
             monkeypatch.setattr(DenseLinear, "write", write)
             trial.take(RATES)
 

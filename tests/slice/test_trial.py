@@ -61,7 +61,7 @@ def test_a_trial_strikes_out_axes_and_leaves_the_model_alone(family: str, slice_
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     dense = measure(model, dicts, "x").perplexity
     blocks, device = find_blocks(model), model.device
-    with method.trial(model, blocks, observed=[], device=device, batches=dicts) as trial:
+    with method.trial(model, blocks, statistics=[], device=device, batches=dicts) as trial:
         assert isinstance(trial, SlicedTrial)
         assert trial.granularity == [8, 8, 8]
         trial.take(RATES)
