@@ -12,9 +12,10 @@ from lit_prune.calibration.stream import Stream, observe
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.masks.zeros import zeros
-from lit_prune.models.families import find_blocks
+from lit_prune.models.families import Block, find_blocks
 from lit_prune.models.linears import DenseLinear
 from lit_prune.prune import Magnitude, MaskMethod, MixedNofM, SparseGPT, Wanda
+from lit_prune.prune.base import groups_of
 from lit_prune.search import mask_cache
 from tests.conftest import small_model
 
@@ -42,13 +43,18 @@ def same(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def cut_block(method: MaskMethod, block: Block, statistics: BlockStatistics, rate: float) -> None:
+    for group in groups_of(block, statistics):
+        group.write(method.prune(group.weights, group.statistics, rate))
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_trial_is_the_cut_and_leaves_the_model_alone(family: str, method: MaskMethod, dicts: list[Batch]) -> None:
     model, cut = small_model(family), small_model(family)
     before, blocks, observed = weights(model), find_blocks(model), seen(model, dicts, method)
     for block, rate in zip(find_blocks(cut), RATES, strict=True):
-        method._prune_next(None, block, observed[block.index], rate)
+        cut_block(method, block, observed[block.index], rate)
     dense = measure(model, dicts, "x").perplexity
     with method.trial(model, blocks, statistics=observed, device=model.device, batches=dicts) as trial:
         trial.take([0.5, 0.5, 0.75])
@@ -63,7 +69,7 @@ def test_a_trial_is_the_cut_and_leaves_the_model_alone(family: str, method: Mask
 def test_half_precision_and_zeros_that_were_there(dicts: list[Batch]) -> None:
     model = small_model().to(torch.bfloat16)
     for block in find_blocks(model):
-        Wanda._prune_next(Magnitude(), None, block, BlockStatistics(), 0.3)  # type: ignore[arg-type]
+        cut_block(Magnitude(), block, BlockStatistics(), 0.3)
     before, blocks, method = weights(model), find_blocks(model), SparseGPT()
     observed = seen(model, dicts, method)
     with method.trial(model, blocks, statistics=observed, device=model.device, batches=dicts) as trial:
