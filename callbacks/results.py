@@ -21,8 +21,9 @@ from lit_prune.distributed import shards
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import Measurement, measure
 from lit_prune.evaluation.tasks import Tasks
-from lit_prune.export.folder import exported, form
+from lit_prune.export.formats import ExportFormat, HuggingFace
 from lit_prune.export.hub import check_repository, push
+from lit_prune.export.plan import ExportPlan
 from lit_prune.export.run_folder import RunFolder
 from lit_prune.export.verify import check_trained
 from lit_prune.files import write_text
@@ -51,6 +52,7 @@ class ResultsCallback(Callback):
         csv_log: Log metrics to `logs/` in the folder where the Trainer has no logger. (A logger given to the Trainer
             writes before anything was checked.)
         push_to_hub: Repository on the Hugging Face hub that the model folder is sent to once it is written.
+        format: How the model folder is written; null is HuggingFace.
         tasks: Tasks of lm-eval that the model is asked at the end; told in report.json and the model card. They need
             the tokenizer, the data module's.
 
@@ -66,12 +68,14 @@ class ResultsCallback(Callback):
         csv_log: bool = False,
         push_to_hub: str | None = None,
         tasks: Tasks | None = None,
+        format: ExportFormat | None = None,
     ) -> None:
         if push_to_hub is not None:
             check_repository(push_to_hub)
         self.folder = RunFolder(output, overwrite=overwrite)
         self.config, self.csv_log, self.push_to_hub = config, csv_log, push_to_hub
         self.tasks, self._checked = tasks, False
+        self.format = HuggingFace() if format is None else format
         self.seconds = 0.0
         self._begin = 0.0
 
@@ -123,8 +127,8 @@ class ResultsCallback(Callback):
 
     def measured(
         self, trainer: Trainer, pl_module: LightningModule
-    ) -> tuple[PreTrainedModel, Report, Validation | None] | None:
-        """Returns the trained model, the report with its perplexity, and what that was measured on; in one process."""
+    ) -> tuple[ExportPlan, Report, Validation | None] | None:
+        """Returns plan and report of the export, and the validation data; in the first process, None in the others."""
         pruning = find_callback(trainer, DynamicPruningCallback)
         model = pruning.find_model(pl_module)
         if not is_sharded(model):
@@ -135,14 +139,21 @@ class ResultsCallback(Callback):
         whole = gathered(model)
         if whole is None or not distributed.first():
             return None
-        return whole, self._report(pruning, whole, name, measured), validation
+        check_trained(whole, None if measured is None else measured.perplexity)
+        plan = ExportPlan.of(whole)
+        return plan, self._report(pruning, plan, name, measured), validation
 
     def _report(
-        self, pruning: DynamicPruningCallback, model: PreTrainedModel, name: str, measured: Measurement | None
+        self, pruning: DynamicPruningCallback, plan: ExportPlan, name: str, measured: Measurement | None
     ) -> Report:
-        """The report of the trained ``model``, with its perplexity by ``name``."""
+        """The report of the trained model, with its perplexity by ``name``."""
         report = summary(
-            model, pruning.fit_plan.recipe, pruning.done, pruning.baseline, pruning.fit_plan.cuts[len(pruning.done) :]
+            plan,
+            pruning.fit_plan.recipe,
+            pruning.done,
+            pruning.baseline,
+            pruning.fit_plan.cuts[len(pruning.done) :],
+            format=self.format,
         )
         within = sum(sum(done.seconds.values()) for done in pruning.done if done.step > 0)  # cuts, told apart
         report["seconds"]["train"] = self.seconds - within
@@ -159,26 +170,25 @@ class ResultsCallback(Callback):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        model: PreTrainedModel,
+        plan: ExportPlan,
         report: Report,
         validation: Validation | None,
     ) -> None:
-        """Exports ``model``, writes and prints what the report says; sends the folder to the hub where asked to."""
-        check_trained(model, report)
+        """Writes and verifies the export, writes and prints the report, and sends the folder to the hub where asked."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        base, plain = _base(getattr(pl_module, "pretrained", type(model).__name__)), exported(model)
+        base = _base(getattr(pl_module, "pretrained", type(plan.model).__name__))
         written = write_results(
             self.folder,
-            model,
+            plan,
             report,
-            written=plain,
+            format=self.format,
             base=base,
             tokenizer=tokenizer,
             validation=validation,
-            device=model.device if shards(trainer) else trainer.strategy.root_device,
+            device=plan.model.device if shards(trainer) else trainer.strategy.root_device,
         )
         self.folder.finish()
-        failed = self._ask(plain if form(model) == "requantised" else model, report, base, tokenizer)
+        failed = self._ask(plan.reference, report, base, tokenizer)
         picture = self.folder.path / "blocks.png"
         log_results(trainer.loggers, report, picture if picture in written else None, trainer.global_step)
         config = [] if self.config is None else [self.folder.path / "config.yaml"]

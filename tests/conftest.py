@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may look for a hub
@@ -14,6 +15,8 @@ from hypothesis import settings
 from torch import nn
 from transformers import PreTrainedModel
 
+from lit_prune.export.formats import HuggingFace
+from lit_prune.export.plan import ExportPlan
 from lit_prune.models.families import Block, blocks_path
 from lit_prune.models.linears import ExpertSlice
 from lit_prune.models.load import load_model, new_model
@@ -108,6 +111,13 @@ def lively_model(family: str, **fields: object) -> PreTrainedModel:
 
 def blocks_of(model: PreTrainedModel) -> Iterable[nn.Module]:
     return model.get_submodule(blocks_path(model.config)).children()
+
+
+def export(model: PreTrainedModel, folder: Path) -> ExportPlan:
+    """Writes the Hugging Face folder of a model; returns the plan that was written."""
+    plan = ExportPlan.of(model)
+    HuggingFace().write(plan, folder)
+    return plan
 
 
 @torch.no_grad()

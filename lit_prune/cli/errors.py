@@ -13,6 +13,7 @@ from typing import Any
 
 from lit_prune.allocate import Allocation
 from lit_prune.errors import near_misses
+from lit_prune.export.formats import ExportFormat
 from lit_prune.prune import Method, Pattern
 from lit_prune.recover import Recovery
 from lit_prune.schedule import Schedule
@@ -25,6 +26,7 @@ BASES: dict[str, type] = {
     "recovery": Recovery,
     "pattern": Pattern,
     "schedule": Schedule,
+    "format": ExportFormat,
 }
 
 WORDS = {

@@ -32,6 +32,7 @@ from lit_prune.data.datamodule import TextDataModule  # noqa: E402
 from lit_prune.distributed import shards  # noqa: E402
 from lit_prune.errors import InputError  # noqa: E402
 from lit_prune.evaluation.tasks import HarnessSettings, Tasks, names_of  # noqa: E402
+from lit_prune.export.formats import ExportFormat  # noqa: E402
 from lit_prune.files import refused  # noqa: E402
 from lit_prune.fit.batches import check_one_process, check_processes  # noqa: E402
 from lit_prune.fit.module import PrunableLM  # noqa: E402
@@ -117,6 +118,12 @@ class LitPruneCLI(LightningCLI):
             default=None,
             help="Tasks of lm-eval to ask the model (fit, prune, export, evaluate): arc_easy,piqa, or YAML files.",
         )
+        parser.add_argument(
+            "--format",
+            type=ExportFormat,
+            default={"class_path": "lit_prune.export.formats.HuggingFace"},
+            help="How the model folder is written (fit, prune, export).",
+        )
         parser.add_class_arguments(HarnessSettings, "lm_eval")
         parser.add_lightning_class_args(DynamicPruningCallback, "pruning")
         parser.set_defaults(
@@ -150,6 +157,7 @@ class LitPruneCLI(LightningCLI):
             csv_log=True,
             push_to_hub=config.push_to_hub,
             tasks=self._tasks(config),
+            format=self._parser(self.subcommand).instantiate_classes(Namespace(format=config.format)).format,
         )
         self.trainer_defaults["callbacks"] = [results]
         if (

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
 from lit_prune.callbacks.results import ResultsCallback, find_callback, tell
 from lit_prune.errors import InputError
-from lit_prune.export.folder import check_merge
+from lit_prune.export.plan import ExportPlan, check_merge
 from lit_prune.files import write_text
 from lit_prune.fit.batches import calibration_batches, named, validation_data
 from lit_prune.fit.cut import cut
@@ -94,8 +94,10 @@ class PruneTrainer(Trainer):
         measured, stored = pruning.measure, pruning.fit_plan.stored
         with working(llm, results.folder.path), self._logging():
             done = cut(llm, pruning.fit_plan.recipe, calibration, validation, device, measured=measured, stored=stored)
+            plan = ExportPlan.of(llm)
+            report = summary(plan, pruning.fit_plan.recipe, [done], format=results.format)
             with results.opened():
-                results.write(self, model, llm, summary(llm, pruning.fit_plan.recipe, [done]), validation)
+                results.write(self, model, plan, report, validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Look before you cut: table and picture of the scores and rates, a plan to edit, and statistics to reuse."""

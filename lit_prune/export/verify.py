@@ -1,31 +1,35 @@
-"""Reopens an exported folder and compares it with the model in memory, before it gets its name.
+"""Reopens an exported folder and compares it with the model in memory, before the folder gets its name.
 
-A training that diverged leaves nothing to compare, NaN is not even itself: that is asked before anything is written.
-Its weights are those that were written, bit for bit; nothing that was pruned has been filled; its logits on one window
-are those of the model as it was trained and validated, adapter and all; so is its perplexity. Weights that were
-quantised again after a merge are another model's than the one that was trained: there it is the model that was written.
+Compared are the weights, bit for bit with those that were written; the zeros of what was pruned; the logits on one
+window, with those of the model as it was trained and validated, adapter included; and the perplexity. Weights that are
+quantised again after a merge make another model than the one that was trained: there the written model is the
+reference.
+
+A training that diverged leaves nothing to compare, since NaN does not even equal itself: ``check_trained`` comes before
+anything is merged or written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import evaluating, measure
+from lit_prune.export.formats.base import ExportFormat
+from lit_prune.export.plan import ExportPlan
 from lit_prune.masks.zeros import pruned_blocks, zeros
-from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.models.linears import QuantisedLinear
-from lit_prune.models.on_disk import keep_on_disk, on_disk
-from lit_prune.models.quantised import check_zeros, compute_exactly
+from lit_prune.models.quantised import check_zeros
 from lit_prune.recover.merge import without_adapter
 
 Validation = tuple[Iterable[Batch], str]
@@ -35,97 +39,130 @@ PERPLEXITY_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2}
 LOGIT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
-def check_trained(model: PreTrainedModel, report: dict[str, Any]) -> None:
-    """Asks whether the training left a model.
+@dataclass(frozen=True)
+class Verification:
+    """The result of comparing a reopened folder with the model in memory.
+
+    Attributes:
+        format: Class of the export format.
+        merged: Whether an adapter is merged into the weights.
+        adapter_beside: Whether an adapter lies beside the weights.
+        zeros_expected: Zeros that the last cut left in the linears it chose; None for a model without masks.
+        zeros_found: Zeros of the folder in the same linears; kept weights may have become zero by themselves.
+        max_logit_difference: Largest absolute difference of the logits on one window.
+        perplexity: The folder's; None where none was measured in memory to compare it with.
+    """
+
+    format: str
+    merged: bool
+    adapter_beside: bool
+    zeros_expected: int | None
+    zeros_found: int | None
+    max_logit_difference: float
+    perplexity: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the section `export` of report.json."""
+        beside = "unmerged, at the root of model/" if self.adapter_beside else None
+        measured = {} if self.perplexity is None else {"perplexity": self.perplexity}
+        return {
+            "verified": True,
+            "format": self.format,
+            "merged": self.merged,
+            "adapter": "merged" if self.merged else beside,
+            "zeros_expected": self.zeros_expected,
+            "zeros_found": self.zeros_found,
+            "max_logit_difference": self.max_logit_difference,
+            **measured,
+        }
+
+
+def check_trained(model: PreTrainedModel, perplexity: float | None = None) -> None:
+    """Checks that training left a model that can be exported.
 
     Args:
-        model: The model in memory, perhaps with an adapter.
-        report: The report so far; one that knows no seconds of training is not asked about.
+        model: The trained model in memory, with or without an adapter.
+        perplexity: That of the trained model, where it was measured.
 
     Raises:
-        InputError: for weights that are not finite, and for a perplexity that is no number.
+        InputError: for weights that are not finite, and for a perplexity of NaN.
     """
-    if "train" not in report["seconds"]:
-        return
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.isfinite().all():
             raise InputError(
                 f"`model.lr` must be lower: the training diverged, {name} is not finite; no model is written."
             )
-    measured = [value for value in report["perplexity"].values() if value is not None]
-    if measured and math.isnan(measured[-1]):
+    if perplexity is not None and math.isnan(perplexity):
         raise InputError("`model.lr` must be lower: the training diverged, the perplexity is NaN; no model is written.")
 
 
 def verify(
     folder: Path,
-    model: PreTrainedModel,
-    written: PreTrainedModel,
-    report: dict[str, Any],
-    validation: Validation | None,
+    plan: ExportPlan,
+    format: ExportFormat,
+    validation: Validation | None = None,
+    *,
+    achieved: Sequence[float] | None = None,
+    perplexity: float | None = None,
     device: torch.device | None = None,
-) -> dict[str, Any]:
-    """Opens ``folder`` with transformers and compares; returns what report.json says of it.
+) -> Verification:
+    """Opens ``folder`` and compares it with the model in memory.
 
     Args:
-        folder: What was exported.
-        model: The model in memory, perhaps with an adapter.
-        written: The model whose weights were exported, without an adapter.
-        report: The report so far.
-        validation: What the perplexity is measured on.
+        folder: The exported folder.
+        plan: What was exported.
+        format: The format that it was written in, which opens it.
+        validation: Batches to measure the perplexity on, and what they are called.
+        achieved: Share of every block's pruned linears that the last cut set to zero; None counts the zeros in memory.
+        perplexity: That of the model in memory; None compares none.
         device: Where the blocks of a model on disk compute.
 
     Raises:
         RuntimeError: if the folder holds another model.
-        InputError: if the model in memory gives no numbers.
+        InputError: if the logits of the model in memory are not finite.
     """
-    opened = AutoModelForCausalLM.from_pretrained(folder).to(written.device)  # type: ignore[arg-type]
-    compute_exactly(opened)
-    requantised = (report.get("quantised") or {}).get("form") == "requantised"
-    if on_disk(written) is not None:
-        keep_on_disk(opened)
-    _compare_weights(written, without_adapter(opened))
-    unmerged = None if not report["adapter"] else "unmerged, at the root of model/"
-    return {
-        "verified": True,
-        "merged": report["merged"],
-        "adapter": "merged" if report["merged"] else unmerged,
-        **_compare_zeros(model, without_adapter(opened), report),
-        "max_logit_difference": _compare_logits(written if requantised else model, opened, validation),
-        **_compare_perplexity(opened, report, validation, device),
-    }
+    opened = format.open(folder, plan.plain.device, on_disk=plan.outline.on_disk)
+    weights = without_adapter(opened)
+    _compare_weights(plan.plain, weights)
+    expected, found = _compare_zeros(plan, weights, achieved) if plan.outline.masked else (None, None)
+    return Verification(
+        format=type(format).__name__,
+        merged=plan.merged,
+        adapter_beside=plan.adapter_beside,
+        zeros_expected=expected,
+        zeros_found=found,
+        max_logit_difference=_compare_logits(plan.reference, opened, validation),
+        perplexity=_compare_perplexity(opened, perplexity, validation, device),
+    )
 
 
 def _compare_weights(written: PreTrainedModel, opened: PreTrainedModel) -> None:
     """Raises RuntimeError for a tensor that is not read as it was written."""
-    found = opened.state_dict()
+    state = opened.state_dict()
     for name, tensor in written.state_dict().items():
-        if not torch.equal(found[name], tensor):
+        if not torch.equal(state[name], tensor):
             raise RuntimeError(f"the exported model's {name} is not what was written; not kept.")
 
 
-def _compare_zeros(model: PreTrainedModel, opened: PreTrainedModel, report: dict[str, Any]) -> dict[str, int | None]:
-    """The zeros that the last cut left in the linears it chose, and how many zeros the folder has there.
+def _compare_zeros(plan: ExportPlan, opened: PreTrainedModel, achieved: Sequence[float] | None) -> tuple[int, int]:
+    """The zeros that the last cut left in the linears it chose, and the zeros of the folder there.
 
-    A kept weight may have come to zero by itself, so that there may be more, never less.
+    A kept weight may have become zero by itself, so that there may be more, never fewer.
     """
-    if not structure.masked(model):
-        return {"zeros_expected": None, "zeros_found": None}
-    before, after = pruned_blocks(without_adapter(model)), pruned_blocks(opened)
+    before, after = pruned_blocks(plan.base), pruned_blocks(opened)
     expected = sum(block.pruned for block in before)
-    for one, other in zip(before, after, strict=True):
-        _compare_masks(one, other)
-    if report.get("achieved"):
-        shares = zip(report["achieved"], before, strict=True)
-        expected = sum(round(share * block.size) for share, block in shares)
+    for block, reopened in zip(before, after, strict=True):
+        _compare_masks(block, reopened)
+    if achieved:
+        expected = sum(round(share * block.size) for share, block in zip(achieved, before, strict=True))
     found = _zeros(after)
     if found < expected:
         raise RuntimeError(f"the exported model has {found} zeros in the pruned linears of {expected}; not kept.")
-    return {"zeros_expected": expected, "zeros_found": found}
+    return expected, found
 
 
 def _compare_masks(before: Block, after: Block) -> None:
-    """Raises RuntimeError where a weight is not zero that the mask of a quantised linear says was pruned."""
+    """Raises RuntimeError where a weight is not zero although the mask of a quantised linear says it was pruned."""
     for name, linear in before.linears.items():
         if isinstance(linear, QuantisedLinear):
             check_zeros(after.linears[name].weight_OI, linear.module, f"exported model's {before.path}.{name}")
@@ -148,7 +185,7 @@ def _compare_logits(model: PreTrainedModel, opened: PreTrainedModel, validation:
         )
     difference = float((opened(ids_BT, use_cache=False).logits.float() - expected).abs().max())
     allowed = LOGIT_TOLERANCE.get(model.dtype, TOLERANCE) * float(expected.abs().max())
-    if not difference <= allowed:
+    if not difference <= allowed:  # NaN is never within the tolerance
         raise RuntimeError(
             f"the exported model's logits differ by {difference:.3g} from those in memory, where {allowed:.3g} is "
             "rounding; not kept."
@@ -166,14 +203,14 @@ def _window(model: PreTrainedModel, validation: Validation | None) -> Tensor:
 
 
 def _compare_perplexity(
-    opened: PreTrainedModel, report: dict[str, Any], validation: Validation | None, device: torch.device | None
-) -> dict[str, float]:
+    opened: PreTrainedModel, expected: float | None, validation: Validation | None, device: torch.device | None
+) -> float | None:
     """The perplexity of the folder, where there is one in memory to compare it with."""
-    values = [value for value in report["perplexity"].values() if value is not None]
-    if validation is None or not values:
-        return {}
+    if validation is None or expected is None:
+        return None
     found = measure(opened, *validation, label="Perplexity, exported folder", device=device).perplexity
-    expected, allowed = values[-1], PERPLEXITY_TOLERANCE.get(opened.dtype, TOLERANCE)
-    if found != expected and not abs(found / expected - 1) <= allowed:  # both may be infinite; NaN is never right
+    allowed = PERPLEXITY_TOLERANCE.get(opened.dtype, TOLERANCE)
+    # both may be infinite, which divide to NaN; NaN itself is never right
+    if found != expected and not abs(found / expected - 1) <= allowed:
         raise RuntimeError(f"the exported model's perplexity is {found:.4f}, in memory it is {expected:.4f}; not kept.")
-    return {"perplexity": found}
+    return found

@@ -7,14 +7,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lit_prune.evaluation.sizes import full_bytes, parameters, pruned, size_bytes
-from lit_prune.export.folder import form, merges
+from lit_prune.evaluation.sizes import full_bytes, parameters, pruned
+from lit_prune.export.formats import ExportFormat, HuggingFace
+from lit_prune.export.plan import ExportPlan
 from lit_prune.masks.zeros import zero_shares
 from lit_prune.models import structure
 from lit_prune.models.quantised import quantisation
 from lit_prune.recipe import Recipe
 from lit_prune.recover import adapter_config
-from lit_prune.recover.merge import merged, without_adapter
 from lit_prune.report import report as reports
 from lit_prune.report.records import Baseline, CutRecord, to_plain
 from lit_prune.report.report import Report
@@ -22,23 +22,25 @@ from lit_prune.schedule import Cut
 
 
 def summary(
-    model: PreTrainedModel,
+    plan: ExportPlan,
     recipe: Recipe | None,
     records: Sequence[CutRecord],
     baseline: Baseline | None = None,
     following: Sequence[Cut] = (),
+    *,
+    format: ExportFormat = HuggingFace(),  # noqa: B008 (frozen)
 ) -> Report:
-    """Returns the report of what ``model`` is now, and of the cuts that were made (see DynamicPruningCallback).
+    """Returns the report of the model of ``plan``, and of the cuts that were made (see DynamicPruningCallback).
 
     What it says of scores, rates and the like is the last cut's; `cuts` tells every one. Where nothing was cut, it is
     what ``baseline`` says of the model before that training. Where it ended early, cuts were still ``following``.
     """
     cuts, kept = to_plain(list(records)), to_plain(baseline)
-    plain, done = without_adapter(model), dict(cuts[-1]) if cuts else {}
+    model, plain, done = plan.model, plan.base, dict(cuts[-1]) if cuts else {}
     sparsity: dict[str, Any] = {"requested": None, "achieved_linears": 0.0}
     if kept is not None:
         done = _known(kept)
-        sparsity = _kept_sparsity(model, kept)
+        sparsity = _kept_sparsity(plain, kept)
     if recipe is not None and recipe.method.makes_zeros:
         blocks = recipe.find(plain, quantised=True)
         zero, total = sum(block.pruned for block in blocks), sum(block.size for block in blocks)
@@ -50,8 +52,7 @@ def summary(
             "achieved_linears": zero / total,
             "missed": zero / total - target,
         } | _found(cuts)
-    fills = merges(model) and not structure.masked(model)
-    zero, total = pruned(merged(model) if fills else plain)
+    zero, total = pruned(plain if plan.outline.masked else plan.plain)
     return {
         "perplexity": _perplexities(plain, recipe, cuts) if kept is None else {**kept["perplexity"], "after": None},
         "protocol": done.get("protocol"),
@@ -66,10 +67,10 @@ def summary(
         "recovery": structure.record(model).get("recovery"),
         "distillation": structure.record(model).get("distillation"),
         "adapter": adapter_config(model),
-        "merged": merges(model),
+        "merged": plan.merged,
         "adapter_parameters": parameters(model) - parameters(plain),
-        "bytes": _bytes(model, plain),
-        "quantised": _quantised(model, plain),
+        "bytes": format.bytes(plan),
+        "quantised": _quantised(plan),
         "slice": _slice(plain, recipe, done),
         "sliced": any(shape.name == "slice" for shape in structure.describe(plain)),
         "cuts": [_told_of(done) for done in cuts],
@@ -87,7 +88,7 @@ def _known(kept: dict[str, Any]) -> dict[str, Any]:
     return known | {field: kept[field] for field in ("protocol", "achieved")}
 
 
-def _kept_sparsity(model: PreTrainedModel, kept: dict[str, Any]) -> dict[str, Any]:
+def _kept_sparsity(plain: PreTrainedModel, kept: dict[str, Any]) -> dict[str, Any]:
     """How many zeros there were before, and are now."""
     if not kept["achieved"]:
         return {"requested": None, "achieved_linears": 0.0}
@@ -96,21 +97,15 @@ def _kept_sparsity(model: PreTrainedModel, kept: dict[str, Any]) -> dict[str, An
         "requested": recipe.get("sparsity"),
         "budget": recipe.get("budget", "linears"),
         "found": kept["sparsity"],
-        "achieved_linears": zero_shares(without_adapter(model))[1],
+        "achieved_linears": zero_shares(plain)[1],
     }
 
 
-def _bytes(model: PreTrainedModel, plain: PreTrainedModel) -> int:
-    """What the weights of the exported folder take."""
-    if form(model) == "merged":
-        return full_bytes(plain)
-    return size_bytes(plain if merges(model) else model)
-
-
-def _quantised(model: PreTrainedModel, plain: PreTrainedModel) -> dict[str, Any] | None:
+def _quantised(plan: ExportPlan) -> dict[str, Any] | None:
     """How the model that was trained is quantised, and what is exported of it."""
-    kind = quantisation(model)
-    return kind and kind | {"form": form(model), "bytes_unquantised": full_bytes(plain)}
+    kind, form = quantisation(plan.model), plan.outline.form
+    exported = {"form": None if form == "quantised" else form, "bytes_unquantised": full_bytes(plan.base)}
+    return kind and kind | exported
 
 
 def _first(plain: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[str, Any]]) -> str:

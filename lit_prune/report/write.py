@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.allocate import write_plan
@@ -13,7 +12,8 @@ from lit_prune.allocate.plan import MEAN_TOLERANCE
 from lit_prune.calibration.cached_statistics import FILE, CachedStatistics, write_statistics
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
-from lit_prune.export.folder import export, form
+from lit_prune.export.formats import ExportFormat
+from lit_prune.export.plan import ExportPlan
 from lit_prune.export.run_folder import RunFolder
 from lit_prune.export.verify import Validation, verify
 from lit_prune.files import write_text, written_aside
@@ -24,10 +24,10 @@ from lit_prune.report.report import Report
 
 def write_results(
     folder: RunFolder,
-    model: PreTrainedModel,
+    plan: ExportPlan,
     report: Report,
     *,
-    written: PreTrainedModel,
+    format: ExportFormat,
     base: str,
     tokenizer: Tokenizer | None,
     validation: Validation | None,
@@ -35,20 +35,28 @@ def write_results(
 ) -> list[Path]:
     """Writes `model/`, `report.json` and `blocks.png` into ``folder``; returns what was written.
 
-    ``written`` is the model whose weights are exported for ``model``, see ``export.exported``.
-
     The exported folder is reopened and compared before it gets its name; see ``verify``.
 
     Raises:
         RuntimeError: if the reopened model is another.
     """
     target = folder.path / "model"
-    if form(model) == "requantised" and validation is not None:
-        found = measure(written, *validation, label="Perplexity, requantised", device=device)
+    if plan.outline.form == "requantised" and validation is not None:
+        found = measure(plan.plain, *validation, label="Perplexity, requantised", device=device)
         report["perplexity"]["requantised"] = found.perplexity
     with written_aside(target) as draft:
-        export(model, draft, tokenizer, _card(report, base, tokenizer), written=written)
-        report["export"] = verify(draft, model, written, report, validation, device)
+        format.write(plan, draft, tokenizer)
+        (draft / "README.md").write_text(_card(report, base, tokenizer), encoding="utf-8")
+        measured = [value for value in report["perplexity"].values() if value is not None]
+        report["export"] = verify(
+            draft,
+            plan,
+            format,
+            validation,
+            achieved=report["achieved"],
+            perplexity=measured[-1] if measured else None,
+            device=device,
+        ).to_dict()
     return [target, *_told(folder.path, report)]
 
 

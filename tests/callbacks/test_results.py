@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lit_prune.allocate import Uniform
 from lit_prune.errors import InputError
+from lit_prune.models.on_disk import save
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.recover import MaskedLoRA, QLoRA, Recovery
@@ -115,14 +116,12 @@ def test_a_run_that_fails_with_a_checkpoint_says_where_the_earlier_one_is(
 
 
 def test_an_export_that_is_not_what_was_measured_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(model: torch.nn.Module, *args: object, **fields: object) -> torch.nn.Module:
+    def scaled(model: torch.nn.Module, folder: Path) -> None:
         for parameter in model.parameters():
             parameter.data.mul_(1.1)
-        return export(model, *args, **fields)  # type: ignore[arg-type]
+        save(model, folder)  # type: ignore[arg-type]
 
-    from lit_prune.report.write import export
-
-    monkeypatch.setattr("lit_prune.report.write.export", other)
+    monkeypatch.setattr("lit_prune.export.formats.huggingface.save", scaled)
     with pytest.raises(RuntimeError, match=r"the exported model's perplexity is .*, in memory it is .*; not kept"):
         fit(Foreign(), callback(), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))])
     assert list((tmp_path / "run").iterdir()) == []

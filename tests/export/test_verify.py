@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,15 @@ from lit_prune.allocate import Uniform
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import Measurement, Protocol, measure
-from lit_prune.export.folder import export
-from lit_prune.export.verify import _compare_perplexity, check_trained, verify
+from lit_prune.export.formats import HuggingFace
+from lit_prune.export.plan import ExportPlan
+from lit_prune.export.verify import Verification, check_trained, verify
 from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude
-from lit_prune.recipe import Recipe, recipe_record
+from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery
-from lit_prune.report.records import CutRecord
-from lit_prune.report.summary import summary
 from lit_prune.slice import Slicing
-from tests.conftest import small_model
+from tests.conftest import export, small_model
 
 RECIPE = Recipe(Magnitude(), 0.5, Uniform(), ignore=["down_proj"])
 ALL = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 48 * 32)
@@ -44,88 +44,86 @@ def recovered(recovery: Recovery | None = None, dtype: torch.dtype = torch.float
     return model
 
 
-def report_of(model: PreTrainedModel, recipe: Recipe = RECIPE) -> dict[str, Any]:
-    found = measure(model, batches(), "text")
-    cut = CutRecord(
-        step=0,
-        perplexity={"after": found.perplexity},
-        seconds={},
-        protocol=found.protocol,
-        calibration={},
-        size={},
-        recipe=recipe_record(recipe),
-        scores=[1.0] * 3,
-        rates=[0.5] * 3,
-        target=recipe.sparsity,
-        achieved=[0.5] * 3,
-        sparsity=recipe.sparsity,
-    )
-    return summary(model, recipe, [cut])
+def perplexity(model: PreTrainedModel) -> float:
+    return measure(model, batches(), "text").perplexity
+
+
+def check(folder: Path, plan: ExportPlan, expected: float | None = None, **fields: Any) -> Verification:
+    """Verifies a folder of a model that the recipe cut, half of every block."""
+    validation = None if expected is None else (batches(), "text")
+    return verify(folder, plan, HuggingFace(), validation, perplexity=expected, **{"achieved": [0.5] * 3, **fields})
 
 
 @pytest.mark.parametrize("recovery", [None, LoRA(), MaskedLoRA(), FullFineTuning()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_said_of_a_folder_that_is_right(recovery: Recovery, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_the_record_of_a_folder_that_is_right(recovery: Recovery, dtype: torch.dtype, tmp_path: Path) -> None:
     model = recovered(recovery, dtype)
-    report = report_of(model)
-    said = verify(tmp_path, model, export(model, tmp_path), report, (batches(), "text"))
-    assert said["verified"]
-    assert said["merged"] is isinstance(recovery, MaskedLoRA)
-    assert said["zeros_expected"] == said["zeros_found"] == ALL // 2
+    result = check(tmp_path, export(model, tmp_path), perplexity(model))
+    assert result.format == "HuggingFace"
+    assert result.merged is isinstance(recovery, MaskedLoRA)
+    assert result.adapter_beside is (tmp_path / "adapter_config.json").exists() is isinstance(recovery, LoRA)
+    assert result.zeros_expected == result.zeros_found == ALL // 2
     # in half precision the small model's rotary frequencies are rounded with it, the opened one's are not
-    assert said["max_logit_difference"] < (1e-5 if dtype == torch.float32 else 1e-2)
-    assert said["perplexity"] == pytest.approx(report["perplexity"]["pruned"], abs=0.01)
-    assert (tmp_path / "adapter_config.json").exists() is isinstance(recovery, LoRA)
+    assert result.max_logit_difference < (1e-5 if dtype == torch.float32 else 1e-2)
+    assert result.perplexity == pytest.approx(perplexity(model), abs=0.01)
 
 
-def test_without_validation_the_logits_are_compared_all_the_same(tmp_path: Path) -> None:
-    model = recovered(MaskedLoRA())
-    said = verify(tmp_path, model, export(model, tmp_path), report_of(model), None)
-    assert said["max_logit_difference"] < 1e-5
-    assert "perplexity" not in said
+def test_the_record_as_the_report_has_it() -> None:
+    result = Verification("HuggingFace", False, True, 5, 6, 1e-6, 20.5)
+    assert result.to_dict() == {
+        "verified": True,
+        "format": "HuggingFace",
+        "merged": False,
+        "adapter": "unmerged, at the root of model/",
+        "zeros_expected": 5,
+        "zeros_found": 6,
+        "max_logit_difference": 1e-6,
+        "perplexity": 20.5,
+    }
+    assert "perplexity" not in replace(result, perplexity=None).to_dict()
+    assert replace(result, merged=True, adapter_beside=False).to_dict()["adapter"] == "merged"
+    assert replace(result, adapter_beside=False).to_dict()["adapter"] is None
+
+
+def test_without_validation_the_logits_are_still_compared(tmp_path: Path) -> None:
+    result = check(tmp_path, export(recovered(MaskedLoRA()), tmp_path))
+    assert result.max_logit_difference < 1e-5
+    assert result.perplexity is None
 
 
 def test_a_sliced_model_has_no_zeros_to_count(tmp_path: Path) -> None:
-    model, recipe = small_model(), Recipe(Slicing(), 0.25)
-    prune(model, batches(), recipe)
+    model = small_model()
+    prune(model, batches(), Recipe(Slicing(), 0.25))
     LoRA().attach(model)
-    said = verify(tmp_path, model, export(model, tmp_path), report_of(model, recipe), None)
-    assert said["merged"]
-    assert said["zeros_expected"] is said["zeros_found"] is None
+    result = check(tmp_path, export(model, tmp_path))
+    assert result.merged
+    assert result.zeros_expected is result.zeros_found is None
 
 
-def test_weights_that_were_not_written_so(tmp_path: Path) -> None:
-    model = recovered()
-    written = export(model, tmp_path)
-    report = report_of(model)
-    written.model.norm.weight.data[0] += 1e-4
+def test_weights_that_are_not_read_as_they_were_written(tmp_path: Path) -> None:
+    plan = export(recovered(), tmp_path)
+    plan.plain.model.norm.weight.data[0] += 1e-4
     with pytest.raises(RuntimeError, match=r"the exported model's model.norm.weight is not what was written"):
-        verify(tmp_path, model, written, report, None)
+        check(tmp_path, plan)
 
 
 def test_zeros_that_were_filled(tmp_path: Path) -> None:
     model = recovered()
     weight = model.model.layers[1].self_attn.q_proj.weight
     weight.data[weight == 0] = 1e-6
-    written = export(model, tmp_path)
     with pytest.raises(RuntimeError, match=rf"has {(ALL - 32 * 32) // 2} zeros in the pruned linears of {ALL // 2};"):
-        verify(tmp_path, model, written, report_of(model), None)
+        check(tmp_path, export(model, tmp_path))
 
 
 def test_an_adapter_that_was_left_out(tmp_path: Path) -> None:
-    model = recovered(MaskedLoRA())
-    report = report_of(model)
-    plain = small_model()
-    prune(plain, batches(), RECIPE)
+    plan, other = ExportPlan.of(recovered(MaskedLoRA())), export(recovered(), tmp_path)
     with pytest.raises(RuntimeError, match=r"logits differ by .* from those in memory, where .* is rounding"):
-        verify(tmp_path, model, export(plain, tmp_path), report, (batches(), "text"))
+        check(tmp_path, replace(plan, plain=other.plain))
 
 
-def test_a_perplexity_that_was_another(tmp_path: Path) -> None:
-    model = recovered()
-    report = report_of(model) | {"perplexity": {"pruned": 1.0}}
+def test_a_perplexity_that_differs(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"the exported model's perplexity is .*, in memory it is 1.0000; not kept"):
-        verify(tmp_path, model, export(model, tmp_path), report, (batches(), "text"))
+        check(tmp_path, export(recovered(), tmp_path), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -140,35 +138,33 @@ def test_a_perplexity_that_was_another(tmp_path: Path) -> None:
         (math.inf, math.inf, True),
     ],
 )
-def test_a_perplexity_that_is_no_number_is_another(
-    found: float, expected: float, right: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_perplexity_that_is_no_number(
+    found: float, expected: float, right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    plan = export(recovered(), tmp_path)
     monkeypatch.setattr(
         "lit_prune.export.verify.measure",
         lambda *args, **fields: Measurement(found, Protocol("text", 1, 16, 15, "float32"), 0.0),
     )
     with nullcontext() if right else pytest.raises(RuntimeError, match=r"the exported model's perplexity is"):
-        said = _compare_perplexity(small_model(), {"perplexity": {"pruned": expected}}, (batches(), "text"), None)
-        assert said == {"perplexity": found}
+        assert check(tmp_path, plan, expected).perplexity == found
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_training_that_diverged(value: float) -> None:
     model = recovered(LoRA())
-    report: dict[str, Any] = {"seconds": {"train": 1.0}, "perplexity": {"pruned": 60.0, "recovered": 30.0}}
-    check_trained(model, report)
-    check_trained(model, report | {"perplexity": {"pruned": math.nan, "recovered": None, "after": math.inf}})
+    for measured in (None, 30.0, math.inf):
+        check_trained(model, measured)
     with pytest.raises(InputError, match=r"`model.lr` must be lower: the training diverged, the perplexity is NaN;"):
-        check_trained(model, report | {"perplexity": {"pruned": 60.0, "recovered": math.nan}})
+        check_trained(model, math.nan)
     name, adapter = next((name, weight) for name, weight in model.named_parameters() if ".lora_B" in name)
     adapter.data[0, 0] = value
     with pytest.raises(InputError, match=rf"`model.lr` must be lower: the training diverged, {name} is not finite;"):
-        check_trained(model, report)
-    check_trained(model, report | {"seconds": {"prune": 1.0}})
+        check_trained(model)
 
 
-def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
+def test_logits_that_are_not_finite(tmp_path: Path) -> None:
     model = recovered()
     model.model.norm.weight.data.fill_(3e38)
     with pytest.raises(InputError, match=r"the model's logits are not finite, .* `model.lr` must be lower"):
-        verify(tmp_path, model, export(model, tmp_path), report_of(model), None)
+        check(tmp_path, export(model, tmp_path))

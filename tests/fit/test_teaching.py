@@ -16,7 +16,6 @@ from lit_prune.data.loaders import ResumableLoader
 from lit_prune.data.text import PackedWindows
 from lit_prune.distill import Copy, Distillation, SparseDelta, TopK
 from lit_prune.errors import InputError
-from lit_prune.export.folder import export
 from lit_prune.fit.batches import training_windows
 from lit_prune.models import structure
 from lit_prune.prune import SparseGPT, Wanda
@@ -25,7 +24,7 @@ from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader
 from tests.checkpointing.test_resume import KeepAll, assert_same, ended, run, text  # noqa: F401 (a fixture)
 from tests.checkpointing.test_resume import callback as of_embedded
-from tests.conftest import small_model
+from tests.conftest import export, small_model
 
 IDS = torch.arange(1, 17)[None]
 

@@ -15,7 +15,6 @@ from lit_prune.allocate import DLP, OWL, AlphaPruning, LayerRedundancy, Search, 
 from lit_prune.calibration.stream import on_device
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
-from lit_prune.export.folder import export
 from lit_prune.models.families import find_blocks
 from lit_prune.models.load import load_model
 from lit_prune.models.on_disk import on_disk, working
@@ -23,7 +22,7 @@ from lit_prune.pipeline import prune, score
 from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
-from tests.conftest import FAMILIES, lively_model
+from tests.conftest import FAMILIES, export, lively_model
 
 STACKED = {"mixtral", "qwen3_moe"}
 MAPPED = sorted(FAMILIES.keys() - STACKED)

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import full_bytes, parameters, pruned, size_bytes
-from lit_prune.export.folder import check_merge, export, exported, form, merges
+from lit_prune.export.formats import HuggingFace
+from lit_prune.export.plan import ExportPlan, check_merge, form_of
 from lit_prune.export.verify import verify
 from lit_prune.fit.existing_masks import attach, check_kept, take_zeros
 from lit_prune.masks.zeros import zeros
@@ -29,7 +30,7 @@ from lit_prune.recover.masked_quantised import MaskedQuantised, QuantisedProduct
 from lit_prune.recover.merge import without_adapter
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import callback, fit
-from tests.conftest import WIDE, small_model
+from tests.conftest import WIDE, export, small_model
 
 FORMS: list[Any] = ["adapter", "merged", "requantised"]
 KINDS: list[Any] = ["nf4", "fp4", "int8"]
@@ -83,14 +84,14 @@ def test_an_export_reopens_as_it_was_written_with_every_zero(form: Any, quantiza
     family = "gpt2" if quantization == "fp4" else "llama"  # whose matrices lie the other way
     model = healed(family, form=form, quantization=quantization)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    plain = export(model, tmp_path)
+    plan = export(model, tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     found = opened(tmp_path)
     assert (adapter_config(found) is not None) is (form == "adapter")
     assert any(True for _ in quantised_linears(found)) is (form != "merged")
     assert hasattr(found.config, "quantization_config") is (form != "merged")
-    reference = plain if form == "requantised" else model
-    torch.testing.assert_close(logits(found), logits(reference), rtol=1e-4, atol=1e-6)
+    assert plan.reference is (plan.plain if form == "requantised" else model)
+    torch.testing.assert_close(logits(found), logits(plan.reference), rtol=1e-4, atol=1e-6)
     weights = dense_weights(family)
     blocks = find_blocks(without_adapter(found), quantised=True)
     for block in blocks:
@@ -104,8 +105,8 @@ def test_the_form_says_what_is_trained() -> None:
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         assert len(layers) == 3 * 7
         assert all(isinstance(layer, MaskedQuantised) is masked for layer in layers)
-        assert form(model) == form_
-        assert merges(model) is masked
+        assert form_of(Snapshot.of(model)) == form_
+        assert ExportPlan.of(model).merged is masked
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert len(trained) == 3 * 7 * 2
         assert all(".lora_" in name for name in trained)
@@ -153,7 +154,7 @@ def test_nothing_of_a_weights_size_is_kept_for_the_backward_pass(checkpointing: 
 def test_parameters_bytes_and_zeros_are_counted_as_they_are(quantization: Any, tmp_path: Path) -> None:
     dense = small_model(**WIDE)
     model = healed(quantization=quantization)
-    plain = export(model, tmp_path)
+    plain = export(model, tmp_path).plain
     assert parameters(plain) == parameters(dense)
     assert size_bytes(plain) == sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
     assert full_bytes(plain) == size_bytes(dense)
@@ -187,13 +188,13 @@ def test_over_slices_nothing_is_masked_and_the_widths_stay(form: Any, quantizati
     model = healed(sliced=True, form=form, quantization=quantization)
     assert not any(isinstance(module, MaskedQuantised) for module in model.modules())
     assert all(mask(module) is None for _, module in quantised_linears(model))
-    plain = export(model, tmp_path)
+    plan = export(model, tmp_path)
     found = opened(tmp_path)
     assert found.config.slice_sizes == model.config.slice_sizes
-    assert merges(model) is (form != "adapter")
+    assert plan.merged is (form != "adapter")
     assert (adapter_config(found) is not None) is (form == "adapter")
-    reference = plain if form == "requantised" else model
-    torch.testing.assert_close(logits(found), logits(reference), rtol=1e-4, atol=1e-6)
+    assert plan.reference is (plan.plain if form == "requantised" else model)
+    torch.testing.assert_close(logits(found), logits(plan.reference), rtol=1e-4, atol=1e-6)
 
 
 def broken(module: Any) -> None:
@@ -211,12 +212,11 @@ def test_an_export_of_weights_whose_zeros_were_filled_is_refused(form: Any, tmp_
 
 def test_a_folder_whose_zeros_were_filled_is_refused(tmp_path: Path) -> None:
     model = healed(form="merged")
-    written = exported(model)
-    written.model.layers[2].self_attn.k_proj.weight.data += 1
-    export(model, tmp_path, written=written)
-    report: Any = {"quantised": None, "adapter": None, "merged": True, "perplexity": {}, "achieved": None}
+    plan = ExportPlan.of(model)
+    plan.plain.model.layers[2].self_attn.k_proj.weight.data += 1
+    HuggingFace().write(plan, tmp_path)
     with pytest.raises(RuntimeError, match=r"not zero in the exported model's model.layers.2.self_attn.k_proj weight"):
-        verify(tmp_path, model, written, report, None)
+        verify(tmp_path, plan, HuggingFace())
 
 
 def test_half_precision_and_a_cut_in_mid_training() -> None:
@@ -277,7 +277,7 @@ def test_merge_of_an_adapter_that_stays_beside_quantised_weights_is_refused() ->
 
 
 def test_a_quantised_model_is_not_pruned_again() -> None:
-    plain = exported(healed(form="requantised"))
+    plain = ExportPlan.of(healed(form="requantised")).plain
     with pytest.raises(InputError, match="`model` must be pruned in full precision, self_attn.q_proj is quantised"):
         prune(plain, [ids()], Recipe())
 
@@ -294,7 +294,7 @@ def test_a_quantised_folder_is_trained_on_by_lora_beside_it(quantization: Any, t
     check_kept(first, LoRA(r=3))
     attach(first, LoRA(r=3))
     with_weights(first)
-    assert (form(first), merges(first)) == ("adapter", False)
+    assert form_of(Snapshot.of(first)) == "adapter"
     export(first, tmp_path / "second")
     second, before = opened(tmp_path / "second"), opened(tmp_path / "first")
     assert adapter_config(second) is not None

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.allocate import Uniform
 from lit_prune.errors import InputError
-from lit_prune.export.folder import export
 from lit_prune.models.families import find_blocks
 from lit_prune.models.linears import has_fused_experts
 from lit_prune.models.quantised import compute_exactly, mask
@@ -19,7 +18,7 @@ from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA, Recovery, Snapshot, adapter_config
 from lit_prune.recover.masked_linear import MaskedLinear
 from lit_prune.recover.merge import without_adapter
-from tests.conftest import WIDE, small_model
+from tests.conftest import WIDE, export, small_model
 
 LEAVES = [leaf for leaf in Recovery.__subclasses__() if leaf.__module__.startswith("lit_prune.")]
 ADAPTERS: list[type[LoRA] | type[MaskedLoRA]] = [LoRA, MaskedLoRA]

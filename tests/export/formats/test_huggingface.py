@@ -1,3 +1,5 @@
+"""The Hugging Face folder opens in plain transformers as what was in memory, and nothing in memory is changed."""
+
 import json
 import subprocess
 import sys
@@ -7,17 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_prune.errors import InputError
-from lit_prune.export.folder import check_merge, export, merges
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
-from lit_prune.recover import LoRA, MaskedLoRA, Snapshot
+from lit_prune.recover import LoRA, MaskedLoRA
 from lit_prune.recover.merge import without_adapter
 from lit_prune.slice import Slicing
-from tests.conftest import small_model
+from tests.conftest import export, small_model
 
 
 def recovered(model: PreTrainedModel, batches: list[torch.Tensor]) -> PreTrainedModel:
@@ -54,13 +54,12 @@ def test_pruned_weights_and_adapter_open_together(
     any_model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path
 ) -> None:
     model = recovered(any_model, batches)
-    export(model, tmp_path, card="card")
+    export(model, tmp_path)
     opened = AutoModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(opened(batches[0]).logits, model(batches[0]).logits)
     assert not torch.allclose(opened(batches[0]).logits, without_adapter_logits(model, batches[0]), atol=1e-3)
     pruned = find_blocks(without_adapter(opened))[0].linears
     assert all(zeros([linear.weight_OI])[0] > 0 for linear in pruned.values())
-    assert (tmp_path / "README.md").read_text() == "card"
 
 
 def test_the_zeros_are_on_disk_and_the_adapter_names_no_dense_model(
@@ -80,17 +79,6 @@ def test_the_zeros_are_on_disk_and_the_adapter_names_no_dense_model(
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "."
 
 
-def test_without_adapter_shares_the_weights(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
-    assert without_adapter(model) is model
-    recovered(model, batches)
-    plain = without_adapter(model)
-    layer = model.model.layers[0].self_attn.q_proj
-    assert plain.model.layers[0].self_attn.q_proj.weight.data_ptr() == layer.base_layer.weight.data_ptr()
-    assert plain.lm_head.weight is plain.model.embed_tokens.weight
-    model.disable_adapters()
-    assert not any(parameter.is_meta for parameter in plain.parameters())
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_on_a_sliced_model_is_merged_and_the_model_left_as_it_is(
     dtype: torch.dtype, batches: list[torch.Tensor], tmp_path: Path
@@ -100,8 +88,7 @@ def test_an_adapter_on_a_sliced_model_is_merged_and_the_model_left_as_it_is(
     with_adapter(model)
     expected, shortcut = model(batches[0]).logits, model.model.layers[1].mlp_shortcut.clone()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert merges(model)
-    plain = export(model, tmp_path)
+    plain = export(model, tmp_path).plain
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any("lora" in name for name in plain.state_dict())
     layer = model.model.layers[0].mlp.up_proj
@@ -120,7 +107,6 @@ def test_an_adapter_on_a_sliced_model_with_masks_is_not_merged(
 ) -> None:
     prune(model, batches, Recipe(Slicing(), 0.25))
     recovered(model, batches)
-    assert not merges(model)
     export(model, tmp_path)
     assert (tmp_path / "adapter_config.json").is_file()
     opened = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -136,7 +122,6 @@ def test_a_masked_adapter_is_merged_and_the_model_left_as_it_is(
         if ".lora_" in name:
             torch.nn.init.normal_(parameter, std=0.05)
     expected, before = any_model(batches[0]).logits, {n: t.clone() for n, t in any_model.state_dict().items()}
-    assert merges(any_model)
     export(any_model, tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in any_model.state_dict().items())
     assert not (tmp_path / "adapter_config.json").exists()
@@ -146,18 +131,6 @@ def test_a_masked_adapter_is_merged_and_the_model_left_as_it_is(
     for one, other in pairs:
         for name, linear in one.linears.items():
             assert torch.equal(linear.weight_OI == 0, other.linears[name].weight_OI == 0)
-
-
-def test_a_merge_that_would_fill_zeros_is_refused(batches: list[torch.Tensor]) -> None:
-    model, sliced = small_model(), small_model()
-    prune(model, batches, Recipe())
-    check_merge(Snapshot.of(model))
-    prune(sliced, batches, Recipe(Slicing(), 0.25))
-    for leaf, one in ((LoRA, model), (LoRA, sliced), (MaskedLoRA, small_model())):
-        leaf().attach(one)
-    with pytest.raises(InputError, match="`merge` must be left out for LoRA over masks, .*or train with .*MaskedLoRA"):
-        check_merge(Snapshot.of(model))
-    check_merge(Snapshot.of(sliced))
 
 
 def test_a_fresh_process_opens_it_without_lit_prune(

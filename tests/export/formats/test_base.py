@@ -1,0 +1,90 @@
+"""A format that lit_prune does not know is one class: a run writes, reopens, compares and counts it."""
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import final
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lit_prune.cli.main import main
+from lit_prune.errors import InputError
+from lit_prune.export.formats import ExportFormat
+from lit_prune.export.plan import ExportPlan, Outline
+
+SPARSE = "tests.export.formats.test_base.Sparse"
+
+
+@final
+@dataclass(frozen=True)
+class Sparse(ExportFormat):
+    """Where the weights are not zero, and their values there."""
+
+    doubled: bool = False
+
+    def check(self, outline: Outline) -> None:
+        if outline.form != "full precision" or outline.reshaped:
+            raise InputError(f"`format` Sparse must have plain weights, got {outline.form}.")
+
+    def write(self, plan: ExportPlan, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+        folder.mkdir()
+        scale = 2 if self.doubled else 1
+        weights = {name: (w != 0, w[w != 0] * scale) for name, w in plan.plain.state_dict().items()}
+        torch.save(weights, folder / "weights.pt")
+        plan.plain.config.save_pretrained(folder)
+
+    def open(self, folder: Path, device: torch.device, *, on_disk: bool = False) -> PreTrainedModel:
+        config = AutoConfig.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+        state = {}
+        for name, (keep, values) in torch.load(folder / "weights.pt").items():
+            state[name] = torch.zeros(keep.shape, dtype=values.dtype).masked_scatter(keep, values)
+        model.load_state_dict(state)
+        return model.to(device)
+
+    def bytes(self, plan: ExportPlan) -> int:
+        sizes = [w.numel() // 8 + int((w != 0).sum()) * w.itemsize for w in plan.plain.parameters()]
+        return sum(sizes)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("Open the file, read its lines and close it again when that is done.\n" * 100)
+    warnings.simplefilter("ignore")  # Lightning's advice
+
+
+def run(verb: str, *args: str) -> None:
+    data = ["--data.train_files=text.txt", "--data.val_files=text.txt", "--data.seq_length=64", "--data.val_windows=2"]
+    calibration = ["--pruning.calibration.num_samples=2", "--pruning.calibration.seq_length=64"]
+    main([verb, "--model.dtype=float32", "--output=run", *data, *calibration, *args])
+
+
+def test_a_format_of_ones_own_goes_through_a_run() -> None:
+    run("prune", "--pruning.method=Magnitude", "--pruning.allocation=Uniform", f"--format={SPARSE}")
+    assert sorted(path.name for path in Path("run/model").iterdir()) == ["README.md", "config.json", "weights.pt"]
+    report = json.loads(Path("run/report.json").read_text())
+    export = report["export"]
+    assert export["format"] == "Sparse"
+    assert export["zeros_expected"] == export["zeros_found"] > 0
+    assert export["max_logit_difference"] == 0
+    assert export["perplexity"] == pytest.approx(report["perplexity"]["pruned"])
+    assert 0.5 < report["bytes"] / (4 * report["parameters"]) < 0.8
+    assert report["bytes"] == pytest.approx(Path("run/model/weights.pt").stat().st_size, rel=0.4)  # a byte a bool
+    assert SPARSE in Path("run/config.yaml").read_text()
+
+
+def test_a_format_that_reads_other_weights_than_it_wrote_is_not_kept() -> None:
+    with pytest.raises(RuntimeError, match=r"the exported model's .* is not what was written; not kept"):
+        run("prune", "--pruning.method=Magnitude", f"--format={SPARSE}", "--format.doubled=true")
+    assert not Path("run/model").exists()
+
+
+def test_an_unknown_format_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("prune", "--format=HugingFace")
+    assert "`format` must be one of HuggingFace, or the dotted path" in capsys.readouterr().err

@@ -1,0 +1,73 @@
+"""A model without its adapter: the weights are shared, a merge is W + alpha / r * B A, and the model stays as it is."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.models.quantised import dequantised, quantisation, quantised_linears
+from lit_prune.pipeline import prune
+from lit_prune.recipe import Recipe
+from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
+from lit_prune.recover.merge import merged, without_adapter
+from tests.conftest import small_model
+
+
+def with_adapter(model: PreTrainedModel, recovery: LoRA | MaskedLoRA | QLoRA) -> PreTrainedModel:
+    """``model`` in evaluation, under an adapter that does something."""
+    recovery.attach(model)
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = (torch.randn(parameter.shape, generator=random) * 0.05).to(parameter.dtype)
+    return model.eval()
+
+
+def test_a_model_without_an_adapter_is_returned_as_it_is(model: PreTrainedModel) -> None:
+    assert without_adapter(model) is model
+    assert merged(model).state_dict().keys() == model.state_dict().keys()
+
+
+def test_without_adapter_shares_the_weights_and_their_ties(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    expected = model(batches[0]).logits
+    plain = without_adapter(with_adapter(model, LoRA()))
+    layer = model.model.layers[0].self_attn.q_proj
+    assert plain.model.layers[0].self_attn.q_proj.weight.data_ptr() == layer.base_layer.weight.data_ptr()
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert not any(tensor.is_meta for tensor in (*plain.parameters(), *plain.buffers()))
+    assert torch.equal(plain(batches[0]).logits, expected)
+
+
+def test_a_merge_adds_the_scaled_product_and_leaves_the_model(batches: list[torch.Tensor]) -> None:
+    model = with_adapter(small_model(), LoRA(r=8, alpha=16))
+    expected, before = model(batches[0]).logits, {name: t.clone() for name, t in model.state_dict().items()}
+    plain = merged(model)
+    layer = model.model.layers[0].mlp.up_proj
+    total = layer.base_layer.weight + 16 / 8 * layer.lora_B.default.weight @ layer.lora_A.default.weight
+    torch.testing.assert_close(plain.model.layers[0].mlp.up_proj.weight, total)
+    torch.testing.assert_close(plain(batches[0]).logits, expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_masked_merge_keeps_every_zero(batches: list[torch.Tensor]) -> None:
+    model = small_model()
+    prune(model, batches, Recipe())
+    zero = {name: tensor == 0 for name, tensor in model.state_dict().items() if "_proj" in name}
+    plain = merged(with_adapter(model, MaskedLoRA()))
+    assert sum(int(where.sum()) for where in zero.values()) > 10_000
+    assert all(torch.equal(plain.state_dict()[name] == 0, where) for name, where in zero.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 stores its weights (in, out)
+def test_a_quantised_model_is_merged_into_full_precision(family: str, batches: list[torch.Tensor]) -> None:
+    model = with_adapter(small_model(family), QLoRA(quantization="int8", form="merged"))
+    expected = {
+        name.replace(".base_layer", ""): dequantised(module)
+        for name, module in quantised_linears(model)
+        if "base_layer" not in name
+    }
+    assert quantisation(without_adapter(model)) == {"quantization": "int8", "double_quant": False}
+    plain = merged(model)
+    assert quantisation(plain) is None
+    assert not hasattr(plain.config, "quantization_config")
+    assert all(torch.equal(plain.get_submodule(name).weight, weight) for name, weight in expected.items())
+    torch.testing.assert_close(plain(batches[0]).logits, model(batches[0]).logits, rtol=0.1, atol=0.05)
