@@ -157,7 +157,6 @@ class LitPruneCLI(LightningCLI):
             csv_log=True,
             push_to_hub=config.push_to_hub,
             tasks=self._tasks(config),
-            format=self._parser(self.subcommand).instantiate_classes(Namespace(format=config.format)).format,
         )
         self.trainer_defaults["callbacks"] = [results]
         if (
@@ -247,6 +246,7 @@ class LitPruneCLI(LightningCLI):
             find_callback(self.trainer, DynamicPruningCallback),
             find_callback(self.trainer, ResultsCallback),
         )
+        results.format = self.config_init[self.subcommand].format  # made with the other classes, after the callback
         fits = self.subcommand == "fit"
         if fits:
             pruning.check_trainer(self.trainer)

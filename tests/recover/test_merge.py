@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.models.quantised import dequantised, quantisation, quantised_linears
+from lit_prune.models.quantised import dequantised, quantisation
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
@@ -57,17 +57,16 @@ def test_a_masked_merge_keeps_every_zero(batches: list[torch.Tensor]) -> None:
     assert all(torch.equal(plain.state_dict()[name] == 0, where) for name, where in zero.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 stores its weights (in, out)
-def test_a_quantised_model_is_merged_into_full_precision(family: str, batches: list[torch.Tensor]) -> None:
-    model = with_adapter(small_model(family), QLoRA(quantization="int8", form="merged"))
-    expected = {
-        name.replace(".base_layer", ""): dequantised(module)
-        for name, module in quantised_linears(model)
-        if "base_layer" not in name
-    }
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "model.layers.1.mlp.up_proj"), ("gpt2", "transformer.h.1.mlp.c_fc")]
+)
+def test_a_quantised_model_is_merged_into_full_precision(family: str, name: str) -> None:
+    model = with_adapter(small_model(family), QLoRA(quantization="int8", form="merged", r=8, alpha=16))
+    layer = model.get_submodule(name)
+    total = dequantised(layer.base_layer) + 16 / 8 * layer.lora_B.default.weight @ layer.lora_A.default.weight
     assert quantisation(without_adapter(model)) == {"quantization": "int8", "double_quant": False}
     plain = merged(model)
     assert quantisation(plain) is None
     assert not hasattr(plain.config, "quantization_config")
-    assert all(torch.equal(plain.get_submodule(name).weight, weight) for name, weight in expected.items())
-    torch.testing.assert_close(plain(batches[0]).logits, model(batches[0]).logits, rtol=0.1, atol=0.05)
+    weight = plain.get_submodule(name).weight
+    torch.testing.assert_close(weight.T if family == "gpt2" else weight, total)  # gpt2 stores its weights (in, out)
