@@ -488,11 +488,11 @@ def sliced_class(model: PreTrainedModel) -> type[SlicedCausalLM]:
 
 
 def register() -> None:
-    """Registers the sliced families with transformers' Auto classes."""
+    """Registers the sliced families with transformers' Auto classes; a second call changes nothing."""
     for kind in SLICED.values():
         config: Any = kind.config_class
-        AutoConfig.register(config.model_type, config)
-        AutoModelForCausalLM.register(config, kind)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, kind, exist_ok=True)
 
 
 def _copy_this_file_on_save() -> None:
