@@ -1,7 +1,9 @@
-"""What the embedded model has learnt, and what pruning costs it: ``python benchmarks/embedded.py``.
+"""Perplexity of the embedded model, dense and pruned.
 
-Prints the held-out perplexity beside the unigram perplexity of the same tokens (frequencies of the training text, one
-added to each count), and the perplexity after DLP + Wanda at several sparsities.
+    python benchmarks/embedded.py
+
+Prints the perplexity on the validation text, that of a unigram model on the same tokens (frequencies of the training
+text, with one added to each count), and the perplexity after DLP + Wanda at several sparsities.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from lit_prune.recipe import Recipe
 
 
 def unigram_perplexity(train: torch.Tensor, val: torch.Tensor, words: int) -> float:
-    """Returns exp(mean -log p(token)) of ``val`` under the frequencies of ``train``, one added to each count."""
+    """Returns exp(mean -log p(token)) of ``val`` under the frequencies of ``train``, with one added to each count."""
     counts = torch.bincount(train.long(), minlength=words).double() + 1
     return float(torch.exp(-(counts / counts.sum()).log()[val.long()].mean()))
 
 
 def main(seq_length: int = 256, num_samples: int = 64) -> None:
-    """Prints the figures.
+    """Prints the perplexities.
 
     Args:
         seq_length: Tokens per window.

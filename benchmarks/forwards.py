@@ -1,13 +1,14 @@
-"""Scoring and pruning, or slicing, against one plain forward of the same windows, and against the work by the book.
+"""Time and memory of scoring and pruning, or slicing, against a plain forward pass and a reference implementation.
 
     python benchmarks/forwards.py --pretrained FOLDER --train_files TEXT --val_files RAW
     python benchmarks/forwards.py --num_samples 16 --seq_length 256      # the embedded model
 
-Prints, for every piece of work, seconds as a multiple of F (one plain forward of the windows through the decoder,
-without the head; the mean of one before and one after) beside the number of forwards that must be done, and the peak
-of the memory (Linux, glibc) above what the process held when the work began, beside the size of the stored activations.
-Beside it the same of `reference.py`, one linear at a time as the papers go, the share of zeros that the masks of both
-have in common, and, with `--val_files`, both perplexities. All in one process, one after the other.
+For every job the table has the time as a multiple of F (one plain forward pass of the windows through the decoder,
+without the head; the mean of one pass before and one after the job), the smallest number of forward passes that the
+job needs, and the peak memory (Linux, glibc) above that of the process when the job began; the size of the stored
+activations is printed above the table. The same follows for `reference.py`, which prunes one linear at a time as the
+papers describe it, with the share of zeros that both masks have in common and, with `--val_files`, both perplexities.
+All jobs run in one process, one after the other.
 """
 
 from __future__ import annotations
@@ -42,45 +43,45 @@ from lit_prune.slice import Slicing
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is timed.
+class Job:
+    """A job to time.
 
     Attributes:
-        recipe: What is done.
-        floor: The number of forwards that must be done for it.
-        by_the_book: The method in reference.py that gives the same masks, where there is one.
+        recipe: The recipe of the pruning.
+        minimum: The smallest number of forward passes that it needs.
+        reference: The method in reference.py that gives the same masks, if there is one.
     """
 
     recipe: Recipe
-    floor: int
-    by_the_book: reference.Name | None = None
+    minimum: int
+    reference: reference.Name | None = None
 
     @property
     def name(self) -> str:
-        """What the table calls it."""
+        """The name in the table."""
         method = self.recipe.method
         how = f" ({method.propagate})" if isinstance(method, (Wanda, SparseGPT)) else ""
         return f"{type(method).__name__}{how} + {type(self.recipe.allocation).__name__}"
 
 
-WORK = [
-    Work(Recipe(Magnitude(), 0.5, Uniform()), 0, "Magnitude"),
-    Work(Recipe(Magnitude(), 0.5, DLP()), 1, "Magnitude"),
-    Work(Recipe(Wanda(propagate="dense"), 0.5, Uniform()), 1),
-    Work(Recipe(Wanda(propagate="dense"), 0.5, DLP()), 1),
-    Work(Recipe(Wanda(propagate="pruned"), 0.5, Uniform()), 2, "Wanda"),
-    Work(Recipe(Wanda(propagate="pruned"), 0.5, DLP()), 3, "Wanda"),
-    Work(Recipe(SparseGPT(propagate="dense"), 0.5, DLP()), 1),
-    Work(Recipe(SparseGPT(propagate="pruned"), 0.5, Uniform()), 2, "SparseGPT"),
-    Work(Recipe(SparseGPT(propagate="pruned"), 0.5, DLP()), 3, "SparseGPT"),
-    Work(Recipe(Slicing(), 0.25, Uniform()), 1),
-    Work(Recipe(Slicing(), 0.25, LayerRedundancy()), 2),
+JOBS = [
+    Job(Recipe(Magnitude(), 0.5, Uniform()), 0, "Magnitude"),
+    Job(Recipe(Magnitude(), 0.5, DLP()), 1, "Magnitude"),
+    Job(Recipe(Wanda(propagate="dense"), 0.5, Uniform()), 1),
+    Job(Recipe(Wanda(propagate="dense"), 0.5, DLP()), 1),
+    Job(Recipe(Wanda(propagate="pruned"), 0.5, Uniform()), 2, "Wanda"),
+    Job(Recipe(Wanda(propagate="pruned"), 0.5, DLP()), 3, "Wanda"),
+    Job(Recipe(SparseGPT(propagate="dense"), 0.5, DLP()), 1),
+    Job(Recipe(SparseGPT(propagate="pruned"), 0.5, Uniform()), 2, "SparseGPT"),
+    Job(Recipe(SparseGPT(propagate="pruned"), 0.5, DLP()), 3, "SparseGPT"),
+    Job(Recipe(Slicing(), 0.25, Uniform()), 1),
+    Job(Recipe(Slicing(), 0.25, LayerRedundancy()), 2),
 ]
 
 
 @dataclass
 class Cost:
-    """Seconds, and the peak of resident memory above its start."""
+    """Seconds, and the peak of resident memory above the value at the start."""
 
     seconds: float = 0.0
     peak_bytes: int = 0
@@ -88,57 +89,59 @@ class Cost:
 
 @contextmanager
 def cost() -> Iterator[Cost]:
-    """Measures what happens in the context; memory is sampled every few milliseconds."""
+    """Measures the body of the context; memory is sampled every few milliseconds."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # give back what earlier work has freed, or this one's peak hides in it
-    process, done, found = psutil.Process(), threading.Event(), Cost()
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # return freed memory to the system, or a peak below that of earlier jobs stays hidden
+    process, done, measured_cost = psutil.Process(), threading.Event(), Cost()
     start = process.memory_info().rss
 
     def sample() -> None:
         while not done.wait(0.005):
-            found.peak_bytes = max(found.peak_bytes, process.memory_info().rss - start)
+            measured_cost.peak_bytes = max(measured_cost.peak_bytes, process.memory_info().rss - start)
 
     sampler = threading.Thread(target=sample)
     sampler.start()
     begin = time.perf_counter()
     try:
-        yield found
+        yield measured_cost
     finally:
-        found.seconds = time.perf_counter() - begin
+        measured_cost.seconds = time.perf_counter() - begin
         done.set()
         sampler.join()
 
 
 @torch.no_grad()
 def forward(model: PreTrainedModel, batches: list[Batch]) -> None:
-    """One plain forward through the decoder, the head left out."""
+    """Runs one plain forward pass through the decoder, without the head."""
     for batch in batches:
         model.base_model(**batch, use_cache=False)
 
 
-def measured(work: Callable[[], object]) -> Cost:
-    """Returns what ``work`` costs."""
-    with cost() as found:
+def cost_of(work: Callable[[], object]) -> Cost:
+    """Returns the cost of a call of ``work``."""
+    with cost() as measured_cost:
         work()
-    return found
+    return measured_cost
 
 
 def agreement(one: nn.Module, other: nn.Module) -> float:
-    """Returns of how many of the weights that one of both has pruned the other has, too, as a share."""
+    """Returns the number of weights that both models pruned, as a share of those that at least one of them pruned."""
     pairs = list(zip(one.parameters(), other.parameters(), strict=True))
     both = sum(int(((a == 0) & (b == 0)).sum()) for a, b in pairs)
     return both / max(sum(int(((a == 0) | (b == 0)).sum()) for a, b in pairs), 1)
 
 
 def by_block(one: PreTrainedModel, other: PreTrainedModel) -> str:
-    """Returns :func:`agreement` in the first block, in the last, and in all."""
+    """Returns :func:`agreement` in the first block, the last block and the whole model, as text."""
     first, *_, last = zip(find_blocks(one), find_blocks(other), strict=True)
     ends = (agreement(a.module, b.module) for a, b in (first, last))
     return " / ".join(f"{share:.4%}" for share in (*ends, agreement(one, other)))
 
 
 class Bench:
-    """Does pieces of work on copies of one model, between plain forwards."""
+    """Runs jobs on copies of one model, each between two plain forward passes."""
 
     def __init__(
         self,
@@ -151,32 +154,32 @@ class Bench:
         self.model, self.batches, self.validation, self.itself = model, batches, validation, itself
 
     def timed(self, work: Callable[[PreTrainedModel], object]) -> tuple[PreTrainedModel, list[str]]:
-        """Returns what ``work`` made of a copy of the model, and the cells that tell its cost and its perplexity."""
+        """Returns a copy of the model after ``work``, and the table cells with the cost and the perplexity."""
         candidate = copy.deepcopy(self.model)
-        before = measured(lambda: forward(self.model, self.batches))
-        found = measured(lambda: work(candidate))
-        after = measured(lambda: forward(self.model, self.batches))
+        before = cost_of(lambda: forward(self.model, self.batches))
+        job_cost = cost_of(lambda: work(candidate))
+        after = cost_of(lambda: forward(self.model, self.batches))
         plain = (before.seconds + after.seconds) / 2
-        cells = [f"{found.seconds / plain:.2f}", f"{found.peak_bytes / 1e6:.0f}"]
+        cells = [f"{job_cost.seconds / plain:.2f}", f"{job_cost.peak_bytes / 1e6:.0f}"]
         if self.validation is not None:
             cells.append(f"{measure(candidate, *self.validation).perplexity:.2f}")
         return candidate, cells
 
-    def row(self, work: Work) -> list[str]:
+    def row(self, job: Job) -> list[str]:
         """Returns one row of the table."""
-        ours, cells = self.timed(lambda model: prune(model, self.batches, work.recipe))
-        row = [work.name, str(work.floor), *cells]
-        if work.by_the_book is None:
+        ours, cells = self.timed(lambda model: prune(model, self.batches, job.recipe))
+        row = [job.name, str(job.minimum), *cells]
+        if job.reference is None:
             return row
-        sparsity, dlp = work.recipe.sparsity, isinstance(work.recipe.allocation, DLP)
+        sparsity, dlp = job.recipe.sparsity, isinstance(job.recipe.allocation, DLP)
 
-        def book(batches: list[Batch]) -> Callable[[PreTrainedModel], object]:
-            return lambda model: reference.prune(model, batches, work.by_the_book, sparsity, dlp=dlp)  # type: ignore[arg-type]
+        def by_reference(batches: list[Batch]) -> Callable[[PreTrainedModel], object]:
+            return lambda model: reference.prune(model, batches, job.reference, sparsity, dlp=dlp)  # type: ignore[arg-type]
 
-        theirs, cells = self.timed(book(self.batches))
+        theirs, cells = self.timed(by_reference(self.batches))
         row += [*cells, by_block(ours, theirs)]
         if self.itself:
-            again, _ = self.timed(book(self.batches[::-1]))
+            again, _ = self.timed(by_reference(self.batches[::-1]))
             row.append(by_block(theirs, again))
         return row
 
@@ -197,16 +200,16 @@ def main(
 
     Args:
         pretrained: Hub id, folder, .gguf file or `embedded`.
-        train_files: Text to draw the windows from; null takes Python's documentation.
-        val_files: Text whose perplexity is measured; null measures none.
+        train_files: Text files to draw the windows from; null uses Python's documentation.
+        val_files: Text files to measure the perplexity on; null skips the measurement.
         num_samples: Number of windows.
         seq_length: Tokens per window.
         batch_size: Windows per forward.
-        val_windows: Validation windows, the first of the text.
+        val_windows: Number of validation windows, taken from the start of the text.
         val_length: Tokens per validation window.
-        only: Do only the work in whose name this stands, such as DLP.
-        itself: Do the work by the book once more with the windows in reverse order, and tell how far its masks agree
-            with its own: what rounding alone does.
+        only: Run only the jobs whose name contains this text, such as DLP.
+        itself: Run the reference once more with the windows in reverse order, and print how far its two masks agree,
+            which shows the effect of rounding alone.
     """
     data = TextDataModule(
         pretrained,
@@ -223,16 +226,16 @@ def main(
     bench = Bench(model, batches, validation, itself=itself)
     forward(model, batches[:1])
     activations = num_samples * seq_length * model.config.hidden_size * 4
-    told = ["perplexity"] if validation else []
-    ours = ["multiple of F", "peak MB", *told]
-    head = ["work", "floor", *ours, *(f"{name}, by the book" for name in ours), "same zeros: first / last / all blocks"]
-    head += ["by the book, windows in reverse order"] if itself else []
+    columns = ["multiple of F", "peak MB", *(["perplexity"] if validation else [])]
+    head = ["job", "minimum", *columns, *(f"{name}, reference" for name in columns)]
+    head += ["same zeros: first / last / all blocks"]
+    head += ["reference, windows in order and reversed"] if itself else []
     print(
         f"{num_samples} windows of {seq_length} tokens, {torch.get_num_threads()} threads; stored activations "
         f"{activations / 1e6:.0f} MB\n\n| {' | '.join(head)} |\n| --- |{' ---: |' * (len(head) - 1)}"
     )
-    for work in (work for work in WORK if only in work.name):
-        row = bench.row(work)
+    for job in (job for job in JOBS if only in job.name):
+        row = bench.row(job)
         print(f"| {' | '.join(row + [''] * (len(head) - len(row)))} |", flush=True)
 
 

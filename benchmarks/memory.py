@@ -1,13 +1,13 @@
-"""Pruning a model that stays on disk against pruning it in memory: peak of anonymous memory, seconds, and the limit.
+"""Peak memory and time of pruning a model that stays on disk, against pruning it in memory and the documented limit.
 
     python benchmarks/memory.py --folder /some/disk            # a random Llama of 1.1 billion parameters, 2.2 GB
     python benchmarks/memory.py --folder /some/disk --layers 44
 
-Every run is `lit-prune prune` in a process of its own: DLP and the method, the perplexity before and after, the export,
-reopened. Anonymous memory is RssAnon in /proc (Linux), sampled every few milliseconds. glibc keeps freed memory for
-later unless it is told otherwise, so the processes are given MALLOC_MMAP_THRESHOLD_=1000000; `--malloc default` leaves
-that out. The constant of the limit is what the same command takes for a model that weighs almost nothing, the embedded
-one, on disk as well.
+Every run is `lit-prune prune` in a process of its own: DLP and the method, the perplexity before and after, the export
+and its verification. Anonymous memory is RssAnon in /proc (Linux), sampled every few milliseconds. By default glibc
+keeps freed memory for later, so the processes run with MALLOC_MMAP_THRESHOLD_=1000000; `--malloc default` does not set
+it. The constant part of the limit is the memory of the same command for the embedded model, which is tiny, also on
+disk.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ MB = 1e6
 
 @dataclass
 class Run:
-    """What one command took.
+    """The cost of one command.
 
     Attributes:
-        peak_bytes: Of anonymous memory.
-        seconds: Of the whole process.
-        stopped: Whether it was ended because it took more than it was to.
+        peak_bytes: Peak of anonymous memory.
+        seconds: Duration of the whole process.
+        stopped: Whether the process was killed because it exceeded the allowed memory.
     """
 
     peak_bytes: int
@@ -53,7 +53,7 @@ class Run:
 
 
 def random_llama(folder: Path, layers: int = 22, width: int = 2048, inner: int = 5632, vocabulary: int = 32000) -> Path:
-    """Writes a Llama of random bfloat16 weights, layer by layer, with the embedded model's tokenizer; returns where.
+    """Writes a Llama with random bfloat16 weights, layer by layer, and the embedded tokenizer; returns its folder.
 
     The defaults are TinyLlama's shape: 1.1 billion parameters.
     """
@@ -86,7 +86,7 @@ def random_llama(folder: Path, layers: int = 22, width: int = 2048, inner: int =
 
 
 def _part(name: str) -> str:
-    """The file that a weight goes to: one for each layer, one for the rest."""
+    """Returns the name of the file for a weight: one file per layer, and one for the rest."""
     return f"layer-{name.split('.')[2]}" if ".layers." in name else "rest"
 
 
@@ -97,11 +97,11 @@ def _random(shape: torch.Size, random: torch.Generator) -> Tensor:
 
 
 def limit_bytes(pretrained: str, method: str, tokens: int) -> int:
-    """Returns the limit of ``models.on_disk`` without the constant, for a Llama in bfloat16 whose MLP is its widest.
+    """Returns the limit of ``models.on_disk`` without its constant, for a Llama in bfloat16 whose MLP is widest.
 
-    max(4 W, B + work) + 2 * tokens * hidden size, where W are the weights of a block and B = 2 W its bytes. A block of
-    TinyLlama has 44 million weights, 23 million of them in gate and up; Wanda's limit is 88 + 46 + 185 MB beside the
-    activations.
+    The limit is max(4 W, B + work) + 2 * tokens * hidden size, where W is the number of weights in a block and B = 2 W
+    their bytes. A block of TinyLlama has 44 million weights, 23 million of them in gate and up; the limit for Wanda is
+    88 + 46 + 185 MB plus the activations.
 
     Args:
         pretrained: The model.
@@ -114,7 +114,7 @@ def limit_bytes(pretrained: str, method: str, tokens: int) -> int:
     block, linear = width * (heads + 3 * inner), width * inner
     work = {
         "Wanda": 2 * 2 * linear + 16 * linear,
-        "Magnitude": 2 * 2 * linear + 28 * linear,  # which weights of one size go is found through their indices
+        "Magnitude": 2 * 2 * linear + 28 * linear,  # ties in magnitude are resolved through indices
         "SparseGPT": max(12 * 2 * linear + 28 * width**2, 12 * linear + 28 * inner**2),
     }
     return max(4 * block, 2 * block + work[method]) + 2 * tokens * width
@@ -131,19 +131,19 @@ def pruned(
     malloc: bool = True,
     at_most: float = float("inf"),
 ) -> Run:
-    """Returns what `lit-prune prune` takes in a process of its own, which is ended when it takes ``at_most`` bytes.
+    """Returns the cost of `lit-prune prune` in a process of its own, which is killed if it exceeds ``at_most`` bytes.
 
     Raises:
-        RuntimeError: if it fails; the message has what it said.
+        RuntimeError: if it fails; the message is the output of the command.
     """
     command = [sys.executable, "-m", "lit_prune.cli", "prune", f"--model.pretrained={pretrained}"]
     command += [f"--model.on_disk={str(on_disk).lower()}", f"--output={output}", f"--pruning.method={method}"]
     command += [f"--pruning.calibration.num_samples={num_samples}", f"--pruning.calibration.seq_length={seq_length}"]
     command += [f"--data.seq_length={seq_length}", "--data.val_windows=1", "--trainer.accelerator=cpu"]
     begin, peak = time.perf_counter(), 0
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output_file:
         environment = os.environ | (MALLOC if malloc else {})
-        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+        process = subprocess.Popen(command, stdout=output_file, stderr=output_file, env=environment)
         while process.poll() is None and peak <= at_most:
             peak = max(peak, anonymous_bytes(process.pid))
             time.sleep(0.005)
@@ -151,13 +151,13 @@ def pruned(
         if stopped:
             process.kill()
         if process.wait() != 0 and not stopped:
-            said.seek(0)
-            raise RuntimeError(said.read())
+            output_file.seek(0)
+            raise RuntimeError(output_file.read())
     return Run(peak, time.perf_counter() - begin, stopped)
 
 
 def anonymous_bytes(pid: int) -> int:
-    """Returns the memory of a process that belongs to no file; 0 for one that is ending."""
+    """Returns the anonymous memory of a process; 0 if the process is exiting."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -175,12 +175,12 @@ def main(
     """Prints the table.
 
     Args:
-        folder: Where the random model and what becomes of it are written, and deleted; three times the model's size.
-        layers: Of the random model: 44 million parameters each.
+        folder: Folder for the random model and the pruned ones, which are deleted; three times the size of the model.
+        layers: Number of layers of the random model, 44 million parameters each.
         method: Wanda, Magnitude or SparseGPT.
         num_samples: Calibration windows.
         seq_length: Tokens per window.
-        malloc: `default` leaves glibc's allocator as it is.
+        malloc: `trimmed` lowers glibc's thresholds, `default` does not.
     """
     settings = {"method": method, "num_samples": num_samples, "seq_length": seq_length, "malloc": malloc == "trimmed"}
     with tempfile.TemporaryDirectory(dir=folder) as work:

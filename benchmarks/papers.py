@@ -1,9 +1,9 @@
-"""The papers' comparison on one model: methods x allocations x sparsities, patterns, both ways of propagating, search.
+"""The comparison of the papers on one model: methods x allocations x sparsities, patterns, `propagate`, search.
 
     python benchmarks/papers.py --pretrained FOLDER --train_files TEXT --val_files RAW
 
-Statistics are taken once and kept beside the results (see --results), a file of JSON lines of which every line is one
-case; what is in it is not run again. Seconds are those of scoring and pruning after that one look, evaluation left out.
+The results file (--results) has one JSON object per case; cases that it contains are not run again. The statistics are
+computed once and stored beside it. Seconds are those of scoring and pruning from these statistics, without evaluation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def method_cases() -> Iterator[tuple[str, Recipe]]:
 
 
 def pattern_cases() -> Iterator[tuple[str, Recipe]]:
-    """Yields 2:4, 4:8 and the mixed N:8 of the allocations that pick N, all at one half."""
+    """Yields 2:4, 4:8 and mixed N:8 with the allocations that choose N, all at a sparsity of one half."""
     for kind in (Wanda, Magnitude, SparseGPT):
         for pattern in (NofM(2, 4), NofM(4, 8)):
             yield f"{kind.__name__}, {pattern.n}:{pattern.m}", Recipe(kind(pattern), 0.5, Uniform())
@@ -47,7 +47,7 @@ def pattern_cases() -> Iterator[tuple[str, Recipe]]:
 
 
 def propagate_cases() -> Iterator[tuple[str, Recipe]]:
-    """Yields both ways of propagating; those that are a method's default are cases of the first table."""
+    """Yields both values of `propagate`; the default of each method is a case of the first table too."""
     for kind in (Wanda, SparseGPT):
         for sparsity in SPARSITIES:
             for allocation in (Uniform(), DLP()):
@@ -57,13 +57,13 @@ def propagate_cases() -> Iterator[tuple[str, Recipe]]:
 
 
 def search_cases(rows: Sequence[Row], folder: Path) -> Iterator[tuple[str, Recipe]]:
-    """Yields, for Wanda and SparseGPT at the greatest sparsity, a search that starts from their best allocation.
+    """Yields, for Wanda and SparseGPT at the highest sparsity, a search that starts from their best allocation.
 
-    SparseGPT's levels are costly, two seconds each where Wanda's take a tenth of one; it gets fewer evaluations.
+    Masks of SparseGPT are costly, two seconds each against a tenth of a second for Wanda, so it gets fewer evaluations.
     """
-    found = {row["case"]: row["perplexity"] for row in rows}
+    perplexities = {row["case"]: row["perplexity"] for row in rows}
     for method, evaluations in ((Wanda(), 200), (SparseGPT(), 80)):
-        best = min(ALLOCATIONS, key=lambda allocation: found[_name(method, allocation, SPARSITIES[0])])
+        best = min(ALLOCATIONS, key=lambda allocation: perplexities[_name(method, allocation, SPARSITIES[0])])
         state = str(folder / f"search-{type(method).__name__}.json")
         name = f"{type(method).__name__}, Search from {type(best).__name__}, {SPARSITIES[0]}"
         yield name, Recipe(method, SPARSITIES[0], Search(best, evaluations=evaluations, state=state))
@@ -76,7 +76,7 @@ def _name(method: Method, allocation: Allocation, sparsity: float) -> str:
 
 
 class Cases:
-    """Runs the cases that the results file has not, all from one look at the model."""
+    """Runs the cases that are missing from the results file, all from the same statistics."""
 
     def __init__(self, protocol: Protocol, results: Results) -> None:
         self.protocol, self.results = protocol, results
@@ -84,27 +84,27 @@ class Cases:
         self.stored: CachedStatistics | None = None
 
     def run(self, recipe: Recipe) -> Row:
-        """Returns the row of one recipe; its scores are kept for the next one."""
+        """Returns the row of one recipe; its scores are stored for the following ones."""
         model, batches = load_model(self.protocol.pretrained, "float32"), self.protocol.batches()
         if self.stored is None and self.file.exists():
             self.stored = read_statistics(self.file)
         rule = recipe.allocation.rule if isinstance(recipe.allocation, Search) else recipe.allocation
-        looked = Recipe(SparseGPT(propagate="dense"), recipe.sparsity, rule)  # for the Gram matrices
-        known = self.stored is not None and repr(rule) in self.stored.scores
-        if not known:
-            scored, self.stored = score_with_statistics(model, batches, looked, statistics=self.stored)
+        scoring = Recipe(SparseGPT(propagate="dense"), recipe.sparsity, rule)  # collects Gram matrices too
+        has_scores = self.stored is not None and repr(rule) in self.stored.scores
+        if not has_scores:
+            scored, self.stored = score_with_statistics(model, batches, scoring, statistics=self.stored)
             with written_aside(self.file) as draft:
                 write_statistics(draft, self.stored)
         row = self.protocol.run(recipe, self.stored)
-        return row | {"look_seconds": 0.0 if known else scored.seconds}
+        return row | {"look_seconds": 0.0 if has_scores else scored.seconds}
 
     def rows(self, cases: Iterator[tuple[str, Recipe]]) -> list[Row]:
-        """Returns the rows of ``cases``, under a progress bar."""
+        """Returns the rows of ``cases``, with a progress bar."""
         return [self.results.once(name, partial(self.run, recipe)) for name, recipe in track(list(cases), "Cases")]
 
 
 def main() -> None:
-    """Runs what the results file has not, and prints the tables."""
+    """Runs the missing cases and prints the tables."""
     protocol, results = arguments(__doc__, "runs/papers/results.jsonl", num_samples=16, val_windows=6)
     cases = Cases(protocol, results)
     dense = results.once("dense", partial(protocol.run, None))

@@ -1,11 +1,11 @@
-"""Perplexity, zeros and bytes of every recovery at equal steps, each a run of `lit-prune fit`; resumable.
+"""Perplexity, zeros and bytes of every recovery at the same number of steps, each in a run of `lit-prune fit`.
 
     python benchmarks/recoveries.py
     python benchmarks/recoveries.py --config configs/smollm2_dlp_lora.yaml --runs runs/smollm2_recoveries
 
-What else is on the command line goes to `lit-prune fit`. All cases prune the same model from the same statistics, train
-the same windows in the same order, and differ in what their line says. `LoRA, merged and masked` is what one gets who
-merges plain LoRA and puts the zeros back, which is not what was trained.
+All other arguments are passed to `lit-prune fit`. All cases prune the same model from the same statistics and train on
+the same windows in the same order. `LoRA, merged and masked` merges plain LoRA and sets the pruned weights to zero
+again, which gives a different model from the one that was trained. An interrupted benchmark continues.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Options = Sequence[str]
 
 
 def cases(statistics: Path, full_lr: float) -> Iterator[tuple[str, Options]]:
-    """Yields a name, and what the run has beside the options of all."""
+    """Yields the name of each case and the options that it adds to those of all cases."""
     for sparsity in SPARSITIES:
         share = [f"--pruning.sparsity={sparsity}", f"--pruning.statistics={statistics}"]
         for recovery in ("LoRA", "MaskedLoRA", "QLoRA"):
@@ -51,8 +51,8 @@ def cases(statistics: Path, full_lr: float) -> Iterator[tuple[str, Options]]:
         *_adapter("MaskedLoRA"),
     ]
     yield f"MaskedLoRA, {sparsity} in three cuts", gradual
-    taught = [*share, *_adapter("MaskedLoRA"), "--pruning.distillation.weight=0.5"]
-    yield f"MaskedLoRA, {sparsity}, taught by the dense model", taught
+    distilled = [*share, *_adapter("MaskedLoRA"), "--pruning.distillation.weight=0.5"]
+    yield f"MaskedLoRA, {sparsity}, distilled", distilled
 
 
 def _adapter(recovery: str) -> Options:
@@ -60,7 +60,7 @@ def _adapter(recovery: str) -> Options:
 
 
 def fit(options: Options, folder: Path) -> Row:
-    """Returns the row of one run, which writes to ``folder``."""
+    """Runs one fit into ``folder`` and returns its row."""
     _run("fit", *options, f"--output={folder}", "--overwrite")
     report = json.loads((folder / "report.json").read_text())
     written = [path for path in (folder / "model").iterdir() if path.suffix == ".safetensors"]
@@ -76,10 +76,10 @@ def fit(options: Options, folder: Path) -> Row:
 
 @torch.no_grad()
 def merged_and_masked(row: Row) -> Row:
-    """Returns the row of a LoRA's folder with the adapter merged, and what was zero set to zero again."""
+    """Returns the row of an exported LoRA after merging the adapter and setting pruned weights to zero again."""
     folder = Path(row["folder"])
-    given = yaml.safe_load((folder / "config.yaml").read_text())["data"]
-    data = TextDataModule(**given | {"tokenizer": str(folder / "model")})
+    settings = yaml.safe_load((folder / "config.yaml").read_text())["data"]
+    data = TextDataModule(**settings | {"tokenizer": str(folder / "model")})
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder / "model")
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
@@ -88,20 +88,20 @@ def merged_and_masked(row: Row) -> Row:
     model.disable_adapters()
     blocks = find_blocks(without_adapter(model))
     zero, total = zeros(linear.weight_OI for block in blocks for linear in block.linears.values())
-    found = measure(model, data.val_dataloader(), data.describe("val"))
-    kept = {key: row[key] for key in ("protocol", "seconds", "folder")}
-    return kept | {"perplexity": {"recovered": found.perplexity}, "sparsity": zero / total, "bytes": None}
+    measured = measure(model, data.val_dataloader(), data.describe("val"))
+    shared = {key: row[key] for key in ("protocol", "seconds", "folder")}
+    return shared | {"perplexity": {"recovered": measured.perplexity}, "sparsity": zero / total, "bytes": None}
 
 
 def run(options: Options, results: Results, runs: Path, full_lr: float, only: str) -> list[Row]:
-    """Returns the rows of the cases in whose name ``only`` stands; those that the file lacks are run."""
+    """Returns the rows of the cases whose name contains ``only``; runs those that are missing from the file."""
     statistics = runs / "statistics"
     if not statistics.exists():
         _run("score", *options, f"--output={statistics}")
     rows = []
-    for name, own in ((name, own) for name, own in cases(statistics, full_lr) if only in name):
+    for name, added in ((name, added) for name, added in cases(statistics, full_lr) if only in name):
         folder = runs / name.replace(", ", "-").replace(" ", "_")
-        rows.append(results.once(name, partial(fit, [*options, *own], folder)))
+        rows.append(results.once(name, partial(fit, [*options, *added], folder)))
         if name.startswith("LoRA,"):
             rows.append(results.once(name.replace(",", ", merged and masked,"), partial(merged_and_masked, rows[-1])))
     return rows
@@ -111,27 +111,27 @@ def _run(verb: str, *options: str) -> None:
     subprocess.run([*CLI, verb, *options], check=True)
 
 
-def tell(rows: Sequence[Row]) -> None:
+def print_tables(rows: Sequence[Row]) -> None:
     """Prints the tables."""
     print(f"\n{rows[0]['protocol']}\n\n{tables.recoveries(rows)}")
     lines = []
     for row in rows:
         values = [row["perplexity"].get(key) for key in ("dense", "pruned", "recovered")]
-        found = ["" if value is None else f"{value:.2f}" for value in values]
-        lines.append([row["case"], *found, f"{row['sparsity']:.4f}", f"{row['seconds']:.0f}"])
+        cells = ["" if value is None else f"{value:.2f}" for value in values]
+        lines.append([row["case"], *cells, f"{row['sparsity']:.4f}", f"{row['seconds']:.0f}"])
     print(tables.table(["", "dense", "pruned", "recovered", "sparsity", "seconds of training"], lines))
 
 
 def main() -> None:
-    """Reads the command line, runs, and prints."""
+    """Reads the command line, runs the missing cases and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/quickstart.yaml", help="Configuration that all runs share.")
+    parser.add_argument("--config", default="configs/quickstart.yaml", help="Configuration of all runs.")
     parser.add_argument("--runs", type=Path, default=Path("runs/recoveries"), help="Folder of the runs.")
     parser.add_argument("--full_lr", type=float, default=5e-4, help="Learning rate of FullFineTuning.")
-    parser.add_argument("--only", default="", help="Run only the cases in whose name this stands.")
+    parser.add_argument("--only", default="", help="Run only the cases whose name contains this text.")
     known, rest = parser.parse_known_args()
     results = Results(str(known.runs / "results.jsonl"))
-    tell(run([f"--config={known.config}", *rest], results, known.runs, known.full_lr, known.only))
+    print_tables(run([f"--config={known.config}", *rest], results, known.runs, known.full_lr, known.only))
 
 
 if __name__ == "__main__":

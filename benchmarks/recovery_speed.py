@@ -1,9 +1,9 @@
-"""Training tokens per second of MaskedLoRA against LoRA through peft, by turns in one process.
+"""Training speed of MaskedLoRA relative to LoRA through peft, measured alternately in one process.
 
     python benchmarks/recovery_speed.py --pretrained FOLDER --seq_length 1024 --batch_size 1
 
-A step is forward and backward of one batch; the optimizer's part is the same for both, and small. MaskedLoRA needs one
-matrix product a linear more than plain LoRA, three for two, so that 2/3 is what it must reach.
+A step is the forward and backward pass of one batch; the optimizer takes the same short time for both. MaskedLoRA
+needs three matrix products per linear where plain LoRA needs two, so that its speed should be at least 2/3.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def main(
     turns: int = 7,
     checkpointing: bool = False,
 ) -> None:
-    """Prints the tokens per second of both, and the ratio: smallest, median and largest.
+    """Prints the tokens per second of both, and the median, smallest and largest ratio.
 
     Args:
         pretrained: Hub id, folder, .gguf file or `embedded`; half of its weights are pruned.
-        seq_length: Tokens per window; which tokens they are does not matter.
+        seq_length: Tokens per window; the tokens themselves are arbitrary.
         batch_size: Windows per step.
         r: Rank of the adapters.
-        turns: Steps of each that are measured, after one to warm up.
+        turns: Number of measured steps of each, after one warm-up step.
         checkpointing: Recompute activations in the backward pass.
     """
     models = []
@@ -56,12 +56,12 @@ def main(
         model.zero_grad()
         return ids_BT.numel() / (time.perf_counter() - begin)
 
-    found = [[tokens_per_second(model) for model in models] for _ in range(turns + 1)][1:]
-    ratios = [masked / plain for plain, masked in found]
-    plain, masked = (median(turn[model] for turn in found) for model in (0, 1))
+    speeds = [[tokens_per_second(model) for model in models] for _ in range(turns + 1)][1:]
+    ratios = [masked / plain for plain, masked in speeds]
+    plain, masked = (median(turn[model] for turn in speeds) for model in (0, 1))
     print(
-        f"LoRA {plain:.0f}, MaskedLoRA {masked:.0f} tokens a second; ratio {median(ratios):.2f} ({min(ratios):.2f} to "
-        f"{max(ratios):.2f}) over {turns} turns of {batch_size} x {seq_length} tokens, r = {r}"
+        f"LoRA {plain:.0f}, MaskedLoRA {masked:.0f} tokens per second; ratio {median(ratios):.2f} ({min(ratios):.2f} "
+        f"to {max(ratios):.2f}) over {turns} turns of {batch_size} x {seq_length} tokens, r = {r}"
     )
 
 

@@ -1,9 +1,10 @@
-"""Magnitude, Wanda and SparseGPT by the book: one linear at a time, nothing shared, full sorts, two passes a block.
+"""Reference implementations of Magnitude, Wanda, SparseGPT and DLP, without shared work or optimisations.
 
-What `forwards.py` measures lit_prune against, in speed, masks and perplexity. It is written from the papers (arXiv
-2306.11695 section 3; arXiv 2301.00774 algorithm 1; arXiv 2505.23807 section 3.2) in the way that their experiments go:
-every block runs twice over the stored activations, once with hooks on every linear and once behind the cut, and DLP
-looks at the model in a pass of its own, which again runs every block twice. For models laid out like Llama.
+`forwards.py` compares lit_prune with them in speed, masks and perplexity. They are written from the papers (arXiv
+2306.11695 section 3; arXiv 2301.00774 algorithm 1; arXiv 2505.23807 section 3.2) and work as the papers' experiments
+do: one linear at a time, with full sorts; every block runs twice over the stored activations, once with hooks on every
+linear and once after it is pruned; DLP scores in a pass of its own, which again runs every block twice. They support
+models laid out like Llama.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ DAMPING = 0.01
 
 
 class Squares:
-    """Mean of squares of every input channel."""
+    """Mean square of every input channel."""
 
     def __init__(self, columns: int) -> None:
         self.sum_I, self.tokens = torch.zeros(columns), 0
@@ -58,7 +59,7 @@ class Hessian:
 
 @torch.no_grad()
 def prune(model: PreTrainedModel, batches: Sequence[Batch], name: Name, sparsity: float, *, dlp: bool) -> None:
-    """Prunes ``model`` in place, by rates of DLP or the same for every block."""
+    """Prunes ``model`` in place, with the rates of DLP or the same rate for every block."""
     model.eval()
     layers = model.model.layers
     rates = dlp_rates(model, batches, sparsity) if dlp else [sparsity] * len(layers)
@@ -69,20 +70,20 @@ def prune(model: PreTrainedModel, batches: Sequence[Batch], name: Name, sparsity
             for linear in linears(layer):
                 linear.weight.data = magnitude(linear.weight.data, rate)
             continue
-        taken = watched(layer, hidden, arguments, kind)
+        statistics = collect(layer, hidden, arguments, kind)
         for linear in linears(layer):
             work = wanda if name == "Wanda" else sparsegpt
-            linear.weight.data = work(linear.weight.data, taken[linear], rate)
+            linear.weight.data = work(linear.weight.data, statistics[linear], rate)
         hidden = [layer(x_BTD, **arguments) for x_BTD in hidden]
 
 
 def dlp_rates(model: PreTrainedModel, batches: Sequence[Batch], sparsity: float) -> list[float]:
-    """Returns a rate for every block from the medians of |W| * ||X||, by a pass of its own."""
+    """Returns the rate of every block from the median of its |W| * ||X||, computed in a pass of its own."""
     hidden, arguments = first_inputs(model, batches)
     scores, sizes = [], []
     for layer in model.model.layers:
-        taken = watched(layer, hidden, arguments, Squares)
-        every = torch.cat([(linear.weight.abs() * taken[linear].norm()).flatten() for linear in linears(layer)])
+        statistics = collect(layer, hidden, arguments, Squares)
+        every = torch.cat([(linear.weight.abs() * statistics[linear].norm()).flatten() for linear in linears(layer)])
         scores.append(float(every.median()))
         sizes.append(len(every))
         hidden = [layer(x_BTD, **arguments) for x_BTD in hidden]
@@ -90,7 +91,7 @@ def dlp_rates(model: PreTrainedModel, batches: Sequence[Batch], sparsity: float)
 
 
 def first_inputs(model: PreTrainedModel, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Any]]:
-    """Returns what the first block is given for every batch, and what else: all batches have one shape."""
+    """Returns the input of the first block for every batch, and its other arguments; all batches have one shape."""
     hidden = [model.model.embed_tokens(batch["input_ids"]) for batch in batches]
     positions = torch.arange(hidden[0].shape[1])[None]
     return hidden, {"position_embeddings": model.model.rotary_emb(hidden[0], positions), "attention_mask": None}
@@ -101,19 +102,20 @@ def linears(layer: nn.Module) -> list[nn.Linear]:
     return [module for module in layer.modules() if isinstance(module, nn.Linear)]
 
 
-def watched(
+def collect(
     layer: nn.Module, hidden: Sequence[Tensor], arguments: dict[str, Any], kind: Callable[[int], Any]
 ) -> dict[nn.Linear, Any]:
-    """Returns a statistic for every linear of a block by itself."""
-    taken = {linear: kind(linear.in_features) for linear in linears(layer)}
+    """Returns the statistics of every linear of a block, each collected separately."""
+    statistics = {linear: kind(linear.in_features) for linear in linears(layer)}
     hooks = [
-        linear.register_forward_pre_hook(lambda module, args: taken[module].add(args[0])) for linear in linears(layer)
+        linear.register_forward_pre_hook(lambda module, args: statistics[module].add(args[0]))
+        for linear in linears(layer)
     ]
     for x_BTD in hidden:
         layer(x_BTD, **arguments)
     for hook in hooks:
         hook.remove()
-    return taken
+    return statistics
 
 
 def magnitude(weight_OI: Tensor, rate: float) -> Tensor:
@@ -123,7 +125,7 @@ def magnitude(weight_OI: Tensor, rate: float) -> Tensor:
 
 
 def wanda(weight_OI: Tensor, squares: Squares, rate: float) -> Tensor:
-    """Returns ``weight_OI`` without the smallest |W| * ||X|| of every row, as many in all as the rate says."""
+    """Returns ``weight_OI`` without the smallest |W| * ||X|| of every row, round(numel * rate) in total."""
     score_OI = weight_OI.abs() * squares.norm()
     each, more = divmod(round(weight_OI.numel() * rate), len(weight_OI))
     rising_OI, order_OI = score_OI.sort(dim=1)
@@ -135,7 +137,7 @@ def wanda(weight_OI: Tensor, squares: Squares, rate: float) -> Tensor:
 
 
 def sparsegpt(weight_OI: Tensor, hessian: Hessian, rate: float) -> Tensor:
-    """Returns ``weight_OI`` pruned column after column, the rest adjusted (algorithm 1)."""
+    """Returns ``weight_OI`` pruned column by column, with the remaining weights updated (algorithm 1)."""
     weight_OI, hessian_II = weight_OI.clone().float(), hessian.mean_II
     dead = hessian_II.diagonal() == 0
     hessian_II[dead, dead] = 1

@@ -1,4 +1,4 @@
-"""What the quality benchmarks share: one protocol, and cases of which each is run once and kept in a file."""
+"""The protocol of the quality benchmarks, and their results file, from which an interrupted benchmark continues."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Row = dict[str, Any]
 
 @dataclass
 class Protocol:
-    """The model, the text that is calibrated on, and the text whose perplexity is told.
+    """The model, the calibration text and the validation text of a benchmark.
 
     Args:
         pretrained: Hub id, folder, .gguf file or `embedded`.
-        train_files: Text to calibrate on; null takes Python's documentation.
-        val_files: Text to evaluate on.
-        num_samples: Calibration windows (seed 0).
+        train_files: Text files for calibration; null uses Python's documentation.
+        val_files: Text files for the perplexity.
+        num_samples: Number of calibration windows (seed 0).
         seq_length: Tokens per calibration window.
-        val_windows: Validation windows, the first of the text.
+        val_windows: Number of validation windows, taken from the start of the text.
         val_length: Tokens per validation window.
     """
 
@@ -57,28 +57,28 @@ class Protocol:
         self._batches: list[Batch] = []
 
     def batches(self) -> list[Batch]:
-        """Returns the calibration batches, of one window each."""
+        """Returns the calibration batches, one window each."""
         if not self._batches:
             self._batches = batches_of(self.data.calibration_windows(self.num_samples, self.seq_length, seed=0), 1)
         return self._batches
 
     def run(self, recipe: Recipe | None, stored: CachedStatistics | None = None) -> Row:
-        """Returns the row of one recipe, on a fresh copy of the model; None leaves that dense."""
+        """Returns the row of one recipe on a fresh copy of the model, or of the dense model for None."""
         model = load_model(self.pretrained, "float32")
         pruned = None if recipe is None else prune(model, self.batches(), recipe, statistics=stored)
-        found = measure(model, self.data.val_dataloader(), self.data.describe("val"))
+        measured = measure(model, self.data.val_dataloader(), self.data.describe("val"))
         return {
-            "perplexity": found.perplexity,
+            "perplexity": measured.perplexity,
             "parameters": parameters(model),
             "sparsity": 0.0 if pruned is None else pruned.sparsity,
             "seconds": 0.0 if pruned is None else sum(pruned.seconds.values()),
             "sizes": getattr(model.config, "slice_sizes", None),
-            "protocol": asdict(found.protocol),
+            "protocol": asdict(measured.protocol),
         }
 
 
 class Results:
-    """Rows in a file of JSON lines; a case that is in it is not run again."""
+    """A file with one JSON object per case; a case that it contains is not run again."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -87,7 +87,7 @@ class Results:
         self.rows: list[Row] = [json.loads(line) for line in lines]
 
     def once(self, case: str, run: Callable[[], Row]) -> Row:
-        """Returns the row of ``case``, from the file where it is there."""
+        """Returns the row of ``case`` from the file, or runs it and appends its row."""
         for row in self.rows:
             if row["case"] == case:
                 return row
@@ -100,17 +100,17 @@ class Results:
 
 
 def arguments(description: str | None, results: str, **defaults: Any) -> tuple[Protocol, Results]:
-    """Returns what the command line says: the protocol, and the file of results.
+    """Returns the protocol and the results file given on the command line.
 
     Args:
         description: Text of `--help`.
-        results: Default of `--results`, a file of JSON lines.
-        defaults: Fields of the protocol that have other defaults here.
+        results: Default of `--results`.
+        defaults: Other defaults for fields of the protocol.
     """
     parser = ArgumentParser(description=description)
     parser.add_class_arguments(Protocol, as_group=False)
-    parser.add_argument("--results", default=results, help="File of results, one JSON object a line.")
+    parser.add_argument("--results", default=results, help="Results file, one JSON object per line.")
     parser.set_defaults(defaults)
     settings = parser.parse_args()
-    kept = Results(settings.pop("results"))
-    return Protocol(**settings.as_dict()), kept
+    rows = Results(settings.pop("results"))
+    return Protocol(**settings.as_dict()), rows

@@ -1,11 +1,11 @@
-"""What searching the rates gains over its start, with moves that learn and with blocks drawn evenly; three seeds.
+"""Gain of a search over its initial rates, with learned moves and with uniformly drawn blocks, for three seeds.
 
     python benchmarks/search.py
     python benchmarks/search.py --pretrained FOLDER --train_files TEXT --val_files RAW --seq_length 1024 \\
         --val_windows 6 --val_length 2048 --sparsity 0.7 --results FILE.jsonl
 
-Every line of the results file is one case. A search keeps its state beside the results, so that it takes up where it
-was stopped.
+The results file has one JSON object per case. The state of every search is stored beside it, so that an interrupted
+benchmark continues.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from lit_prune.search import evolution
 
 
 def cases(evaluations: int, seeds: int, results: Results) -> Iterator[tuple[str, Allocation, int]]:
-    """Yields a name, an allocation, and how many blocks contend for a move: 1 draws them evenly, as EvoPress does."""
+    """Yields a name, an allocation, and the number of blocks drawn for a move; 1 is uniform, as in EvoPress."""
     yield "Uniform", Uniform(), 1
     yield "DLP", DLP(), 1
-    for contenders, moves in ((evolution.CONTENDERS, "learned"), (1, "drawn evenly")):
+    for contenders, moves in ((evolution.CONTENDERS, "learned"), (1, "uniform")):
         for seed in range(seeds):
             state = results.path.with_suffix(f".{moves.split()[0]}{seed}.json")
             yield (
@@ -37,10 +37,10 @@ def cases(evaluations: int, seeds: int, results: Results) -> Iterator[tuple[str,
 
 
 def main() -> None:
-    """Runs the cases that the results file has not, and prints all as a table."""
+    """Runs the missing cases and prints all of them as a table."""
     parser = ArgumentParser(description=__doc__)
     parser.add_class_arguments(Protocol, as_group=False)
-    parser.add_argument("--results", default="runs/search.jsonl", help="File of results, one JSON object a line.")
+    parser.add_argument("--results", default="runs/search.jsonl", help="Results file, one JSON object per line.")
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--evaluations", type=int, default=120)
     parser.add_argument("--seeds", type=int, default=3)

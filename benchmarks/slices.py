@@ -1,11 +1,11 @@
-"""Constant against dynamic slicing, at equal mean slice and at equal size; takes up where it was stopped.
+"""Constant against dynamic slicing, at the same mean slice and at the same size.
 
     python benchmarks/slices.py --pretrained FOLDER --train_files TEXT --val_files RAW --results FILE.jsonl
 
-Every line of the results file is one case. Scores are taken once for each rule, and the slices of a case are made from
-them by a plan. At equal size, a dynamic pattern is sliced more, by as much as gives it the parameters of the constant
-one: the width of the first block is that of the embedding too, so that a pattern which spares the first block makes a
-bigger model at the same mean.
+The results file has one JSON object per case, and an interrupted benchmark continues. The scores of each allocation
+are computed once; every case is sliced by a plan made from them. The width of the first block is also the width of the
+embedding, so that at the same mean an allocation that spares the first block leaves a larger model. At the same size a
+dynamic allocation is therefore sliced more, until it has as many parameters as the constant slice.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ def rule(pattern: str, mean: float) -> Allocation:
 
 
 class Slices:
-    """The cases over one protocol."""
+    """The cases of the benchmark."""
 
     def __init__(self, protocol: Protocol, results: Results) -> None:
         self.protocol, self.results = protocol, results
         self.config = load_config(protocol.pretrained)
 
     def scores(self, pattern: str) -> list[float]:
-        """Returns one score a block, taken once for each rule."""
+        """Returns the score of every block, computed once for each allocation."""
         if pattern == "constant":
             return [1.0] * self.config.num_hidden_layers
         allocation = rule(pattern, MEANS[0])
 
-        def taken() -> Row:
+        def run() -> Row:
             model = load_model(self.protocol.pretrained, "float32")
             scored = score(model, self.protocol.batches(), Recipe(Slicing(), MEANS[0], allocation))
             return {"scores": scored.scores, "seconds": scored.seconds}
 
-        return self.results.once(f"scores of {type(allocation).__name__}", taken)["scores"]
+        return self.results.once(f"scores of {type(allocation).__name__}", run)["scores"]
 
     def rates(self, pattern: str, mean: float) -> list[float]:
-        """Returns the slices of a pattern."""
+        """Returns the slice of every block."""
         scores = self.scores(pattern)
         return allocate(rule(pattern, mean), scores, mean, sizes=[self.config.hidden_size] * len(scores))
 
@@ -71,7 +71,7 @@ class Slices:
         return self.results.once(case, run)
 
     def at_size(self, pattern: str, parameters: int) -> float:
-        """Returns the least mean slice, in steps of 0.001, at which a pattern has at most so many parameters."""
+        """Returns the smallest mean slice, in steps of 0.001, that leaves at most ``parameters`` parameters."""
         full, mean = self.config.hidden_size, MEANS[0]
         while True:
             sizes = sizes_from_rates(self.rates(pattern, mean), full, Slicing().multiple)
@@ -92,7 +92,7 @@ class Slices:
 
 
 def main() -> None:
-    """Runs the cases that the results file has not, and prints the tables."""
+    """Runs the missing cases and prints the tables."""
     protocol, results = arguments(__doc__, "runs/slices.jsonl", num_samples=16, val_windows=6)
     rows = Slices(protocol, results).rows()
     print(f"\n{rows[0]['protocol']}\n\n{tables.equal_mean(rows)}\n{tables.equal_size(rows)}")

@@ -1,4 +1,4 @@
-"""Tokens per second of two models, by turns in one process, so that a busy machine slows both alike.
+"""Tokens per second of two models, measured alternately in one process, so that a busy machine slows both equally.
 
 python benchmarks/speed.py --dense FOLDER --other runs/smollm2_slice_lora/model
 """
@@ -14,20 +14,20 @@ from lit_prune.models.load import load_model
 
 
 def main(dense: str = "embedded", other: str = "embedded", turns: int = 5) -> None:
-    """Prints, for prefill and decode, the tokens per second of both and the ratios, smallest, median and largest.
+    """Prints the tokens per second of both in prefill and decode, and the median, smallest and largest ratio.
 
     Args:
         dense: Hub id, folder, .gguf file or `embedded`.
-        other: The same, of the model that is compared.
-        turns: How often each model is measured.
+        other: The model to compare with it.
+        turns: Number of measurements of each model.
     """
     models = [load_model(name, "float32") for name in (dense, other)]
-    found = [[tokens_per_second(model) for model in models] for _ in range(turns)]
+    measurements = [[tokens_per_second(model) for model in models] for _ in range(turns)]
     for part in ("prefill", "decode"):
-        ratios = [getattr(turn[1], part) / getattr(turn[0], part) for turn in found]
-        speeds = [median(getattr(turn[model], part) for turn in found) for model in (0, 1)]
+        ratios = [getattr(turn[1], part) / getattr(turn[0], part) for turn in measurements]
+        speeds = [median(getattr(turn[model], part) for turn in measurements) for model in (0, 1)]
         print(
-            f"{part}: {speeds[0]:.1f} and {speeds[1]:.1f} tokens a second; ratio {median(ratios):.2f} "
+            f"{part}: {speeds[0]:.1f} and {speeds[1]:.1f} tokens per second; ratio {median(ratios):.2f} "
             f"({min(ratios):.2f} to {max(ratios):.2f}) over {turns} turns"
         )
 

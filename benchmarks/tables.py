@@ -1,10 +1,10 @@
-"""Writes the tables of the docs from the results that the benchmarks keep in benchmarks/measured/.
+"""Writes the tables of the docs from the results in benchmarks/measured/.
 
     python benchmarks/tables.py
 
-A page says `<!-- table: NAME -->` where the table of that name begins and `<!-- end -->` where it ends; what stands
-between is written anew. The other benchmarks print the same tables at their ends; a results file of theirs belongs
-there under the name of the benchmark. Of papers and slices only what the pages print was kept of the first runs.
+A table of a page stands between `<!-- table: NAME -->` and `<!-- end -->` and is replaced. The other benchmarks print
+the same tables when they finish; to update the docs, copy the results file of a benchmark to benchmarks/measured/
+under the name of the benchmark. For papers and slices those files have only the fields that the tables show.
 """
 
 from __future__ import annotations
@@ -25,35 +25,39 @@ METHODS = ("Magnitude", "Wanda", "SparseGPT")
 PATTERNS = ("2:4", "4:8", "N:8 by OWL", "N:8 by DLP")
 MEANS = (0.20, 0.25, 0.30)
 WIDTHS = ("constant", "LayerRedundancy, base 0.05 below", "LayerRedundancy, base 0.10 below", "DLP")
-RECOVERIES = {  # as cases are named: as the table says it
-    "LoRA, {}": "LoRA, apart",
-    "LoRA, merged and masked, {}": "the same, merged and masked again",
+RECOVERIES = {  # name of the case: label of the row
+    "LoRA, {}": "LoRA, separate adapter",
+    "LoRA, merged and masked, {}": "LoRA, merged and masked again",
     "MaskedLoRA, {}": "MaskedLoRA, merged",
     "MaskedLoRA, {} in three cuts": "MaskedLoRA, three cuts (steps 0, 20, 40)",
-    "MaskedLoRA, {}, taught by the dense model": "MaskedLoRA, taught by the dense model",
+    "MaskedLoRA, {}, distilled": "MaskedLoRA, distilled from the dense model",
     "FullFineTuning, {}": "FullFineTuning",
     "QLoRA, {}": "QLoRA, `form: adapter`",
 }
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """Returns a Markdown table, of which the first ``words`` columns are text and the others numbers."""
+    """Returns a Markdown table whose first ``words`` columns are text and whose other columns are numbers."""
     rule = ["---"] * words + ["---:"] * (len(head) - words)
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
 
 
 def least_bold(values: Sequence[float | None], places: int = 2) -> list[str]:
-    """Returns the numbers as text, the least of them bold, and nothing for what was not measured."""
-    least = min((value for value in values if value is not None), default=None)
+    """Returns the numbers as text, the smallest in bold, and an empty text for None."""
+    smallest = min((value for value in values if value is not None), default=None)
     texts = ["" if value is None else f"{value:.{places}f}" for value in values]
-    return [f"**{text}**" if text and value == least else text for text, value in zip(texts, values, strict=True)]
+    return [f"**{text}**" if text and value == smallest else text for text, value in zip(texts, values, strict=True)]
 
 
 def methods(rows: Sequence[Row]) -> str:
-    """Returns perplexities, methods and sparsities x allocations."""
-    found = _perplexities(rows)
+    """Returns the table of perplexities, methods and sparsities x allocations."""
+    perplexities = _perplexities(rows)
     lines = [
-        [str(sparsity), method, *least_bold([found.get(f"{method}, {rule}, {sparsity}") for rule in ALLOCATIONS])]
+        [
+            str(sparsity),
+            method,
+            *least_bold([perplexities.get(f"{method}, {rule}, {sparsity}") for rule in ALLOCATIONS]),
+        ]
         for sparsity in (0.5, 0.7)
         for method in METHODS
     ]
@@ -61,22 +65,22 @@ def methods(rows: Sequence[Row]) -> str:
 
 
 def patterns(rows: Sequence[Row]) -> str:
-    """Returns perplexities, methods x patterns of N in M."""
-    found = _perplexities(rows)
-    lines = [[method, *least_bold([found.get(f"{method}, {name}") for name in PATTERNS])] for method in METHODS]
-    return table(["method", *(name.replace("N:8", "N of 8") for name in PATTERNS)], lines)
+    """Returns the table of perplexities, methods x N:M patterns."""
+    perplexities = _perplexities(rows)
+    lines = [[method, *least_bold([perplexities.get(f"{method}, {name}") for name in PATTERNS])] for method in METHODS]
+    return table(["method", *PATTERNS], lines)
 
 
 def propagation(rows: Sequence[Row]) -> str:
-    """Returns perplexities, statistics of the unpruned model and behind pruned blocks."""
-    found, lines = _perplexities(rows), []
+    """Returns the table of perplexities for both values of `propagate`."""
+    perplexities, lines = _perplexities(rows), []
     defaults = {"Wanda": "dense", "SparseGPT": "pruned"}
     for sparsity in (0.5, 0.7):
         for rule in ("Uniform", "DLP"):
             line = [str(sparsity), rule]
             for method, default in defaults.items():
-                told = {way: "" if way == default else f" (propagate: {way})" for way in ("dense", "pruned")}
-                line += least_bold([found.get(f"{method}{how}, {rule}, {sparsity}") for how in told.values()])
+                suffixes = ["" if way == default else f" (propagate: {way})" for way in ("dense", "pruned")]
+                line += least_bold([perplexities.get(f"{method}{end}, {rule}, {sparsity}") for end in suffixes])
             lines.append(line)
     head = [
         f"{method}, {way}{' (default)' if way == default else ''}"
@@ -87,28 +91,28 @@ def propagation(rows: Sequence[Row]) -> str:
 
 
 def searched(rows: Sequence[Row]) -> str:
-    """Returns perplexities, the best rule and what a search from it found."""
-    found, lines = _perplexities(rows), []
-    for name in (name for name in found if ", Search from " in name):
+    """Returns the table of perplexities before and after a search from the best allocation."""
+    perplexities, lines = _perplexities(rows), []
+    for name in (name for name in perplexities if ", Search from " in name):
         method, rule, sparsity = re.findall(r"^(\w+), Search from (\w+), ([\d.]+)$", name)[0]
-        before = found[f"{method}, {rule}, {sparsity}"]
-        lines.append([f"{method} at {sparsity}", rule, f"{before:.2f}", f"**{found[name]:.2f}**"])
+        before = perplexities[f"{method}, {rule}, {sparsity}"]
+        lines.append([f"{method} at {sparsity}", rule, f"{before:.2f}", f"**{perplexities[name]:.2f}**"])
     return table(["", "from", "before", "searched"], lines, words=2)
 
 
 def equal_mean(rows: Sequence[Row]) -> str:
-    """Returns perplexities and parameters of sliced models, mean slices x rules."""
+    """Returns the table of perplexities and parameters of sliced models, mean slices x allocations."""
     by_case, lines = {row["case"]: row for row in rows}, []
     for mean in MEANS:
-        own = [by_case[f"{width}, {mean:.2f}"] for width in WIDTHS]
-        marked = least_bold([row["perplexity"] for row in own])
-        sizes = [f"{row['parameters'] / 1e6:.1f} M" for row in own]
+        cells = [by_case[f"{width}, {mean:.2f}"] for width in WIDTHS]
+        marked = least_bold([row["perplexity"] for row in cells])
+        sizes = [f"{row['parameters'] / 1e6:.1f} M" for row in cells]
         lines.append([f"{mean:.2f}", *(f"{text} ({size})" for text, size in zip(marked, sizes, strict=True))])
-    return table(["mean slice", *WIDTHS], lines, words=0)
+    return table(["mean slice", *map(_heading, WIDTHS)], lines, words=0)
 
 
 def equal_size(rows: Sequence[Row]) -> str:
-    """Returns perplexities and mean slices of sliced models, sizes of the constant slice x rules."""
+    """Returns the table of perplexities of sliced models, sizes of the constant slice x allocations."""
     by_case, lines = {row["case"]: row for row in rows}, []
     for mean in MEANS:
         constant = by_case[f"constant, {mean:.2f}"]
@@ -116,12 +120,12 @@ def equal_size(rows: Sequence[Row]) -> str:
         marked = least_bold([row["perplexity"] for row in (constant, *others)])
         means = ["", *(f" ({row['sparsity']:.3f})" for row in others)]
         size = f"{mean:.2f} ({constant['parameters'] / 1e6:.1f} M)"
-        lines.append([size, *(text + own for text, own in zip(marked, means, strict=True))])
-    return table(["size of constant", *WIDTHS], lines, words=0)
+        lines.append([size, *(text + slice_mean for text, slice_mean in zip(marked, means, strict=True))])
+    return table(["size of constant", *map(_heading, WIDTHS)], lines, words=0)
 
 
 def recoveries(rows: Sequence[Row]) -> str:
-    """Returns perplexities and bytes, recoveries x sparsities."""
+    """Returns the table of perplexities and bytes, recoveries x sparsities."""
     by_case = {row["case"]: row for row in rows}
     sparsities = sorted({re.findall(r"\d\.\d+", case)[0] for case in by_case})
     cells = {
@@ -137,10 +141,14 @@ def recoveries(rows: Sequence[Row]) -> str:
     for number, (name, label) in enumerate(RECOVERIES.items()):
         sizes = {cells[name, sparsity]["bytes"] for sparsity in sparsities} - {None}
         size = f"{max(sizes) / 1e6:.1f}" if sizes else ""
-        own = [columns[sparsity][number] for sparsity in sparsities]
-        if any(own):
-            lines.append([label, *own, size])
+        row = [columns[sparsity][number] for sparsity in sparsities]
+        if any(row):
+            lines.append([label, *row, size])
     return table(["", *sparsities, "MB, adapter included"], lines)
+
+
+def _heading(width: str) -> str:
+    return re.sub(r"base ([\d.]+) below", r"base = mean - \1", width)
 
 
 def _perplexities(rows: Sequence[Row]) -> dict[str, float]:
@@ -159,18 +167,18 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
 
 
 def render(text: str) -> str:
-    """Returns a page with its tables written from what was measured."""
+    """Returns the text of a page with its tables replaced by those of the measured results."""
 
-    def written(block: re.Match[str]) -> str:
+    def replaced(block: re.Match[str]) -> str:
         file, make = TABLES[block[2]]
         rows = [json.loads(line) for line in (MEASURED / f"{file}.jsonl").read_text().splitlines()]
         return f"{block[1]}{make(rows)}{block[3]}"
 
-    return BLOCK.sub(written, text)
+    return BLOCK.sub(replaced, text)
 
 
 def main() -> None:
-    """Writes every page of docs/ that has a table."""
+    """Updates every page of docs/ that has a table."""
     for page in sorted((ROOT / "docs").glob("*.md")):
         before = page.read_text()
         if (after := render(before)) != before:

@@ -1,11 +1,11 @@
-"""What the teachers of a distillation give and cost, at equal steps; takes up where it was stopped.
+"""Perplexity, speed and memory of the teachers of a distillation, at the same number of steps.
 
     OMP_NUM_THREADS=1 python benchmarks/teachers.py --results runs/teachers.jsonl
 
-Every case prunes the same model in the same way (DLP + Wanda, a sparsity of 0.5), trains MaskedLoRA of rank 16 on the
-same windows in the same order (seed 0, AdamW, ten steps of warm-up and a cosine), and is measured by itself. Speed is
-told as training tokens by the seconds that the processor was busy, against training without a teacher; what is done
-before the training is told apart. Bytes are those that are kept of the dense model beside the student.
+Every case prunes the same model in the same way (DLP + Wanda, a sparsity of 0.5) and trains MaskedLoRA of rank 16 on
+the same windows in the same order (seed 0, AdamW, ten warm-up steps and a cosine). Speed is training tokens per second
+of CPU time, relative to training without a teacher; the time before training has a column of its own. Bytes are those
+that the teacher takes in addition to the student. An interrupted benchmark continues.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from lit_prune.recover import MaskedLoRA
 STEPS, BATCH, LR = 60, 8, 2e-3
 
 
-def batches(protocol: Protocol) -> Iterator[Batch]:
-    """Yields the batches of the training."""
+def training_batches(protocol: Protocol) -> Iterator[Batch]:
+    """Returns the batches of the training."""
     text = TextDataModule(
         protocol.pretrained,
         train_files=protocol.train_files,
@@ -46,13 +46,13 @@ def batches(protocol: Protocol) -> Iterator[Batch]:
     return itertools.islice(epochs, STEPS)
 
 
-def train(model: PreTrainedModel, given: Iterator[Batch]) -> None:
-    """Trains what requires gradients."""
+def train(model: PreTrainedModel, batches: Iterator[Batch]) -> None:
+    """Trains the parameters that require gradients, one step per batch."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 10, STEPS, min_lr_rate=0.1)
     model.train()
-    for batch in given:
+    for batch in batches:
         model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -60,36 +60,36 @@ def train(model: PreTrainedModel, given: Iterator[Batch]) -> None:
 
 
 def run(protocol: Protocol, distillation: Distillation | None) -> Row:
-    """Returns the row of one case: keep, prune, train, measure."""
+    """Returns the row of one case: prepares the teacher, prunes, trains and measures."""
     model, recipe, recovery = load_model(protocol.pretrained, "float32"), Recipe(sparsity=0.5), MaskedLoRA(r=16)
-    given, distilled, begin = list(batches(protocol)), None, time.process_time()
+    training, hook, begin = list(training_batches(protocol)), None, time.process_time()
     if distillation is not None:
         assert distillation.teacher is not None
         student, device = Student(recipe, recovery), torch.device("cpu")
-        dense = DenseModel(model, student, distillation.temperature, device, lambda: given)
-        distilled = DistillationHook(distillation, distillation.teacher.prepare(dense))
+        dense = DenseModel(model, student, distillation.temperature, device, lambda: training)
+        hook = DistillationHook(distillation, distillation.teacher.prepare(dense))
     before = time.process_time() - begin
     prune(model, protocol.batches(), recipe)
     torch.manual_seed(0)
     recovery.attach(model)
-    if distilled is not None:
-        distilled.register(model)
+    if hook is not None:
+        hook.register(model)
     begin = time.process_time()
-    train(model, iter(given))
+    train(model, iter(training))
     seconds = time.process_time() - begin
     recovery.detach(model)
-    found = measure(model, protocol.data.val_dataloader(), protocol.data.describe("val"))
+    measured = measure(model, protocol.data.val_dataloader(), protocol.data.describe("val"))
     return {
-        "perplexity": found.perplexity,
+        "perplexity": measured.perplexity,
         "tokens_per_second": STEPS * BATCH * protocol.seq_length / seconds,
         "seconds_before": before,
-        "bytes": 0 if distilled is None else distilled.teacher.size_bytes(),
-        "protocol": asdict(found.protocol),
+        "bytes": 0 if hook is None else hook.teacher.size_bytes(),
+        "protocol": asdict(measured.protocol),
     }
 
 
 def cases() -> Iterator[tuple[str, Distillation | None]]:
-    """Yields a name, and what is asked for."""
+    """Yields the name and the distillation of every case."""
     yield "none", None
     for teacher in (Copy(), Copy("nf4"), SparseDelta(), TopK(64), Copy("bfloat16"), TopK(16)):
         yield f"{teacher}, T 1, weight 0.5", Distillation(1.0, 0.5, teacher)
@@ -98,12 +98,12 @@ def cases() -> Iterator[tuple[str, Distillation | None]]:
 
 
 def main() -> None:
-    """Runs the cases that the results file has not, and prints all as a table."""
+    """Runs the missing cases and prints all of them as a table."""
     protocol, results = arguments(
         __doc__, "runs/teachers.jsonl", num_samples=64, seq_length=128, val_windows=128, val_length=256
     )
     rows = [results.once(name, partial(run, protocol, distillation)) for name, distillation in cases()]
-    print(f"\n{rows[0]['protocol']}\n\n| teacher | perplexity | speed | seconds before | bytes kept |")
+    print(f"\n{rows[0]['protocol']}\n\n| teacher | perplexity | speed | seconds before training | bytes stored |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for row in rows:
         speed = row["tokens_per_second"] / rows[0]["tokens_per_second"]

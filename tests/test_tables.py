@@ -1,4 +1,4 @@
-"""The tables of the docs are what benchmarks/tables.py writes from what was measured."""
+"""The tables of the docs are those that benchmarks/tables.py writes from the measured results."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ WITH_TABLES = [page for page in sorted(DOCS.glob("*.md")) if "<!-- table:" in pa
 
 
 @pytest.mark.parametrize("page", WITH_TABLES, ids=lambda page: page.stem)
-def test_a_page_is_what_was_measured(page: Path) -> None:
+def test_a_page_has_the_measured_tables(page: Path) -> None:
     assert tables.render(page.read_text()) == page.read_text(), "run `python benchmarks/tables.py`"
 
 
@@ -20,7 +20,7 @@ def test_every_table_stands_on_a_page() -> None:
     assert [name for name in tables.TABLES if f"<!-- table: {name} -->\n|" not in text] == []
 
 
-def test_what_stands_between_the_marks_is_written_anew() -> None:
+def test_a_table_is_replaced_between_its_marks() -> None:
     page = "Before.\n<!-- table: searched -->\nold\n<!-- end -->\nAfter.\n"
     written = tables.render(page)
     assert "old" not in written
@@ -28,13 +28,13 @@ def test_what_stands_between_the_marks_is_written_anew() -> None:
     assert written.endswith("|\n<!-- end -->\nAfter.\n")
 
 
-def test_the_least_is_bold_and_what_was_not_measured_is_empty() -> None:
+def test_the_smallest_is_bold_and_none_is_empty() -> None:
     assert tables.least_bold([3.0, None, 2.0]) == ["3.00", "", "**2.00**"]
     assert tables.least_bold([None]) == [""]
     assert tables.table(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | ---: |\n| x | 1 |\n"
 
 
-def test_a_search_is_told_beside_its_start() -> None:
+def test_the_table_of_a_search_has_its_start() -> None:
     rows = [
         {"case": "Wanda, DLP, 0.7", "perplexity": 328.333},
         {"case": "Wanda, Search from DLP, 0.7", "perplexity": 200.0},
