@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` do everything from a bare clone.
+# `make quickstart` and `make test` need nothing but a fresh clone.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 quickstart: $(VENV)/installed
 	$(BIN)/lit-prune fit --config configs/quickstart.yaml --overwrite
 
-# One thread in each of so many processes: more of them than half of the cores, and tests that start processes may wait.
+# Number of pytest processes, one thread each. With more than half of the cores, tests that start processes may time out.
 WORKERS ?= 2
 
 test: $(VENV)/installed-dev
@@ -18,7 +18,7 @@ test: $(VENV)/installed-dev
 slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow
 
-# Random configurations for so long, kills at random moments, disks that are full.
+# Random configurations, kills at random moments, full disks.
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m 'slow or not slow' -s tests/test_soak.py tests/test_kill_anywhere.py tests/test_disk_full.py
 
@@ -35,7 +35,7 @@ format: $(VENV)/installed-dev
 api: $(VENV)/installed-dev
 	$(BIN)/pdoc --docformat google --output-directory build/api lit_prune lit_prune.callbacks '!lit_prune.models.embedded'
 
-# The model inside the package, made again from its text: about an hour.
+# Trains the embedded model from scratch, in about an hour.
 embedded: $(VENV)/installed-dev
 	$(BIN)/python tools/train_tokenizer.py lit_prune/models/embedded
 	$(BIN)/lit-prune fit --config configs/pretrain_embedded.yaml --overwrite

@@ -1,9 +1,9 @@
-"""Makes a small set of conversations, with nothing downloaded: what does a function of Python's standard library do?
+"""Makes a small set of conversations about the functions of Python's standard library, without downloads.
 
     python examples/docs_questions.py talks
 
-Writes talks/train.jsonl and talks/val.jsonl, rows of `prompt` and `completion`, from the docstrings of this Python;
-the validation questions are of other modules.
+Writes talks/train.jsonl and talks/val.jsonl with rows of `prompt` and `completion`, from the docstrings of the running
+Python. The validation questions are about other modules than the training questions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FUNCTION = re.compile(r"^def (\w+\(.{0,80}\))\n([A-Z].{15,150}?\.)$", re.MULTILI
 
 
 def questions(text: str) -> list[dict[str, str]]:
-    """Returns a row for every function in ``text`` whose first line is a sentence."""
+    """Returns a row for every function in ``text`` whose docstring begins with a sentence on a line of its own."""
     return [
         {"prompt": f"What does {signature} do?", "completion": sentence}
         for signature, sentence in FUNCTION.findall(text)

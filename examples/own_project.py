@@ -1,8 +1,8 @@
-"""A project of somebody's own: LightningModule, data and LightningCLI, with pruning as two more callbacks.
+"""An ordinary project with a LightningModule, a data module and a LightningCLI, and pruning as two more callbacks.
 
     python examples/own_project.py fit --config examples/own_project.yaml
 
-Nothing here but the model's name and the perplexity is of lit_prune: what prunes stands in the YAML.
+This file uses lit_prune only for the model, the text and the perplexity; pruning is configured in the YAML.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Batch = dict[str, Tensor]
 
 
 class MyModule(LightningModule):
-    """A causal LM of the hub's kind, kept as ``self.model``: that is where the callback looks for it."""
+    """A Hugging Face causal LM, stored as ``self.model``, where the callback finds it."""
 
     def __init__(self, name: str = str(EMBEDDED), lr: float = 1e-3) -> None:
         super().__init__()
@@ -41,12 +41,12 @@ class MyModule(LightningModule):
         self.log("val/perplexity", self.perplexity, prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Returns AdamW over whatever is trained: the adapter, after a cut."""
+        """Returns AdamW over the trainable parameters, which after a cut are those of the adapter."""
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
 
 
 class MyData(LightningDataModule):
-    """Windows of documentation, as dicts of `input_ids`; the tokenizer is exported beside the model."""
+    """Windows of documentation as dicts with `input_ids`; the tokenizer is exported with the model."""
 
     def __init__(self, name: str = str(EMBEDDED), tokens: int = 256, batch_size: int = 8, windows: int = 512) -> None:
         super().__init__()

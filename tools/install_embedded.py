@@ -1,4 +1,4 @@
-"""Puts a trained model into the package: ``python tools/install_embedded.py RUN``, a folder of `lit-prune fit`."""
+"""Installs the model of a `lit-prune fit` run in the package: ``python tools/install_embedded.py RUN``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_prune.models.load import EMBEDDED
 
 
 def install(run: Path) -> None:
-    """Copies the run's model into the package, its weights as bfloat16."""
+    """Copies the model of a run into the package, with weights in bfloat16."""
     AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.bfloat16).save_pretrained(EMBEDDED)
 
 

@@ -1,4 +1,4 @@
-"""Questions of python_docs_cloze.yaml: the last word of a line of documentation, among three that end other lines."""
+"""The questions of python_docs_cloze.yaml: the last word of a line of documentation, among three from other lines."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ QUESTIONS = 500
 
 
 def load(**_settings: Any) -> DatasetDict:
-    """Returns the questions, `context`, `choices` and `label` each, as the split `test`; the same every time."""
+    """Returns the questions as the split `test`, with columns `context`, `choices` and `label`; always the same."""
     text = "\n".join(document["text"] for document in python_docs("validation"))
-    lines = {found.group(0): found.group(1) for line in text.splitlines() if (found := LINE.fullmatch(line.strip()))}
+    lines = {match.group(0): match.group(1) for line in text.splitlines() if (match := LINE.fullmatch(line.strip()))}
     words, order = sorted(set(lines.values())), random.Random(0)
     rows = []
     for line in order.sample(sorted(lines), min(QUESTIONS, len(lines))):

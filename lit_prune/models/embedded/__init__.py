@@ -1,1 +1,1 @@
-"""The model that the package ships, so that everything runs with nothing downloaded; README.md here is its card."""
+"""The model that ships with the package, so that everything runs without downloads; README.md is its card."""
