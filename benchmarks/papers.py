@@ -96,7 +96,7 @@ class Cases:
             with written_aside(self.file) as draft:
                 write_statistics(draft, self.stored)
         row = self.protocol.run(recipe, self.stored)
-        return row | {"look_seconds": 0.0 if has_scores else scored.seconds}
+        return row | {"scoring_seconds": 0.0 if has_scores else scored.seconds}
 
     def rows(self, cases: Iterator[tuple[str, Recipe]]) -> list[Row]:
         """Returns the rows of ``cases``, with a progress bar."""
