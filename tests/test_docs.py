@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lit_prune.cli.main import LitPruneCLI, main
+from lit_prune.cli.main import main
+from lit_prune.cli.parser import LitPruneCLI
 from tests.callbacks.test_dynamic_pruning import Foreign
 from tests.conftest import small_model
 

@@ -1,7 +1,7 @@
-"""Turns what jsonargparse says of a mistake into a few lines: what is wrong, near misses, what there is.
+"""Error messages of jsonargparse in a line or two: what is wrong, near misses, the choices.
 
-jsonargparse reports a wrong class name or option with every type that was tried and the whole of the value; the lines
-that matter are recognised here. What is not recognised is shortened, not hidden.
+jsonargparse reports a wrong class name or option with every type that it tried and the whole value; the parts that
+matter are picked out by regular expressions. A message that none of them matches is shortened, not hidden.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import re
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from lit_prune.allocate import Allocation
 from lit_prune.errors import near_misses
 from lit_prune.export.formats import ExportFormat
+from lit_prune.files import refused
 from lit_prune.prune import Method, Pattern
 from lit_prune.recover import Recovery
 from lit_prune.schedule import Schedule
@@ -39,12 +42,25 @@ WORDS = {
 }
 
 
+def one_line(error: Exception) -> str | None:
+    """Returns what to tell the user of an exception; None for one that is not a mistake of the user."""
+    if isinstance(error, MisconfigurationException):
+        return str(error).splitlines()[0]
+    if isinstance(error, ValueError) and "Union subtypes" in str(error):
+        # jsonargparse wraps the InputError of a class if its field may be of several types
+        wrapped = re.search(r"^\s*- (`.+)$", str(error), re.MULTILINE)
+        return wrapped and wrapped.group(1)
+    if (reason := refused(error)) is not None:
+        return f"`output` must be where there is room: {reason}. Free some space, or choose another `--output DIR`."
+    return None
+
+
 def explain(message: str, parser: Any) -> str:
-    """Returns ``message`` in a few lines.
+    """Returns ``message`` in a line or two.
 
     Args:
-        message: What jsonargparse would print.
-        parser: The parser it comes from, whose options are the choices.
+        message: The message of jsonargparse.
+        parser: The parser that it comes from, whose options are the choices.
     """
     for pattern, describe in (
         (r"unrecognized arguments: (.*)", _option),
@@ -61,19 +77,22 @@ def explain(message: str, parser: Any) -> str:
         (r"argument subcommand: invalid choice: '(\S+)'|expected \"subcommand\" to be one of", _verb),
         (r"(?:Got value|Given value): (?!NestedArg)(.*)", _value),
     ):
-        found = re.search(pattern, message, re.DOTALL if pattern.startswith(r"Problem") else 0)
-        if found and (told := describe(found, message, parser)):
-            return told
+        match = re.search(pattern, message, re.DOTALL if pattern.startswith(r"Problem") else 0)
+        if match and (text := describe(match, message, parser)):
+            return text
     return _shortened(message)
 
 
 def _where(message: str, end: int | None = None) -> str:
-    """The key that a message is about at ``end``, as the user types it: those that stand around it, by indentation."""
-    around: list[tuple[int, str]] = []
-    for found in re.finditer(r"[Pp]arser key \"([\w.]+)\"|argument (--[\w.]+)", message[:end]):
-        column = found.start() - message.rfind("\n", 0, found.start())
-        around = [outer for outer in around if outer[0] < column] + [(column, found.group(1) or found.group(2))]
-    return ".".join(key for _, key in around)
+    """Returns the key that ``message`` is about at position ``end``, as the user types it.
+
+    Messages about nested keys are nested by indentation: the less indented ones above are the key's parents.
+    """
+    parents: list[tuple[int, str]] = []
+    for match in re.finditer(r"[Pp]arser key \"([\w.]+)\"|argument (--[\w.]+)", message[:end]):
+        column = match.start() - message.rfind("\n", 0, match.start())
+        parents = [parent for parent in parents if parent[0] < column] + [(column, match.group(1) or match.group(2))]
+    return ".".join(key for _, key in parents)
 
 
 def _options(parser: Any) -> list[str]:
@@ -85,14 +104,14 @@ def _subparsers(parser: Any) -> dict[str, Any]:
     return next((dict(a._name_parser_map) for a in parser._actions if hasattr(a, "_name_parser_map")), {})
 
 
-def _option(found: re.Match[str], message: str, parser: Any) -> str:
-    word = found.group(1).split()[0].split("=")[0]
+def _option(match: re.Match[str], message: str, parser: Any) -> str:
+    word = match.group(1).split()[0].split("=")[0]
     return _not_known(f"`{word}` is not an option", word, _options(parser), "see --help")
 
 
-def _key(found: re.Match[str], message: str, parser: Any) -> str:
-    inner = found.group(1)
-    where = _where(message, found.start())
+def _key(match: re.Match[str], message: str, parser: Any) -> str:
+    inner = match.group(1)
+    where = _where(message, match.start())
     full = inner if not where or inner.startswith(where) else f"{where}.{inner}"
     known = [option.removeprefix("--") for option in _options(parser)]
     group = full.split(".")[0]
@@ -102,18 +121,18 @@ def _key(found: re.Match[str], message: str, parser: Any) -> str:
     return _not_known(f"`{full}` is not a setting", full, known, "see --help")
 
 
-def _class_option(found: re.Match[str], message: str, parser: Any) -> str:
-    name, option = found.group(1).rsplit(".", 1)[-1], found.group(2)
+def _class_option(match: re.Match[str], message: str, parser: Any) -> str:
+    name, option = match.group(1).rsplit(".", 1)[-1], match.group(2)
     leaves = {leaf.__name__: leaf for base in BASES.values() for leaf in _leaves(base)}
     leaf = leaves.get(name)
     choices = [field.name for field in fields(leaf)] if leaf is not None and is_dataclass(leaf) else []
     return _not_known(
-        f"`{_where(message, found.start())}.{option}` is not a setting of {name}", option, choices, ", ".join(choices)
+        f"`{_where(message, match.start())}.{option}` is not a setting of {name}", option, choices, ", ".join(choices)
     )
 
 
-def _class(found: re.Match[str], message: str, parser: Any) -> str:
-    word, where = next(group for group in found.groups() if group), _where(message, found.start())
+def _class(match: re.Match[str], message: str, parser: Any) -> str:
+    word, where = next(group for group in match.groups() if group), _where(message, match.start())
     if not (choices := _classes(where)):
         return ""
     return _not_known(
@@ -125,21 +144,21 @@ def _class(found: re.Match[str], message: str, parser: Any) -> str:
 
 
 def _as_n_of_m(word: str, where: str) -> str:
-    """How a pattern such as 2:4 is written."""
-    found = re.fullmatch(r"(\d+):(\d+)", word)
-    if found is None or not where.endswith("pattern"):
+    """Returns the options for a pattern written as 2:4; an empty string for another word."""
+    match = re.fullmatch(r"(\d+):(\d+)", word)
+    if match is None or not where.endswith("pattern"):
         return ""
-    return f"{word} is --{where} NofM --{where}.n {found[1]} --{where}.m {found[2]}"
+    return f"{word} is --{where} NofM --{where}.n {match[1]} --{where}.m {match[2]}"
 
 
-def _value(found: re.Match[str], message: str, parser: Any) -> str:
-    """What kind of value a setting takes, of those that were tried for it."""
-    value, before = found.group(1).strip(), message[: found.start()]
+def _value(match: re.Match[str], message: str, parser: Any) -> str:
+    """Returns what kind of value a setting takes: the types that jsonargparse tried."""
+    value, before = match.group(1).strip(), message[: match.start()]
     tried = before[before.rfind("Parser key") :]  # of the innermost key
     kinds = [WORDS[name] for name in re.findall(r"Expected an? <class '(?:[\w]+\.)*(\w+)'>", tried) if name in WORDS]
     choices = re.findall(r"'([^']+)'", " ".join(re.findall(r"Expected a typing\.Literal\[(.*?)\]", tried)))
     kinds += [f"one of {', '.join(choices)}"] if choices else []
-    where = _where(message, found.start())
+    where = _where(message, match.start())
     if not where or not kinds:
         return ""
     hint = f"a list is written [{value}]" if kinds == [WORDS["list"]] else ""
@@ -148,39 +167,40 @@ def _value(found: re.Match[str], message: str, parser: Any) -> str:
     return _not_known(f"`{where}` must be {' or '.join(kinds)}, got {value}", value, choices, hint)
 
 
-def _abstract(found: re.Match[str], message: str, parser: Any) -> str:
-    where = _where(message, found.start())
+def _abstract(match: re.Match[str], message: str, parser: Any) -> str:
+    where = _where(message, match.start())
     return f"`{where}` must be given before its settings are: one of {', '.join(_classes(where))}."
 
 
 def _classes(where: str) -> list[str]:
-    """The short names of our classes that the key takes."""
+    """Returns the short names of the classes of this project that the key takes."""
     base = BASES.get(where.rsplit(".", 1)[-1])
     leaves = [] if base is None else _leaves(base)
     return sorted(leaf.__name__ for leaf in leaves if leaf.__module__.startswith("lit_prune."))
 
 
-def _file(found: re.Match[str], message: str, parser: Any) -> str:
-    return f"`--{_where(message) or 'config'}` must be a file that is there, got {found.group(1)}."
+def _file(match: re.Match[str], message: str, parser: Any) -> str:
+    return f"`--{_where(message) or 'config'}` must be a file that is there, got {match.group(1)}."
 
 
-def _empty(found: re.Match[str], message: str, parser: Any) -> str:
+def _empty(match: re.Match[str], message: str, parser: Any) -> str:
     return "`--config` must be a YAML file of settings, got an empty one."
 
 
 def _leaves(base: type) -> list[type]:
-    """The concrete classes under ``base``, at any depth."""
-    below: list[type] = base.__subclasses__()
-    return [kind for kind in below if not inspect.isabstract(kind)] + [leaf for kind in below for leaf in _leaves(kind)]
+    """Returns the concrete subclasses of ``base``, at any depth."""
+    children: list[type] = base.__subclasses__()
+    concrete = [child for child in children if not inspect.isabstract(child)]
+    return concrete + [leaf for child in children for leaf in _leaves(child)]
 
 
-def _required(found: re.Match[str], message: str, parser: Any) -> str:
-    name, option = found.group(1).rsplit(".", 1)[-1], found.group(2)
-    return f"`{_where(message, found.start())}.{option}` must be given: {name} needs it."
+def _required(match: re.Match[str], message: str, parser: Any) -> str:
+    name, option = match.group(1).rsplit(".", 1)[-1], match.group(2)
+    return f"`{_where(message, match.start())}.{option}` must be given: {name} needs it."
 
 
-def _verb(found: re.Match[str], message: str, parser: Any) -> str:
-    word = found.group(1) or ""
+def _verb(match: re.Match[str], message: str, parser: Any) -> str:
+    word = match.group(1) or ""
     verbs = list(_subparsers(parser))
     return _not_known(f"the verb must be one of {', '.join(verbs)}" + (f", got {word!r}" if word else ""), word, verbs)
 
@@ -192,12 +212,16 @@ def _not_known(what: str, word: str, choices: list[str], remedy: str = "") -> st
 
 
 def _shortened(message: str) -> str:
-    """The key, and the lines that say what was expected and what came."""
+    """Returns the key, and the lines with the expected type and the value."""
     lines = [line.strip(" -") for line in message.splitlines()]
-    told = [line for line in lines if re.match(r"Expected|Value|Got|Given value:|Invalid|Unable|Not a|.*No such", line)]
-    told = [line for line in told if not re.search("NoneType|NestedArg|^Expected a path but", line)]
-    where = _where(message, message.find(told[0]) if told else None)
-    if not told or not where:
+    details = [
+        line
+        for line in lines
+        if re.match(r"Expected|Value|Got|Given value:|Invalid|Unable|Not a|.*No such", line)
+        and not re.search("NoneType|NestedArg|^Expected a path but", line)
+    ]
+    where = _where(message, message.find(details[0]) if details else None)
+    if not details or not where:
         return " ".join(line for line in lines if line)[:500]
-    text = "; ".join(dict.fromkeys(told)).replace("typing.Literal", "one of ")
+    text = "; ".join(dict.fromkeys(details)).replace("typing.Literal", "one of ")
     return f"`{where}`: " + re.sub(r"<class '([\w.]+)'>", r"\1", text)[:400]

@@ -1,70 +1,157 @@
-"""What the command line leaves open, and what is wrong with it before it is parsed: verbs, checkpoints, lengths."""
+"""Checks before any work: of the settings, of the output folder, and of the objects made from the settings."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import AcceleratorRegistry
 
-from lit_prune.calibration.windows import CALIBRATION_TOKENS
-from lit_prune.data.datamodule import WINDOW_TOKENS
+from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
+from lit_prune.callbacks.results import ResultsCallback, find_callback
+from lit_prune.cli.failure import rank
+from lit_prune.cli.signatures import WRITES
+from lit_prune.data.datamodule import TextDataModule
+from lit_prune.distributed import shards
 from lit_prune.errors import InputError
-from lit_prune.models.load import architecture_config, load_config
+from lit_prune.fit.batches import check_one_process, check_processes
+from lit_prune.fit.module import PrunableLM
+from lit_prune.models.families import blocks_path, packs
+from lit_prune.models.load import skeleton
+from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
 
-WRITES = ("fit", "prune", "export")  # verbs that leave a model
+ADAPTERS = (LoRA, MaskedLoRA, QLoRA)
 
 
-def check_verb(args: list[str], verbs: dict[str, Any]) -> None:
-    """Refuses options before the verb, and tasks for a verb that asks none; a configuration may name some."""
-    verb = next((arg for arg in args if arg in verbs), None)
-    options = {arg.partition("=")[0] for arg in args}
-    if verb is not None and args[0].startswith("-"):
-        before = " ".join(args[: args.index(verb)])
-        raise InputError(f"the verb must come first: lit-prune {verb} {before}")
-    if verb not in (None, *WRITES, "evaluate") and "--tasks" in options:
+def check_settings(config: Namespace, verb: str) -> None:
+    """Checks settings of ``verb`` that need no object.
+
+    Raises:
+        InputError: for a second DynamicPruningCallback, a barebones Trainer, an accelerator that this machine does not
+            have, an upload without a model, and a fit without an end.
+    """
+    if DynamicPruningCallback.__name__ in str(config.trainer.callbacks):
+        raise InputError("`trainer.callbacks` must not hold a DynamicPruningCallback: `pruning` is one already.")
+    if config.trainer.barebones:
         raise InputError(
-            f"`tasks` must be left out for {verb}, which asks none: use `lit-prune evaluate`, or fit, prune and export."
+            "`trainer.barebones` must be false: it switches off the logging and the checkpoints that every run needs."
+        )
+    if config.push_to_hub is not None and verb not in WRITES:
+        raise InputError(f"`push_to_hub` must be left out for {verb}, which writes no model.")
+    _check_accelerator(config.trainer.accelerator)
+    if verb == "fit":
+        _check_end(config.trainer)
+
+
+def _check_accelerator(name: object) -> None:
+    """Checks an accelerator given by its name."""
+    if not isinstance(name, str) or name == "auto":
+        return
+    registered = AcceleratorRegistry.available_accelerators()
+    available = {key for key in registered if AcceleratorRegistry[key]["accelerator"].is_available()}
+    if name not in available and not (name == "gpu" and available & {"cuda", "mps"}):
+        raise InputError(
+            f"`trainer.accelerator` must be auto, or one that this machine has ({', '.join(sorted(available))}), got "
+            f"{name}."
         )
 
 
-def fill_lengths(config: Namespace) -> None:
-    """Sets the windows that the user left open, as long as the model takes."""
-    usual = {"data.seq_length": WINDOW_TOKENS, "pruning.calibration.seq_length": CALIBRATION_TOKENS}
-    missing = [field for field in usual if config[field] is None]
-    if not missing:
+def _check_end(trainer: Namespace) -> None:
+    """Checks that training takes at least a step, and that it ends."""
+    if trainer.max_steps < -1 or trainer.max_steps == 0:
+        raise InputError(
+            f"`trainer.max_steps` must be at least 1, or -1 for as many as `trainer.max_epochs` take, got "
+            f"{trainer.max_steps}; `lit-prune prune` prunes without training."
+        )
+    # Without max_epochs and max_time Lightning would train for 1000 epochs.
+    no_end = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is None)
+    if trainer.max_steps == -1 and no_end:
+        raise InputError(
+            "`trainer.max_steps` or `trainer.max_epochs` must be given: the cosine needs an end. `lit-prune prune` "
+            "prunes without training."
+        )
+
+
+def check_output(results: ResultsCallback, config: Namespace, verb: str) -> None:
+    """Checks that the output folder can be written to, and that nothing in it would be lost."""
+    if verb not in (*WRITES, "score", "evaluate") or rank() != 0:  # the other processes start once the first runs
         return
-    model = config.model
-    found = load_config(model.pretrained) if model.architecture is None else architecture_config(model.architecture)
-    for field in missing:
-        config[field] = min(usual[field], getattr(found, "max_position_embeddings", None) or usual[field])
+    results.folder.resume = results.folder.holds(config.get("ckpt_path"))
+    results.folder.check()
+    model = Path(config.output) / "model"
+    if verb == "export" and model.exists() and not config.overwrite:
+        raise InputError(
+            f"`output` has a model already, {model}: choose another with `--output DIR`, or replace it with "
+            "`--overwrite`."
+        )
 
 
-def of_export(args: list[str], output: str) -> list[str]:
-    """Returns the arguments with what `export` may leave out: the value of --merge, and its run's config.yaml.
+def check_objects(
+    verb: str, trainer: Trainer, model: PrunableLM, datamodule: TextDataModule, ckpt_path: str | None
+) -> None:
+    """Checks the model's config, the data and the recipe against each other, before weights and text are read.
 
-    Args:
-        args: As the user gave them.
-        output: The folder of results where none is given.
+    Raises:
+        InputError: for settings that do not go together, or differ from those of the checkpoint.
     """
-    if args[:1] != ["export"]:
-        return args
-    given = {}
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
-        option, is_set, value = arg.partition("=")
-        given[option] = value if is_set else following
-    args = ["--merge=true" if arg == "--merge" and given[arg][:2] in ("", "--") else arg for arg in args]
-    last = given.get("--ckpt_path") == "last"
-    run = Path(given.get("--output", output)) if last else Path(given.get("--ckpt_path", "")).parent.parent
-    if {"--config", "-c"} & given.keys() or not (run / "config.yaml").is_file():
-        return args
-    here = [f"--output={run}"] if last else []  # which the folder may have been moved to
-    return ["export", f"--config={run / 'config.yaml'}", *here, *args[1:]]
+    pruning, results = find_callback(trainer, DynamicPruningCallback), find_callback(trainer, ResultsCallback)
+    if verb == "fit":
+        pruning.check_trainer(trainer)
+        if ckpt_path:
+            pruning.check_resumed(trainer, model, datamodule, ckpt_path)
+    if verb in ("validate", "test") and shards(trainer):
+        raise InputError(f"`trainer.strategy` must not be ModelParallelStrategy for {verb}: use ddp.")
+    if verb == "evaluate" and results.tasks is None:
+        raise InputError("`tasks` must be given, such as `--tasks arc_easy,piqa`, got none.")
+    if results.tasks is not None and rank() == 0:  # there is no other process yet
+        results.check_tasks(datamodule.tokenizer, load=verb != "evaluate")
+    if verb == "evaluate":  # it does not read the data module's text
+        return
+    datamodule.check_vocabulary(model.config)
+    prunes = pruning.fit_plan.recipe is not None and verb in ("fit", "prune", "score")
+    if prunes:
+        _check_pruning(verb, trainer, model, pruning)
+    elif verb == "fit":
+        _check_random_start(model, pruning)
+    _check_packing(model, datamodule)
+    if verb in ("fit", "prune", "score"):
+        pruning.check_unloaded(skeleton(model.config), datamodule, trains=verb == "fit")
+    _check_lengths(model, datamodule, pruning.fit_plan.calibration.seq_length if prunes else None)
 
 
-def found_checkpoint(path: str, output: Path) -> str:
-    """Returns the checkpoint to resume from; Lightning itself would start afresh where there is none."""
-    found = output / "checkpoints" / "last.ckpt" if path == "last" else Path(path)
-    if not found.is_file():
-        raise InputError(f"`ckpt_path` must be a checkpoint that is there, {found} is not.")
-    return str(found)
+def _check_pruning(verb: str, trainer: Trainer, model: PrunableLM, pruning: DynamicPruningCallback) -> None:
+    assert pruning.fit_plan.recipe is not None
+    blocks_path(model.config, pruning.fit_plan.recipe.blocks)
+    check_processes(trainer)
+    if verb != "fit":
+        check_one_process(trainer, verb)
+
+
+def _check_random_start(model: PrunableLM, pruning: DynamicPruningCallback) -> None:
+    if isinstance(pruning.fit_plan.recovery, ADAPTERS) and model.architecture is not None:
+        raise InputError(
+            "`pruning.recovery` must be null if `model.architecture` starts from random weights and nothing is pruned, "
+            f"they would stay frozen; got {pruning.fit_plan.recovery}."
+        )
+
+
+def _check_packing(model: PrunableLM, datamodule: TextDataModule) -> None:
+    instructions = datamodule.instructions
+    if instructions is not None and instructions.packed and not packs(model.config):
+        raise InputError(
+            f"`data.instructions.packed` must be false for the family {model.config.model_type!r}, whose attention "
+            "would not keep the conversations of a window apart."
+        )
+
+
+def _check_lengths(model: PrunableLM, datamodule: TextDataModule, calibration: int | None) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    lengths = {
+        "data.seq_length": datamodule.seq_length,
+        "data.val_seq_length": datamodule.val_seq_length,
+        "pruning.calibration.seq_length": calibration,
+    }
+    for field, length in lengths.items():
+        if limit is not None and length is not None and length > limit:
+            raise InputError(f"`{field}` must be at most {limit}, the model's limit, got {length}.")

@@ -1,58 +1,156 @@
-"""What the command line leaves open."""
+"""Settings that are refused before any work, each in one line."""
 
 from pathlib import Path
 
 import pytest
-from jsonargparse import Namespace
+import torch
 
-from lit_prune.cli.preflight import check_verb, fill_lengths, of_export
-from lit_prune.errors import InputError
+from tests.cli.conftest import check_refused, run
+
+MISTAKES = [
+    (["--push_to_hub=me/model"], r"`push_to_hub` must be left out where HF_HUB_OFFLINE is set"),
+    (["--push_to_hub=a b"], r"`push_to_hub` must be the id of a repository, such as name/model, got 'a b'"),
+    (
+        ["--pruning.recovery=null"],
+        r"`pruning.recovery` must be given .*: use MaskedLoRA, FullFineTuning or LoRA, freeze",
+    ),
+    (["--pruning.at_step=[2,1]"], r"`pruning.at_step` must list rising steps, got \[2, 1\]"),
+    (["--pruning.at_step=2"], r"`pruning.at_step` must be below the number of optimizer steps, 2 .*, got 2"),
+    (
+        ["--pruning.at_step=[0,1]"],
+        r"`pruning.recovery` must keep zeros .*, got LoRA\(r=8.*: use MaskedLoRA",
+    ),
+    (["--pruning.before=LoRA"], r"`pruning.before` must be null where the first cut comes at step 0"),
+    (["--checkpoint_every=0"], r"`checkpoint_every` must be at least 1"),
+    (["--pruning.sparsity=1.2"], r"`pruning.sparsity` must be in \[0, 1\).*got 1.2"),
+    (["--pruning.budget=parameters", "--pruning.sparsity=0.9"], r"must be between 0 and 0.7\d* of all parameters"),
+    (["--pruning.sparsity=0.8", "--pruning.max_rate=0.7"], r"`pruning.sparsity` must be between 0 and 0.7"),
+    (["--pruning.allocation.alpha=0.7"], r"`DLP.alpha` must be in \[0, 0.5\], got 0.7"),
+    (
+        ["--pruning.allocation=Plan", "--pruning.allocation.path=none.yaml"],
+        r"`Plan.path` must be a file, got none.yaml",
+    ),
+    (
+        ["--pruning.allocation=Search", "--pruning.allocation.evaluations=5"],
+        r"`Search.evaluations` must be at least 16",
+    ),
+    (
+        ["--pruning.allocation=Search", "--pruning.allocation.state=none/state.json"],
+        r"`Search.state` must be a file in a folder that exists, got none/state.json",
+    ),
+    (["--pruning.method.pattern=NofM"], r"`pruning.allocation` must be Uniform for the pattern NofM, .*MixedNofM"),
+    (
+        ["--pruning.method.pattern=NofM", "--pruning.allocation=Uniform", "--pruning.sparsity=0.75"],
+        r"`pruning.sparsity` must be 0.5 of the linears .*`--pruning.method.pattern.n 1`",
+    ),
+    (
+        ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=5"],
+        r"`NofM.n` must be between 1 and m, 4, .*got 5",
+    ),
+    (
+        ["--pruning.method.pattern=MixedNofM", "--pruning.method.pattern.m=5"],
+        r"`MixedNofM.m` must divide .*got 5: self_attn.q_proj of block 0 has 192",
+    ),
+    (
+        ["--pruning.method=SparseGPT", "--pruning.method.pattern=NofM", "--pruning.method.pattern.m=6"],
+        r"`SparseGPT.span` must be a multiple of 6, .*got 128; pass `--pruning.method.span 126`",
+    ),
+    (["--pruning.calibration.num_samples=100000"], r"`calibration.num_samples` must be at most \d+, .*got 100000"),
+    (
+        ["--pruning.calibration.seq_length=1024"],
+        r"`pruning.calibration.seq_length` must be at most 512, the model's limit",
+    ),
+    (["--data.seq_length=513"], r"`data.seq_length` must be at most 512, the model's limit, got 513"),
+    (["--data.train_files=none.txt"], r"`data.train_files` must name files that are there, got none.txt"),
+    (["--data.val_files=null"], r"`data.val_files` must be given"),
+    (["--model.pretrained=./none"], r"`model.pretrained` must be there, got './none': no such file or folder"),
+    (["--model.pretrained=nobody/nothing"], r"`model.pretrained`: .*pass a local folder"),
+    (
+        ["--pruning.statistics=runs/none"],
+        r"`pruning.statistics` must be a file that exists, runs/none does not; `lit-prune score`",
+    ),
+    (["--pruning.targets=[qproj]"], r"`pruning.targets` must match a linear, got 'qproj'"),
+    (["--pruning.blocks=model.leyers"], r"`pruning.blocks` must be a path in the model, got 'model.leyers'"),
+    (["--ckpt_path=last"], r"`ckpt_path` must be a checkpoint that is there, runs/x/checkpoints/last.ckpt is not"),
+    (["--output=train.txt"], r"`output` must be a folder, train.txt is a file"),
+    (["--output=/proc/run"], r"`output` must be in a folder that can be written"),
+    (["--model.pretrained=embeded"], r"there is no model 'embeded' here. Did you mean embedded"),
+    (["--trainer.accelerator=tpu"], r"`trainer.accelerator` must be auto, or one that this machine has \(cpu.*got tpu"),
+    (["--trainer.accelerator=gpo"], r"`trainer.accelerator` must be auto, or one .*got gpo"),
+    (
+        ["--trainer.barebones=true"],
+        r"`trainer.barebones` must be false: it switches off the logging and the checkpoint",
+    ),
+    (["--trainer.max_steps=-1"], r"`trainer.max_steps` or `trainer.max_epochs` must be given"),
+    (
+        ["--trainer.max_steps=-1", "--trainer.max_epochs=-1"],
+        r"`trainer.max_steps` or `trainer.max_epochs` must be given",
+    ),
+    (
+        ["--pruning.recovery.target_modules=[qproj]"],
+        r"`LoRA.target_modules` must match linears of the model, got 'qproj'",
+    ),
+    (["--trainer.max_steps=-5"], r"`trainer.max_steps` must be at least 1, or -1 .*, got -5"),
+    (["--trainer.max_steps=0"], r"`trainer.max_steps` must be at least 1, .*, got 0; `lit-prune prune` prunes"),
+    (
+        ["--model.architecture={'model_type': 'llama'}", "--pruning.method=null", "--pruning.recovery=QLoRA"],
+        r"`pruning.recovery` must be null if `model.architecture` starts from random weights",
+    ),
+    (["--pruning.ignore=['(']"], r"`pruning.ignore` must be suffixes or regular expressions"),
+    (
+        [
+            '--trainer.callbacks=[{"class_path": "lit_prune.callbacks.DynamicPruningCallback",'
+            ' "init_args": {"method": null}}]'
+        ],
+        r"`trainer.callbacks` must not hold a DynamicPruningCallback",
+    ),
+]
 
 
-def test_a_length_that_is_left_open_is_what_the_model_takes() -> None:
-    def filled(**model: object) -> tuple[int, int]:
-        fields = {"pretrained": "embedded", "architecture": None} | model
-        config = Namespace(model=Namespace(**fields), data=Namespace(seq_length=None))
-        config["pruning.calibration.seq_length"] = None
-        fill_lengths(config)
-        return config.data.seq_length, config.pruning.calibration.seq_length
-
-    assert filled() == (512, 512)
-    long = {"model_type": "llama", "max_position_embeddings": 4096}
-    assert filled(architecture=long) == (1024, 2048)
-    given = Namespace(data=Namespace(seq_length=4096), pruning=Namespace(calibration=Namespace(seq_length=8)))
-    fill_lengths(given)
-    assert (given.data.seq_length, given.pruning.calibration.seq_length) == (4096, 8)
-
-
-def test_tasks_are_for_verbs_that_ask_them() -> None:
-    verbs = {"fit": set(), "score": set(), "evaluate": set()}
-    for args in (
-        ["fit", "--tasks", "piqa"],
-        ["evaluate", "--tasks=piqa"],
-        ["score", "--config=run.yaml"],
-        ["none"],
-        [],
-    ):
-        check_verb(args, verbs)
-    with pytest.raises(InputError, match="`tasks` must be left out for score, which asks none"):
-        check_verb(["score", "--tasks=piqa"], verbs)
-
-
-def test_an_export_has_the_settings_of_the_run_that_its_checkpoint_lies_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("args", "message"), MISTAKES, ids=lambda value: str(value)[:60])
+def test_a_mistake_is_one_clear_line_and_nothing_is_written(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    for run in ("runs/usual", "runs/x"):
-        Path(run).mkdir(parents=True)
-        Path(run, "config.yaml").touch()
-    Path("config.yaml").touch()  # of nothing that is exported
-    for args, first in (
-        (["--ckpt_path", "last"], ["--config=runs/usual/config.yaml", "--output=runs/usual"]),
-        (["--ckpt_path=last", "--output=runs/x"], ["--config=runs/x/config.yaml", "--output=runs/x"]),
-        (["--ckpt_path=runs/x/checkpoints/last.ckpt"], ["--config=runs/x/config.yaml"]),
-        (["--ckpt_path=last", "--config=other.yaml"], []),
-        (["--ckpt_path=last", "--output=runs/none"], []),
+    check_refused(message, capsys, *args)
+
+
+def test_what_settings_tell_is_refused_before_weights_and_text_are_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"lit_prune": {"settings": {"pruning.sparsity": 0.5, "data.seed": 7}}}, "run.ckpt")
+    monkeypatch.setattr("lit_prune.fit.module.load_model", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("lit_prune.data.datamodule.TextDataModule.stream", lambda *_: pytest.fail("text was read"))
+    for args, message in (
+        (["--pruning.at_step=2"], "`pruning.at_step` must be below"),
+        (["--pruning.recovery.target_modules=[qproj]"], "`LoRA.target_modules` must match linears"),
+        (["--pruning.targets=[qproj]"], "`pruning.targets` must match a linear"),
+        (["--ckpt_path=run.ckpt"], "`data.seed` must be what the checkpoint was made with, 7, got 0"),
     ):
-        assert of_export(["export", *args], "runs/usual") == ["export", *first, *args]
-    assert of_export(["fit", "--ckpt_path=last"], "runs/usual") == ["fit", "--ckpt_path=last"]
+        with pytest.raises(SystemExit):
+            run("fit", "--output=runs/x", *args)
+        assert message in capsys.readouterr().err
+
+
+def test_an_output_that_exists_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/x").mkdir(parents=True)
+    Path("runs/x/mine").write_text("x")
+    for verb in ("fit", "prune", "score"):
+        with pytest.raises(SystemExit) as ended:
+            run(verb, "--output=runs/x")
+        assert ended.value.code == 2
+        assert "`--overwrite`" in capsys.readouterr().err
+    assert [path.name for path in Path("runs/x").iterdir()] == ["mine"]
+
+
+def test_on_disk_is_refused_where_it_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    for verb, args, told in (
+        ("fit", ["--model.dtype=auto"], "`model.on_disk` must be false for fit, training keeps all weights in memory"),
+        ("prune", [], "`model.dtype` must be bfloat16 with `model.on_disk`"),
+        ("prune", ["--model.dtype=auto", "--trainer.precision=bf16-true"], "`trainer.precision` must be 32-true with"),
+        ("prune", ["--model.architecture={'model_type': 'llama'}"], "`model.on_disk` must be false with `model.arch"),
+    ):
+        with pytest.raises(SystemExit):
+            run(verb, "--output=runs/x", "--model.on_disk=true", *args)
+        assert told in (message := capsys.readouterr().err)
+        assert len(message.strip().splitlines()) == 1
+        assert not Path("runs").exists()

@@ -1,0 +1,82 @@
+"""Answers that need neither torch nor Lightning: the version, the list of verbs, and mistakes in names."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+
+from lit_prune.cli.signatures import CLASS_OPTIONS, DESCRIPTION, VERBS, WRITES, options, summary
+from lit_prune.errors import InputError, near_misses
+
+VERSIONS = ("torch", "lightning", "transformers", "peft")
+
+
+def answer(args: Sequence[str]) -> str | None:
+    """Returns what ``lit-prune`` prints for ``--version`` and ``--help``; None if a verb has to run.
+
+    Raises:
+        InputError: for an unknown verb or option, options before the verb, and options that the verb does not take.
+    """
+    if args[:1] == ["--version"]:
+        return version()
+    if args[:1] in (["--help"], ["-h"]):
+        return usage()
+    check_verb(args)
+    check_options(args)
+    return None
+
+
+def version() -> str:
+    """Returns the version of lit-prune, and those of the libraries that a report of a bug should name."""
+    others = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
+    return f"lit-prune {importlib.metadata.version('lit-prune')} ({others})"
+
+
+def usage() -> str:
+    """Returns the help of the command: the verbs, each with its summary."""
+    verbs = "\n".join(f"  {verb:<10} {summary(verb)}" for verb in VERBS)
+    return (
+        f"usage: lit-prune VERB [--config FILE] [options]\n\n{DESCRIPTION}\n\nverbs:\n{verbs}\n\n"
+        "options:\n  --version  Print the versions of lit-prune and of the main libraries.\n"
+        "  --help     Print this; after a verb, its options: lit-prune fit --help."
+    )
+
+
+def check_verb(args: Sequence[str]) -> None:
+    """Refuses a missing or unknown verb, options before the verb, and tasks for a verb that evaluates none."""
+    verb = next((arg for arg in args if arg in VERBS), None)
+    if verb is not None and args[0].startswith("-"):
+        before = " ".join(args[: args.index(verb)])
+        raise InputError(f"the verb must come first: lit-prune {verb} {before}")
+    if args[:1] != [verb]:
+        got = f", got {args[0]!r}" if args else ""
+        near = near_misses(args[0], VERBS) if args else []
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(f"the verb must be one of {', '.join(VERBS)}{got}.{hint}")
+    if verb not in (*WRITES, "evaluate") and "--tasks" in {_name(arg) for arg in args}:
+        raise InputError(
+            f"`tasks` must be left out for {verb}, which evaluates none: use `lit-prune evaluate`, or fit, prune and "
+            "export."
+        )
+
+
+def check_options(args: Sequence[str]) -> None:
+    """Refuses an unknown option; the options of a class given by its name are left to the full parser."""
+    try:
+        known = options(args[0])
+    except LookupError:  # a library whose source is laid out differently: the full parser finds the mistake
+        return
+    for arg in args[1:]:
+        name = _name(arg)
+        first_two = ".".join(name.split(".")[:2])
+        nested = name.split(".")[0] in CLASS_OPTIONS or first_two.endswith(".help")
+        if not name.startswith("--") or first_two in known or nested:
+            continue
+        near = near_misses(name, known)
+        hint = f" Did you mean {' or '.join(near)}?" if near else f" (see lit-prune {args[0]} --help)"
+        raise InputError(f"`{name}` is not an option.{hint}")
+
+
+def _name(arg: str) -> str:
+    """Returns the option that ``arg`` sets; ``--trainer.callbacks+=X`` appends to a list."""
+    return arg.partition("=")[0].removesuffix("+")

@@ -1,0 +1,59 @@
+"""Values that the command line leaves open: window lengths, the checkpoint ``last``, the settings of an export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from lit_prune.calibration.windows import CALIBRATION_TOKENS
+from lit_prune.data.datamodule import WINDOW_TOKENS
+from lit_prune.errors import InputError
+from lit_prune.models.load import architecture_config, load_config
+
+
+def fill_lengths(config: Namespace) -> None:
+    """Sets window lengths that were not given to their defaults, or to the limit of the model if that is less."""
+    defaults = {"data.seq_length": WINDOW_TOKENS, "pruning.calibration.seq_length": CALIBRATION_TOKENS}
+    missing = [field for field in defaults if config[field] is None]
+    if not missing:
+        return
+    model = config.model
+    llm = load_config(model.pretrained) if model.architecture is None else architecture_config(model.architecture)
+    for field in missing:
+        config[field] = min(defaults[field], getattr(llm, "max_position_embeddings", None) or defaults[field])
+
+
+def export_arguments(args: Sequence[str], output: str) -> list[str]:
+    """Returns ``args`` with what ``export`` may leave out: the value of --merge, and the config.yaml of its run.
+
+    Args:
+        args: The command line.
+        output: The default of ``--output``.
+    """
+    if args[0] != "export":
+        return list(args)
+    values = {}
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        option, is_set, value = arg.partition("=")
+        values[option] = value if is_set else following
+    args = ["--merge=true" if arg == "--merge" and values[arg][:2] in ("", "--") else arg for arg in args]
+    last = values.get("--ckpt_path") == "last"
+    run = Path(values.get("--output", output)) if last else Path(values.get("--ckpt_path", "")).parent.parent
+    if {"--config", "-c"} & values.keys() or not (run / "config.yaml").is_file():
+        return args
+    here = [f"--output={run}"] if last else []  # the folder may have been moved since config.yaml was written
+    return ["export", f"--config={run / 'config.yaml'}", *here, *args[1:]]
+
+
+def find_checkpoint(path: str, output: Path) -> str:
+    """Returns the path of the checkpoint to resume from; ``last`` is the last one in the output folder.
+
+    Raises:
+        InputError: if there is none. Lightning itself would start afresh.
+    """
+    checkpoint = output / "checkpoints" / "last.ckpt" if path == "last" else Path(path)
+    if not checkpoint.is_file():
+        raise InputError(f"`ckpt_path` must be a checkpoint that is there, {checkpoint} is not.")
+    return str(checkpoint)

@@ -1,0 +1,53 @@
+"""What the command line leaves open."""
+
+from pathlib import Path
+
+import pytest
+from jsonargparse import Namespace
+
+from lit_prune.cli.defaults import export_arguments, fill_lengths, find_checkpoint
+from lit_prune.errors import InputError
+
+
+def test_a_length_that_is_left_open_is_what_the_model_takes() -> None:
+    def filled(**model: object) -> tuple[int, int]:
+        fields = {"pretrained": "embedded", "architecture": None} | model
+        config = Namespace(model=Namespace(**fields), data=Namespace(seq_length=None))
+        config["pruning.calibration.seq_length"] = None
+        fill_lengths(config)
+        return config.data.seq_length, config.pruning.calibration.seq_length
+
+    assert filled() == (512, 512)
+    long = {"model_type": "llama", "max_position_embeddings": 4096}
+    assert filled(architecture=long) == (1024, 2048)
+    given = Namespace(data=Namespace(seq_length=4096), pruning=Namespace(calibration=Namespace(seq_length=8)))
+    fill_lengths(given)
+    assert (given.data.seq_length, given.pruning.calibration.seq_length) == (4096, 8)
+
+
+def test_an_export_has_the_settings_of_the_run_that_its_checkpoint_lies_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("runs/usual", "runs/x"):
+        Path(run).mkdir(parents=True)
+        Path(run, "config.yaml").touch()
+    Path("config.yaml").touch()  # of nothing that is exported
+    for args, first in (
+        (["--ckpt_path", "last"], ["--config=runs/usual/config.yaml", "--output=runs/usual"]),
+        (["--ckpt_path=last", "--output=runs/x"], ["--config=runs/x/config.yaml", "--output=runs/x"]),
+        (["--ckpt_path=runs/x/checkpoints/last.ckpt"], ["--config=runs/x/config.yaml"]),
+        (["--ckpt_path=last", "--config=other.yaml"], []),
+        (["--ckpt_path=last", "--output=runs/none"], []),
+    ):
+        assert export_arguments(["export", *args], "runs/usual") == ["export", *first, *args]
+    assert export_arguments(["fit", "--ckpt_path=last"], "runs/usual") == ["fit", "--ckpt_path=last"]
+
+
+def test_the_checkpoint_to_resume_from(tmp_path: Path) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    with pytest.raises(InputError, match="`ckpt_path` must be a checkpoint that is there, .*last.ckpt is not"):
+        find_checkpoint("last", tmp_path)
+    last.parent.mkdir()
+    last.touch()
+    assert find_checkpoint("last", tmp_path) == find_checkpoint(str(last), Path("elsewhere")) == str(last)

@@ -1,0 +1,75 @@
+"""Messages of jsonargparse, in one line."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import check_refused, run
+
+MISTAKES = [
+    (["--pruning.at_step=soon"], r"`pruning.at_step` must be a whole number or a list, got soon\.$"),
+    (["--pruning.schedule=Qubic"], r"`pruning.schedule` must be one of Cubic, Linear, OneShot, .*Did you mean Cubic"),
+    (["--pruning.before=MaskLoRA"], r"`pruning.before` must be one of FullFineTuning, .*Did you mean MaskedLoRA"),
+    (["--pruning.budget=weights"], r"`pruning.budget` must be one of linears, parameters, got weights\.$"),
+    (["--pruning.budget=linear"], r"`pruning.budget` must be one of .*, got linear\. Did you mean linears\?$"),
+    (
+        ["--pruning.sparsity=50%"],
+        r"`pruning.sparsity` must be a number or a list, got 50%\. \(a share is written 0.5\)",
+    ),
+    (["--pruning.targets=q_proj"], r"`pruning.targets` must be a list, got q_proj\. \(a list is written \[q_proj\]\)$"),
+    (
+        ["--pruning.method.pattern=2:4"],
+        r"got '2:4'. \(2:4 is --pruning.method.pattern NofM --pruning.method.pattern.n 2 --pruning.method.pattern.m 4",
+    ),
+    (["--pruning.sparsty=0.5"], r"`--pruning.sparsty` is not an option. Did you mean --pruning.sparsity"),
+    (
+        ["--pruning.method=Wnda"],
+        r"`pruning.method` must be one of Magnitude, Slicing, .*Wanda.*got 'Wnda'. Did you mean Wanda",
+    ),
+    (["--pruning.allocation=DPL"], r"`pruning.allocation` must be one of AlphaPruning, DLP, .*Did you mean DLP"),
+    (
+        ["--pruning.recovery=Lora"],
+        r"`pruning.recovery` must be one of FullFineTuning, LoRA, MaskedLoRA, .*Did you mean LoRA",
+    ),
+    (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
+    (["--pruning.allocation.alpha=much"], r"`pruning.allocation.alpha` must be a number, got much\.$"),
+    (["--pruning.allocation=Plan"], r"`pruning.allocation.path` must be given: Plan needs it"),
+    (
+        ["--pruning.allocation=Search", "--pruning.allocation.start=DPL"],
+        r"`pruning.allocation.start` must be one of AlphaPruning, DLP, .*Did you mean DLP",
+    ),
+    (
+        ["--pruning.method.pattern=NofN"],
+        r"`pruning.method.pattern` must be one of MixedNofM, NofM, Unstructured, .*got 'NofN'. Did you mean NofM",
+    ),
+    (
+        ["--pruning.method.pattern=NofM", "--pruning.method.pattern.k=2"],
+        r"`pruning.method.pattern.k` is not a setting of NofM. \(n, m\)",
+    ),
+    (
+        ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=two"],
+        r"`pruning.method.pattern.n` must be a whole number, got two\.$",
+    ),
+    (["--pruning.method.pattern.n=2"], r"`pruning.method.pattern` must be given before .*: one of MixedNofM, NofM, Un"),
+    (["--config=none.yaml"], r"`--config` must be a file that is there, got .*none.yaml"),
+    (["--config=empty.yaml"], r"`--config` must be a YAML file of settings, got an empty one"),
+    (
+        ["--config=prunning.yaml"],
+        r"`prunning.sparsity` is not a setting: there is no group `prunning`. Did you mean pruning",
+    ),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), MISTAKES, ids=lambda value: str(value)[:60])
+def test_a_mistake_is_one_clear_line_and_nothing_is_written(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_refused(message, capsys, *args)
+
+
+def test_a_misspelt_key_in_a_yaml(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text("pruning:\n  sparsty: 0.5\n")
+    with pytest.raises(SystemExit) as ended:
+        run("fit", "--config=run.yaml")
+    assert ended.value.code == 2
+    assert "`pruning.sparsty` is not a setting. Did you mean pruning.sparsity" in capsys.readouterr().err

@@ -1,0 +1,128 @@
+"""The verb export."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lit_prune.cli.main import main
+from lit_prune.masks.zeros import zeros
+from lit_prune.models.load import EMBEDDED, new_model
+from tests.cli.conftest import report, run
+
+
+@pytest.mark.parametrize(("recovery", "lr"), [("MaskedLoRA", 1e-3), ("FullFineTuning", 1e-4)])
+def test_a_recovery_that_keeps_the_zeros_heals_and_resumes_and_exports(recovery: str, lr: float) -> None:
+    healed = [f"--pruning.recovery={recovery}", "--pruning.sparsity=0.7", f"--model.lr={lr}"]
+    run("fit", "--output=runs/x", *healed, "--trainer.max_steps=15")
+    first = report()
+    run("fit", "--output=runs/x", *healed, "--trainer.max_steps=30", "--ckpt_path=last")
+    told = report()
+    perplexity, exported = told["perplexity"], told["export"]
+    assert perplexity["recovered"] < first["perplexity"]["recovered"] < perplexity["pruned"]
+    assert told["recovery"].startswith(recovery)
+    assert not Path("runs/x/model/adapter_config.json").exists()
+    assert exported["verified"]
+    assert exported["merged"] is (recovery == "MaskedLoRA")
+    assert abs(exported["perplexity"] - perplexity["recovered"]) <= 0.01
+    assert exported["zeros_found"] >= exported["zeros_expected"] > 2e6
+    assert exported["zeros_found"] == exported["zeros_expected"] or recovery == "FullFineTuning"
+    opened = AutoModelForCausalLM.from_pretrained("runs/x/model")
+    zero, total = zeros(w for name, w in opened.named_parameters() if "_proj" in name)
+    assert zero / total == pytest.approx(0.7, abs=1e-4)
+
+    main(["export", "--ckpt_path=runs/x/checkpoints/last.ckpt", "--merge", "--output=runs/y"])
+    again = report("runs/y")
+    assert again["export"] == pytest.approx(exported)
+    assert again["perplexity"] == pytest.approx(perplexity)
+    assert again["seconds"]["train"] > 0
+    stored = [Path(run, "model/model.safetensors").read_bytes() for run in ("runs/x", "runs/y")]
+    assert stored[0] == stored[1]
+
+
+def test_export_of_lora_over_masks_leaves_the_adapter_beside_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", "--output=runs/x")
+    first = report()
+    with pytest.raises(SystemExit):
+        main(["export", "--ckpt_path", "last", "--output", "runs/x", "--merge", "--overwrite"])
+    assert "`merge` must be left out for LoRA over masks" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["export", "--ckpt_path", "last", "--output", "runs/x"])
+    assert "`output` has a model already, runs/x/model: choose another" in capsys.readouterr().err
+    Path("runs/x/model").rename("kept")
+    Path("runs/x/report.json").unlink()
+    main(["export", "--ckpt_path", "last", "--output", "runs/x"])  # what fit would have left
+    assert Path("runs/x/model/adapter_model.safetensors").is_file()
+    assert report()["perplexity"] == pytest.approx(first["perplexity"])
+    assert report()["export"]["adapter"] == "unmerged, at the root of model/"
+    Path("runs/x").rename("runs/lit_prune")
+    main(["export", "--ckpt_path", "last", "--overwrite"])
+    assert report("runs/lit_prune")["perplexity"] == pytest.approx(first["perplexity"])
+    assert Path("runs/lit_prune/checkpoints/last.ckpt").is_file()
+
+
+def test_a_quantised_model_is_exported_from_its_checkpoint_and_validated(capsys: pytest.CaptureFixture[str]) -> None:
+    run("fit", "--output=runs/x", "--pruning.recovery=QLoRA", "--pruning.recovery.form=requantised")
+    told = report()
+    assert told["quantised"]["form"] == "requantised"
+    assert told["bytes"] < 0.4 * told["quantised"]["bytes_unquantised"]
+    assert list(told["perplexity"]) == ["dense", "pruned", "quantised", "recovered", "requantised"]
+    assert told["perplexity"]["requantised"] != told["perplexity"]["recovered"]
+    assert told["perplexity"]["quantised"] != told["perplexity"]["pruned"]
+    assert told["export"]["perplexity"] == pytest.approx(told["perplexity"]["requantised"])
+    main(["export", "--ckpt_path=runs/x/checkpoints/last.ckpt", "--merge", "--output=runs/y"])
+    assert report("runs/y")["perplexity"] == pytest.approx(told["perplexity"])
+    stored = [Path(run, "model/model.safetensors").read_bytes() for run in ("runs/x", "runs/y")]
+    assert stored[0] == stored[1]
+    assert "requantised" in Path("runs/y/model/README.md").read_text()
+    capsys.readouterr()
+    run("validate", "--model.pretrained=runs/x/model")
+    assert f"{told['perplexity']['requantised']:.3f}"[:-1] in capsys.readouterr().out
+
+
+def test_export_in_half_precision_and_of_slices() -> None:
+    half = ["--model.dtype=bfloat16", "--trainer.precision=bf16-true", "--pruning.recovery=MaskedLoRA"]
+    run("fit", "--output=runs/x", *half)
+    main(["export", "--ckpt_path=runs/x/checkpoints/last.ckpt", "--output=runs/y", "--merge", "true"])
+    assert AutoModelForCausalLM.from_pretrained("runs/y/model").dtype == torch.bfloat16
+    assert report("runs/y")["perplexity"] == pytest.approx(report()["perplexity"])
+    run("prune", "--output=runs/h", "--trainer.precision=bf16-true")
+    assert AutoModelForCausalLM.from_pretrained("runs/h/model").dtype == torch.bfloat16
+    assert report("runs/h")["perplexity"]["pruned"] == report()["perplexity"]["pruned"]  # as fit cuts
+    run("fit", "--output=runs/s", "--pruning.method=Slicing", "--pruning.allocation=Uniform", "--pruning.sparsity=0.25")
+    main(["export", "--ckpt_path=runs/s/checkpoints/last.ckpt", "--output=runs/t", "--merge"])
+    assert report("runs/t")["slice"] == report("runs/s")["slice"]
+    assert report("runs/t")["export"]["merged"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "arguments are required: export.ckpt_path"),
+        (["--ckpt_path=last"], "`ckpt_path` must be a checkpoint that is there, runs/lit_prune/checkpoints/last.ckpt"),
+        (["--ckpt_path=train.txt"], "`ckpt_path` must be a checkpoint of a fit, train.txt cannot be read"),
+        (["--ckpt_path=runs/x/checkpoints/last.ckpt", "--pruning.sparsity=0.3"], "`pruning.sparsity` must be what"),
+        (
+            ["--ckpt_path=runs/x/checkpoints/last.ckpt", "--model.pretrained=other"],
+            "`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit",
+        ),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_exported(
+    args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "runs/x" in str(args):
+        run("fit", "--output=runs/x")
+        new_model({"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 8}).save_pretrained(
+            "other"
+        )
+        shutil.copy(EMBEDDED / "tokenizer.json", "other")
+        shutil.copy(EMBEDDED / "tokenizer_config.json", "other")
+    output = [] if args[:1] == ["--ckpt_path=last"] else ["--output=runs/y"]
+    with pytest.raises(SystemExit) as ended:
+        main(["export", *args, *output])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not Path("runs/y").exists()

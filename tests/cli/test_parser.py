@@ -1,0 +1,121 @@
+"""The arguments, their defaults, and the configuration that a run writes."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_prune.cli.main import main
+from lit_prune.prune import SparseGPT
+from tests.cli.conftest import report, run
+
+
+def test_the_written_configuration_gives_the_same_run_again() -> None:
+    run("fit", "--output=runs/x")
+    main(["fit", "--config=runs/x/config.yaml", "--output=runs/y"])
+    main(["score", "--config=runs/x/config.yaml", "--output=runs/z"])
+    first, second = report(), report("runs/y")
+    assert first["perplexity"] == pytest.approx(second["perplexity"])
+    assert first["rates"] == second["rates"]
+
+
+def test_a_method_that_replaces_the_default_one_has_its_own_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--pruning.method", "SparseGPT", "--print_config"])
+    method = yaml.safe_load(capsys.readouterr().out)["pruning"]["method"]
+    assert method["class_path"] == "lit_prune.SparseGPT"
+    assert SparseGPT(**method["init_args"]).propagate == "pruned"
+
+
+def test_print_config_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--print_config"])
+    assert ended.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["pruning"]["method"]["class_path"] == "lit_prune.Wanda"
+    assert config["pruning"]["allocation"]["class_path"] == "lit_prune.DLP"
+    assert config["pruning"]["recovery"]["class_path"] == "lit_prune.LoRA"
+    assert config["pruning"]["calibration"]["num_samples"] == 128
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--pruning.sparsity", "--data.train_files", "--model.pretrained", "--output", "--overwrite"):
+        assert option in printed
+    assert "A checkpoint to go on from, or `last`" in printed
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "on the test text; writes nothing" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert sorted(config) == [
+        "checkpoint_every",
+        "data",
+        "format",
+        "lm_eval",
+        "model",
+        "output",
+        "overwrite",
+        "pruning",
+        "push_to_hub",
+        "seed_everything",
+        "tasks",
+        "trainer",
+    ] or sorted(config) == sorted(
+        [
+            "checkpoint_every",
+            "ckpt_path",
+            "data",
+            "format",
+            "lm_eval",
+            "model",
+            "output",
+            "overwrite",
+            "pruning",
+            "push_to_hub",
+            "seed_everything",
+            "tasks",
+            "trainer",
+            "weights_only",
+        ]
+    )
+    assert sorted(config["pruning"]) == sorted(
+        [
+            "allocation",
+            "at_step",
+            "before",
+            "blocks",
+            "budget",
+            "calibration",
+            "distillation",
+            "full_checkpoint",
+            "ignore",
+            "keep_zeros",
+            "max_rate",
+            "measure",
+            "method",
+            "min_rate",
+            "recovery",
+            "schedule",
+            "sparsity",
+            "statistics",
+            "target",
+            "targets",
+        ]
+    )
+
+
+def test_a_callback_with_an_enum_as_default_is_written_to_the_configuration() -> None:
+    Path("timer.yaml").write_text(
+        "trainer:\n  callbacks:\n  - class_path: Timer\n    init_args:\n      duration: 00:01:00:00\n"
+    )
+    run("prune", "--config=timer.yaml", "--output=runs/x")
+    (timer,) = yaml.safe_load(Path("runs/x/config.yaml").read_text())["trainer"]["callbacks"]
+    assert timer["init_args"]["interval"] == "step"
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--config=runs/x/config.yaml", "--print_config"])
+    assert ended.value.code == 0
