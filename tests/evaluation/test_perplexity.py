@@ -7,8 +7,6 @@ from transformers import PreTrainedModel
 
 from lit_prune.evaluation import perplexity
 from lit_prune.evaluation.perplexity import Perplexity, Protocol, measure, negative_log_likelihood
-from lit_prune.evaluation.sizes import parameters, size_bytes
-from lit_prune.masks.zeros import zeros
 
 
 def test_uniform_logits_give_the_size_of_the_vocabulary() -> None:
@@ -86,16 +84,6 @@ def test_measure_agrees_with_the_models_own_loss(model: PreTrainedModel, batches
 def test_measure_of_nothing(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="at least one token, got none"):
         measure(model, [], "nothing")
-
-
-def test_tied_weights_count_once(model: PreTrainedModel) -> None:
-    assert parameters(model) == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
-    assert size_bytes(model) == 4 * parameters(model)
-    assert parameters(torch.nn.Linear(3, 2)) == 8
-
-
-def test_zeros() -> None:
-    assert zeros([torch.tensor([0.0, 1.0]), torch.tensor([-0.0])]) == (2, 3)
 
 
 def test_blocks_that_are_moved_in_turn_give_the_same_perplexity(

@@ -62,22 +62,44 @@ def test_what_it_learns_of_the_blocks_makes_it_faster(monkeypatch: pytest.Monkey
 
 
 def test_costs_by_hand() -> None:
-    evolution = Evolution(space([0.5, 0.5]), ROUNDS, 4, lambda moved, windows: 0.0, 0)
-    evolution._learn((20, -20), 0.4)  # one step from the second to the first; half of 0.4 along (1, -1) / 2
-    assert evolution.costs == pytest.approx([0.1, -0.1])
-    evolution._learn((40, -40), 0.4)  # just what (0.1, -0.1) expects of two steps
-    assert evolution.costs == pytest.approx([0.1, -0.1])
-    evolution._learn((20, -20), math.inf)
-    assert evolution.costs == pytest.approx([0.1, -0.1])
+    children: list[Moved] = []
+    rises = iter([0.4, math.inf])
+
+    def loss(moved: Moved, windows: Sequence[int]) -> float:
+        if moved == (0, 0):
+            return 0.0
+        if not children or len(windows) == 1:
+            children.append(moved)
+        return next(rises) if len(windows) == 1 else 1.0
+
+    evolution = Evolution(space([0.5, 0.5]), Rounds(offspring=1, survivors=1, first=1, final=2), 4, loss, 0)
+    evolution.generation()
+    taken_from = children[0].index(-20)  # one step to the other block; half of 0.4 along (1, -1) / 2
+    expected = [0.1, 0.1]
+    expected[taken_from] = -0.1
+    assert evolution.costs == pytest.approx(expected)
+    evolution.generation()  # whose loss is infinite, and corrects nothing
+    assert evolution.costs == pytest.approx(expected)
 
 
 def test_moves_go_from_costly_blocks_to_cheap_ones() -> None:
-    evolution = Evolution(space(), ROUNDS, 4, lambda moved, windows: 0.0, 0)
+    children: list[Moved] = []
+
+    def loss(moved: Moved, windows: Sequence[int]) -> float:
+        if moved == space().origin:
+            return 0.0
+        if len(windows) == 1:
+            children.append(moved)
+        return math.inf  # from which nothing is learnt
+
+    evolution = Evolution(space(), Rounds(offspring=1, survivors=1, first=1, final=2), 4, loss, 0)
     evolution.costs = [float(block) for block in range(8)]
-    moved = [sum(parts) for parts in zip(*(evolution._child() for _ in range(300)), strict=True)]
+    for _ in range(300):
+        evolution.generation()
+    moved = [sum(parts) for parts in zip(*children, strict=True)]
     assert moved == sorted(moved, reverse=True)
     assert moved[0] > 0 > moved[-1]
-    assert moved[6] != 0  # chance explores: not the costliest block alone gives less
+    assert moved[6] != 0  # it explores: not the costliest block alone is pruned less
 
 
 def test_the_parent_is_measured_on_the_windows_of_its_rivals() -> None:
