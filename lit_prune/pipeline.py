@@ -34,7 +34,7 @@ from lit_prune.evaluation.perplexity import evaluating
 from lit_prune.models import structure
 from lit_prune.models.digest import digest
 from lit_prune.models.families import Block
-from lit_prune.models.on_disk import check_working
+from lit_prune.models.on_disk import check_offload_folder
 from lit_prune.progress import log, track
 from lit_prune.recipe import Recipe, recipe_record
 
@@ -154,7 +154,7 @@ def prune(
     statistics: CachedStatistics | None = None,
 ) -> Pruned:
     """Prunes ``model`` in place, and returns what was done; arguments and errors as in :func:`score`."""
-    check_working(model)
+    check_offload_folder(model)
     batches = list(batches)
     scored = _score(model, batches, recipe, device, _needs(recipe), statistics)
     blocks = recipe.find(model)

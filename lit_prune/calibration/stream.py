@@ -135,8 +135,8 @@ def on_device(block: Block, device: torch.device, *, changes: bool = False) -> I
         device: Where it computes.
         changes: Whether its weights are changed there, so that a block on disk is written back.
     """
-    if block.home is not None:
-        with block.home.lent(block.path, block.module, device, changes=changes):
+    if block.offload is not None:
+        with block.offload.onloaded(block.path, block.module, device, changes=changes):
             yield block
         return
     home = next(block.module.parameters()).device

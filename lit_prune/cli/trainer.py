@@ -18,7 +18,7 @@ from lit_prune.export.plan import ExportPlan, check_merge
 from lit_prune.files import write_text
 from lit_prune.fit.batches import calibration_batches, named, validation_data
 from lit_prune.fit.cut import cut
-from lit_prune.models.on_disk import on_disk, placed, working
+from lit_prune.models.on_disk import offload_folder, on_disk, placed
 from lit_prune.pipeline import score_with_statistics
 from lit_prune.recipe import recipe_record
 from lit_prune.recover import Snapshot
@@ -92,7 +92,7 @@ class PruneTrainer(Trainer):
         calibration = calibration_batches(self, pruning.fit_plan.calibration)
         pruning.check_statistics(llm, *calibration)
         measured, stored = pruning.measure, pruning.fit_plan.stored
-        with working(llm, results.folder.path), self._logging():
+        with offload_folder(llm, results.folder.path), self._logging():
             done = cut(llm, pruning.fit_plan.recipe, calibration, validation, device, measured=measured, stored=stored)
             plan = ExportPlan.of(llm)
             report = summary(plan, pruning.fit_plan.recipe, [done], format=results.format)

@@ -1,7 +1,7 @@
-"""Where each Hugging Face family keeps its blocks; what is a linear within them, ``linears.py`` finds by itself.
+"""The Hugging Face families: where each has its decoder layers. ``linears.py`` finds the linears in them by itself.
 
-A family is one entry of ``FAMILIES``. Masks need nothing but the path of the blocks, so a family that has no entry can
-be pruned by giving that path.
+A family is one entry of ``FAMILIES``. Masks need only the path of the blocks, so that a family without an entry can be
+pruned by giving that path.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from lit_prune.errors import InputError
 from lit_prune.models import structure
 from lit_prune.models.linears import PrunableLinear, linears_of
-from lit_prune.models.on_disk import OnDisk, on_disk
+from lit_prune.models.on_disk import Offload, on_disk
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Family:
 
     Attributes:
         blocks: The list of decoder layers.
-        packs: Whether attention stays within a conversation where positions begin anew, as it does where transformers
-            makes the family's masks of them.
+        packs: Whether attention stays within a packed conversation, where `position_ids` begin at 0 again. It does in
+            families whose attention masks transformers derives from the positions.
     """
 
     blocks: str
@@ -53,21 +53,21 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer and the linears in it that are to be pruned, by their name within the block.
+    """A decoder layer and its linears that are to be pruned.
 
     Attributes:
-        index: Its number.
+        index: Number of the layer, from 0.
         module: The layer.
-        linears: By name within the block.
+        linears: The linears by their name within the block.
         path: Dotted path of the layer in the model.
-        home: Where the layer is while it does not compute, if that is on disk.
+        offload: The files of the model, if its weights stay on disk.
     """
 
     index: int
     module: nn.Module
     linears: dict[str, PrunableLinear]
     path: str = ""
-    home: OnDisk | None = None
+    offload: Offload | None = None
 
     @property
     def size(self) -> int:
@@ -76,22 +76,27 @@ class Block:
 
     @property
     def pruned(self) -> int:
-        """How many of them are pruned."""
+        """Number of them that are pruned."""
         return sum(linear.pruned for linear in self.linears.values())
+
+
+def _family_name(config: PreTrainedConfig) -> str:
+    """The dense family, which sliced models have their layers in common with."""
+    return config.model_type.removeprefix("sliced_")
 
 
 def is_known(config: PreTrainedConfig) -> bool:
     """Returns whether the family of a model with this config has an entry."""
-    return config.model_type.removeprefix("sliced_") in FAMILIES
+    return _family_name(config) in FAMILIES
 
 
 def packs(config: PreTrainedConfig) -> bool:
-    """Returns whether packed conversations are kept apart by a model with this config; False for a family unknown."""
-    return is_known(config) and FAMILIES[config.model_type.removeprefix("sliced_")].packs
+    """Returns whether a model with this config keeps packed conversations apart; False for an unknown family."""
+    return is_known(config) and FAMILIES[_family_name(config)].packs
 
 
 def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:
-    """Returns the dotted path of the blocks of a model with this config; ``blocks``, where given, is that path.
+    """Returns the dotted path of the blocks of a model with this config, or ``blocks`` where that is given.
 
     Raises:
         InputError: for a family without an entry, naming those that have one.
@@ -99,7 +104,7 @@ def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:
     if blocks is not None:
         return blocks
     if is_known(config):
-        return FAMILIES[config.model_type.removeprefix("sliced_")].blocks
+        return FAMILIES[_family_name(config)].blocks
     raise InputError(
         f"`pruning.blocks` must be given for the family {config.model_type!r}, which is not one of "
         f"{', '.join(sorted(FAMILIES))}: masks need only the dotted path of the decoder layers, such as model.layers."
@@ -121,7 +126,7 @@ def find_blocks(
         targets: Name suffixes or regular expressions of the linears to prune; None takes all.
         ignore: Suffixes or regular expressions of linears to leave alone.
         blocks: Dotted path of the blocks, for a family without an entry.
-        quantised: Find linears in 4 or 8 bits too, which can be read and not pruned.
+        quantised: Include linears in 4 or 8 bits, which can be read but not pruned.
 
     Raises:
         InputError: for an unknown family, a path that is no list of blocks, names that match nothing or leave a block
@@ -170,7 +175,7 @@ def _quantised(name: str, linear: PrunableLinear) -> str:
 
 
 def _adapted(name: str, *, masked: bool) -> str:
-    """What to do about an adapter; LoRA over masks is one that cannot be merged, or every zero would be filled."""
+    """The remedy for an adapter; LoRA over masks cannot be merged, it would fill every zero."""
     rule = f"`model` must be pruned before adapters are attached, {name} is under one"
     if masked:
         return (
@@ -211,7 +216,7 @@ def _chosen(
 
 
 def _some(names: Collection[str]) -> str:
-    """The names in one line, of experts those of the first one."""
+    """The names in one line; of a layer's experts only those of the first."""
     return ", ".join(name for name in names if re.search(r"\.[1-9]\d*\.", name) is None)
 
 

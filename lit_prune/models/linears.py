@@ -1,8 +1,8 @@
-"""What a linear is: a matrix of a block that multiplies activations, whatever holds it.
+"""The linears of a block: matrices that multiply activations, whatever module holds them.
 
-Three things hold one: ``nn.Linear``, GPT-2's ``Conv1D``, which stores it transposed, and the fused experts of a
-mixture, where every slice of a three-dimensional parameter is one. Routers choose and are no linears. After a recovery
-that quantises, a linear of bitsandbytes' is a fourth, which is read and counted, and not pruned.
+Three kinds can be pruned: ``nn.Linear``; GPT-2's ``Conv1D``, which stores its matrix transposed; and each expert of a
+fused mixture, a slice of a three-dimensional parameter. Routers are not linears. A fourth kind is a linear that
+bitsandbytes quantised, which is read and counted, but not pruned.
 Suffixes: O output channels, I input channels, P positions of a batch, S those of them that an expert is given.
 """
 
@@ -30,8 +30,8 @@ class PrunableLinear(ABC):
     """One matrix of a block, read and written as (out, in).
 
     Attributes:
-        name: Its name within the block, as `targets` and `ignore` see it.
-        module: What holds it, and perhaps others beside it.
+        name: Name within the block, which `targets` and `ignore` match.
+        module: The module that holds the matrix, and perhaps others beside it.
     """
 
     name: str
@@ -54,7 +54,7 @@ class PrunableLinear(ABC):
 
     @property
     def pruned(self) -> int:
-        """How many of its weights are pruned: those that are zero."""
+        """Number of its weights that are pruned: those that are zero."""
         return self.size - int(torch.count_nonzero(self.weight_OI))
 
     def write(self, weight_OI: Tensor) -> None:
@@ -96,7 +96,7 @@ class TransposedLinear(PrunableLinear):
 
     @property
     def weight_OI(self) -> Tensor:
-        """The module's weight, turned round."""
+        """The module's weight, transposed."""
         return self.module.weight.detach().T
 
 
@@ -136,7 +136,7 @@ class QuantisedLinear(PrunableLinear):
 
     @property
     def weight_OI(self) -> Tensor:
-        """The matrix as the bits give it, a copy."""
+        """The dequantised matrix, a copy."""
         return dequantised(self.module)
 
     @property
@@ -146,12 +146,12 @@ class QuantisedLinear(PrunableLinear):
 
     @property
     def pruned(self) -> int:
-        """How many are pruned by the mask that was kept: rounding makes more of them zero."""
+        """Number of weights that its mask says were pruned; rounding makes more of them zero."""
         return pruned(self.module)
 
     def write(self, weight_OI: Tensor) -> None:
-        """Refuses: what is quantised is written to no more."""
-        raise TypeError(f"{self.name} is quantised.")
+        """Raises TypeError: a quantised matrix is not written to."""
+        raise TypeError(f"{self.name} is quantised, and cannot be written to.")
 
 
 def linears_of(layer: nn.Module) -> dict[str, PrunableLinear]:
@@ -160,21 +160,21 @@ def linears_of(layer: nn.Module) -> dict[str, PrunableLinear]:
     Raises:
         InputError: for fused experts that are laid out in another way.
     """
-    found: list[PrunableLinear] = []
+    linears: list[PrunableLinear] = []
     for path, module in layer.named_modules():
         if is_quantised(module):
-            found.append(QuantisedLinear(path, module))
+            linears.append(QuantisedLinear(path, module))
         elif isinstance(module, nn.Linear):
-            found.append(DenseLinear(path, module))
+            linears.append(DenseLinear(path, module))
         elif isinstance(module, Conv1D):
-            found.append(TransposedLinear(path, module))
+            linears.append(TransposedLinear(path, module))
         elif _is_fused(path, module):
-            found += [
+            linears += [
                 ExpertSlice(f"{path}.{expert}.{part}", module, part, expert)
                 for expert in range(len(getattr(module, EXPERT_PARTS[0])))
                 for part in EXPERT_PARTS
             ]
-    return {linear.name: linear for linear in found}
+    return {linear.name: linear for linear in linears}
 
 
 def has_fused_experts(model: nn.Module) -> bool:
@@ -206,10 +206,11 @@ def _is_fused(path: str, module: nn.Module) -> bool:
 
 @contextmanager
 def watching(linears: Iterable[PrunableLinear], see: See) -> Iterator[None]:
-    """Tells ``see`` what every linear is given, for as long as the context lasts.
+    """Calls ``see`` with the input of every linear whenever it computes, for the context.
 
-    It is called with the linear's name, its input (..., in), and, for an expert, which of the batch's flattened
-    positions (S,) the rows of its input are; None means all, in order. An expert that is given nothing is told of too.
+    ``see`` gets the linear's name, its input (..., in), and, for an expert, the positions (S,) of the flattened batch
+    that the rows of the input belong to; None means all positions, in order. It is called for idle experts too, whose
+    input has no rows.
     """
     experts: dict[nn.Module, dict[tuple[str, int], str]] = {}
     with ExitStack() as stack:
@@ -222,13 +223,13 @@ def watching(linears: Iterable[PrunableLinear], see: See) -> Iterator[None]:
                 )
                 stack.callback(hook.remove)
         for module, names in experts.items():
-            stack.enter_context(_told_apart(module, names, see))
+            stack.enter_context(_one_by_one(module, names, see))
         yield
 
 
 @contextmanager
-def _told_apart(experts: Any, names: dict[tuple[str, int], str], see: See) -> Iterator[None]:
-    """Runs fused experts one after the other, which is what shows the input of each."""
+def _one_by_one(experts: Any, names: dict[tuple[str, int], str], see: See) -> Iterator[None]:
+    """Runs fused experts one after the other, because a fused kernel shows no expert's own input to a hook."""
 
     def forward(x_PI: Tensor, experts_PK: Tensor, weights_PK: Tensor) -> Tensor:
         y_PO = torch.zeros_like(x_PI, dtype=torch.float32)
@@ -249,14 +250,14 @@ def _told_apart(experts: Any, names: dict[tuple[str, int], str], see: See) -> It
 
 @contextmanager
 def patched_forward(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Calls ``forward`` in the place of each module's own, for as long as the context lasts."""
-    own = [(module, module.__dict__.get("forward")) for module in modules]
-    for module, _ in own:
+    """Replaces the ``forward`` of each module for the context."""
+    originals = [(module, module.__dict__.get("forward")) for module in modules]
+    for module, _ in originals:
         module.forward = forward
     try:
         yield
     finally:
-        for module, before in own:
-            del module.forward
-            if before is not None:
-                module.forward = before
+        for module, original in originals:
+            del module.forward  # the class's own is visible again
+            if original is not None:
+                module.forward = original

@@ -1,7 +1,7 @@
 """Loads an LLM, its config and its tokenizer from a hub id, a folder, a .gguf file, or ``embedded``.
 
-A name that cannot be had is told at once: transformers alone looks for a mistyped folder on the hub, for a minute,
-and ends in several tracebacks.
+A name that does not exist is refused at once: transformers alone would look for a mistyped folder on the hub for a
+minute, and end in several tracebacks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load_config(pretrained: str) -> PreTrainedConfig:
     """Returns the Hugging Face config of ``pretrained`` without loading weights (a .gguf file's weights are read).
 
     Raises:
-        InputError: if ``pretrained`` is not there, is no model, or the hub cannot be reached.
+        InputError: if ``pretrained`` does not exist, is no model, or the hub cannot be reached.
     """
     source, extra = locate(pretrained)
     return _checked(AutoConfig.from_pretrained, source, "config.json", extra)
@@ -46,11 +46,11 @@ def load_model(
         pretrained: A hub id, a folder, a .gguf file (dequantised, so that it can be trained and saved), or `embedded`.
         dtype: Data type of the weights; `auto` takes the one they are stored in.
         attn_implementation: `sdpa`, `eager`, ...; None takes transformers' choice.
-        on_disk: Leave the weights in their files, as ``lit_prune.models.on_disk`` tells.
+        on_disk: Leave the weights in their files, see ``lit_prune.models.on_disk``.
 
     Raises:
-        InputError: if ``pretrained`` is not there, is no model, or the hub cannot be reached; with ``on_disk``, if the
-            weights are not stored as they are needed.
+        InputError: if ``pretrained`` does not exist, is no model, or the hub cannot be reached; with ``on_disk``, if
+            the weights are not stored in the shapes and the type that the model needs.
     """
     source, extra = locate(pretrained)
     if on_disk:
@@ -106,7 +106,7 @@ def new_model(architecture: dict[str, Any], dtype: Dtype = "float32") -> PreTrai
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Returns the causal LM of a config on the meta device: its parts and their shapes, and no weights.
+    """Returns the causal LM of a config on the meta device: modules and shapes without weights.
 
     Raises:
         InputError: if transformers has no causal LM for it.
@@ -133,7 +133,7 @@ def locate(pretrained: str) -> tuple[str, dict[str, Any]]:
     """Returns what ``from_pretrained`` takes for ``pretrained``: a folder or hub id, and extra keyword arguments.
 
     Raises:
-        InputError: if ``pretrained`` looks like a path and is not there, or the hub cannot be reached.
+        InputError: if ``pretrained`` looks like a path and does not exist, or the hub cannot be reached.
     """
     if pretrained == "embedded":
         return str(EMBEDDED), {}
@@ -160,7 +160,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _check_hub(repo: str) -> None:
-    """Asks the hub once whether ``repo`` is there; what is in the local cache needs no asking."""
+    """Raises InputError unless ``repo`` is in the local cache or on the hub, which is asked once."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -196,7 +196,7 @@ def _check_hub(repo: str) -> None:
 
 
 def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any]) -> Any:
-    """Calls a ``from_pretrained``, telling what is wrong with a folder in one line."""
+    """Returns the result of a ``from_pretrained``, whose errors become one line."""
     if os.path.isdir(source) and not extra.get("gguf_file") and not os.path.exists(os.path.join(source, needed)):
         raise InputError(f"`model.pretrained` must be a Hugging Face model folder, got {source!r}: it has no {needed}.")
     try:
@@ -210,7 +210,7 @@ def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any]) -> An
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns ``model`` rebuilt without the marks of the quantised file it came from, so that it can be saved."""
+    """Returns ``model`` rebuilt without the .gguf file's marks, with which transformers refuses to save it."""
     dropped = {"quantization_config", "transformers_version", "architectures", "model_type", "_name_or_path"}
     fields = {key: value for key, value in model.config.to_dict().items() if key not in dropped}
     plain = type(model)(type(model.config)(**fields)).to(model.dtype)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What the safetensors of a model hold, by their headers alone, and whether the model can be views of them."""
+"""The headers of a model's safetensors, and whether its weights can be views of the mapped files."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from lit_prune.errors import InputError
 
 
 class Header(NamedTuple):
-    """The shape and the type of a tensor in a file."""
+    """Shape and data type of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def headers(source: str) -> dict[str, Header]:
-    """Returns what the safetensors of a folder or hub id hold, by name; empty where there are none."""
-    found = {}
+    """Returns the headers of all tensors in the safetensors of a folder or hub id, by name; empty without any."""
+    tensors = {}
     for file in _files(source):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 tensor = opened.get_tensor(name)  # a view of the mapped file: nothing is read
-                found[name] = Header(tuple(tensor.shape), tensor.dtype)
-    return found
+                tensors[name] = Header(tuple(tensor.shape), tensor.dtype)
+    return tensors
 
 
 def _files(source: str) -> list[Path]:
-    """The files that transformers takes: one, or those that an index names."""
+    """The files that transformers loads: one, or those that an index names."""
     single = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     if single is not None:
         return [Path(single)]
@@ -45,17 +45,17 @@ def _files(source: str) -> list[Path]:
 
 
 def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
-    """Asks whether every matrix of a model stands in its files just as it is needed, so that it can be a view of them.
+    """Raises InputError unless every matrix of a model is stored as it is needed, so that it can be a view of the file.
 
-    Vectors (norms, biases) may be of another type: they are small, and are converted in memory.
+    Vectors (norms, biases) may have another type: they are small, and are converted in memory.
 
     Args:
         source: A folder or hub id.
         config: The model's config.
-        dtype: The type that is asked for; None is the config's, or the stored one.
+        dtype: Requested type; None takes the config's, or else the stored one.
 
     Raises:
-        InputError: where transformers would convert matrices as it loads, which takes memory.
+        InputError: if transformers would convert matrices while it loads them, which takes memory.
     """
     stored = headers(source)
     if not stored:
@@ -67,42 +67,42 @@ def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | N
     wanted = dtype or config.dtype or first
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted)
-    as_they_are = _renamed(stored, model)
+    by_model_name = _renamed(stored, model)
     for names, parameter in _matrices(model):
-        found = [as_they_are[name] for name in names if name in as_they_are]
-        if not found or found[0].shape != tuple(parameter.shape):
+        matching = [by_model_name[name] for name in names if name in by_model_name]
+        if not matching or matching[0].shape != tuple(parameter.shape):
             raise InputError(
                 f"`model.on_disk` must be false for {source!r}: {names[0]} does not stand in its safetensors as it is, "
                 f"transformers makes it from what does ({config.model_type}), which takes memory."
             )
-        if found[0].dtype != wanted:
-            told = str(found[0].dtype).removeprefix("torch.")
+        if matching[0].dtype != wanted:
+            actual = str(matching[0].dtype).removeprefix("torch.")
             raise InputError(
-                f"`model.dtype` must be {told} with `model.on_disk`, the type that {names[0]} is stored in, got "
-                f"{str(wanted).removeprefix('torch.')}: converting it takes memory. Pass `--model.dtype {told}`, or "
+                f"`model.dtype` must be {actual} with `model.on_disk`, the type that {names[0]} is stored in, got "
+                f"{str(wanted).removeprefix('torch.')}: converting it takes memory. Pass `--model.dtype {actual}`, or "
                 "`--model.on_disk false`."
             )
 
 
 def _renamed(stored: dict[str, Header], model: PreTrainedModel) -> dict[str, Header]:
-    """What is stored, by the names that transformers gives it; without what it makes other tensors from."""
-    transforms, known = get_model_conversion_mapping(model), model.state_dict()
+    """The stored tensors by the names they have in the model, without those that transformers converts."""
+    transforms, expected = get_model_conversion_mapping(model), model.state_dict()
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    found = {}
+    renamed = {}
     for name, tensor in stored.items():
-        own, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if own not in known and name in known:
-            own, converted = name, None
+        new_name, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
+        if new_name not in expected and name in expected:  # a rule for another layout of the same family
+            new_name, converted = name, None
         if converted is None:
-            found[own] = tensor
-    return found
+            renamed[new_name] = tensor
+    return renamed
 
 
 def _matrices(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
-    """The parameters of two dimensions and more, each with all its names: tied weights have several."""
+    """The parameters of two or more dimensions, each with all its names: tied weights have several."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim > 1:
             names.setdefault(parameter, []).append(name)
-    return [(found, parameter) for parameter, found in names.items()]
+    return [(all_names, parameter) for parameter, all_names in names.items()]

@@ -1,9 +1,9 @@
 """Models bigger than memory: the weights stay in files that are mapped, and one block at a time is in memory.
 
-transformers maps a safetensors file whose tensors it need not convert: its pages are read when they are asked for, and
-the system takes them back when it needs room. What is written to such a tensor is a private copy, in memory that cannot
-be taken back (anonymous memory, RssAnon on Linux). So a block that is to be changed is copied before, and afterwards
-written to a file of its own, which is mapped in its turn; no tensor of a mapped file is ever written to.
+transformers maps a safetensors file whose tensors need no conversion: its pages are read on first access, and the
+operating system drops them when it needs memory. Writing to such a tensor would make a private copy of the page, in
+memory that cannot be dropped (anonymous memory, RssAnon on Linux). So a block that is to be changed is copied before,
+and afterwards written to a file of its own, which is mapped in turn; no tensor of a mapped file is ever written to.
 
 Anonymous memory is at most
 
@@ -39,15 +39,15 @@ from lit_prune.errors import InputError
 from lit_prune.files import written_aside
 
 KEY = "lit_prune_on_disk"
-HOME = torch.device("cpu")
+CPU = torch.device("cpu")
 
 
-class OnDisk:
-    """Where the blocks are of a model whose weights stay on disk.
+class Offload:
+    """The files of a model whose weights stay on disk.
 
     Attributes:
-        folder: Where changed blocks are written; None outside of :func:`working`.
-        files: The file of every block that was changed there, by the block's path in the model.
+        folder: Where changed blocks are written; None outside of :func:`offload_folder`.
+        files: The file of every block that was changed, by the block's path in the model.
     """
 
     def __init__(self) -> None:
@@ -55,10 +55,10 @@ class OnDisk:
         self.files: dict[str, Path] = {}
 
     @contextmanager
-    def lent(self, path: str, module: nn.Module, device: torch.device, *, changes: bool) -> Iterator[None]:
-        """Has the block at ``path`` on ``device``; what is changed there is written to a file of the block's own.
+    def onloaded(self, path: str, module: nn.Module, device: torch.device, *, changes: bool) -> Iterator[None]:
+        """Loads the block at ``path`` onto ``device`` for the context; a changed block is written to a file at its end.
 
-        After an exception its weights are what they were. Where nothing changes and nothing moves, nothing is copied.
+        An exception leaves the weights as they were. Nothing is copied if the block neither changes nor moves.
         """
         mapped = {parameter: parameter.data for parameter in module.parameters()}
         try:
@@ -71,14 +71,14 @@ class OnDisk:
         finally:
             for parameter, tensor in mapped.items():
                 parameter.data = tensor
-            module.to(HOME)
+            module.to(CPU)
 
     def _rewritten(self, path: str, module: nn.Module) -> dict[nn.Parameter, Tensor]:
         """Writes a block to a file of its own; returns its parameters as views of that file."""
         assert self.folder is not None
         parameters = {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
         file = self.folder / f"{path}.safetensors"
-        tensors = {name: parameter.detach().to(HOME).contiguous() for name, parameter in parameters.items()}
+        tensors = {name: parameter.detach().to(CPU).contiguous() for name, parameter in parameters.items()}
         with written_aside(file) as draft:  # a file of that name may be mapped
             save_file(tensors, draft, {"format": "pt"})
         self.files[path] = file
@@ -86,14 +86,14 @@ class OnDisk:
             return {parameter: stored.get_tensor(name) for name, parameter in parameters.items()}
 
 
-def on_disk(model: PreTrainedModel) -> OnDisk | None:
-    """Returns where the blocks of ``model`` are if they stay on disk; None for a model in memory."""
+def on_disk(model: PreTrainedModel) -> Offload | None:
+    """Returns the files of ``model`` if its weights stay on disk; None for a model in memory."""
     return getattr(model, KEY, None)
 
 
 def keep_on_disk(model: PreTrainedModel) -> PreTrainedModel:
     """Returns ``model``, whose weights are views of mapped files, marked so that they stay there."""
-    setattr(model, KEY, OnDisk())
+    setattr(model, KEY, Offload())
     return model
 
 
@@ -103,48 +103,49 @@ def placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 @contextmanager
-def working(model: PreTrainedModel, target: Path) -> Iterator[None]:
-    """Gives the changed blocks of a model on disk a folder beside ``target``, which is gone when the context ends.
+def offload_folder(model: PreTrainedModel, target: Path) -> Iterator[None]:
+    """Makes a temporary folder beside ``target`` for the changed blocks of a model on disk, for the context.
 
-    What is exported to ``target`` within the context takes the blocks' files over. After it the model still has its
-    weights, as files without a name. Nothing happens for a model in memory.
+    Within the context, :func:`save` to ``target`` links the blocks' files instead of copying them. After it the model
+    still has its weights: they are mapped, so that the system keeps the deleted files. A model in memory needs no
+    folder, and gets none.
     """
-    home = on_disk(model)
-    if home is None:
+    offload = on_disk(model)
+    if offload is None:
         yield
         return
     parent = target.absolute().parent
     while not parent.is_dir():
         parent = parent.parent
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.blocks-", dir=parent) as folder:
-        home.folder, home.files = Path(folder), {}
+        offload.folder, offload.files = Path(folder), {}
         try:
             yield
         finally:
-            home.folder, home.files = None, {}
+            offload.folder, offload.files = None, {}
 
 
-def check_working(model: PreTrainedModel) -> None:
-    """Raises InputError for a model on disk that has nowhere to write its changed blocks."""
-    home = on_disk(model)
-    if home is not None and home.folder is None:
+def check_offload_folder(model: PreTrainedModel) -> None:
+    """Raises InputError for a model on disk that has no folder to write its changed blocks to."""
+    offload = on_disk(model)
+    if offload is not None and offload.folder is None:
         raise InputError(
             "`model.on_disk` must be false where nothing says where changed blocks are written: prune by `lit-prune "
-            "prune`, or in Python within `with lit_prune.models.on_disk.working(model, target):`."
+            "prune`, or in Python within `with lit_prune.models.on_disk.offload_folder(model, target):`."
         )
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Writes ``model`` into ``folder`` as ``save_pretrained`` does; of a model on disk the changed blocks are there.
+    """Writes ``model`` into ``folder`` as ``save_pretrained`` does, the changed blocks of a model on disk included.
 
     A changed block's file becomes a shard by a link, or a copy where the file system has no links. What belongs to no
     changed block is the last shard.
     """
-    home = on_disk(model)
-    if home is None or not home.files:
+    offload = on_disk(model)
+    if offload is None or not offload.files:
         model.save_pretrained(folder)
         return
-    shards = {file: _bytes_by_name(file) for file in home.files.values()}
+    shards = {file: _bytes_by_name(file) for file in offload.files.values()}
     changed = {name for names in shards.values() for name in names}
     rest = {name: tensor for name, tensor in model.state_dict().items() if name not in changed}
     model.save_pretrained(folder, state_dict=rest, max_shard_size=sum(tensor.nbytes for tensor in rest.values()))

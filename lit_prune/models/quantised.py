@@ -1,7 +1,7 @@
-"""Linears in 4 or 8 bits, by bitsandbytes: made from full precision, read, counted, and the mask that goes with them.
+"""Linears that bitsandbytes quantises to 4 or 8 bits, with the masks of their pruned weights.
 
-Every type has an exact zero, so that what is pruned stays zero; but it rounds small weights to zero as well. What was
-pruned can therefore not be read off a quantised weight: its mask is kept beside it, as bits.
+Every type represents zero exactly, so that pruned weights stay zero; but small weights are rounded to zero as well.
+Which weights were pruned can therefore not be read from a quantised weight, and is stored beside it as bits.
 Suffixes: O output channels, I input channels.
 """
 
@@ -28,10 +28,10 @@ THRESHOLD = 6.0  # of LLM.int8(): columns of activations above it stay in half p
 
 @final
 class Linear4bit(bnb.nn.Linear4bit):
-    """bitsandbytes' linear, which a state dict can be loaded into, and which computes what its weights are.
+    """bitsandbytes' 4-bit linear that a state dict can be loaded into, and that leaves its weights as they are.
 
-    On a CPU that has AVX512-BF16 the parent rearranges its weights when it first computes without gradients, with
-    scales rounded to bfloat16, and not all the way back.
+    On a CPU with AVX512-BF16 the parent repacks its weights at the first forward without gradients, with scales rounded
+    to bfloat16, and never fully restores them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -42,15 +42,15 @@ class Linear4bit(bnb.nn.Linear4bit):
         begin = f"{prefix}weight."
         names = [name for name in state_dict if name.startswith(begin)]
         if names:
-            told = {name.removeprefix(begin): state_dict.pop(name).clone() for name in names}
-            self.quant_state = QuantState.from_dict(told, self.weight.device)
+            state = {name.removeprefix(begin): state_dict.pop(name).clone() for name in names}
+            self.quant_state = QuantState.from_dict(state, self.weight.device)
             self.weight.quant_state = self.quant_state  # type: ignore[attr-defined]
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 @final
 class Linear8bit(bnb.nn.Linear8bitLt):
-    """bitsandbytes' linear, whose scales follow it wherever the module that it is in goes."""
+    """bitsandbytes' 8-bit linear whose scales move to another device together with its weights."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear8bit:
         super()._apply(fn, recurse)
@@ -62,13 +62,13 @@ class Linear8bit(bnb.nn.Linear8bitLt):
 
 
 def quantised(linear: nn.Linear | Conv1D, quantization: Quantization, double_quant: bool, *, masked: bool) -> nn.Linear:
-    """Returns a linear of the same matrix in 4 or 8 bits, where it is.
+    """Returns a linear of the same matrix in 4 or 8 bits, on the same device.
 
     Args:
-        linear: In full precision; it is left as it is.
+        linear: The linear in full precision, which is not changed.
         quantization: Type of the weights.
         double_quant: Quantise the scales of 4-bit weights too.
-        masked: Keep which weights are zero, see :func:`mask`.
+        masked: Remember which weights are zero, see :func:`mask`.
 
     Raises:
         RuntimeError: if a zero of a masked weight is lost.
@@ -103,17 +103,17 @@ def _empty(weight_OI: Tensor, bias: bool, quantization: Quantization, double_qua
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Returns whether ``module`` is a linear of bitsandbytes', made here or by transformers."""
+    """Returns whether ``module`` is a bitsandbytes linear, made here or by transformers."""
     return isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
 
 
 def quantised_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Gives the quantised linears of ``model`` by name."""
+    """Yields the quantised linears of ``model`` with their names."""
     return ((name, module) for name, module in model.named_modules() if is_quantised(module))
 
 
 def quantisation(model: nn.Module) -> dict[str, Any] | None:
-    """Returns how ``model`` is quantised, as :func:`quantised` takes it; None for full precision."""
+    """Returns the arguments of :func:`quantised` that ``model`` was quantised with; None for full precision."""
     for _, module in quantised_linears(model):
         if isinstance(module, bnb.nn.Linear8bitLt):
             return {"quantization": "int8", "double_quant": False}
@@ -132,31 +132,27 @@ def dequantised(module: Any) -> Tensor:
 
 
 def mask(module: nn.Module) -> Tensor | None:
-    """Returns which weights of a quantised linear were not pruned, (out, in); None where that was not kept."""
+    """Returns the mask of a quantised linear, (out, in), False for pruned weights; None without a mask."""
     bits = getattr(module, MASK, None)
     return None if bits is None else unpacked(bits, torch.Size((module.out_features, module.in_features)))  # type: ignore[arg-type]
 
 
 def pruned(module: Any) -> int:
-    """Returns how many weights of a quantised linear are pruned: by its mask, else those that are zero."""
+    """Returns the number of pruned weights of a quantised linear: by its mask, or else the zeros."""
     keep_OI = mask(module)
     left = torch.count_nonzero(dequantised(module) if keep_OI is None else keep_OI)
     return module.out_features * module.in_features - int(left)
 
 
 def check_zeros(weight_OI: Tensor, module: Any, name: str) -> None:
-    """Asks whether ``weight_OI`` is zero wherever the mask of a quantised linear says that it was pruned.
-
-    Raises:
-        RuntimeError: if a weight that was pruned is not zero.
-    """
+    """Raises RuntimeError unless ``weight_OI`` is zero wherever a quantised linear's mask says that it was pruned."""
     keep_OI = mask(module)
     if keep_OI is not None and bool((weight_OI[~keep_OI] != 0).any()):
         raise RuntimeError(f"weights that were pruned are not zero in the {name} weight.")
 
 
 def sharing_weight(module: Any) -> nn.Linear:
-    """Returns a linear of bitsandbytes' own that shares the weight of ``module``; its mask is in no state dict."""
+    """Returns another quantised linear that shares the weight of ``module``, with its mask left out of state dicts."""
     weight, ins, outs, bias = module.weight, module.in_features, module.out_features, module.bias is not None
     other: Any
     with torch.device("meta"):
@@ -177,14 +173,14 @@ def sharing_weight(module: Any) -> nn.Linear:
 
 
 def make_loadable(model: nn.Module) -> None:
-    """Puts linears that a state dict can be loaded into in the place of those of a model that transformers opened."""
+    """Replaces the quantised linears of a model that transformers opened by ones that load a state dict."""
     for name, module in list(quantised_linears(model)):
         if not isinstance(module, (Linear4bit, Linear8bit)):
             model.set_submodule(name, sharing_weight(module))
 
 
 def dense(module: Any, weight_OI: Tensor) -> nn.Module:
-    """Returns a linear in full precision in the place of a quantised one, with another matrix and the same bias."""
+    """Returns a linear in full precision with the bias of a quantised one and the matrix ``weight_OI``."""
     outs, ins = weight_OI.shape
     with torch.device("meta"):
         if module.source_cls is Conv1D:
@@ -197,13 +193,13 @@ def dense(module: Any, weight_OI: Tensor) -> nn.Module:
 
 
 def packed_bytes(module: Any) -> int:
-    """Returns the bytes of a quantised linear's matrix as it is stored: the packed weights, scales and tables."""
+    """Returns the bytes that a quantised linear's matrix is stored in: packed weights, scales and tables."""
     stored = module.state_dict()
     return sum(tensor.nbytes for name, tensor in stored.items() if name not in ("bias", MASK))
 
 
 def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
-    """Returns what a config must say for transformers to open ``model``, some of whose linears are quantised."""
+    """Returns the quantisation config with which transformers opens ``model``, some of whose linears are quantised."""
     kind = quantisation(model)
     assert kind is not None
     linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
@@ -220,7 +216,7 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
 
 
 def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Returns a copy of ``config`` that says nothing of quantised weights."""
+    """Returns a copy of ``config`` without a quantisation config."""
     plain = copy.deepcopy(config)
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
@@ -228,6 +224,6 @@ def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def compute_exactly(model: nn.Module) -> None:
-    """Lets the 4-bit linears of a model that transformers opened compute as Linear4bit does; see there."""
+    """Keeps the 4-bit linears of a model that transformers opened from repacking their weights, see Linear4bit."""
     for _, module in quantised_linears(model):
         module.support_avx512bf16_for_cpu = False

@@ -17,7 +17,7 @@ from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.families import find_blocks
 from lit_prune.models.load import load_model
-from lit_prune.models.on_disk import on_disk, working
+from lit_prune.models.on_disk import offload_folder, on_disk
 from lit_prune.pipeline import prune, score
 from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
@@ -106,7 +106,7 @@ def test_pruning_gives_the_weights_that_it_gives_in_memory(
     before = hashes(tmp_path / "source")
     mapped, loaded = load_model(folder, on_disk=True), load_model(folder)
     expected = prune(loaded, batches, recipe)
-    with working(mapped, tmp_path / "target"):
+    with offload_folder(mapped, tmp_path / "target"):
         pruned = prune(mapped, batches, recipe)
         assert private_bytes(mapped) == 0
         export(mapped, tmp_path / "target")
@@ -124,7 +124,7 @@ def test_every_family_is_pruned_and_exported(family: str, batches: list[torch.Te
     folder = stored(tmp_path / "source", family, shard=8000)
     mapped, loaded = load_model(folder, on_disk=True), load_model(folder)
     prune(loaded, batches, Recipe())
-    with working(mapped, tmp_path / "target"):
+    with offload_folder(mapped, tmp_path / "target"):
         prune(mapped, batches, Recipe())
         export(mapped, tmp_path / "target")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
@@ -135,7 +135,7 @@ def test_every_family_is_pruned_and_exported(family: str, batches: list[torch.Te
 
 def test_the_export_has_a_shard_for_every_block_and_an_index(batches: list[torch.Tensor], tmp_path: Path) -> None:
     mapped = load_model(stored(tmp_path / "source"), on_disk=True)
-    with working(mapped, tmp_path / "target"):
+    with offload_folder(mapped, tmp_path / "target"):
         prune(mapped, batches)
         export(mapped, tmp_path / "target")
     assert sorted(path.name for path in (tmp_path / "target").iterdir()) == [
@@ -160,9 +160,9 @@ def test_what_is_pruned_outlives_its_work_folder_and_can_be_pruned_again(
     mapped, loaded = load_model(folder, on_disk=True), load_model(folder)
     for sparsity in (0.3, 0.5):
         prune(loaded, batches, Recipe(sparsity=sparsity))
-        with working(mapped, tmp_path / "target"):
+        with offload_folder(mapped, tmp_path / "target"):
             prune(mapped, batches, Recipe(sparsity=sparsity))
-    with working(mapped, tmp_path / "target"):
+    with offload_folder(mapped, tmp_path / "target"):
         for sparsity in (0.6, 0.7):
             prune(loaded, batches, Recipe(sparsity=sparsity))
             prune(mapped, batches, Recipe(sparsity=sparsity))  # over the file that is mapped
@@ -175,7 +175,7 @@ def test_the_work_folder_is_beside_the_target_where_that_has_no_parent_yet(
     batches: list[torch.Tensor], tmp_path: Path
 ) -> None:
     mapped = load_model(stored(tmp_path / "source"), on_disk=True)
-    with working(mapped, tmp_path / "runs" / "deep" / "target"):
+    with offload_folder(mapped, tmp_path / "runs" / "deep" / "target"):
         prune(mapped, batches)
         assert sum(path.name.startswith(".target.blocks-") for path in tmp_path.iterdir()) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -196,7 +196,7 @@ def test_a_failure_leaves_nothing_behind_and_the_block_as_it_was(
 
     original = Wanda.prune
     monkeypatch.setattr(Wanda, "prune", interrupted)
-    with pytest.raises(KeyboardInterrupt), working(mapped, tmp_path / "target"):
+    with pytest.raises(KeyboardInterrupt), offload_folder(mapped, tmp_path / "target"):
         prune(mapped, batches)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert hashes(tmp_path / "source") == before
@@ -252,7 +252,7 @@ def test_where_there_are_no_links_shards_are_copied(
 
     monkeypatch.setattr("os.link", refuse)
     mapped = load_model(stored(tmp_path / "source"), on_disk=True)
-    with working(mapped, tmp_path / "target"):
+    with offload_folder(mapped, tmp_path / "target"):
         prune(mapped, batches)
         export(mapped, tmp_path / "target")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "target").state_dict(), mapped.state_dict())
@@ -344,7 +344,7 @@ def test_slicing_on_disk(batches: list[torch.Tensor], tmp_path: Path) -> None:
     folder = stored(tmp_path / "source")
     mapped, loaded = load_model(folder, on_disk=True), load_model(folder)
     prune(loaded, batches, Recipe(Slicing(), 0.25))
-    with working(mapped, tmp_path / "target"):
+    with offload_folder(mapped, tmp_path / "target"):
         prune(mapped, batches, Recipe(Slicing(), 0.25))
         export(mapped, tmp_path / "target")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "target").state_dict(), loaded.state_dict())
