@@ -130,7 +130,7 @@ def check_offload_folder(model: PreTrainedModel) -> None:
     offload = on_disk(model)
     if offload is not None and offload.folder is None:
         raise InputError(
-            "`model.on_disk` must be false where nothing says where changed blocks are written: prune by `lit-prune "
+            "`model.on_disk` must be false where no folder for changed blocks is given: prune by `lit-prune "
             "prune`, or in Python within `with lit_prune.models.on_disk.offload_folder(model, target):`."
         )
 

@@ -330,7 +330,9 @@ def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
 
 def test_nowhere_to_write_is_refused_before_anything_runs(tmp_path: Path) -> None:
     mapped = load_model(stored(tmp_path), on_disk=True)
-    with pytest.raises(InputError, match=r"`model.on_disk` must be false where nothing says .*models.on_disk.worki"):
+    with pytest.raises(
+        InputError, match=r"`model.on_disk` must be false where no folder .*models.on_disk.offload_folder"
+    ):
         prune(mapped, [])
 
 
