@@ -59,7 +59,8 @@ from lit_prune.recover import (
     gradient_masks,
     restore_gradient_masks,
 )
-from lit_prune.report.records import Baseline, CutRecord, Record, to_plain, with_perplexity
+from lit_prune.report.plain import to_plain
+from lit_prune.report.records import Baseline, CutRecord, Record, with_perplexity
 from lit_prune.schedule import Cut, Schedule, cuts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,12 +32,12 @@ from lit_prune.fit.batches import validation_data
 from lit_prune.fit.fsdp import gathered, is_sharded
 from lit_prune.progress import log
 from lit_prune.report.loggers import log_results
-from lit_prune.report.records import to_plain
-from lit_prune.report.report import Report, table
+from lit_prune.report.report import Report
 from lit_prune.report.summary import summary
+from lit_prune.report.table import table
 from lit_prune.report.write import Validation, write_results, write_tasks
 
-Found = TypeVar("Found", bound=Callback)
+AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 
 class ResultsCallback(Callback):
@@ -119,13 +120,13 @@ class ResultsCallback(Callback):
         self.seconds += time.perf_counter() - self._begin
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the trained model, exports it, and tells; of several processes the first one writes."""
-        measured = self.measured(trainer, pl_module)
-        if measured is not None:
+        """Measures the trained model, exports it and reports; of several processes the first one writes."""
+        results = self.measure_model(trainer, pl_module)
+        if results is not None:
             with distributed.single_process():
-                self.write(trainer, pl_module, *measured)
+                self.write(trainer, pl_module, *results)
 
-    def measured(
+    def measure_model(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[ExportPlan, Report, Validation | None] | None:
         """Returns plan and report of the export, and the validation data; in the first process, None in the others."""
@@ -155,16 +156,10 @@ class ResultsCallback(Callback):
             pruning.fit_plan.cuts[len(pruning.done) :],
             format=self.format,
         )
-        within = sum(sum(done.seconds.values()) for done in pruning.done if done.step > 0)  # cuts, told apart
-        report["seconds"]["train"] = self.seconds - within
-        if measured is not None:
-            protocol = to_plain(measured.protocol)
-            if report["protocol"] not in (None, protocol):  # a resumed run may validate on other text
-                report["perplexity"] = dict.fromkeys(report["perplexity"])
-            report["perplexity"][name] = measured.perplexity
-            report["protocol"] = protocol
-            report["seconds"][f"perplexity_{name}"] = measured.seconds
-        return report
+        # cuts after the start are within the clock of the training, and have seconds of their own
+        cutting = sum(sum(cut.seconds.values()) for cut in pruning.done if cut.step > 0)
+        report = replace(report, seconds={**report.seconds, "train": self.seconds - cutting})
+        return report if measured is None else report.with_perplexity(name, measured)
 
     def write(
         self,
@@ -177,7 +172,7 @@ class ResultsCallback(Callback):
         """Writes and verifies the export, writes and prints the report, and sends the folder to the hub where asked."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         base = _base(getattr(pl_module, "pretrained", type(plan.model).__name__))
-        written = write_results(
+        written, report = write_results(
             self.folder,
             plan,
             report,
@@ -188,33 +183,41 @@ class ResultsCallback(Callback):
             device=plan.model.device if shards(trainer) else trainer.strategy.root_device,
         )
         self.folder.finish()
-        failed = self._ask(plan.reference, report, base, tokenizer)
+        report, failure = self._run_tasks(plan.reference, report, base, tokenizer)
         picture = self.folder.path / "blocks.png"
         log_results(trainer.loggers, report, picture if picture in written else None, trainer.global_step)
         config = [] if self.config is None else [self.folder.path / "config.yaml"]
-        tell([table(report)], written + config)
+        print_tables([table(report)], written + config)
         if self.push_to_hub is not None:
             log(f"Sent to {push(self.folder.path / 'model', self.push_to_hub)}")
-        if failed is not None:
-            raise failed
+        if failure is not None:
+            raise failure
 
-    def _ask(self, model: PreTrainedModel, report: Report, base: str, tokenizer: Tokenizer | None) -> InputError | None:
-        """Asks the model its tasks, once its folder is written; returns what went wrong, which loses nothing."""
+    def _run_tasks(
+        self, model: PreTrainedModel, report: Report, base: str, tokenizer: Tokenizer | None
+    ) -> tuple[Report, InputError | None]:
+        """Runs the tasks of lm-eval on ``model``, once its folder is written; returns the report with their results.
+
+        A failure is returned, not raised, so that the rest of the report is logged and printed before it.
+        """
         if self.tasks is None:
-            return None
+            return report, None
         assert tokenizer is not None
         try:
-            report["tasks"] = self.tasks.run(model, tokenizer)
+            results = self.tasks.run(model, tokenizer)
         except Exception as error:  # of the harness, the task, its data
-            first, folder = (str(error).strip() or type(error).__name__).splitlines()[0], self.folder.path / "model"
-            again = f"lit-prune evaluate --model.pretrained {folder} --tasks {','.join(self.tasks.names)}"
-            failed = InputError(
-                f"`tasks` could not be asked: {first}. The model is in {folder}: ask again by `{again}`."
-            )
-            failed.__cause__ = error
-            return failed
+            return report, self._failure(self.tasks, error)
+        report = replace(report, tasks=results)
         write_tasks(self.folder, report, base=base, tokenizer=tokenizer)
-        return None
+        return report, None
+
+    def _failure(self, tasks: Tasks, error: Exception) -> InputError:
+        """The error that says how tasks that failed are run again."""
+        first, folder = (str(error).strip() or type(error).__name__).splitlines()[0], self.folder.path / "model"
+        again = f"lit-prune evaluate --model.pretrained {folder} --tasks {','.join(tasks.names)}"
+        failure = InputError(f"`tasks` could not be asked: {first}. The model is in {folder}: ask again by `{again}`.")
+        failure.__cause__ = error
+        return failure
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -244,7 +247,7 @@ class ResultsCallback(Callback):
         self.seconds = state_dict["seconds"]
 
 
-def find_callback(trainer: Trainer, kind: type[Found]) -> Found:
+def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback:
     """Returns the Trainer's callback of a kind.
 
     Raises:
@@ -256,7 +259,7 @@ def find_callback(trainer: Trainer, kind: type[Found]) -> Found:
     raise InputError(f"`trainer.callbacks` must hold a {kind.__name__} beside the ResultsCallback, got none.")
 
 
-def tell(tables: Sequence[Table], written: Sequence[Path]) -> None:
+def print_tables(tables: Sequence[Table], written: Sequence[Path]) -> None:
     """Prints tables, and the paths of what was written."""
     console = Console()
     for grid in tables:

@@ -4,17 +4,14 @@ import json
 import runpy
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from lit_prune.masks.zeros import zeros
-from lit_prune.report.loggers import PICTURE, TABLE, log_results
-from tests.report.test_report import REPORT
+from lit_prune.report.loggers import PICTURE, TABLE
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SMALL = ["--data.windows=48", "--data.tokens=32", "--data.batch_size=2", "--trainer.max_steps=24"]
@@ -52,30 +49,3 @@ def test_a_project_of_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert tags["images"] == [PICTURE]
     [text] = seen.Tensors(f"{TABLE}/text_summary")
     assert b"perplexity, recovered" in text.tensor_proto.string_val[0]
-
-
-class Calls(list):
-    """Notes what is called on it, by name."""
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: self.append((name, args, kwargs))
-
-
-@pytest.mark.parametrize("kind", [WandbLogger, MLFlowLogger])
-def test_loggers_with_places_of_their_own(kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, logger = Calls(), object.__new__(kind)
-    for name in ("log_metrics", "log_text", "log_image"):
-        monkeypatch.setattr(kind, name, getattr(calls, name), raising=False)
-    monkeypatch.setattr(kind, "experiment", calls)
-    monkeypatch.setattr(kind, "run_id", "run", raising=False)
-    log_results([logger], REPORT, tmp_path / "blocks.png", 7)
-    (first, args, kwargs), *others = calls
-    assert first == "log_metrics"
-    assert args[-1]["perplexity/recovered"] == REPORT["perplexity"]["recovered"]
-    assert kwargs == {"step": 7}
-    assert [name for name, *_ in others] == {
-        WandbLogger: ["log_text", "log_image"],
-        MLFlowLogger: ["log_text", "log_artifact"],
-    }[kind]
-    assert "perplexity, recovered" in str(others[0])
-    assert "blocks.png" in str(others[1])

@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from transformers import PreTrainedModel
 
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
-from lit_prune.callbacks.results import ResultsCallback, find_callback, tell
+from lit_prune.callbacks.results import ResultsCallback, find_callback, print_tables
 from lit_prune.errors import InputError
 from lit_prune.export.plan import ExportPlan, check_merge
 from lit_prune.files import write_text
@@ -22,8 +22,11 @@ from lit_prune.models.on_disk import offload_folder, on_disk, placed
 from lit_prune.pipeline import score_with_statistics
 from lit_prune.recipe import recipe_record
 from lit_prune.recover import Snapshot
-from lit_prune.report.report import block_table, task_table, to_json, versions
+from lit_prune.report.records import SearchRecord
+from lit_prune.report.report import ScoreReport, TaskReport, to_json, versions
+from lit_prune.report.sections import Sparsity
 from lit_prune.report.summary import summary
+from lit_prune.report.table import block_table, task_table
 from lit_prune.report.write import write_scores
 
 
@@ -110,25 +113,22 @@ class PruneTrainer(Trainer):
         scored, stored = score_with_statistics(
             llm, batches, recipe, device=device, settings=names, statistics=pruning.fit_plan.stored
         )
-        report = {
-            "sparsity": {
-                "requested": recipe.sparsity,
-                "budget": recipe.budget,
-                "target": scored.target,
-                "planned": scored.planned,
-            },
-            "recipe": recipe_record(recipe),
-            "calibration": settings,
-            "scores": scored.scores,
-            "rates": scored.rates,
-            "search": scored.search,
-            "seconds": {"score": scored.seconds},
-            "versions": versions(),
-        }
+        report = ScoreReport(
+            sparsity=Sparsity(
+                requested=recipe.sparsity, budget=recipe.budget, target=scored.target, planned=scored.planned
+            ),
+            recipe=recipe_record(recipe),
+            calibration=settings,
+            scores=scored.scores,
+            rates=scored.rates,
+            search=SearchRecord.from_dict(scored.search),
+            seconds={"score": scored.seconds},
+            versions=versions(),
+        )
         with results.opened(), self._logging():
             written = write_scores(results.folder.path, report, stored)
         results.folder.finish()
-        tell([block_table(report)], written)
+        print_tables([block_table(report)], written)
 
     def export(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str, merge: bool = False
@@ -148,7 +148,7 @@ class PruneTrainer(Trainer):
         self._data_connector.attach_data(model, datamodule=datamodule)
         self._loaded(model, pruning)
         _load(ckpt_path, model, [pruning, results])
-        written = results.measured(self, model)
+        written = results.measure_model(self, model)
         assert written is not None  # of one process
         with results.opened(), self._logging():
             results.write(self, model, *written)
@@ -158,16 +158,16 @@ class PruneTrainer(Trainer):
         pruning, results = find_callback(self, DynamicPruningCallback), find_callback(self, ResultsCallback)
         assert results.tasks is not None
         llm = placed(self._loaded(model, pruning), self.strategy.root_device)
-        report = {
-            "model": getattr(model, "pretrained", None),
-            "dtype": str(llm.dtype).removeprefix("torch."),
-            "tasks": results.tasks.run(llm, datamodule.tokenizer),  # type: ignore[attr-defined]
-            "versions": versions(),
-        }
+        report = TaskReport(
+            model=getattr(model, "pretrained", None),
+            dtype=str(llm.dtype).removeprefix("torch."),
+            tasks=results.tasks.run(llm, datamodule.tokenizer),  # type: ignore[attr-defined]
+            versions=versions(),
+        )
         with results.opened():
             write_text(results.folder.path / "report.json", to_json(report))
         results.folder.finish()
-        tell([task_table(report)], [results.folder.path / "report.json"])
+        print_tables([task_table(report)], [results.folder.path / "report.json"])
 
     def _ready(
         self, model: LightningModule, datamodule: LightningDataModule

@@ -11,8 +11,8 @@ import importlib.util
 import logging
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,23 @@ class HarnessSettings:
                 raise InputError(f"`lm_eval.{name}` must be at least {least}, got {value}.")
         if self.include_path is not None and not Path(self.include_path).is_dir():
             raise InputError(f"`lm_eval.include_path` must be a folder, got {self.include_path}.")
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """The results of lm-eval's tasks.
+
+    Attributes:
+        harness: lm-eval with its version.
+        settings: How the tasks were run.
+        results: The metrics of every task by name, beside `samples`, `shots` and `version`.
+        seconds: How long it took.
+    """
+
+    harness: str
+    settings: HarnessSettings
+    results: Mapping[str, Mapping[str, Any]]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -136,8 +153,8 @@ class Tasks:
         ]
         return [item for group in groups for item in group]
 
-    def run(self, model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Returns the `tasks` of report.json: the harness's version, the settings, and each task's metrics.
+    def run(self, model: PreTrainedModel, tokenizer: Tokenizer) -> TaskResults:
+        """Returns each task's metrics, with the settings and the version of the harness.
 
         Neither ``model`` nor ``tokenizer`` is changed, nor the state of the random numbers.
 
@@ -168,12 +185,12 @@ class Tasks:
                 )
         finally:
             restore_random_states(states)
-        return {
-            "harness": f"lm-eval {importlib.metadata.version('lm-eval')}",
-            "settings": asdict(self.settings),
-            "results": {name: _metrics(name, evaluated) for name in evaluated["results"]},
-            "seconds": time.perf_counter() - begin,
-        }
+        return TaskResults(
+            harness=f"lm-eval {importlib.metadata.version('lm-eval')}",
+            settings=self.settings,
+            results={name: _metrics(name, evaluated) for name in evaluated["results"]},
+            seconds=time.perf_counter() - begin,
+        )
 
 
 def _is_path(name: str) -> bool:
@@ -192,7 +209,7 @@ def _metrics(name: str, evaluated: dict[str, Any]) -> dict[str, Any]:
     return metrics | {"samples": samples, "shots": shots, "version": version}
 
 
-def describe(result: dict[str, Any]) -> str:
+def describe(result: Mapping[str, Any]) -> str:
     """Returns a task's metrics in one line.
 
     >>> describe({"acc": 0.5, "acc_stderr": 0.0211, "samples": 9, "shots": 0, "version": 1})

@@ -1,4 +1,4 @@
-"""What the loggers of a Trainer get at the end, beside the curves: the numbers, the table and the picture."""
+"""The results of a run in the Trainer's loggers, beside the curves: numbers, table and picture."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from matplotlib.image import imread
 from rich.console import Console
 
-from lit_prune.report.report import Report, table
+from lit_prune.report.report import Report
+from lit_prune.report.table import table
 
 TABLE, PICTURE = "pruning/results", "pruning/blocks"
 WIDTH = 100
@@ -25,8 +26,8 @@ def log_results(loggers: Iterable[Logger], report: Report, picture: Path | None,
 
     Args:
         loggers: The Trainer's.
-        report: What report.json says.
-        picture: The PNG file, where there is one.
+        report: The report of the run.
+        picture: The PNG file; None where nothing was drawn.
         step: The optimizer step.
     """
     for logger in loggers:
@@ -44,8 +45,8 @@ def log_results(loggers: Iterable[Logger], report: Report, picture: Path | None,
 
 
 def _to_tensorboard(writer: Any, report: Report, picture: Path | None, step: int) -> None:
-    text = _text(report)
-    writer.add_text(TABLE, "\n".join(f"    {line}" for line in text.splitlines()), step)
+    indented = "\n".join(f"    {line}" for line in _text(report).splitlines())  # which Markdown leaves as it is
+    writer.add_text(TABLE, indented, step)
     if picture is not None:
         image_HWC = (imread(picture)[..., :3] * 255).round().astype(np.uint8)
         writer.add_image(PICTURE, image_HWC, step, dataformats="HWC")
@@ -53,11 +54,12 @@ def _to_tensorboard(writer: Any, report: Report, picture: Path | None, step: int
 
 def _numbers(report: Report) -> dict[str, float]:
     """The perplexities by name, and the share of zeros."""
-    values = {f"perplexity/{name}": value for name, value in report["perplexity"].items() if value is not None}
-    return values | {"pruning/sparsity": report["sparsity"]["achieved_linears"]}
+    assert report.sparsity.achieved_linears is not None
+    perplexities = {f"perplexity/{name}": value for name, value in report.measured.items()}
+    return perplexities | {"pruning/sparsity": report.sparsity.achieved_linears}
 
 
 def _text(report: Report) -> str:
-    console = Console(width=WIDTH, file=io.StringIO())
-    console.print(table(report))
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    text = io.StringIO()
+    Console(width=WIDTH, file=text).print(table(report))
+    return text.getvalue()

@@ -1,50 +1,18 @@
-"""What is recorded of a cut, and of a model that is trained without one: the facts that a report is made of.
+"""The record of a cut, and that of a model before a training without one: the facts that a report is made of.
 
-Both travel in the callback's checkpoint state, as plain dicts that ``torch.load(weights_only=True)`` reads. Their JSON
-form, and that of every other record in report.json, is :func:`to_plain`.
+Both are in the callback's checkpoint state, as the plain dicts that ``plain.to_plain`` makes of them, which
+``torch.load(weights_only=True)`` reads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from lit_prune.evaluation.perplexity import Measurement, Protocol
 from lit_prune.evaluation.speed import Speed
-
-OMIT = object()
-
-
-def json_form(*, key: str | None = None, none_as: Any = None) -> dict[str, Any]:
-    """Returns the metadata of a field whose JSON form is not its name and its value.
-
-    Args:
-        key: Its name there.
-        none_as: What stands for None; ``OMIT`` leaves the field out.
-    """
-    return {"key": key, "none_as": none_as}
-
-
-def to_plain(value: Any) -> Any:
-    """Returns ``value`` with every dataclass in it turned into a dict, in the order of its fields, and tuples to lists.
-
-    >>> to_plain({"protocol": Protocol("val.txt", 4, 16, 60, "float32")})["protocol"]["tokens"]
-    60
-    """
-    if isinstance(value, Mapping):
-        return {name: to_plain(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    plain: dict[str, Any] = {}
-    for one in fields(value):
-        item = getattr(value, one.name)
-        item = one.metadata.get("none_as") if item is None else item
-        if item is not OMIT:
-            plain[one.metadata.get("key") or one.name] = to_plain(item)
-    return plain
+from lit_prune.report.plain import json_form
 
 
 @dataclass(frozen=True)
@@ -63,7 +31,7 @@ class ModelSize:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ModelSize:
-        """Returns the size that :func:`to_plain` made ``stored`` of."""
+        """Returns the size that ``to_plain`` made ``stored`` of."""
         speed = stored["speed"]
         return cls(stored["parameters"], stored["bytes"], None if speed is None else Speed(**speed))
 
@@ -130,7 +98,7 @@ class CutRecord:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> CutRecord:
-        """Returns the record that :func:`to_plain` made ``stored`` of."""
+        """Returns the record that ``to_plain`` made ``stored`` of."""
         plain = dict(stored)
         return cls(
             protocol=_protocol(plain.pop("protocol")),
@@ -165,7 +133,7 @@ class Baseline:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Baseline:
-        """Returns the record that :func:`to_plain` made ``stored`` of."""
+        """Returns the record that ``to_plain`` made ``stored`` of."""
         plain = dict(stored)
         return cls(protocol=_protocol(plain.pop("protocol")), **plain)
 

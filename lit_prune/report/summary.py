@@ -1,8 +1,8 @@
-"""The report of a run: what the model is now, and what every cut did."""
+"""The report of a run, made of the model as it is now and of the record of every cut."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -10,152 +10,159 @@ from transformers import PreTrainedModel
 from lit_prune.evaluation.sizes import full_bytes, parameters, pruned
 from lit_prune.export.formats import ExportFormat, HuggingFace
 from lit_prune.export.plan import ExportPlan
-from lit_prune.masks.zeros import zero_shares
+from lit_prune.masks.zeros import share_of_zeros, zero_shares
 from lit_prune.models import structure
 from lit_prune.models.quantised import quantisation
 from lit_prune.recipe import Recipe
 from lit_prune.recover import adapter_config
-from lit_prune.report import report as reports
-from lit_prune.report.records import Baseline, CutRecord, to_plain
-from lit_prune.report.report import Report
+from lit_prune.report.records import Baseline, CutRecord
+from lit_prune.report.report import Report, versions
+from lit_prune.report.sections import CutSummary, Quantised, Shape, Sparsity
 from lit_prune.schedule import Cut
 
 
 def summary(
     plan: ExportPlan,
     recipe: Recipe | None,
-    records: Sequence[CutRecord],
+    cuts: Sequence[CutRecord],
     baseline: Baseline | None = None,
     following: Sequence[Cut] = (),
     *,
     format: ExportFormat = HuggingFace(),  # noqa: B008 (frozen)
 ) -> Report:
-    """Returns the report of the model of ``plan``, and of the cuts that were made (see DynamicPruningCallback).
+    """Returns the report of a run, without what is measured at its end.
 
-    What it says of scores, rates and the like is the last cut's; `cuts` tells every one. Where nothing was cut, it is
-    what ``baseline`` says of the model before that training. Where it ended early, cuts were still ``following``.
+    Scores, rates and the like are those of the last cut; `cuts` of the report has every one's.
+
+    Args:
+        plan: The model, and what is exported of it.
+        recipe: What was to be removed; None for a training that cuts nothing.
+        cuts: The cuts that were made.
+        baseline: The model before a training that cuts nothing.
+        following: The cuts that the training ended before.
+        format: How the model is written.
     """
-    cuts, kept = to_plain(list(records)), to_plain(baseline)
-    model, plain, done = plan.model, plan.base, dict(cuts[-1]) if cuts else {}
-    sparsity: dict[str, Any] = {"requested": None, "achieved_linears": 0.0}
-    if kept is not None:
-        done = _known(kept)
-        sparsity = _kept_sparsity(plain, kept)
+    last, record = cuts[-1] if cuts else None, structure.record(plan.model)
+    source, first = baseline or last, _first(plan.base, recipe, cuts)
+    return Report(
+        perplexity=_perplexities(first, recipe, cuts, baseline),
+        protocol=None if source is None else source.protocol,
+        sparsity=_sparsity(plan, recipe, cuts, baseline),
+        recipe=_recipe(last, baseline),
+        calibration=None if last is None else last.calibration,
+        scores=None if last is None else last.scores,
+        rates=None if last is None else last.rates,
+        achieved=None if source is None else source.achieved,
+        search=None if last is None else last.search,
+        parameters=parameters(plan.base),
+        recovery=record.get("recovery"),
+        distillation=record.get("distillation"),
+        adapter=adapter_config(plan.model),
+        merged=plan.merged,
+        adapter_parameters=parameters(plan.model) - parameters(plan.base),
+        bytes=format.bytes(plan),
+        quantised=_quantised(plan),
+        shape=_shape(plan.base, recipe, last, baseline),
+        structures=structure.describe(plan.base),
+        cuts=[CutSummary.of(cut) for cut in cuts],
+        cuts_not_made=following,
+        baseline=None if baseline is None else baseline.record,
+        seconds=_seconds(cuts, first) if baseline is None else baseline.seconds,
+        versions=versions(),
+    )
+
+
+def _recipe(last: CutRecord | None, baseline: Baseline | None) -> Mapping[str, Any] | None:
+    """The recipe of the last cut, in this run or, where that is known, in an earlier one."""
+    if baseline is None:
+        return None if last is None else last.recipe
+    recipe = baseline.record.get("recipe")
+    return recipe if recipe and "method" in recipe else None
+
+
+def _sparsity(
+    plan: ExportPlan, recipe: Recipe | None, cuts: Sequence[CutRecord], baseline: Baseline | None
+) -> Sparsity:
+    """What was asked for, and how many zeros there are now."""
+    zero, total = pruned(plan.base if plan.outline.masked else plan.plain)
     if recipe is not None and recipe.method.makes_zeros:
-        blocks = recipe.find(plain, quantised=True)
-        zero, total = sum(block.pruned for block in blocks), sum(block.size for block in blocks)
-        target = done.get("target", recipe.sparsity)
-        sparsity = {
-            "requested": done["recipe"]["sparsity"] if done.get("recipe") else recipe.sparsity,
-            "budget": recipe.budget,
-            "target": target,
-            "achieved_linears": zero / total,
-            "missed": zero / total - target,
-        } | _found(cuts)
-    zero, total = pruned(plain if plan.outline.masked else plan.plain)
-    return {
-        "perplexity": _perplexities(plain, recipe, cuts) if kept is None else {**kept["perplexity"], "after": None},
-        "protocol": done.get("protocol"),
-        "sparsity": sparsity | {"achieved_all": zero / total},
-        "recipe": done.get("recipe"),
-        "calibration": done.get("calibration"),
-        "scores": done.get("scores"),
-        "rates": done.get("rates"),
-        "achieved": done.get("achieved"),
-        "search": done.get("search", {}),
-        "parameters": parameters(plain),
-        "recovery": structure.record(model).get("recovery"),
-        "distillation": structure.record(model).get("distillation"),
-        "adapter": adapter_config(model),
-        "merged": plan.merged,
-        "adapter_parameters": parameters(model) - parameters(plain),
-        "bytes": format.bytes(plan),
-        "quantised": _quantised(plan),
-        "slice": _slice(plain, recipe, done),
-        "sliced": any(shape.name == "slice" for shape in structure.describe(plain)),
-        "cuts": [_told_of(done) for done in cuts],
-        "cuts_not_made": [cut._asdict() for cut in following],
-        "kept": None if kept is None else kept["record"],
-        "seconds": _seconds(cuts, _first(plain, recipe, cuts)) if kept is None else dict(kept["seconds"]),
-        "versions": reports.versions(),
-    }
+        achieved = share_of_zeros(recipe.find(plan.base, quantised=True))
+        target = cuts[-1].target if cuts else recipe.sparsity
+        return Sparsity(
+            requested=cuts[-1].recipe["sparsity"] if cuts else recipe.sparsity,
+            budget=recipe.budget,
+            target=target,
+            achieved_linears=achieved,
+            missed=achieved - target,
+            before=_sparsity_before(cuts) or None,
+            achieved_all=zero / total,
+        )
+    if baseline is not None and baseline.achieved:
+        earlier = baseline.record.get("recipe") or {}
+        return Sparsity(
+            requested=earlier.get("sparsity"),
+            budget=earlier.get("budget", "linears"),
+            before=baseline.sparsity,
+            achieved_linears=zero_shares(plan.base)[1],
+            achieved_all=zero / total,
+        )
+    return Sparsity(requested=None, achieved_linears=0.0, achieved_all=zero / total)
 
 
-def _known(kept: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the cuts before this run."""
-    recipe = kept["record"].get("recipe")
-    known = {"recipe": recipe} if recipe and "method" in recipe else {}
-    return known | {field: kept[field] for field in ("protocol", "achieved")}
+def _sparsity_before(cuts: Sequence[CutRecord]) -> float:
+    """The share that was zero before the first cut; 0 for a dense model."""
+    return cuts[0].sparsity_before if cuts else 0.0
 
 
-def _kept_sparsity(plain: PreTrainedModel, kept: dict[str, Any]) -> dict[str, Any]:
-    """How many zeros there were before, and are now."""
-    if not kept["achieved"]:
-        return {"requested": None, "achieved_linears": 0.0}
-    recipe = kept["record"].get("recipe") or {}
-    return {
-        "requested": recipe.get("sparsity"),
-        "budget": recipe.get("budget", "linears"),
-        "found": kept["sparsity"],
-        "achieved_linears": zero_shares(plain)[1],
-    }
-
-
-def _quantised(plan: ExportPlan) -> dict[str, Any] | None:
-    """How the model that was trained is quantised, and what is exported of it."""
+def _quantised(plan: ExportPlan) -> Quantised | None:
+    """How the model that was trained is quantised, and in which form it is exported."""
     kind, form = quantisation(plan.model), plan.outline.form
-    exported = {"form": None if form == "quantised" else form, "bytes_unquantised": full_bytes(plan.base)}
-    return kind and kind | exported
+    if kind is None:
+        return None
+    return Quantised(**kind, form=None if form == "quantised" else form, bytes_unquantised=full_bytes(plan.base))
 
 
-def _first(plain: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[str, Any]]) -> str:
-    """What the model is called before the first cut: one that had zeros or another shape is not dense."""
-    shaped = bool(structure.structures(plain)) and recipe is not None and not recipe.method.changes_shapes
-    return "before" if _found(cuts) or shaped else "dense"
-
-
-def _found(cuts: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The share of zeros that the model came with, where there were any."""
-    found = cuts[0].get("found", 0.0) if cuts else 0.0
-    return {"found": found} if found else {}
+def _first(base: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[CutRecord]) -> str:
+    """The name of the first perplexity: a model that had zeros or another shape before the first cut is not dense."""
+    had_shape = bool(structure.structures(base)) and recipe is not None and not recipe.method.changes_shapes
+    return "before" if _sparsity_before(cuts) or had_shape else "dense"
 
 
 def _perplexities(
-    plain: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[dict[str, Any]]
+    first: str, recipe: Recipe | None, cuts: Sequence[CutRecord], baseline: Baseline | None
 ) -> dict[str, float | None]:
-    """Before the first cut, after the last, and what will be measured at the end; without a cut that alone."""
+    """Those before the first cut and after the last, and the one that the end of the run will measure."""
     if recipe is None:
-        return {"after": None}
-    measured, first = [done["perplexity"] for done in cuts] or [{}], _first(plain, recipe, cuts)
-    quantised = {name: value for name, value in measured[-1].items() if name == "quantised"}
-    return {first: measured[0].get("before"), "pruned": measured[-1].get("after"), **quantised, "recovered": None}
+        return {**({} if baseline is None else baseline.perplexity), "after": None}
+    if not cuts:
+        return {first: None, "pruned": None, "recovered": None}
+    last = cuts[-1].perplexity
+    quantised = {name: value for name, value in last.items() if name == "quantised"}
+    return {first: cuts[0].perplexity.get("before"), "pruned": last.get("after"), **quantised, "recovered": None}
 
 
-def _told_of(done: dict[str, Any]) -> dict[str, Any]:
-    """What the report says of one cut."""
-    fields = ("step", "target", "sparsity", "perplexity", "protocol", "scores", "rates", "achieved", "seconds")
-    return {"requested": done["recipe"]["sparsity"]} | {field: done[field] for field in fields}
-
-
-def _seconds(cuts: Sequence[dict[str, Any]], first: str) -> dict[str, float]:
-    """The seconds of all cuts together; of the ``first`` perplexity, that before the first."""
+def _seconds(cuts: Sequence[CutRecord], first: str) -> dict[str, float]:
+    """The seconds of all cuts together; the ``first`` perplexity is the one before the first cut."""
     total: dict[str, float] = {}
-    for index, done in enumerate(cuts):
-        for name, seconds in done["seconds"].items():
+    for index, cut in enumerate(cuts):
+        for name, seconds in cut.seconds.items():
             if name in ("perplexity_before", "perplexity_after"):
                 name = "perplexity_pruned" if index or name == "perplexity_after" else f"perplexity_{first}"
             total[name] = total.get(name, 0.0) + seconds
     return total
 
 
-def _slice(plain: PreTrainedModel, recipe: Recipe | None, done: dict[str, Any]) -> dict[str, Any] | None:
-    """What a cut of this run made of the model's shape, beside what it was."""
-    if recipe is None:
-        requested = None if done.get("achieved") else (done.get("recipe") or {}).get("sparsity")
-    else:
+def _shape(
+    base: PreTrainedModel, recipe: Recipe | None, last: CutRecord | None, baseline: Baseline | None
+) -> Shape | None:
+    """The structure that a cut of this run gave the model, or one before a training without any."""
+    if recipe is not None:
         requested = recipe.sparsity if recipe.method.changes_shapes else None
-    described = next((shape for shape in structure.describe(plain) if shape.name == "slice"), None)
-    if requested is None or described is None:  # training may have ended before the cut
+    else:
+        earlier = _recipe(last, baseline) or {}
+        requested = None if baseline is None or baseline.achieved else earlier.get("sparsity")
+    described = structure.describe(base)
+    if requested is None or not described:  # training may have ended before the cut
         return None
-    sizes = {name: done.get("size", {}).get(when) for name, when in (("dense", "before"), ("pruned", "after"))}
-    return {"requested": requested, **described.facts, **sizes}
+    size = {} if last is None else last.size
+    return Shape(described[-1], requested, dense=size.get("before"), pruned=size.get("after"))

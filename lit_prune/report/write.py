@@ -1,7 +1,8 @@
-"""Writes what came out of a run: the Hugging Face folder, reopened and compared, report.json and the picture."""
+"""The files of a run: the exported folder, reopened and compared, report.json and the picture."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +19,10 @@ from lit_prune.export.run_folder import RunFolder
 from lit_prune.export.verify import Validation, verify
 from lit_prune.files import write_text, written_aside
 from lit_prune.progress import log
-from lit_prune.report import report as reports
-from lit_prune.report.report import Report
+from lit_prune.report.card import model_card
+from lit_prune.report.figure import save_figure
+from lit_prune.report.report import Report, ScoreReport, to_json
+from lit_prune.report.wording import describe_search
 
 
 def write_results(
@@ -32,72 +35,85 @@ def write_results(
     tokenizer: Tokenizer | None,
     validation: Validation | None,
     device: torch.device | None = None,
-) -> list[Path]:
-    """Writes `model/`, `report.json` and `blocks.png` into ``folder``; returns what was written.
+) -> tuple[list[Path], Report]:
+    """Writes `model/`, `report.json` and `blocks.png`; returns their paths, and the report with what the folder gave.
 
     The exported folder is reopened and compared before it gets its name; see ``verify``.
+
+    Args:
+        folder: The run's.
+        plan: The model, and what is exported of it.
+        report: The report so far.
+        format: How the model is written.
+        base: The model that was started from.
+        tokenizer: Written beside the model.
+        validation: Batches to measure the perplexity of the folder on, and what they are.
+        device: Where the blocks of a model on disk compute.
 
     Raises:
         RuntimeError: if the reopened model is another.
     """
     target = folder.path / "model"
     if plan.outline.form == "requantised" and validation is not None:
-        found = measure(plan.plain, *validation, label="Perplexity, requantised", device=device)
-        report["perplexity"]["requantised"] = found.perplexity
+        measured = measure(plan.plain, *validation, label="Perplexity, requantised", device=device)
+        report = replace(report, perplexity={**report.perplexity, "requantised": measured.perplexity})
     with written_aside(target) as draft:
         format.write(plan, draft, tokenizer)
         (draft / "README.md").write_text(_card(report, base, tokenizer), encoding="utf-8")
-        measured = [value for value in report["perplexity"].values() if value is not None]
-        report["export"] = verify(
-            draft,
-            plan,
-            format,
-            validation,
-            achieved=report["achieved"],
-            perplexity=measured[-1] if measured else None,
-            device=device,
-        ).to_dict()
-    return [target, *_told(folder.path, report)]
+        perplexity = next(reversed(report.measured.values()), None)
+        verification = verify(
+            draft, plan, format, validation, achieved=report.achieved, perplexity=perplexity, device=device
+        )
+    report = replace(report, export=verification)
+    return [target, *write_report(folder.path, report)], report
 
 
 def write_tasks(folder: RunFolder, report: Report, *, base: str, tokenizer: Tokenizer | None) -> None:
     """Writes model card and `report.json` once more, now that the ``report`` has tasks."""
     write_text(folder.path / "model" / "README.md", _card(report, base, tokenizer))
-    write_text(folder.path / "report.json", reports.to_json(report))
+    write_text(folder.path / "report.json", to_json(report))
 
 
-def _card(report: Report, base: str, tokenizer: Tokenizer | None) -> str:
-    return reports.model_card(report, base, base if tokenizer is None else "this/folder")
-
-
-def write_scores(folder: Path, report: Report, stored: CachedStatistics) -> list[Path]:
-    """Writes plan, statistics, picture and report.json of a look at the blocks; returns what was written."""
-    plan, mean = folder / "plan.yaml", report["sparsity"]["planned"]
-    header = f"block: share to remove; mean {mean:.6g}, by {report['recipe']['allocation']}\n"
-    if report.get("search"):
-        header += f"search: {reports.describe_search(report['search'])}\n"
-    header += f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"
-    if abs(mean - report["sparsity"]["requested"]) > MEAN_TOLERANCE:
-        header += f" --pruning.sparsity {mean:.6g} --pruning.budget linears"
+def write_scores(folder: Path, report: ScoreReport, statistics: CachedStatistics) -> list[Path]:
+    """Writes plan, statistics, picture and report.json of scored blocks; returns the paths."""
+    plan = folder / "plan.yaml"
     with written_aside(plan) as draft:
-        write_plan(draft, report["rates"], report["scores"], header)
+        write_plan(draft, report.rates, report.scores, _plan_header(plan, report))
     with written_aside(folder / FILE) as draft:
-        write_statistics(draft, stored)
-    return [plan, folder / FILE, *_told(folder, report)]
+        write_statistics(draft, statistics)
+    return [plan, folder / FILE, *write_report(folder, report)]
 
 
-def _told(folder: Path, report: Report) -> list[Path]:
-    """Writes report.json, then the picture, where there are scores to draw; returns what was written."""
+def write_report(folder: Path, report: Report | ScoreReport) -> list[Path]:
+    """Writes report.json, then the picture, where there are scores to draw; returns the paths."""
     image, numbers = folder / "blocks.png", folder / "report.json"
-    write_text(numbers, reports.to_json(report))
-    if report["scores"] is None:
+    write_text(numbers, to_json(report))
+    if report.scores is None:
         return [numbers]
     try:
         with written_aside(image) as draft:
-            reports.picture(draft, report["scores"], report["rates"], report)
+            save_figure(draft, report)
     except InputError:
         raise
-    except Exception as error:  # of the drawing: a run that is through is not lost by its picture
+    except Exception as error:  # of matplotlib: hours of training are not lost for a picture
         log(f"{image} could not be drawn: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
         return [numbers]
     return [image, numbers]
+
+
+def _plan_header(plan: Path, report: ScoreReport) -> str:
+    """The comment at the top of a plan: what its lines are, and how it is used."""
+    mean, requested = report.sparsity.planned, report.sparsity.requested
+    assert mean is not None
+    assert requested is not None
+    lines = [f"block: share to remove; mean {mean:.6g}, by {report.recipe['allocation']}"]
+    if report.search is not None:
+        lines.append(f"search: {describe_search(report.search)}")
+    usage = f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"
+    if abs(mean - requested) > MEAN_TOLERANCE:
+        usage += f" --pruning.sparsity {mean:.6g} --pruning.budget linears"
+    return "\n".join([*lines, usage])
+
+
+def _card(report: Report, base: str, tokenizer: Tokenizer | None) -> str:
+    return model_card(report, base, base if tokenizer is None else "this/folder")

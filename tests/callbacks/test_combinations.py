@@ -102,7 +102,7 @@ def run(cut: str, recovery: str, time: str, folder: Path) -> tuple[Tiny, Gone]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_prune.report.report.picture", lambda path, *_: path.write_bytes(b""))
+    monkeypatch.setattr("lit_prune.report.write.save_figure", lambda path, *_: path.write_bytes(b""))
 
 
 @pytest.mark.parametrize(("cut", "recovery", "time"), [case for case in TABLE if case in REFUSED])

@@ -108,10 +108,10 @@ def test_the_model_is_asked_as_it_is(make: Callable, folder: Path, embedded: Pre
     assert torch.equal(torch.get_rng_state(), state)
     assert tokenizer.pad_token == load_tokenizer("embedded").pad_token
     embedded.eval()
-    result = told["results"]["ends"]
+    result = told.results["ends"]
     assert result["acc"] == by_hand(embedded)
     assert result["samples"] == 4
-    assert told["harness"].startswith("lm-eval 0.")
+    assert told.harness.startswith("lm-eval 0.")
 
 
 def test_names_patterns_and_files(folder: Path) -> None:
@@ -276,8 +276,8 @@ def test_without_lm_eval(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 @pytest.mark.slow
 def test_the_task_that_ships_tells_a_good_model_from_a_bad_one(embedded: PreTrainedModel) -> None:
     task, tokenizer = Tasks([str(SHIPPED)]), load_tokenizer("embedded")
-    dense = task.run(embedded, tokenizer)["results"]["python_docs_cloze"]
+    dense = task.run(embedded, tokenizer).results["python_docs_cloze"]
     masked(embedded, list(torch.randint(1, 4096, (4, 64), generator=torch.Generator().manual_seed(0)).split(2)))
-    pruned = task.run(embedded, tokenizer)["results"]["python_docs_cloze"]
+    pruned = task.run(embedded, tokenizer).results["python_docs_cloze"]
     assert dense["acc"] > 0.45
     assert pruned["acc"] < dense["acc"] - 2 * (dense["acc_stderr"] ** 2 + pruned["acc_stderr"] ** 2) ** 0.5

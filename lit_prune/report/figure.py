@@ -1,0 +1,144 @@
+"""The picture of a run, blocks.png: every block's score and what it gives, and the perplexities."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lit_prune.models.structure import Description
+from lit_prune.report.report import Report, ScoreReport
+from lit_prune.report.sections import CutSummary
+from lit_prune.report.wording import REFERENCES, describe_search, reference, short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, PALE, DARK, BLACK = "#4c78a8", "#dbe5f0", "#1f3b5c", "#222222"
+COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of perplexities; the others are red
+RED = "#e45756"
+TITLE_LETTERS, LEGEND_COLUMNS = 100, 5
+LINEAR = 10  # the ratio of two perplexities up to which both are legible on a linear axis
+LONGEST_BAR = 1e100  # the perplexity beyond which a logarithmic axis overflows
+LEFT, RIGHT = 0.08, 0.4  # margins without and with numbers, as shares of the span of the bars
+
+
+def save_figure(path: Path, report: Report | ScoreReport) -> None:
+    """Writes the picture of ``report`` to a PNG file."""
+    draw(report).savefig(path, dpi=120, format="png")
+
+
+def draw(report: Report | ScoreReport) -> Figure:
+    """Returns the picture of a report that has scores: the blocks, and beside them the perplexities, if any."""
+    from matplotlib.figure import Figure  # which takes a second to import
+
+    perplexity = perplexities(report) if isinstance(report, Report) else {}
+    several = len(perplexity) > 1
+    figure = Figure(figsize=(10, 4) if several else (7.5, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if several else 1, width_ratios=[3, 1] if several else [1], squeeze=False)[0]
+    _draw_blocks(axes[0], report)
+    other = _draw_scores(axes[0], report.scores or [])
+    handles = [handle for axis in (axes[0], other) for handle in axis.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), LEGEND_COLUMNS), fontsize=8)
+    axes[0].set_title(_title(report), fontsize=9)
+    if several:
+        _draw_perplexities(axes[1], perplexity)
+    return figure
+
+
+def perplexities(report: Report) -> dict[str, float]:
+    """Returns the perplexities to draw, those that are finite: after several cuts, one for each of them."""
+    values: Mapping[str, float | None] = report.perplexity
+    if len(report.cuts) > 1 and values.get("pruned") is not None:
+        first = {name: values[name] for name in REFERENCES if name in values}
+        after = {f"cut at {cut.step}": cut.perplexity.get("after") for cut in report.cuts}
+        values = first | after | {name: value for name, value in values.items() if name not in (*first, "pruned")}
+    return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _draw_blocks(axis: Any, report: Report | ScoreReport) -> None:
+    """What every block gives, or what it keeps of its size."""
+    if isinstance(report, Report) and report.shape is not None:
+        _draw_sizes(axis, report.shape.structure)
+    else:
+        earlier = report.cuts[:-1] if isinstance(report, Report) else ()
+        _draw_rates(axis, report.rates or [], earlier, report.sparsity.target)
+    axis.set_xlabel("block")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _draw_rates(axis: Any, rates: Sequence[float], earlier: Sequence[CutSummary], target: float | None) -> None:
+    """A bar of every block's rate, a line of the rates of every earlier cut, and a line across at their mean."""
+    from matplotlib import colormaps
+
+    axis.bar(range(len(rates)), rates, color=BLUE, label="share removed (left)")
+    for index, cut in enumerate(earlier):
+        color, label = colormaps["plasma"](0.9 * (index + 1) / len(earlier)), f"after step {cut.step} (left)"
+        axis.plot(range(len(cut.rates)), cut.rates, drawstyle="steps-mid", color=color, label=label)
+    if target is not None:
+        axis.axhline(target, color=BLUE, linestyle=":", label="mean asked for (left)")
+    axis.set(ylabel="share removed", ylim=(0, 1))
+
+
+def _draw_sizes(axis: Any, structure: Description) -> None:
+    """A bar of what every block keeps, and above it what it gave."""
+    blocks, sizes, mean = range(len(structure.sizes)), structure.sizes, sum(structure.sizes) / len(structure.sizes)
+    axis.bar(blocks, sizes, color=BLUE, label=f"{structure.noun} kept (left)")
+    removed = [structure.full - size for size in sizes]
+    axis.bar(blocks, removed, bottom=sizes, color=PALE, label="removed (left)")
+    label = f"mean {structure.noun}, {mean:.0f} of {structure.full} (left)"
+    axis.axhline(mean, color=DARK, linestyle=":", label=label)
+    axis.set(ylabel=structure.unit, ylim=(0, structure.full * 1.05))
+
+
+def _draw_scores(axis: Any, scores: Sequence[float]) -> Any:
+    """A line of the scores, on an axis of its own, which is returned."""
+    other = axis.twinx()
+    other.plot(range(len(scores)), scores, color=BLACK, marker="o", markersize=3, label="score (right)")
+    other.set_ylabel("score")
+    other.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    return other
+
+
+def _draw_perplexities(axis: Any, perplexity: Mapping[str, float]) -> None:
+    """A bar of every perplexity, from that of the dense model on: its length is what was lost.
+
+    From zero on, 14.3, 18.8 and 15.8 would be bars of nearly one length.
+    """
+    names, values = list(perplexity), [min(value, LONGEST_BAR) for value in perplexity.values()]
+    first = reference(perplexity)
+    start = values[0] if first is None else values[names.index(first)]
+    colors = [COLORS.get(name, RED) for name in names]
+    bars = axis.barh(names, [value - start for value in values], left=start, color=colors)
+    axis.axvline(start, color=COLORS["dense"], linestyle="--", linewidth=1)
+    axis.bar_label(bars, [short(value, ",.1f") for value in perplexity.values()], padding=2, fontsize=8)
+    linear = max(values) <= LINEAR * min(values)
+    axis.set(xscale="linear" if linear else "log", xlim=_limits(values, start, linear))
+    axis.set_title("perplexity", fontsize=9)
+    axis.set_xlabel(f"bars begin at {first or names[0]}")
+    axis.minorticks_off()
+    axis.invert_yaxis()
+
+
+def _limits(values: Sequence[float], start: float, linear: bool) -> tuple[float, float]:
+    """The ends of an axis that shows bars from ``start`` on, with a number at the end of each."""
+    to, back = _scale(linear)
+    low, high = to(min(values)), to(max(values))
+    span = high - low or 1.0
+    left = LEFT if low == to(start) else RIGHT
+    return back(low - left * span), back(high + RIGHT * span)
+
+
+def _scale(linear: bool) -> tuple[Callable[[float], float], Callable[[float], float]]:
+    return (float, float) if linear else (math.log10, lambda exponent: 10**exponent)
+
+
+def _title(report: Report | ScoreReport) -> str:
+    """How the rates came about, in lines that fit."""
+    assert report.recipe is not None  # there are rates
+    details = [report.recipe["allocation"], report.recipe["method"]]
+    if report.search is not None:
+        details.append(describe_search(report.search))
+    return "\n".join(line for text in details for line in textwrap.wrap(text, TITLE_LETTERS))

@@ -1,0 +1,131 @@
+"""The tables that are printed at the end of a verb."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.table import Table
+
+from lit_prune.evaluation.tasks import TaskResults, describe
+from lit_prune.report.report import Report, ScoreReport, TaskReport
+from lit_prune.report.sections import Shape, Sparsity
+from lit_prune.report.wording import (
+    describe_budget,
+    describe_change,
+    describe_miss,
+    describe_protocol,
+    describe_search,
+    describe_size,
+    short,
+)
+
+BAR = 40  # characters of a rate of 1
+
+
+def table(report: Report) -> Table:
+    """Returns the table of perplexities, sparsity or shape, size and seconds."""
+    grid = _grid("lit_prune")
+    for label, text in _rows(report).items():
+        grid.add_row(label, text)
+    return grid
+
+
+def task_table(report: TaskReport) -> Table:
+    """Returns the table of lm-eval's results."""
+    grid = Table(title=f"{report.model}, {report.tasks.harness}", show_header=False, title_justify="left")
+    for name, text in task_rows(report.tasks).items():
+        grid.add_row(name, text)
+    return grid
+
+
+def task_rows(tasks: TaskResults | None) -> dict[str, str]:
+    """Returns the results of lm-eval, one line for each task."""
+    return {} if tasks is None else {name: describe(result) for name, result in tasks.results.items()}
+
+
+def block_table(report: ScoreReport) -> Table:
+    """Returns the table of every block's score and rate; below it, their mean and what it was to be."""
+    sparsity = report.sparsity
+    assert sparsity.planned is not None
+    assert sparsity.target is not None
+    mean = f"mean {sparsity.planned:.4f}, asked for {sparsity.requested:.4f}, {describe_budget(sparsity.budget)}"
+    search = "" if report.search is None else describe_search(report.search)
+    caption = "; ".join(filter(None, (mean, describe_miss(sparsity.planned - sparsity.target), search)))
+    grid = Table(title="blocks", title_justify="left", caption=caption, caption_justify="left")
+    for name in ("block", "score", "rate"):
+        grid.add_column(name, justify="right")
+    grid.add_column("")
+    for block, (score, rate) in enumerate(zip(report.scores, report.rates, strict=True)):
+        grid.add_row(str(block), f"{score:.6g}", f"{rate:.4f}", "█" * round(rate * BAR))
+    return grid
+
+
+def _grid(title: str) -> Table:
+    grid = Table(title=title, show_header=False, title_justify="left")
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def _rows(report: Report) -> dict[str, str]:
+    rows = {f"perplexity, {name}": _perplexity(report, name) for name in report.measured}
+    if report.protocol is not None:
+        rows["protocol"] = describe_protocol(report.protocol)
+    rows |= _sparsity_rows(report.sparsity) if report.shape is None else _shape_rows(report.shape)
+    rows |= _cut_rows(report)
+    if report.search is not None:
+        rows["search of the rates"] = describe_search(report.search)
+    rows["parameters"] = describe_size(report)
+    rows |= {f"task {name}": text for name, text in task_rows(report.tasks).items()}
+    rows["seconds"] = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in report.seconds.items())
+    return rows
+
+
+def _perplexity(report: Report, name: str) -> str:
+    change = describe_change(report.perplexity, name)
+    return short(report.measured[name]) + (f"  ({change})" if change else "")
+
+
+def _sparsity_rows(sparsity: Sparsity) -> dict[str, str]:
+    """The shares of zeros, asked for and reached."""
+    shares = {
+        f"requested, {describe_budget(sparsity.budget)}": sparsity.requested,
+        "found in the model, over the linears": sparsity.before,
+        "achieved over the linears": sparsity.achieved_linears,
+        "achieved over all parameters": sparsity.achieved_all,
+    }
+    missed = describe_miss(sparsity.missed)
+    notes = {"achieved over the linears": f"  ({missed})" if missed else ""}
+    return {
+        f"sparsity {label}": f"{share:.4f}{notes.get(label, '')}"
+        for label, share in shares.items()
+        if share is not None
+    }
+
+
+def _shape_rows(shape: Shape) -> dict[str, str]:
+    """The sizes of the blocks, and how much faster that is where it was measured."""
+    rows = {f"{shape.structure.name} requested, mean over blocks": f"{shape.requested:.4f}", **shape.structure.rows}
+    dense, pruned = (None if size is None else size.speed for size in (shape.dense, shape.pruned))
+    if dense is None or pruned is None:
+        return rows
+    speeds = {"prefill": (dense.prefill, pruned.prefill), "decode": (dense.decode, pruned.decode)}
+    for name, (before, after) in speeds.items():
+        rows[f"tokens a second, {name}"] = f"{after:,.1f}, dense {before:,.1f}  ({after / before:.2f} x dense)"
+    return rows
+
+
+def _cut_rows(report: Report) -> dict[str, str]:
+    """A row for every cut, unless there was only one, at the start."""
+    later = {f"cut at step {cut.step}": f"{cut.sparsity:.4f}, not made" for cut in report.cuts_not_made}
+    if not later and (not report.cuts or report.cuts[-1].step == 0):
+        return {}
+    made = {f"cut at step {cut.step}": f"{cut.sparsity:.4f}{_jump(cut.perplexity)}" for cut in report.cuts}
+    return made | later
+
+
+def _jump(perplexity: Mapping[str, float]) -> str:
+    """The perplexities before and after a cut."""
+    if not perplexity:
+        return ""
+    return f", perplexity {short(perplexity['before'])} to {short(perplexity['after'])}"

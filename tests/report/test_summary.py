@@ -1,0 +1,144 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.allocate import Uniform
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.export.plan import ExportPlan
+from lit_prune.fit.baseline import measure_baseline
+from lit_prune.fit.cut import cut
+from lit_prune.prune import Magnitude
+from lit_prune.recipe import Recipe, recipe_record
+from lit_prune.recover import LoRA, MaskedLoRA
+from lit_prune.report.records import CutRecord
+from lit_prune.report.report import Report
+from lit_prune.report.summary import summary
+from lit_prune.schedule import Cut
+from lit_prune.slice import Slicing
+from tests.conftest import small_model
+from tests.report.reports import CUT, SEARCH
+
+CPU = torch.device("cpu")
+RECIPE = Recipe(Magnitude(), 0.5, Uniform())
+LINEARS = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
+
+
+def pruned(recipe: Recipe = RECIPE) -> tuple[PreTrainedModel, CutRecord]:
+    model = small_model()
+    return model, cut(model, recipe, ([{"input_ids": torch.arange(1, 17)[None]}], {"num_samples": 1}), None, CPU)
+
+
+def report(model: PreTrainedModel, recipe: Recipe | None, *args: Any, **fields: Any) -> Report:
+    return summary(ExportPlan.of(model), recipe, *args, **fields)
+
+
+def test_zeros_are_counted_over_the_linears_and_over_everything() -> None:
+    model, record = pruned()
+    found = report(model, RECIPE, [record])
+    assert found.sparsity.requested == found.sparsity.target == 0.5
+    assert found.sparsity.achieved_linears == 0.5
+    assert found.sparsity.missed == 0
+    assert found.sparsity.before is None
+    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    assert zeros >= LINEARS // 2
+    assert found.sparsity.achieved_all == zeros / found.parameters
+    assert found.parameters == parameters(model)
+    assert found.bytes == 4 * found.parameters
+    assert found.masked
+
+
+def test_the_last_cut_gives_scores_and_rates_and_all_are_listed() -> None:
+    model, _ = pruned()
+    first = replace(CUT, step=0, rates=[0.2] * 3, perplexity={"before": 20.0, "after": 30.0}, search=SEARCH)
+    last = replace(CUT, step=4, perplexity={"before": 25.0, "after": 60.0, "quantised": 66.0})
+    found = report(model, RECIPE, [first, last], following=[Cut(9, 0.6)])
+    assert (found.scores, found.rates, found.achieved, found.search) == (last.scores, last.rates, last.achieved, None)
+    assert [cut.step for cut in found.cuts] == [0, 4]
+    assert found.cuts_not_made == [Cut(9, 0.6)]
+    assert found.perplexity == {"dense": 20.0, "pruned": 60.0, "quantised": 66.0, "recovered": None}
+    assert found.seconds == {"perplexity_dense": 1.0, "score": 4.0, "prune": 6.0, "perplexity_pruned": 9.0}
+    assert found.sparsity.target == 0.5
+    assert report(model, RECIPE, [last, first]).search == SEARCH
+
+
+def test_a_model_that_had_zeros_is_not_called_dense() -> None:
+    model, _ = pruned()
+    found = report(model, RECIPE, [replace(CUT, sparsity_before=0.25)])
+    assert found.sparsity.before == 0.25
+    assert list(found.perplexity) == ["before", "pruned", "recovered"]
+    assert "perplexity_before" in found.seconds
+
+
+def test_a_run_that_ended_before_its_first_cut() -> None:
+    found = report(small_model(), RECIPE, [], following=[Cut(9, 0.5)])
+    assert found.perplexity == {"dense": None, "pruned": None, "recovered": None}
+    assert (found.sparsity.requested, found.sparsity.achieved_linears, found.sparsity.missed) == (0.5, 0.0, -0.5)
+    assert found.recipe is found.scores is found.protocol is None
+    assert found.seconds == {}
+
+
+def test_a_model_that_was_sliced_by_this_run() -> None:
+    recipe = Recipe(Slicing(), 0.25)
+    model, record = pruned(recipe)
+    found = report(model, recipe, [record])
+    assert found.shape is not None
+    assert found.shape.requested == found.shape.structure.achieved == 0.25
+    assert [structure.name for structure in found.structures] == ["slice"]
+    assert found.shape.dense == record.size["before"]
+    assert not found.masked
+    assert found.sparsity.requested is None
+
+
+def test_a_model_that_was_sliced_before_and_masked_by_this_run() -> None:
+    model, _ = pruned(Recipe(Slicing(), 0.25))
+    found = report(model, RECIPE, [replace(CUT, recipe=recipe_record(RECIPE))])
+    assert [structure.name for structure in found.structures] == ["slice"]
+    assert found.shape is None
+    assert list(found.perplexity) == ["before", "pruned", "recovered"]
+
+
+@pytest.mark.parametrize(("recovery", "merged"), [(LoRA(r=2), False), (MaskedLoRA(r=2), True)])
+def test_the_adapter_and_what_becomes_of_it(recovery: LoRA | MaskedLoRA, merged: bool) -> None:
+    model, record = pruned()
+    recovery.attach(model)
+    found = report(model, RECIPE, [record])
+    assert found.adapter is not None
+    assert found.adapter["r"] == 2
+    assert found.merged is merged
+    assert found.adapter_parameters == sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    assert found.bytes == 4 * (found.parameters + (0 if merged else found.adapter_parameters))
+
+
+def test_a_training_of_a_pruned_model_that_cuts_nothing() -> None:
+    model, record = pruned()
+    baseline = replace(measure_baseline(model, None, CPU), perplexity={"before": 30.0})
+    found = report(model, None, [], baseline)
+    assert found.perplexity == {"before": 30.0, "after": None}
+    assert found.recipe == record.recipe
+    assert (found.sparsity.requested, found.sparsity.before, found.sparsity.achieved_linears) == (0.5, 0.5, 0.5)
+    assert found.baseline == baseline.record
+    assert found.achieved == baseline.achieved
+    assert found.scores is found.shape is None
+
+
+def test_a_training_of_a_dense_model() -> None:
+    model = small_model()
+    found = report(model, None, [], measure_baseline(model, None, CPU))
+    assert found.perplexity == {"after": None}
+    assert (found.sparsity.requested, found.sparsity.achieved_linears) == (None, 0.0)
+    assert found.baseline == {}
+    assert found.recipe is None
+    assert report(model, None, []).perplexity == {"after": None}
+
+
+def test_a_training_of_a_sliced_model() -> None:
+    model, record = pruned(Recipe(Slicing(), 0.25))
+    found = report(model, None, [], measure_baseline(model, None, CPU))
+    assert found.shape is not None
+    assert found.shape.requested == 0.25
+    assert found.shape.dense is None
+    assert found.sparsity.requested is None
+    assert found.recipe == record.recipe

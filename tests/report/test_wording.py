@@ -1,0 +1,104 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from lit_prune.report.sections import Quantised
+from lit_prune.report.wording import (
+    describe_budget,
+    describe_change,
+    describe_miss,
+    describe_protocol,
+    describe_search,
+    describe_size,
+    reference,
+    short,
+)
+from tests.report.reports import PROTOCOL, REPORT, SEARCH, SHAPE, SLICED
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(21.5, "21.500"), (999_999.0, "999999.000"), (1.5e158, "1.50e+158"), (math.inf, "not finite")],
+)
+def test_a_number_in_few_letters(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+@pytest.mark.parametrize(
+    ("recovered", "text"),
+    [
+        (30.0, "1.50 x dense; 75% of the loss won back"),
+        (20.0, "1.00 x dense; 100% of the loss won back"),
+        (60.0, "3.00 x dense; 0% of the loss won back"),
+        (18.0, "0.90 x dense; better than dense"),
+        (90.0, "4.50 x dense; 1.50 x pruned"),
+        (6e157, "3.00e+156 x dense; 1.00e+156 x pruned"),
+        (math.inf, ""),
+        (math.nan, ""),
+    ],
+)
+def test_how_a_recovery_went(recovered: float, text: str) -> None:
+    values = {"dense": 20.0, "pruned": 60.0, "recovered": recovered}
+    assert describe_change(values, "recovered") == text
+
+
+@pytest.mark.parametrize(
+    ("pruned", "recovered", "text"),
+    [
+        (20.1, 20.05, "1.00 x dense"),  # half of nothing
+        (20.1, 18.0, "0.90 x dense; better than dense"),
+        (20.4, 20.2, "1.01 x dense; 50% of the loss won back"),
+        (19.0, 19.5, "0.97 x dense; better than dense"),
+        (19.0, 21.0, "1.05 x dense; 1.11 x pruned"),
+        (math.inf, 30.0, "1.50 x dense"),
+        (None, 30.0, "1.50 x dense"),
+    ],
+)
+def test_a_loss_that_is_too_small_or_unknown_is_not_divided(pruned: float | None, recovered: float, text: str) -> None:
+    assert describe_change({"dense": 20.0, "pruned": pruned, "recovered": recovered}, "recovered") == text
+
+
+def test_a_cut_wins_nothing_back() -> None:
+    values = {"dense": 20.0, "pruned": 60.0, "quantised": 30.0, "requantised": 40.0}
+    assert describe_change(values, "dense") == ""
+    assert describe_change(values, "pruned") == "3.00 x dense"
+    assert describe_change(values, "quantised") == "1.50 x dense"
+    assert describe_change(values, "requantised") == "2.00 x dense; 50% of the loss won back"
+
+
+def test_a_model_that_was_not_dense_is_compared_with_what_it_was() -> None:
+    assert describe_change({"before": 20.0, "pruned": 60.0}, "pruned") == "3.00 x before"
+    assert reference({"dense": math.nan, "pruned": 60.0}) is None
+    assert describe_change({"dense": math.nan, "pruned": 60.0}, "pruned") == ""
+
+
+def test_a_protocol_and_a_search_in_one_line() -> None:
+    assert describe_protocol(PROTOCOL) == "text; 3 windows of 16 tokens, 45 predicted; float32"
+    assert describe_search(SEARCH) == (
+        "399 evaluations of a calibration window in 33 generations; loss 4.2500 at the start, 3.7500 at the end, on 2 "
+        "of the windows"
+    )
+
+
+def test_a_budget_and_by_how_much_it_was_missed() -> None:
+    assert describe_budget("parameters") == "share of all parameters"
+    assert describe_budget("linears") == "mean over blocks"
+    assert describe_miss(-0.0001) == "missed by -0.0001"
+    assert describe_miss(4e-5) == describe_miss(None) == ""
+
+
+def test_the_size_of_what_is_exported() -> None:
+    assert describe_size(REPORT) == "1,000,000 and 8,000 of the adapter, 4.0 MB, zeros stored"
+    assert describe_size(replace(REPORT, merged=True)) == "1,000,000, 4.0 MB, zeros stored"
+    quantised = Quantised("nf4", True, "adapter", 9_000_000)
+    assert describe_size(replace(REPORT, merged=True, quantised=quantised)) == "1,000,000, 4.0 MB, 9.0 MB before nf4"
+    whole = replace(quantised, form="merged")
+    assert describe_size(replace(REPORT, merged=True, quantised=whole)) == "1,000,000, 4.0 MB, zeros stored"
+
+
+def test_the_size_of_another_shape_stands_beside_the_dense_one() -> None:
+    dense = ", 4.0 MB, dense 1,000,000, 3.0 MB"
+    assert describe_size(SLICED) == f"1,100,000{dense}  (+10.0%): bigger than the dense model"
+    assert describe_size(replace(SLICED, parameters=900_000)) == f"900,000{dense}  (-10.0%)"
+    assert describe_size(replace(SLICED, shape=replace(SHAPE, dense=None))) == "1,100,000, 4.0 MB"
