@@ -43,22 +43,22 @@ AnyCallback = TypeVar("AnyCallback", bound=Callback)
 class ResultsCallback(Callback):
     """Writes the Hugging Face folder, report.json and the picture at the end of fit, and prints the table.
 
-    It needs a DynamicPruningCallback beside it, whose LLM and numbers it takes; it comes first in the list, so that a
-    folder that may not be replaced is refused before the cut.
+    It reads the LLM and the records of the DynamicPruningCallback beside it. It comes first in the list of callbacks,
+    so that a folder that may not be replaced is refused before the cut.
 
     Args:
         output: Folder to write to; made after the cut, so that a run that is refused leaves nothing.
         overwrite: Replace the folder where it exists; it is kept aside until this run is through.
         config: Text of the run's configuration, written as config.yaml.
         csv_log: Log metrics to `logs/` in the folder where the Trainer has no logger. (A logger given to the Trainer
-            writes before anything was checked.)
+            writes before anything is checked.)
         push_to_hub: Repository on the Hugging Face hub that the model folder is sent to once it is written.
         format: How the model folder is written; null is HuggingFace.
-        tasks: Tasks of lm-eval that the model is asked at the end; told in report.json and the model card. They need
-            the tokenizer, the data module's.
+        tasks: Tasks of lm-eval that are run at the end, for report.json and the model card. They need the tokenizer of
+            the data module.
 
     Raises:
-        InputError: if the folder exists and may not be replaced, or cannot be written; for a repository that cannot be.
+        InputError: if the folder exists and may not be replaced, or cannot be written; if the repository cannot be.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ResultsCallback(Callback):
         self._begin = 0.0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Asks whether the folder can be made, before anything is done."""
+        """Checks that the folder can be made, before anything is done."""
         if stage == "fit":
             find_callback(trainer, DynamicPruningCallback)
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
@@ -90,7 +90,7 @@ class ResultsCallback(Callback):
                 self.check_tasks(getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
 
     def check_tasks(self, tokenizer: Tokenizer | None, *, load: bool = True) -> None:
-        """Asks once whether the tasks can be asked, before anything is done; where ``load``, reads their data."""
+        """Checks once that the tasks can be run; reads their data too, unless ``load`` is false."""
         if self.tasks is None or self._checked:
             return
         if tokenizer is None:
@@ -99,14 +99,14 @@ class ResultsCallback(Callback):
         self._checked = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the folder: the cut is done."""
+        """Makes the folder: a cut at the start of fit, which may refuse the run, is done in `setup`."""
         if distributed.first():
             self.open()
         if self.csv_log and trainer.logger is None:
             trainer.logger = CSVLogger(self.folder.path, name="logs")
 
     def open(self) -> None:
-        """Makes the folder, the run's configuration in it."""
+        """Makes the folder, and writes the run's configuration into it."""
         self.folder.claim()
         if self.config is not None:
             write_text(self.folder.path / "config.yaml", self.config)
@@ -116,8 +116,8 @@ class ResultsCallback(Callback):
         self._begin = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock of the training; what a resumed run had spent is counted."""
-        self.seconds += time.perf_counter() - self._begin
+        """Stops the clock of the training."""
+        self.seconds, self._begin = self._elapsed(), 0.0
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the trained model, exports it and reports; of several processes the first one writes."""
@@ -171,7 +171,7 @@ class ResultsCallback(Callback):
     ) -> None:
         """Writes and verifies the export, writes and prints the report, and sends the folder to the hub where asked."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        base = _base(getattr(pl_module, "pretrained", type(plan.model).__name__))
+        base = base_name(getattr(pl_module, "pretrained", type(plan.model).__name__))
         written, report = write_results(
             self.folder,
             plan,
@@ -212,16 +212,16 @@ class ResultsCallback(Callback):
         return report, None
 
     def _failure(self, tasks: Tasks, error: Exception) -> InputError:
-        """The error that says how tasks that failed are run again."""
+        """The error that says how to run the tasks again."""
         first, folder = (str(error).strip() or type(error).__name__).splitlines()[0], self.folder.path / "model"
         again = f"lit-prune evaluate --model.pretrained {folder} --tasks {','.join(tasks.names)}"
-        failure = InputError(f"`tasks` could not be asked: {first}. The model is in {folder}: ask again by `{again}`.")
+        failure = InputError(f"`tasks` could not be run: {first}. The model is in {folder}: try again with `{again}`.")
         failure.__cause__ = error
         return failure
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Makes the folder for what is written without a fit; after a failure a folder that it replaced is back."""
+        """Makes the folder for a verb that does not train; after a failure, puts back a folder that it replaced."""
         try:
             self.open()
             yield
@@ -230,7 +230,7 @@ class ResultsCallback(Callback):
             raise
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Puts a folder that was to be replaced back, or says where it is."""
+        """Puts back a folder that was to be replaced, or says where it is."""
         self._give_up()
 
     def _give_up(self) -> None:
@@ -239,12 +239,16 @@ class ResultsCallback(Callback):
             Console(stderr=True).print(f"The earlier run is kept in {self.folder.replaced}", highlight=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the seconds spent so far."""
-        return {"seconds": self.seconds + (time.perf_counter() - self._begin if self._begin else 0.0)}
+        """Returns the seconds of training so far."""
+        return {"seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up the seconds spent before."""
+        """Restores the seconds of training of the run that is resumed."""
         self.seconds = state_dict["seconds"]
+
+    def _elapsed(self) -> float:
+        """The seconds of training, those before a resume and those of the clock that may be running."""
+        return self.seconds + (time.perf_counter() - self._begin if self._begin else 0.0)
 
 
 def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback:
@@ -268,7 +272,7 @@ def print_tables(tables: Sequence[Table], written: Sequence[Path]) -> None:
         console.print(str(path), highlight=False, soft_wrap=True)
 
 
-def _base(pretrained: str) -> str:
-    """What a card calls the model that was begun with: its id, of a folder the last names, since most end in model."""
+def base_name(pretrained: str) -> str:
+    """Returns what a card calls the base model: its id, or the last two names of a folder, since most end in model."""
     path = Path(pretrained)
     return "/".join(path.absolute().parts[-2:]) if path.exists() else pretrained

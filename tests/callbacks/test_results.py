@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_prune.callbacks import ResultsCallback, RunCheckpoint
-from lit_prune.callbacks.results import _base
+from lit_prune.callbacks.results import base_name
 from transformers import AutoModelForCausalLM
 
 from lit_prune.allocate import Uniform
@@ -129,9 +129,20 @@ def test_an_export_that_is_not_what_was_measured_is_not_kept(tmp_path: Path, mon
 
 def test_a_card_names_what_was_begun_with(tmp_path: Path) -> None:
     (tmp_path / "cut" / "model").mkdir(parents=True)
-    assert _base(str(tmp_path / "cut" / "model")) == "cut/model"
-    assert _base("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
-    assert _base("embedded") == "embedded"
+    assert base_name(str(tmp_path / "cut" / "model")) == "cut/model"
+    assert base_name("HuggingFaceTB/SmolLM2-135M") == "HuggingFaceTB/SmolLM2-135M"
+    assert base_name("embedded") == "embedded"
+
+
+def test_seconds_of_training_before_and_after_a_resume_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, results = iter([100.0, 103.0, 104.0]), ResultsCallback("run")
+    monkeypatch.setattr("lit_prune.callbacks.results.time.perf_counter", lambda: next(clock))
+    results.load_state_dict({"seconds": 7.0})
+    assert results.state_dict() == {"seconds": 7.0}
+    results.on_train_start(None, None)  # type: ignore[arg-type]
+    assert results.state_dict() == {"seconds": 10.0}
+    results.on_train_end(None, None)  # type: ignore[arg-type]
+    assert results.state_dict() == {"seconds": 11.0}  # a checkpoint at the end counts no second twice
 
 
 class Diverging(Callback):

@@ -219,7 +219,7 @@ def test_a_task_that_fails_loses_nothing(
     with pytest.raises(SystemExit):
         main(["fit", *SMALL, *steps, *WINDOWS, f"--tasks={folder / 'ends.yaml'}", "--output=x"])
     told = capsys.readouterr()
-    assert "`tasks` could not be asked: out of luck. The model is in x/model: ask again by `lit-prune eval" in told.err
+    assert "`tasks` could not be run: out of luck. The model is in x/model: try again with `lit-prune eval" in told.err
     assert "Traceback" not in told.err
     assert "perplexity, requantised" in told.out
     assert "tasks" not in json.loads(Path("x/report.json").read_text())
