@@ -9,7 +9,7 @@ from lit_prune.evaluation.perplexity import measure
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.fit.cut import cut
 from lit_prune.masks.zeros import zeros
-from lit_prune.pipeline import look
+from lit_prune.pipeline import score_with_statistics
 from lit_prune.prune import Magnitude, Wanda
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.slice import Slicing
@@ -75,7 +75,7 @@ def test_a_second_cut_knows_what_was_removed_before() -> None:
 
 def test_stored_statistics_are_read_in_place_of_a_pass() -> None:
     recipe = Recipe(Wanda(), 0.5, DLP())
-    scored, stored = look(small_model(), batches(), recipe)
+    scored, stored = score_with_statistics(small_model(), batches(), recipe)
     record = cut(small_model(), recipe, calibration(), None, CPU, stored=stored)
     assert record.rates == scored.rates
     assert record.scores == scored.scores

@@ -16,7 +16,7 @@ from lit_prune.evaluation.tasks import HarnessSettings, TaskResults
 from lit_prune.export.formats import HuggingFace
 from lit_prune.export.plan import ExportPlan
 from lit_prune.export.run_folder import RunFolder
-from lit_prune.pipeline import look
+from lit_prune.pipeline import score_with_statistics
 from lit_prune.report.summary import summary
 from lit_prune.report.write import write_report, write_results, write_scores, write_tasks
 from tests.conftest import small_model
@@ -60,7 +60,7 @@ def test_a_picture_that_the_disk_does_not_take_is_refused(tmp_path: Path, monkey
 
 
 def test_the_plan_of_scores_says_how_it_is_used(tmp_path: Path) -> None:
-    _, statistics = look(small_model(), [IDS])
+    _, statistics = score_with_statistics(small_model(), [IDS])
     written = write_scores(tmp_path, replace(SCORES, search=SEARCH), statistics)
     assert [path.name for path in written] == ["plan.yaml", FILE, "blocks.png", "report.json"]
     lines = (tmp_path / "plan.yaml").read_text().splitlines()
@@ -71,7 +71,7 @@ def test_the_plan_of_scores_says_how_it_is_used(tmp_path: Path) -> None:
 
 
 def test_a_plan_of_another_mean_says_what_to_ask_for(tmp_path: Path) -> None:
-    _, statistics = look(small_model(), [IDS])
+    _, statistics = score_with_statistics(small_model(), [IDS])
     write_scores(tmp_path, sparsity(SCORES, requested=0.4), statistics)
     usage = (tmp_path / "plan.yaml").read_text().splitlines()[1]
     assert usage.endswith("plan.yaml --pruning.sparsity 0.5 --pruning.budget linears")
