@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import Allocation
+from lit_prune.allocate.base import Allocation, meet_budget
 from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
@@ -223,8 +223,8 @@ class MaskMethod(Method):
         for block, rate in zip(track(blocks, "Pruning blocks"), rates, strict=True):
             with on_device(block, device, changes=True):
                 taken = observe(walk, block, self.needs, advance=False) if walk else statistics[block.index]
-                for group in groups_of(block, taken):
-                    group.write(self.prune(group.weights, group.statistics, rate))
+                for group in groups_of(block, taken, self._rates_of_linears(block, rate)):
+                    group.write(self.prune(group.weights, group.statistics, group.rate))
                 del taken, group  # a block's Gram matrices go before those of the next are taken
                 if walk is not None and block is not blocks[-1]:
                     walk.run(block)
@@ -249,30 +249,45 @@ class MaskMethod(Method):
 
         def pruned(block: Block, rate: float) -> dict[str, Tensor]:
             weights: dict[str, Tensor] = {}
-            for group in groups_of(block, statistics[block.index]):
-                weights |= zip(group.names, self.prune(group.weights, group.statistics, rate), strict=True)
+            for group in groups_of(block, statistics[block.index], self._rates_of_linears(block, rate)):
+                weights |= zip(group.names, self.prune(group.weights, group.statistics, group.rate), strict=True)
             return weights
 
         granularity = [self.pattern.grain(block.size) for block in blocks]
         with moved(model, device), mask_cache(blocks, pruned) as cache:
             yield MaskedTrial(model, batches, cache, granularity)
 
+    def _rates_of_linears(self, block: Block, rate: float) -> dict[str, float]:
+        """Returns the rate of each linear, with mean ``rate``: linears that are sparser already keep their zeros."""
+        sizes = {name: linear.size for name, linear in block.linears.items()}
+        current = {name: linear.pruned / linear.size for name, linear in block.linears.items()}
+        # within a weight's rounding of one another they keep the same rate; groups of columns have rates of their own
+        if self.pattern.columns is not None or all(current[name] <= rate + 1 / sizes[name] for name in sizes):
+            return dict.fromkeys(sizes, rate)
+        lower = list(current.values())
+        rates = meet_budget(
+            lambda amount: [amount] * len(sizes), rate, sizes=list(sizes.values()), lower=lower, upper=1.0
+        )
+        return dict(zip(sizes, rates, strict=True))
+
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """The linears of a block that share one input.
+    """The linears of a block that share one input and one rate.
 
     Attributes:
         block: The block.
         names: Of the linears.
         weights: Their matrices, each (out, in), contiguous.
         statistics: Of their input.
+        rate: Share to remove from each.
     """
 
     block: Block
     names: Sequence[str]
     weights: Sequence[Tensor]
     statistics: InputStatistics
+    rate: float
 
     def write(self, weights: Iterable[Tensor]) -> None:
         """Puts ``weights`` in the place of the matrices."""
@@ -280,11 +295,14 @@ class LinearGroup:
             self.block.linears[name].write(weight_OI)
 
 
-def groups_of(block: Block, statistics: BlockStatistics) -> Iterator[LinearGroup]:
-    """Yields the linears of ``block`` by the input that they share."""
-    for names in statistics.groups(block.linears):
-        weights = [block.linears[name].weight_OI.contiguous() for name in names]
-        yield LinearGroup(block, names, weights, statistics.input_of(names[0]).to(weights[0].device))
+def groups_of(block: Block, statistics: BlockStatistics, rates: Mapping[str, float]) -> Iterator[LinearGroup]:
+    """Yields the linears of ``block`` by the input that they share, and by their rate."""
+    for shared in statistics.groups(block.linears):
+        inputs = statistics.input_of(shared[0])
+        for rate in sorted({rates[name] for name in shared}):
+            names = [name for name in shared if rates[name] == rate]
+            weights = [block.linears[name].weight_OI.contiguous() for name in names]
+            yield LinearGroup(block, names, weights, inputs.to(weights[0].device), rate)
 
 
 class ScoredMethod(MaskMethod):

@@ -17,6 +17,7 @@ from lit_prune.errors import InputError
 from lit_prune.models import structure
 from lit_prune.models.linears import has_fused_experts
 from lit_prune.models.quantised import Linear4bit, Linear8bit, dequantised, is_quantised
+from lit_prune.recover.float32 import Float32Linear
 from lit_prune.recover.masked_linear import MaskedLayer, MaskedLinear
 from lit_prune.recover.masked_quantised import MaskedQuantised
 
@@ -78,7 +79,7 @@ def lora_config(settings: Settings, model: PreTrainedModel) -> LoraConfig:
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, *, masked: bool = False) -> None:
-    """Adds an adapter to ``model`` in place, and freezes everything else.
+    """Adds an adapter in float32 to ``model`` in place, and freezes everything else.
 
     Args:
         model: A causal LM without an adapter.
@@ -91,12 +92,28 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, masked: bool = Fa
         quantised = {Linear4bit: MaskedQuantised, Linear8bit: MaskedQuantised}
         config._register_custom_module({**quantised, nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
     model.add_adapter(config)
+    _keep_float32(model)
     config.base_model_name_or_path = None  # peft names the dense model, whose weights are others than the pruned ones
     model.train(model.training)  # peft adds its dropout in training mode, whatever the mode of the model
 
 
+def _keep_float32(model: nn.Module) -> None:
+    """Puts the factors A and B of all adapters into float32, where they stay when the model is cast.
+
+    ``get_peft_model`` does the first (`autocast_adapter_dtype`), but ``add_adapter`` of transformers leaves them in the
+    type of the base layer: in half precision most updates of A and B round to nothing, and in float16 the second
+    moments of Adam underflow as well, so that its steps become infinite.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
+        for factors in (layer.lora_A, layer.lora_B):
+            for name, linear in factors.items():
+                if type(linear) is nn.Linear:
+                    factors[name] = Float32Linear.from_linear(linear)
+
+
 def train_adapter(model: PreTrainedModel) -> None:
-    """Makes the adapter that ``model`` was loaded with trainable, and freezes everything else."""
+    """Makes the adapter that ``model`` was loaded with trainable, in float32, and freezes everything else."""
+    _keep_float32(model)
     for config in model.peft_config.values():
         config.inference_mode, config.base_model_name_or_path = False, None
     for name, parameter in model.named_parameters():

@@ -26,13 +26,27 @@ BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a
 
 
 def masked_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    """Returns (W + scale B A) * M, in the type of W; the product accumulates in float32 at least.
+    """Returns (W + scale B A) * M, in the type of W.
 
     W = [[1, 0]], A = [[2, 3]], B = [[1]], scale 0.5 give [[1 + 0.5 * 2, 0]] = [[2, 0]].
     """
+    return zeroed(adapted_weight(weight_OI, a_RI, b_OR, scale), weight_OI)
+
+
+def adapted_weight(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """Returns W + scale B A, computed in the wider type of W and A, and rounded once to that of W."""
+    # A and B are in float32: rounded to a half-precision type first, small updates of them would have no effect
+    wide = torch.promote_types(weight_OI.dtype, a_RI.dtype)
     with torch.autocast(weight_OI.device.type, enabled=False):
-        sum_OI = torch.addmm(weight_OI, b_OR.to(weight_OI.dtype), a_RI.to(weight_OI.dtype), alpha=scale)
-    return zeroed(sum_OI, weight_OI)
+        return torch.addmm(weight_OI.to(wide), b_OR.to(wide), a_RI.to(wide), alpha=scale).to(weight_OI.dtype)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns dy^T x, (out, in), in ``dtype``, over all positions."""
+    dy_PO, x_PI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
+    if dy.dtype == torch.float16:  # sums below 6e-8 would be 0 in float16; bfloat16 has float32's exponents
+        dy_PO, x_PI = dy_PO.to(dtype), x_PI.to(dtype)
+    return (dy_PO.T @ x_PI).to(dtype)
 
 
 def zeroed(values_OI: Tensor, weight_OI: Tensor) -> Tensor:
@@ -68,11 +82,11 @@ class MaskedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = dy @ masked_sum(weight_OI, a_RI, b_OR, ctx.scale).to(dy.dtype)
             if any(ctx.needs_input_grad[1:4]):
-                grad_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-                grad_OI = zeroed(grad_OI, weight_OI).to(a_RI.dtype)
+                grad_OI = zeroed(weight_gradient(dy, x, a_RI.dtype), weight_OI)
                 da_RI = (b_OR.T @ grad_OI) * ctx.scale
                 db_OR = (grad_OI @ a_RI.T) * ctx.scale
-        return dx, grad_OI if ctx.needs_input_grad[1] else None, da_RI, db_OR, None
+        dw_OI = grad_OI.to(weight_OI.dtype) if grad_OI is not None and ctx.needs_input_grad[1] else None
+        return dx, dw_OI, da_RI, db_OR, None
 
 
 class MaskedLayer(LoraLinear):

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lit_prune.models.quantised import dequantised, mask
-from lit_prune.recover.masked_linear import MaskedLayer, zeroed
+from lit_prune.recover.masked_linear import MaskedLayer, adapted_weight, weight_gradient, zeroed
 
 
 class QuantisedProduct(torch.autograd.Function):
@@ -39,8 +39,7 @@ class QuantisedProduct(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = dy @ quantised_sum(ctx.module, a_RI, b_OR, ctx.scale).to(dy.dtype)
             if any(ctx.needs_input_grad[1:3]):
-                grad_OI = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
-                grad_OI = _masked(grad_OI, ctx.module).to(a_RI.dtype)
+                grad_OI = _masked(weight_gradient(dy, x, a_RI.dtype), ctx.module)
                 da_RI = (b_OR.T @ grad_OI) * ctx.scale
                 db_OR = (grad_OI @ a_RI.T) * ctx.scale
         return dx, da_RI, db_OR, None, None
@@ -48,10 +47,7 @@ class QuantisedProduct(torch.autograd.Function):
 
 def quantised_sum(module: Any, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
     """Returns (Q + scale B A) * M of a quantised linear, in the type that it was quantised from."""
-    weight_OI = dequantised(module)
-    with torch.autocast(weight_OI.device.type, enabled=False):
-        sum_OI = weight_OI.addmm_(b_OR.to(weight_OI.dtype), a_RI.to(weight_OI.dtype), alpha=scale)
-    return _masked(sum_OI, module)
+    return _masked(adapted_weight(dequantised(module), a_RI, b_OR, scale), module)
 
 
 def _masked(values_OI: Tensor, module: Any) -> Tensor:
