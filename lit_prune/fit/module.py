@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,6 +21,7 @@ from lit_prune.fit.learning_rate import warm_up_and_cosine, warm_up_steps
 from lit_prune.models import structure
 from lit_prune.models.load import Dtype, architecture_config, load_config, load_model, new_model
 from lit_prune.recover import Snapshot
+from lit_prune.recover.float32 import adamw
 
 Batch = dict[str, Tensor]
 
@@ -165,7 +165,7 @@ class PrunableLM(LightningModule):
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr, betas=self.betas)
+        optimizer = adamw([group for group in groups if group["params"]], lr=self.lr, betas=self.betas)
         end = int(self.trainer.estimated_stepping_batches)
         warmup = warm_up_steps(self._until_cut(end)) if self.warmup_steps is None else self.warmup_steps
         steps = end - self._optimizer_step

@@ -141,6 +141,16 @@ def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(case: str, steps:
         assert_same(whole, ended(trainer))
 
 
+@pytest.mark.parametrize("case", ["gradual, MaskedLoRA", "gradual, full"])
+def test_in_half_precision_too(case: str, text: Path) -> None:
+    """Adapters, master weights and moments are in float32, in the checkpoint too, and are not cast with the model."""
+    fields: dict[str, Any] = {"precision": "bf16-true"}
+    whole = ended(run(text, callback(**CASES[case]), KeepAll(), **fields))
+    assert {tensor.dtype for tensor in whole.values()} == {torch.bfloat16, torch.float32}
+    trainer = run(text, callback(**CASES[case]), resume=text / "checkpoints" / "4.ckpt", **fields)
+    assert_same(whole, ended(trainer))
+
+
 def test_a_run_of_so_many_epochs_goes_on_in_the_middle_of_one(text: Path) -> None:
     """Whoever asks Lightning how many steps they are has the loader made before its position is known."""
     length: dict[str, Any] = {"max_steps": -1, "max_epochs": 2}

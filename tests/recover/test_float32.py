@@ -1,19 +1,20 @@
 """Linears that stay in float32, and adapters that learn inside a model in half precision."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from lit_prune.export.folder import export
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lit_prune.export.folder import export
 from lit_prune.masks.zeros import zeros
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA, Recovery
-from lit_prune.recover.float32 import Float32Linear
+from lit_prune.recover.float32 import Float32Linear, MasterAdamW, adamw
 from lit_prune.recover.merge import without_adapter
 from tests.conftest import WIDE, small_model
 
@@ -70,3 +71,69 @@ def test_adapters_of_a_model_in_half_precision_learn(
     assert opened.dtype == dtype
     blocks = find_blocks(without_adapter(opened), quantised=True)
     assert zeros(linear.weight_OI for block in blocks for linear in block.linears.values())[0] >= pruned
+
+
+def test_bfloat16_learns_what_float32_learns_where_plain_adamw_learns_nothing() -> None:
+    given = {"lr": 1e-3, "betas": (0.9, 0.95)}
+    ends = []
+    for kind, dtype in ((MasterAdamW, torch.bfloat16), (torch.optim.AdamW, torch.bfloat16), (MasterAdamW, None)):
+        weight = nn.Parameter(torch.ones(2, 3, dtype=dtype or torch.float32))
+        optimizer = kind([weight], **given, weight_decay=0.0)  # type: ignore[operator]
+        for _ in range(8):  # a constant gradient: every step is -lr
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        ends.append(weight.detach().float())
+    assert torch.equal(ends[0], torch.full((2, 3), 0.9921875))  # 0.992, rounded to bfloat16
+    assert torch.equal(ends[1], torch.ones(2, 3))
+    torch.testing.assert_close(ends[2], torch.full((2, 3), 0.992))
+
+
+def test_in_float32_it_is_torchs_adamw_to_the_bit() -> None:
+    ends = []
+    for kind in (MasterAdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        weight, random = nn.Parameter(torch.randn(4, 5)), torch.Generator().manual_seed(1)
+        optimizer = kind([weight], lr=1e-2, weight_decay=0.1)
+        for _ in range(5):
+            weight.grad = torch.randn(4, 5, generator=random)
+            optimizer.step()
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+
+
+def test_a_resumed_optimizer_goes_on_to_the_bit() -> None:
+    def steps(optimizer: torch.optim.Optimizer, weight: Tensor, seed: int) -> None:
+        random = torch.Generator().manual_seed(seed)
+        for _ in range(5):
+            weight.grad = torch.randn(4, 5, generator=random).bfloat16()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    first = nn.Parameter(torch.randn(4, 5).bfloat16())
+    optimizer = MasterAdamW([first], lr=1e-3)
+    steps(optimizer, first, 1)
+    second = nn.Parameter(first.detach().clone())
+    resumed = MasterAdamW([second], lr=1e-3)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert {value.dtype for value in resumed.state[second].values()} == {torch.float32}
+    for given, weight in ((optimizer, first), (resumed, second)):
+        steps(given, weight, 2)
+    assert torch.equal(first, second)
+    assert torch.equal(optimizer.state[first]["master"], resumed.state[second]["master"])
+
+
+def test_weights_that_were_cut_since_the_last_step_are_not_restored() -> None:
+    weight = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+    optimizer = MasterAdamW([weight], lr=1e-3, weight_decay=0.0)
+    for _ in range(2):
+        weight.grad = torch.tensor([0.0, 1.0], dtype=torch.bfloat16)
+        optimizer.step()
+        weight.data[0] = 0
+    assert weight[0] == 0
+    assert optimizer.state[weight]["master"].tolist() == pytest.approx([0, 0.998])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_the_optimizer_of_parameters_by_their_type(dtype: torch.dtype) -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(2))]}, {"params": [nn.Parameter(torch.ones(2, dtype=dtype))]}]
+    assert isinstance(adamw(groups, 1e-3, (0.9, 0.95)), torch.optim.AdamW if dtype == torch.float32 else MasterAdamW)
