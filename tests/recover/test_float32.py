@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lit_prune.export.folder import export
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +15,7 @@ from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA, Recovery
 from lit_prune.recover.float32 import Float32Linear, MasterAdamW, adamw
 from lit_prune.recover.merge import without_adapter
-from tests.conftest import WIDE, small_model
+from tests.conftest import WIDE, export, small_model
 
 HALF = [torch.float16, torch.bfloat16]
 RECOVERIES = [LoRA(), MaskedLoRA(), QLoRA(), QLoRA(form="merged"), QLoRA(quantization="int8")]
