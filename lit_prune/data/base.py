@@ -1,7 +1,4 @@
-"""The two protocols of the room: where rows come from, and what they are made into.
-
-A source gives the rows of a part, a dataset kind turns them into items to train and to validate on.
-"""
+"""The two protocols of the room: a source gives the rows of a part, a dataset kind makes items to train on of them."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ Part = Literal["train", "val", "test"]
 
 
 class Source(ABC):
-    """Where the rows of the training, validation and test part come from."""
+    """A source of rows for training, validation and test."""
 
     @property
     @abstractmethod
@@ -40,16 +37,16 @@ class Source(ABC):
 
     @abstractmethod
     def describe(self, part: Part) -> str:
-        """Returns what a report calls the rows of a part."""
+        """Returns the name of a part's rows in reports."""
 
     @abstractmethod
     def where(self, part: Part) -> str:
-        """Returns what an error message calls the rows of a part."""
+        """Returns the name of a part's rows in error messages."""
 
 
 @dataclass(frozen=True)
 class WindowSizes:
-    """How long windows are and how many are used.
+    """The length of windows, and the number that is used.
 
     Attributes:
         train: Tokens of a training window.
@@ -75,7 +72,7 @@ class Items(Protocol):
 
     @property
     def description(self) -> str:
-        """How many items there are, and how long they are."""
+        """The number of items and their length, in words."""
 
     def __len__(self) -> int: ...
 
@@ -83,7 +80,7 @@ class Items(Protocol):
 
 
 class DatasetKind(ABC):
-    """What the rows of a source are made into; every part is read once.
+    """A kind of training data, made of the rows of a source; every part is read once.
 
     Attributes:
         bos: Id of the token that every window begins with; None leaves windows as the tokens come.
@@ -99,11 +96,11 @@ class DatasetKind(ABC):
 
     @abstractmethod
     def items(self, part: Part) -> Items:
-        """Returns what a loader batches: the windows of a part, in order."""
+        """Returns the windows of a part, in order, which a loader batches."""
 
     @abstractmethod
     def describe(self, part: Part) -> str:
-        """Returns what a part is, for protocols and reports."""
+        """Returns a description of a part, for protocols and reports."""
 
     def calibration_windows(self, num_samples: int, seq_length: int, seed: int) -> Windows:
         """Returns windows drawn without replacement from the grid over the training stream; see ``draw_windows``."""

@@ -16,11 +16,11 @@ from lit_prune.errors import InputError
 
 @dataclass(frozen=True)
 class Bos:
-    """What `data.bos` comes to with a tokenizer.
+    """The rule for BOS, of `data.bos` and a tokenizer.
 
     Attributes:
         window: Id that every window and every document begins with; None adds nothing to what the tokenizer gives.
-        note: What the protocol says of it; empty where nobody would ask.
+        note: End of the description of the data, in protocols; empty for a tokenizer that adds none.
     """
 
     window: int | None

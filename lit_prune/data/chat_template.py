@@ -39,7 +39,7 @@ def give_template(tokenizer: Tokenizer, template: str | None, name: str) -> None
     Args:
         tokenizer: The tokenizer.
         template: A Jinja template or the file that has one; None leaves the tokenizer's own.
-        name: What an error message calls the tokenizer.
+        name: Name of the tokenizer in error messages.
 
     Raises:
         InputError: if there is none, or it cannot be read.

@@ -49,7 +49,7 @@ class Instructions:
 
 @final
 class ConversationData(DatasetKind):
-    """Conversations of a source; what is learnt are the answers.
+    """Conversations of a source, of which the answers are learnt.
 
     Args:
         source: Where the rows come from.
@@ -73,6 +73,7 @@ class ConversationData(DatasetKind):
         self.bos = self._bos.window
         self.settings: dict[str, Any] = {"data.instructions": repr(instructions), "data.bos": self.bos is not None}
         self._examples: dict[Part, list[Example]] = {}
+        self._streams: dict[Part, Tensor] = {}
 
     def examples(self, part: Part) -> list[Example]:
         """Returns the conversations of a part as tokens and labels; they are read once."""
@@ -85,7 +86,9 @@ class ConversationData(DatasetKind):
 
     def stream(self, part: Part) -> Tensor:
         """Returns all tokens of a part in order, shape (tokens,) int32."""
-        return concatenated([row["input_ids"] for row in self.examples(part)])
+        if part not in self._streams:
+            self._streams[part] = concatenated([row["input_ids"] for row in self.examples(part)])
+        return self._streams[part]
 
     def items(self, part: Part) -> PaddedConversations | PackedConversations:
         """Returns the conversations of a part, or windows of them where they are packed."""
@@ -97,7 +100,7 @@ class ConversationData(DatasetKind):
         return PaddedConversations(self.examples(part), pad, limit)
 
     def describe(self, part: Part) -> str:
-        """Returns where a part's conversations come from, and that answers alone count."""
+        """Returns the source of a part's conversations, and that answers alone count."""
         return f"{self.source.describe(part)}, answers alone{self._bos.note}"
 
     def _conversations(self, part: Part) -> Dataset:
@@ -109,7 +112,7 @@ def conversations(rows: Dataset, where: str, instructions: Instructions) -> Data
 
     Args:
         rows: Rows of a layout of instruction data.
-        where: What an error message calls the rows.
+        where: Name of the rows in error messages.
         instructions: The columns.
 
     Raises:

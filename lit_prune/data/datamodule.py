@@ -115,7 +115,7 @@ class TextDataModule(LightningDataModule):
 
     @cached_property
     def kind(self) -> DatasetKind:
-        """What rows are made into, windows of text or conversations; nothing is read yet."""
+        """Windows of text or conversations, of which nothing is read yet."""
         sizes = WindowSizes(self.seq_length, self.val_seq_length, self.val_windows)
         if self.instructions is not None:
             return ConversationData(self.source, self.tokenizer, sizes, instructions=self.instructions, bos=self.bos)
@@ -182,7 +182,7 @@ class TextDataModule(LightningDataModule):
         return self._loader("test")
 
     def describe(self, part: Part) -> str:
-        """Returns where a part's text comes from, for protocols and reports."""
+        """Returns a description of a part's data, for protocols and reports."""
         return self.kind.describe(part)
 
     def resume_settings(self) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import glob
-import gzip
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from datasets import Dataset, load_dataset
 
 from lit_prune.errors import InputError
@@ -36,7 +36,7 @@ class FileList:
     Attributes:
         field: The field, such as `data.train_files`.
         paths: The files.
-        names: What reports call them: a folder or pattern with the number of its files.
+        names: Their names in reports; that of a folder or pattern has the number of its files.
     """
 
     field: str
@@ -101,7 +101,7 @@ class FileList:
 
 
 def kind(path: Path) -> str:
-    """Returns the ending that says what a file has, in small letters, whatever it is compressed with.
+    """Returns the ending that names the format of a file, in small letters, without that of a compression.
 
     >>> kind(Path("Corpus.TXT.gz"))
     '.txt'
@@ -159,7 +159,8 @@ def _codec(encoding: str | None, builder: str) -> str:
 
 def _check_encoding(field: str, path: Path, encoding: str | None) -> None:
     """Raises InputError that names the first byte of a file that is not in ``encoding``."""
-    data = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    with fsspec.open(str(path.absolute()), "rb", compression="infer") as opened:
+        data = opened.read()
     try:
         data.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:

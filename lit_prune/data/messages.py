@@ -25,7 +25,7 @@ def conversations_of(rows: Dataset, where: str, *, messages: str, prompt: str, a
 
     Args:
         rows: Rows of one of the layouts.
-        where: What an error message calls the rows.
+        where: Name of the rows in error messages.
         messages: Column of conversations.
         prompt: Column of prompts.
         answer: Column of the answers to them.
@@ -61,7 +61,7 @@ def _layout_rows(rows: Dataset, where: str, listed: str | None, names: tuple[str
 
 
 def _messages(value: Any, role: str | None) -> list[Any]:
-    """What a column holds as messages: a list of them, or a text that ``role`` says."""
+    """The messages in a column: a list of them, or a text that ``role`` says."""
     if value is None:
         return []
     if isinstance(value, str) and role is not None:

@@ -36,7 +36,7 @@ class PaddedConversations(TorchDataset):
 
     @property
     def description(self) -> str:
-        """How many conversations there are, and how long they are."""
+        """The number of conversations and their length, in words."""
         return f"{len(self)} conversations of up to {max(len(row['input_ids']) for row in self.rows)} tokens"
 
     def collate(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -92,5 +92,5 @@ class PackedConversations(TorchDataset):
 
     @property
     def description(self) -> str:
-        """How many windows there are, and how long they are."""
+        """The number of windows and their length, in words."""
         return f"{len(self)} windows of {self.seq_length} tokens"

@@ -1,4 +1,4 @@
-"""Where text and conversations come from: the hub, local files, or Python's own documentation."""
+"""Sources of text and conversations: the hub, local files, and Python's own documentation."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class PackedWindows(TorchDataset):
 
     @property
     def description(self) -> str:
-        """How many windows there are, and how long they are."""
+        """The number of windows and their length, in words."""
         return f"{len(self)} windows of {self.windows_NT.shape[1]} tokens"
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ class TextData(DatasetKind):
         return PackedWindows(self.stream(part), self.sizes.tokens(part), self.sizes.count(part), self.bos)
 
     def describe(self, part: Part) -> str:
-        """Returns where a part's text comes from, and where BOS is in it if the tokenizer adds one."""
+        """Returns the source of a part's text, and the rule for BOS if the tokenizer adds one."""
         return self.source.describe(part) + self._bos.note
 
     def _rows(self, part: Part) -> Dataset:
@@ -142,7 +142,7 @@ def text_column(rows: Dataset, column: str, where: str) -> Dataset:
     Args:
         rows: Rows of a table.
         column: The column of the text.
-        where: What an error message calls the rows.
+        where: Name of the rows in error messages.
 
     Raises:
         InputError: if there is no such column, or it holds something else.
