@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 quickstart: $(VENV)/installed
 	$(BIN)/lit-prune fit --config configs/quickstart.yaml --overwrite
 
-# Number of pytest processes, one thread each. With more than half of the cores, tests that start processes may time out.
+# Number of pytest processes, one thread each; above half of the cores, tests that start processes may have to wait.
 WORKERS ?= 2
 
 test: $(VENV)/installed-dev

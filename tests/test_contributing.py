@@ -1,4 +1,4 @@
-"""The worked example of CONTRIBUTING.md, as a newcomer would have it: the file, its test, the contract, the command."""
+"""CONTRIBUTING.md: the list of folders, and the example of a method with its test, the contract and the command."""
 
 import importlib
 import json
@@ -15,8 +15,18 @@ import torch
 from lit_prune.calibration.statistics import InputStatistics
 from lit_prune.cli.main import main
 from tests.prune.test_methods import test_contract as contract
+from tests.test_architecture import rooms
 
-BLOCKS = re.findall(r"```python\n(.*?)```", Path(__file__).parent.parent.joinpath("CONTRIBUTING.md").read_text(), re.S)
+TEXT = Path(__file__).parent.parent.joinpath("CONTRIBUTING.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+FOLDERS = re.findall(r"^\| (`.*?`) \| ", TEXT.split("## The tree")[1].split("| to change |")[0], re.M)
+
+
+def test_the_list_has_every_folder_below_those_that_it_imports() -> None:
+    row = {name: number for number, cell in enumerate(FOLDERS) for name in re.findall(r"(\w+)(?:/|\.py)`", cell)}
+    imported = rooms()
+    assert imported.keys() <= row.keys()
+    assert [(name, other) for name, used in imported.items() for other in used if row[other] > row[name]] == []
 
 
 @pytest.fixture
