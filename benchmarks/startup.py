@@ -1,8 +1,9 @@
-"""CPU seconds until the command answers, beside those of ``import torch`` in the same run.
+"""CPU seconds until the command answers, relative to ``import torch``.
 
     python benchmarks/startup.py
 
-Each line is the least of some runs of a fresh process: user and system seconds, and their ratio to ``import torch``.
+Each line has the user and system seconds of a fresh process, the smallest of three runs, and their ratio to
+``import torch``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CASES = {
 
 
 def cpu_seconds(command: list[str]) -> float:
-    """Returns the user and system seconds of ``command``, the least of RUNS."""
+    """Returns the user and system seconds of ``command``, the smallest of ``RUNS`` runs."""
     seconds = []
     for _ in range(RUNS):
         before = os.times()
