@@ -79,6 +79,7 @@ class ResultsCallback(Callback):
         self.format = HuggingFace() if format is None else format
         self.seconds = 0.0
         self._begin = 0.0
+        self._csv: CSVLogger | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that the folder can be made, before anything is done."""
@@ -103,7 +104,7 @@ class ResultsCallback(Callback):
         if distributed.first():
             self.open()
         if self.csv_log and trainer.logger is None:
-            trainer.logger = CSVLogger(self.folder.path, name="logs")
+            trainer.logger = self._csv = CSVLogger(self.folder.path, name="logs")
 
     def open(self) -> None:
         """Makes the folder, and writes the run's configuration into it."""
@@ -230,13 +231,15 @@ class ResultsCallback(Callback):
             raise
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Puts back a folder that was to be replaced, or says where it is."""
-        self._give_up()
+        """Removes a folder with nothing to go on from; puts back one that it replaced, or says where that is."""
+        if self._give_up() and trainer.logger is self._csv:
+            trainer.logger = None  # which Lightning finalizes next, and which would write into the removed folder
 
-    def _give_up(self) -> None:
-        self.folder.give_up()
+    def _give_up(self) -> bool:
+        removed = self.folder.give_up()
         if self.folder.replaced is not None:
             Console(stderr=True).print(f"The earlier run is kept in {self.folder.replaced}", highlight=False)
+        return removed
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the seconds of training so far."""

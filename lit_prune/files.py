@@ -1,4 +1,11 @@
-"""Files and folders written aside and renamed, and the errors of a disk that cannot be written to."""
+"""Files and folders that appear whole or not at all, and the errors of a disk that cannot be written to.
+
+What is written goes to a draft beside its target, which is then renamed: a rename within a file system is atomic, so
+that a reader, or a run that is resumed after a kill, sees the old version or the new one, never half of either.
+
+Nothing is fsynced here. A kill of the process loses nothing that was written, since the system has it; a crash of the
+machine may, and results can be exported again from a checkpoint. Checkpoints are synced by ``AtomicCheckpointIO``.
+"""
 
 from __future__ import annotations
 
@@ -14,50 +21,50 @@ from pathlib import Path
 
 from lit_prune.errors import InputError
 
-REFUSES = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+REPLACED = "replaced"  # where a folder stands, inside the draft's, while another takes its name
 
 
 def refused(error: BaseException) -> str | None:
-    """Returns what a disk said that could not be written to, None where an error is not about that.
+    """Returns the system's message for a disk that could not be written to, None for any other error.
 
     >>> refused(OSError(28, "any"))
     'No space left on device'
     """
     cause: BaseException | None = error
     while cause is not None:
-        if (number := _number(cause)) in REFUSES:
+        if (number := _error_number(cause)) in WRITE_ERRORS:
             return os.strerror(number)
         cause = cause.__cause__ or cause.__context__
     return None
 
 
-def _number(error: BaseException) -> int:
-    """The operating system's number of an error, 0 without one; safetensors has it in its text alone."""
+def _error_number(error: BaseException) -> int:
+    """The operating system's number of an error, 0 without one."""
     if isinstance(error, OSError):
         return error.errno or 0
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    return int(told.group(1)) if told else 0
-
-
-REPLACED = "replaced"  # what stood in the place of a folder, while that takes it
+    # safetensors raises an error of its own, written in Rust, which has the number in its text alone
+    in_text = re.search(r"\(os error (\d+)\)", str(error))
+    return int(in_text.group(1)) if in_text else 0
 
 
 @contextmanager
 def written_aside(target: Path) -> Iterator[Path]:
-    """Gives a path beside ``target`` to write a file or a folder to, and renames it when the context ends well.
+    """Yields a path beside ``target`` to write a file or a folder to, and renames it when the context ends normally.
 
-    What stood at ``target`` is replaced; after an exception it stands as it was, and nothing is left beside it. An
-    interrupt between the two renames that replace a folder leaves the new one there, which is whole.
+    The earlier ``target`` is replaced. After an exception it is as it was, and nothing is left beside it.
 
     Raises:
-        InputError: if the disk takes no more.
+        InputError: if the disk cannot be written to.
     """
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent))
         try:
             draft = folder / target.name
             yield draft
-            _open_as_usual(draft)
+            _apply_umask(draft)
+            # A file is replaced by one rename. A folder that is not empty cannot be, so that it takes two, and between
+            # them there is none: `clear_draft` puts the new one, which is whole, in its place after an interrupt.
             if target.is_dir():
                 target.rename(folder / REPLACED)
             draft.replace(target)
@@ -66,18 +73,18 @@ def written_aside(target: Path) -> Iterator[Path]:
     except InputError:
         raise
     except Exception as error:
-        if (told := refused(error)) is None:
+        if (reason := refused(error)) is None:
             raise
         raise InputError(
-            f"`output` must be where there is room, {target} could not be written: {told}. "
+            f"`output` must be where there is room, {target} could not be written: {reason}. "
             f"{'The earlier one is as it was' if target.exists() else 'Nothing of it is left'}; free some space, or "
             "choose another `--output DIR`."
         ) from error
 
 
-def _open_as_usual(draft: Path) -> None:
-    """Lets others read what safetensors made for its owner alone, as far as the umask does."""
-    probe = draft.parent / ".mode"
+def _apply_umask(draft: Path) -> None:
+    """Gives safetensors files, which are created readable by their owner alone, the mode of any other new file."""
+    probe = draft.parent / ".mode"  # the umask itself can be read only by setting it, for all threads
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     for file in (draft, *draft.rglob("*.safetensors")):
@@ -86,7 +93,7 @@ def _open_as_usual(draft: Path) -> None:
 
 
 def clear_draft(draft: Path) -> None:
-    """Deletes what was being written aside; a folder that was whole, and stopped between two names, gets its own."""
+    """Deletes the folder of a draft; a new version that was stopped between its two renames gets its name first."""
     name = draft.name.removeprefix(".").rpartition(".partial-")[0]
     if (draft / REPLACED).is_dir() and (draft / name).is_dir() and not (draft.parent / name).exists():
         (draft / name).rename(draft.parent / name)
@@ -94,6 +101,6 @@ def clear_draft(draft: Path) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Writes a file aside and renames it."""
+    """Writes a text file aside and renames it."""
     with written_aside(target) as draft:
         draft.write_text(text, encoding="utf-8")

@@ -41,6 +41,7 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
     args = ["--merge=true" if arg == "--merge" and values[arg][:2] in ("", "--") else arg for arg in args]
     last = values.get("--ckpt_path") == "last"
     run = Path(values.get("--output", output)) if last else Path(values.get("--ckpt_path", "")).parent.parent
+    run = run.expanduser()
     if {"--config", "-c"} & values.keys() or not (run / "config.yaml").is_file():
         return args
     here = [f"--output={run}"] if last else []  # the folder may have been moved since config.yaml was written
@@ -53,7 +54,7 @@ def find_checkpoint(path: str, output: Path) -> str:
     Raises:
         InputError: if there is none. Lightning itself would start afresh.
     """
-    checkpoint = output / "checkpoints" / "last.ckpt" if path == "last" else Path(path)
+    checkpoint = output / "checkpoints" / "last.ckpt" if path == "last" else Path(path).expanduser()
     if not checkpoint.is_file():
         raise InputError(f"`ckpt_path` must be a checkpoint that is there, {checkpoint} is not.")
     return str(checkpoint)

@@ -131,6 +131,7 @@ class LitPruneCLI(LightningCLI):
         """Checks the settings and the output folder, then adds the callbacks that write results and checkpoints."""
         assert self.subcommand is not None
         verb, config = self.subcommand, self.config[self.subcommand]
+        config.output = str(Path(config.output).expanduser())  # quoted, a shell leaves ~ to us
         check_settings(config, verb)
         if config.get("ckpt_path"):
             config.ckpt_path = find_checkpoint(config.ckpt_path, Path(config.output))

@@ -1,7 +1,9 @@
-"""Sends an exported folder to the Hugging Face hub."""
+"""Sending an exported folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants
@@ -9,13 +11,16 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from lit_prune.errors import InputError
+from lit_prune.export.formats.huggingface import ADAPTER_CONFIG, name_base
+
+COMMIT_MESSAGE = "Model exported by lit_prune"
 
 
 def check_repository(repo: str) -> None:
-    """Asks what can be asked before there is anything to send.
+    """Checks what can be checked before there is anything to send.
 
     Raises:
-        InputError: for a name that no repository can have, or where the hub is switched off.
+        InputError: if ``repo`` is no valid id, or the hub is switched off.
     """
     try:
         validate_repo_id(repo)
@@ -26,19 +31,34 @@ def check_repository(repo: str) -> None:
 
 
 def push(folder: Path, repo: str) -> str:
-    """Uploads ``folder`` to the hub, into a repository that is made private where there is none; returns its address.
+    """Uploads ``folder`` to the hub, into a repository that is made private where it is new; returns its address.
+
+    An adapter beside the weights is uploaded with the repository as its base, which only now is known: transformers and
+    peft both follow that name for a model on the hub.
 
     Raises:
-        InputError: if the hub cannot be reached or refuses; the folder is as it was.
+        InputError: if the hub cannot be reached or refuses; the folder is unchanged.
     """
     hub = HfApi()
     try:
         address = hub.create_repo(repo, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model exported by lit_prune")
+        hub.upload_folder(
+            repo_id=repo, folder_path=folder, ignore_patterns=[ADAPTER_CONFIG], commit_message=COMMIT_MESSAGE
+        )
+        if (folder / ADAPTER_CONFIG).is_file():
+            _upload_adapter_config(hub, folder, repo)
     except Exception as error:  # the http library's own connection errors share no base with those of the hub
-        told = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"`push_to_hub` must be a repository that can be written to, {repo!r} cannot ({told}). The model is in "
+            f"`push_to_hub` must be a repository that can be written to, {repo!r} cannot ({reason}). The model is in "
             f"{folder}: send it with `hf upload {repo} {folder}`."
         ) from error
     return str(address)
+
+
+def _upload_adapter_config(hub: HfApi, folder: Path, repo: str) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = Path(temporary) / ADAPTER_CONFIG
+        shutil.copyfile(folder / ADAPTER_CONFIG, copy)
+        name_base(copy, repo)
+        hub.upload_file(path_or_fileobj=copy, path_in_repo=ADAPTER_CONFIG, repo_id=repo, commit_message=COMMIT_MESSAGE)

@@ -105,6 +105,15 @@ def test_a_run_that_fails_puts_the_earlier_one_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["mine", "report.json"]
 
 
+def test_a_run_that_fails_with_nothing_to_go_on_from_does_not_block_the_next(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(Broken(), callback(), callbacks=[ResultsCallback(str(run), config="a: 1\n", csv_log=True)], logger=False)
+    assert list(tmp_path.iterdir()) == []
+    fit(Foreign(), callback(), callbacks=[ResultsCallback(str(run))], max_steps=1)
+    assert (run / "model").is_dir()
+
+
 def test_a_run_that_fails_with_a_checkpoint_says_where_the_earlier_one_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,7 +133,7 @@ def test_an_export_that_is_not_what_was_measured_is_not_kept(tmp_path: Path, mon
     monkeypatch.setattr("lit_prune.export.formats.huggingface.save", scaled)
     with pytest.raises(RuntimeError, match=r"the exported model's perplexity is .*, in memory it is .*; not kept"):
         fit(Foreign(), callback(), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))])
-    assert list((tmp_path / "run").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_card_names_what_was_begun_with(tmp_path: Path) -> None:
@@ -157,4 +166,4 @@ def test_a_training_that_diverged_is_told_so_before_anything_is_written(recovery
     results = ResultsCallback(str(tmp_path / "run"))
     with pytest.raises(InputError, match=r"`model.lr` must be lower: the training diverged, .*lora_A.* is not finite"):
         fit(Foreign(), callback(recovery=recovery), loader(1), callbacks=[Diverging(), results], max_steps=1)
-    assert list((tmp_path / "run").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,10 +19,16 @@ class StandIn:
         self.done.append(("create", repo, private, exist_ok))
         return f"https://hub/{repo}"
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, ignore_patterns: list[str], commit_message: str
+    ) -> None:
         if self.error is not None:
             raise self.error
+        assert ignore_patterns == ["adapter_config.json"]
         self.done.append(("upload", repo_id, folder_path))
+
+    def upload_file(self, *, path_or_fileobj: Path, path_in_repo: str, repo_id: str, commit_message: str) -> None:
+        self.done.append(("upload", repo_id, path_in_repo, json.loads(path_or_fileobj.read_text())))
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +42,18 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
 def test_the_folder_goes_into_a_repository_that_is_private_where_it_is_new(tmp_path: Path) -> None:
     assert hub.push(tmp_path, "me/model") == "https://hub/me/model"
     assert StandIn.done == [("create", "me/model", True, True), ("upload", "me/model", tmp_path)]
+
+
+def test_an_adapter_names_the_repository_as_its_base(tmp_path: Path) -> None:
+    local = {"base_model_name_or_path": "beside this file", "r": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(local))
+    hub.push(tmp_path, "me/model")
+    uploaded = {"base_model_name_or_path": "me/model", "r": 8}
+    assert StandIn.done[1:] == [
+        ("upload", "me/model", tmp_path),
+        ("upload", "me/model", "adapter_config.json", uploaded),
+    ]
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == local
 
 
 def test_a_failure_is_one_line_and_says_how_to_send_it_later(tmp_path: Path) -> None:

@@ -1,14 +1,12 @@
-import os
-import stat
+"""The folder of a run is made late, replaced only by a run that succeeds, and removed where nothing is left in it."""
+
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from lit_prune.errors import InputError
 from lit_prune.export.run_folder import RunFolder
-from lit_prune.files import write_text, written_aside
+from lit_prune.files import write_text
 
 
 def test_nothing_is_made_before_the_claim(tmp_path: Path) -> None:
@@ -72,24 +70,6 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         RunFolder("/proc/run").check()
 
 
-def test_written_aside_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "model"
-    with written_aside(target) as draft:
-        draft.mkdir()
-        (draft / "a").write_text("1")
-        assert not target.exists()
-    assert (target / "a").read_text() == "1"
-    with pytest.raises(RuntimeError, match="broken"), written_aside(target) as draft:  # noqa: PT012
-        draft.mkdir()
-        raise RuntimeError("broken")
-    assert os.listdir(tmp_path) == ["model"]
-    assert (target / "a").read_text() == "1"
-    with written_aside(target) as draft:
-        draft.mkdir()
-    assert os.listdir(target) == []
-    assert os.listdir(tmp_path) == ["model"]
-
-
 def test_what_a_kill_left_is_cleared_and_a_model_between_two_names_has_its_own_again(tmp_path: Path) -> None:
     half, whole = tmp_path / ".model.partial-a" / "model", tmp_path / "deeper" / ".model.partial-b" / "model"
     for draft in (half, whole, whole.parent / "replaced"):
@@ -101,33 +81,43 @@ def test_what_a_kill_left_is_cleared_and_a_model_between_two_names_has_its_own_a
     ]
 
 
-def test_an_interrupt_between_two_names_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    target = tmp_path / "model"
-    target.mkdir()
-    for renames, left in (("rename", "old"), ("replace", "new")):
-        (target / "a").write_text("old")
-        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch, written_aside(target) as draft:  # noqa: PT012
-            draft.mkdir()
-            (draft / "a").write_text("new")
-            patch.setattr(Path, renames, interrupt)
-        assert os.listdir(tmp_path) == ["model"]
-        assert (target / "a").read_text() == left
+def test_the_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = RunFolder("~/run")
+    folder.claim()
+    assert (tmp_path / "run").is_dir()
+    assert folder.holds("~/run/checkpoints/last.ckpt")
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
-def test_what_safetensors_keeps_to_itself_is_open_as_the_umask_says(tmp_path: Path, umask: int, mode: int) -> None:
-    before = os.umask(umask)
-    try:
-        for target in (tmp_path / "statistics.safetensors", tmp_path / "model"):
-            with written_aside(target) as draft:
-                if target.suffix == "":
-                    draft.mkdir()
-                save_file({"weight": torch.zeros(1)}, draft if target.suffix else draft / "model.safetensors")
-    finally:
-        os.umask(before)
-    for written in tmp_path.rglob("*.safetensors"):
-        assert stat.S_IMODE(written.stat().st_mode) == mode
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "statistics.safetensors"]
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_of_a_failed_run_is_removed(tmp_path: Path, exists: bool) -> None:
+    run = tmp_path / "run"
+    if exists:
+        run.mkdir()
+    folder = RunFolder(run)
+    folder.claim()
+    write_text(run / "config.yaml", "a: 1")
+    assert folder.give_up()
+    assert list(tmp_path.iterdir()) == []
+    RunFolder(run).check()
+
+
+@pytest.mark.parametrize("left", ["model/config.json", "checkpoints/last.ckpt"])
+def test_a_folder_with_something_to_go_on_from_stays(tmp_path: Path, left: str) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.claim()
+    (folder.path / left).parent.mkdir()
+    write_text(folder.path / left, "x")
+    assert not folder.give_up()
+    assert (folder.path / left).exists()
+
+
+def test_only_what_this_run_made_is_removed(tmp_path: Path) -> None:
+    write_text(tmp_path / "config.yaml", "of the run that is resumed")
+    resumed, finished = RunFolder(tmp_path, resume=True), RunFolder(tmp_path / "run")
+    resumed.claim()
+    finished.claim()
+    finished.finish()
+    for folder in (RunFolder(tmp_path), resumed, finished):  # the first was refused, and claimed nothing
+        assert not folder.give_up()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run"]

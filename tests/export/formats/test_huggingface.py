@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lit_prune.export.formats.huggingface import BASE, name_base
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
@@ -76,7 +79,53 @@ def test_the_zeros_are_on_disk_and_the_adapter_names_no_dense_model(
     zero, total = zeros(linears)
     assert abs(zero / total - 0.5) < 1e-3
     assert not any("lora" in name or "base_layer" in name for name in stored)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "."
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
+
+
+def test_no_loader_takes_a_model_of_the_working_directory_for_the_base(
+    model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_model().save_pretrained(tmp_path / "other")
+    recovered(model, batches)
+    export(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "other")
+    opened = AutoModelForCausalLM.from_pretrained("../model")
+    torch.testing.assert_close(opened(batches[0]).logits, model(batches[0]).logits)
+    with pytest.raises(OSError, match=f"'{BASE}'"):
+        AutoPeftModelForCausalLM.from_pretrained("../model")
+
+
+def test_peft_opens_a_folder_whose_adapter_names_it(
+    model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    recovered(model, batches)
+    export(model, tmp_path)
+    name_base(tmp_path / "adapter_config.json", str(tmp_path))  # as in a repository on the hub
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft finds the adapter that transformers has loaded, and puts it on again
+        opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(opened(batches[0]).logits, model(batches[0]).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "theta"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7e4}}, 7e4),
+        ("gemma3_text", {}, None),  # one theta for each layer type
+        ("gpt2", {}, None),
+    ],
+)
+def test_older_readers_find_rope_theta(
+    family: str, fields: dict[str, object], theta: float | None, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    model = small_model(family, **fields)
+    export(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.get("rope_theta") == theta
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert getattr(opened.config, "rope_parameters", None) == getattr(model.config, "rope_parameters", None)
+    assert torch.equal(opened(batches[0]).logits, model(batches[0]).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
