@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right; its message is shown alone, without a traceback."""
+"""The exception for mistakes of the user, and near misses of names."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A user's mistake, told in a line that names the field, the rule and the remedy."""
+    """A mistake of the user. Its message names the field, the rule and the remedy; the command prints it alone."""
 
 
 def near_misses(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
-    """Returns up to ``count`` of ``choices`` that look most like ``word``, best first, whatever the case.
+    """Returns up to ``count`` of ``choices`` that are most similar to ``word``, best first; case is ignored.
 
     >>> near_misses("wnda", ["Magnitude", "Wanda"])
     ['Wanda']
@@ -21,7 +21,7 @@ def near_misses(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
 
 
 def unknown(field: str, got: str, choices: Iterable[str]) -> InputError:
-    """Returns the error for a name that is not one of ``choices``: near misses first, then the whole list."""
+    """Returns the error for a name that is not one of ``choices``, with the choices and near misses."""
     choices = sorted(choices)
     near = near_misses(got, choices)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""

@@ -1,4 +1,4 @@
-"""Progress bars on long work, drawn where somebody may be watching; of several processes the first one draws."""
+"""Progress bars on stderr for a terminal, and single lines without one; of several processes only the first prints."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ console = Console(stderr=True)
 def log(text: str) -> None:
     """Prints a line beside the progress bars."""
     if distributed.first():
-        console.print(text, highlight=False, soft_wrap=True)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def track(items: Iterable[Item], label: str) -> Iterator[Item]:
-    """Yields ``items`` under a progress bar on stderr; without a terminal one line tells that the work begins."""
+    """Yields ``items`` under a progress bar; without a terminal prints one line when the work begins."""
     total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
     if not distributed.first():
         yield from items
         return
     if not console.is_terminal:
-        console.print(f"{label} ...", highlight=False)
+        console.print(f"{label} ...", highlight=False, markup=False)
         yield from items
         return
     with _bar() as bar:
@@ -37,14 +37,14 @@ def track(items: Iterable[Item], label: str) -> Iterator[Item]:
 
 @contextmanager
 def counted(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
-    """Gives a function that moves a progress bar on to a number and says how things stand; a line without a terminal.
+    """Yields a function that sets a progress bar to a number and a text; without a terminal prints one line.
 
     Args:
         total: The number at which the bar is full.
-        label: What the bar says before that.
+        label: Text of the bar, to which the function appends its own.
     """
     if not console.is_terminal:
-        console.print(f"{label} ...", highlight=False)
+        console.print(f"{label} ...", highlight=False, markup=False)
         yield lambda done, text: None
         return
     with _bar() as bar:

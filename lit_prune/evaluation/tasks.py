@@ -11,11 +11,15 @@ import importlib.util
 import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -23,6 +27,8 @@ from lit_prune.checkpointing.random_states import random_states, restore_random_
 from lit_prune.errors import InputError, near_misses
 from lit_prune.evaluation.perplexity import evaluating
 from lit_prune.progress import log
+
+HUB_TIMEOUT_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,8 @@ class Tasks:
     def _load(self, manager: Any) -> list[Any]:
         """The tasks and groups, with their data."""
         try:
-            loaded = [(spec, manager.load(spec)) for spec in self._specs(manager)]
+            with _no_retries():
+                loaded = [(spec, manager.load(spec)) for spec in self._specs(manager)]
         except Exception as error:  # what datasets raises depends on the hub's answer and on the data set
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise InputError(
@@ -164,17 +171,20 @@ class Tasks:
         """
         manager = self.check()
         loaded = self._load(manager)
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator
         from lm_eval.models.huggingface import HFLM
 
         begin, states = time.perf_counter(), random_states()
+        commit_hash = evaluator.get_git_commit_hash
+        # Outside a repository git would print "fatal: not a git repository"; the hash is in none of our results.
+        evaluator.get_git_commit_hash = lambda: None
         try:
             with evaluating(model):
                 # HFLM sets a padding token on the tokenizer, which would be exported
                 harness: Any = HFLM(
                     pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.settings.batch_size
                 )
-                evaluated: Any = simple_evaluate(
+                evaluated: Any = evaluator.simple_evaluate(
                     harness,
                     tasks=loaded,
                     num_fewshot=self.settings.num_fewshot,
@@ -184,6 +194,7 @@ class Tasks:
                     log_samples=False,
                 )
         finally:
+            evaluator.get_git_commit_hash = commit_hash
             restore_random_states(states)
         return TaskResults(
             harness=f"lm-eval {importlib.metadata.version('lm-eval')}",
@@ -191,6 +202,24 @@ class Tasks:
             results={name: _metrics(name, evaluated) for name in evaluated["results"]},
             seconds=time.perf_counter() - begin,
         )
+
+
+@contextmanager
+def _no_retries() -> Iterator[None]:
+    """Makes ``datasets`` read its cache if the hub does not answer; it would retry every request for a minute."""
+    flags: tuple[Any, ...] = (constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in flags]
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_SECONDS)
+    except Exception:  # no connection; the type depends on the HTTP library that huggingface_hub uses
+        for module in flags:
+            module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(flags, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _is_path(name: str) -> bool:

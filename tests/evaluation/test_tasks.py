@@ -1,10 +1,12 @@
 """lm-eval on a model in memory: its own harness, with tasks whose data is local."""
 
 import json
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -271,6 +273,39 @@ def test_without_lm_eval(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit):
         main(["evaluate", "--model.pretrained=embedded", "--tasks=piqa", "--output=x"])
     assert "`tasks` needs lm-eval, which is not installed: pip install 'lit-prune[eval]'" in capsys.readouterr().err
+
+
+def test_without_a_network_the_data_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append(url)
+            raise ConnectionError("no route to host")
+
+    hub = TASK.replace("dataset_path: json", "dataset_path: nobody/nothing").splitlines()
+    (tmp_path / "hub.yaml").write_text("\n".join(hub[:2] + hub[5:]).replace("{{{{", "{{").replace("}}}}", "}}"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("lit_prune.evaluation.tasks.get_session", Session)
+    begin = time.perf_counter()
+    with pytest.raises(InputError, match="`tasks`: .*hub.yaml cannot be read"):
+        Tasks([str(tmp_path / "hub.yaml")]).check(load=True)
+    assert len(asked) == 1
+    assert time.perf_counter() - begin < 20
+    assert not huggingface_hub.constants.HF_HUB_OFFLINE
+
+
+def test_nothing_is_printed_outside_a_git_repository(
+    folder: Path,
+    tmp_path: Path,
+    embedded: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Tasks([str(folder / "ends.yaml")]).run(embedded, load_tokenizer("embedded"))
+    assert "fatal" not in capfd.readouterr().err
 
 
 @pytest.mark.slow

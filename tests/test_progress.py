@@ -1,0 +1,43 @@
+"""Lines and bars on stderr."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lit_prune import progress
+
+
+@pytest.fixture
+def printed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> io.StringIO:
+    """What the console prints, of a terminal or not."""
+    text = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=text, force_terminal=request.param, width=100))
+    return text
+
+
+@pytest.mark.parametrize("printed", [False], indirect=True)
+def test_without_a_terminal_work_begins_with_a_line(printed: io.StringIO) -> None:
+    assert list(progress.track([1, 2], "Blocks")) == [1, 2]
+    with progress.counted(10, "Search") as advance:
+        advance(5, "loss 3.2")
+    progress.log("Done with [brackets].")
+    assert printed.getvalue() == "Blocks ...\nSearch ...\nDone with [brackets].\n"
+
+
+@pytest.mark.parametrize("printed", [True], indirect=True)
+def test_a_terminal_has_bars(printed: io.StringIO) -> None:
+    assert list(progress.track([1, 2], "Blocks")) == [1, 2]
+    with progress.counted(10, "Search") as advance:
+        advance(5, "loss 3.2")
+    assert "2/2" in printed.getvalue()
+    assert "Search, loss 3.2" in printed.getvalue()
+    assert "5/10" in printed.getvalue()
+
+
+@pytest.mark.parametrize("printed", [False], indirect=True)
+def test_other_processes_print_nothing(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_prune.progress.distributed.first", lambda: False)
+    assert list(progress.track([1, 2], "Blocks")) == [1, 2]
+    progress.log("Done.")
+    assert printed.getvalue() == ""
