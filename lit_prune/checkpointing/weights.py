@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.bits import packed, unpacked
+from lit_prune.models.bits import pack_bits, unpack_bits
 from lit_prune.models.digest import digest
 
 LeftOut = dict[str, dict[str, Any]]
@@ -80,7 +80,7 @@ class Source:
                 del state_dict[prefix + name]
                 left_out[name] = {"digest": self.digests[_plain(name)]}
                 if _plain(name) in self.masked:
-                    left_out[name]["mask"] = packed(tensor != 0)
+                    left_out[name]["mask"] = pack_bits(tensor != 0)
         return left_out
 
     def _is_had(self, name: str, tensor: Tensor) -> bool:
@@ -121,7 +121,7 @@ def _had(tensor: Tensor, known: dict[str, Any], name: str) -> Tensor:
     if "mask" in known:
         if known["mask"].numel() != -(-tensor.numel() // 8):
             raise _another_model(name)
-        tensor = torch.where(unpacked(known["mask"], tensor.shape).to(tensor.device), tensor, 0)
+        tensor = torch.where(unpack_bits(known["mask"], tensor.shape).to(tensor.device), tensor, 0)
     if digest(tensor) != known["digest"]:
         raise _another_model(name)
     return tensor

@@ -17,7 +17,7 @@ from lit_prune.distributed import shards
 from lit_prune.errors import InputError
 from lit_prune.fit.batches import check_one_process, check_processes
 from lit_prune.fit.module import PrunableLM
-from lit_prune.models.families import blocks_path, packs
+from lit_prune.models.families import blocks_path, supports_packing
 from lit_prune.models.load import skeleton
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
 
@@ -138,7 +138,7 @@ def _check_random_start(model: PrunableLM, pruning: DynamicPruningCallback) -> N
 
 def _check_packing(model: PrunableLM, datamodule: TextDataModule) -> None:
     instructions = datamodule.instructions
-    if instructions is not None and instructions.packed and not packs(model.config):
+    if instructions is not None and instructions.packed and not supports_packing(model.config):
         raise InputError(
             f"`data.instructions.packed` must be false for the family {model.config.model_type!r}, whose attention "
             "would not keep the conversations of a window apart."

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from lit_prune.models import structure
-from lit_prune.models.bits import packed, unpacked
+from lit_prune.models.bits import pack_bits, unpack_bits
 from lit_prune.models.families import find_blocks
 
 
@@ -105,7 +105,7 @@ def gradient_masks(model: nn.Module) -> dict[str, Tensor]:
     """
     hooks = {name: _gradient_mask(parameter) for name, parameter in model.named_parameters()}
     masks = {name: hook.full_zeros() for name, hook in hooks.items() if hook is not None}
-    return {name: packed(mask) for name, mask in masks.items() if mask is not None}
+    return {name: pack_bits(mask) for name, mask in masks.items() if mask is not None}
 
 
 def restore_gradient_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -114,7 +114,7 @@ def restore_gradient_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Non
         parameter = model.get_parameter(name)
         mask = _gradient_mask(parameter)
         assert mask is not None, f"{name} has no gradient mask"
-        mask.set_zeros(unpacked(bits, parameter.shape))
+        mask.set_zeros(unpack_bits(bits, parameter.shape))
 
 
 def _trained_linears(model: PreTrainedModel) -> Iterator[Tensor]:

@@ -25,16 +25,17 @@ class Family:
 
     Attributes:
         blocks: The list of decoder layers.
-        packs: Whether attention stays within a packed conversation, where `position_ids` begin at 0 again. It does in
+        supports_packing: Whether attention stays within a packed conversation, where `position_ids` begin at 0 again.
+            It does in
             families whose attention masks transformers derives from the positions.
     """
 
     blocks: str
-    packs: bool = True
+    supports_packing: bool = True
 
 
 FAMILIES: dict[str, Family] = {
-    "falcon": Family(blocks="transformer.h", packs=False),
+    "falcon": Family(blocks="transformer.h", supports_packing=False),
     "gemma2": Family(blocks="model.layers"),
     "gemma3_text": Family(blocks="model.layers"),
     "gpt2": Family(blocks="transformer.h"),
@@ -42,7 +43,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(blocks="model.layers"),
     "mistral": Family(blocks="model.layers"),
     "mixtral": Family(blocks="model.layers"),
-    "opt": Family(blocks="model.decoder.layers", packs=False),
+    "opt": Family(blocks="model.decoder.layers", supports_packing=False),
     "phi": Family(blocks="model.layers"),
     "phi3": Family(blocks="model.layers"),
     "qwen2": Family(blocks="model.layers"),
@@ -90,9 +91,9 @@ def is_known(config: PreTrainedConfig) -> bool:
     return _family_name(config) in FAMILIES
 
 
-def packs(config: PreTrainedConfig) -> bool:
+def supports_packing(config: PreTrainedConfig) -> bool:
     """Returns whether a model with this config keeps packed conversations apart; False for an unknown family."""
-    return is_known(config) and FAMILIES[_family_name(config)].packs
+    return is_known(config) and FAMILIES[_family_name(config)].supports_packing
 
 
 def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:

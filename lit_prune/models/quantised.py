@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.models.bits import packed, unpacked
+from lit_prune.models.bits import pack_bits, unpack_bits
 
 Quantization = Literal["nf4", "fp4", "int8"]
 MASK = "mask_bits"
@@ -80,7 +80,7 @@ def quantised(linear: nn.Linear | Conv1D, quantization: Quantization, double_qua
     module.source_cls = type(linear)  # as transformers calls it
     module.weight_dtype = weight_OI.dtype
     if masked:
-        module.register_buffer(MASK, packed(weight_OI != 0).to(weight_OI.device))
+        module.register_buffer(MASK, pack_bits(weight_OI != 0).to(weight_OI.device))
         check_zeros(dequantised(module), module, "quantised")
     return module.train(linear.training)
 
@@ -134,7 +134,7 @@ def dequantised(module: Any) -> Tensor:
 def mask(module: nn.Module) -> Tensor | None:
     """Returns the mask of a quantised linear, (out, in), False for pruned weights; None without a mask."""
     bits = getattr(module, MASK, None)
-    return None if bits is None else unpacked(bits, torch.Size((module.out_features, module.in_features)))  # type: ignore[arg-type]
+    return None if bits is None else unpack_bits(bits, torch.Size((module.out_features, module.in_features)))  # type: ignore[arg-type]
 
 
 def pruned(module: Any) -> int:

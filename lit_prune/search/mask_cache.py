@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.calibration.windows import Batch
-from lit_prune.models.bits import packed, unpacked
+from lit_prune.models.bits import pack_bits, unpack_bits
 from lit_prune.models.families import Block
 from lit_prune.search.trial import Trial
 
@@ -68,7 +68,7 @@ class MaskCache:
         stored: Weights = {}
         for name, pruned_OI in self.cut(block, rate).items():
             keep_OI, dense_OI = pruned_OI != 0, block.linears[name].weight_OI
-            stored[f"keep.{name}"] = packed(keep_OI)
+            stored[f"keep.{name}"] = pack_bits(keep_OI)
             if not torch.equal(torch.where(keep_OI, dense_OI, 0), pruned_OI):
                 stored[f"new.{name}"] = pruned_OI[keep_OI]
         save_file(stored, self._file(block, level))
@@ -93,7 +93,7 @@ class MaskCache:
 
 def _rebuilt(stored: Weights, name: str, dense_OI: Tensor) -> Tensor:
     """The weight of a linear at a level."""
-    keep_OI = unpacked(stored[f"keep.{name}"], dense_OI.shape)
+    keep_OI = unpack_bits(stored[f"keep.{name}"], dense_OI.shape)
     new_K = stored.get(f"new.{name}")
     if new_K is None:
         return dense_OI.masked_fill(~keep_OI, 0)

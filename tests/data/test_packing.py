@@ -6,7 +6,7 @@ import torch
 from lit_prune.allocate import LayerRedundancy
 from lit_prune.data.packing import PackedConversations, PaddedConversations
 from lit_prune.evaluation.perplexity import IGNORED, measure
-from lit_prune.models.families import packs
+from lit_prune.models.families import supports_packing
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
@@ -48,7 +48,7 @@ def test_packed_a_conversation_is_what_it_is_alone(family: str) -> None:
     batch = {name: torch.stack([packed[0][name], packed[1][name]]) for name in packed[0]}
     together = measure(model, [batch], "x")
     assert alone.protocol.tokens == together.protocol.tokens == sum(len(row) - 3 for row in ids)
-    assert (together.perplexity == pytest.approx(alone.perplexity, rel=1e-4)) is packs(model.config)
+    assert (together.perplexity == pytest.approx(alone.perplexity, rel=1e-4)) is supports_packing(model.config)
     del batch["position_ids"]
     assert measure(model, [batch], "x").perplexity != pytest.approx(alone.perplexity, rel=1e-4)
 
