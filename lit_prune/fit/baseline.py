@@ -33,9 +33,9 @@ def measure_baseline(
         moves: Whether it is moved there; else it stays, and its blocks are moved in turn.
     """
     achieved, sparsity = zero_shares(without_adapter(model)) if structure.masked(model) else ([], 0.0)
-    found = Baseline(0, structure.record(model), {}, {}, None, achieved, sparsity)
+    baseline = Baseline(0, structure.record(model), {}, {}, None, achieved, sparsity)
     if validation is None:
-        return found
+        return baseline
     model = placed(model, device) if moves else model
     measured = measure(model, *validation, label="Perplexity, before", device=device, streamed=not moves)
-    return replace(with_perplexity(found, "before", measured), protocol=measured.protocol)
+    return replace(with_perplexity(baseline, "before", measured), protocol=measured.protocol)

@@ -55,11 +55,11 @@ def cut(
     before = _measure(model, "before", recipe, validation, device, measured, moves)
     pruned = prune(model, batches, recipe, device=device, statistics=stored)
     after = _measure(model, "after", recipe, validation, device, measured, moves)
-    perplexities = {"before": before.perplexity, "after": after.perplexity}
+    measurements = {"before": before.perplexity, "after": after.perplexity}
     sizes = {"before": before.size, "after": after.size}
     return CutRecord(
         step=step,
-        perplexity={when: found.perplexity for when, found in perplexities.items() if found is not None},
+        perplexity={when: result.perplexity for when, result in measurements.items() if result is not None},
         seconds=_seconds(before.perplexity, "before") | pruned.seconds | _seconds(after.perplexity, "after"),
         protocol=None if after.perplexity is None else after.perplexity.protocol,
         calibration=settings,

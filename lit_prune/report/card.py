@@ -103,7 +103,7 @@ def _cuts_not_made(report: Report) -> str:
     if not report.cuts_not_made:
         return ""
     steps = ", ".join(f"{cut.step} ({cut.sparsity:.2%})" for cut in report.cuts_not_made)
-    return f" The training was not through, not made were the cuts before optimizer step {steps}."
+    return f" Training ended early: the cuts before optimizer step {steps} were not made."
 
 
 def _recovery(report: Report) -> str:

@@ -83,7 +83,7 @@ def test_cuts_during_the_training() -> None:
     assert ", before optimizer step 4 (50.00%)." in model_card(replace(REPORT, cuts=[cut(4)]), "x")
     several = model_card(replace(REPORT, cuts=[cut(0, 0.25), cut(4)], cuts_not_made=[Cut(9, 0.6)]), "x")
     assert "during training, before optimizer steps 0 (25.00%), 4 (50.00%)." in several
-    assert "not through, not made were the cuts before optimizer step 9 (60.00%)." in several
+    assert "Training ended early: the cuts before optimizer step 9 (60.00%) were not made." in several
 
 
 def test_zeros_that_were_there_before() -> None:
