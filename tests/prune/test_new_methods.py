@@ -6,6 +6,7 @@ DropBlocks removes whole blocks, NarrowMLP the same number of channels from ever
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 from lit_prune.allocate import Allocation, LayerRedundancy, Uniform
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
+from lit_prune.cli.main import main
 from lit_prune.errors import InputError
 from lit_prune.models.families import Block
+from lit_prune.models.load import load_tokenizer
 from lit_prune.models.structure import Description, Structure, add_structure, describe, structures
 from lit_prune.pipeline import prune
 from lit_prune.prune.base import Method
@@ -245,3 +248,37 @@ def test_the_channels_with_the_smallest_columns_go(batches: list[Tensor]) -> Non
     kept = norms > norms.sort().values[11]
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight, weight_OI[:, kept])
     assert describe(model)[0].rows == {"channels of the MLPs": "36 of 48"}
+
+
+def test_the_command_reports_what_the_structure_describes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    warnings.simplefilter("ignore")  # Lightning's advice is no error here
+    for part in ("train", "val"):
+        Path(f"{part}.txt").write_text("Return the number of {part} items, or raise an error.\n" * 200)
+    tokenizer = load_tokenizer("embedded")
+    small_model(vocab_size=len(tokenizer)).save_pretrained("dense")
+    tokenizer.save_pretrained("dense")
+    main(
+        [
+            "prune",
+            "--output=out",
+            "--model.pretrained=dense",
+            "--data.train_files=train.txt",
+            "--data.val_files=val.txt",
+            "--data.seq_length=32",
+            "--data.val_seq_length=32",
+            "--pruning.calibration.num_samples=4",
+            "--pruning.calibration.seq_length=32",
+            f"--pruning.method={__name__}.DropBlocks",
+            "--pruning.allocation=LayerRedundancy",
+            "--pruning.sparsity=0.3",
+        ]
+    )
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["depth"]["blocks"] == 3
+    assert len(report["depth"]["remaining"]) == 2
+    assert "2 of 3 blocks remain." in Path("out/model/README.md").read_text()
+    assert "blocks that remain" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained("out/model").config.num_hidden_layers == 2
