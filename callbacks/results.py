@@ -24,7 +24,7 @@ from lit_prune.evaluation.perplexity import Measurement, measure
 from lit_prune.evaluation.tasks import Tasks
 from lit_prune.export.formats import ExportFormat, HuggingFace
 from lit_prune.export.hub import check_repository, push
-from lit_prune.export.plan import ExportPlan
+from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.export.run_folder import RunFolder
 from lit_prune.export.verify import check_trained
 from lit_prune.files import write_text
@@ -101,6 +101,8 @@ class ResultsCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the folder: a cut at the start of fit, which may refuse the run, is done in `setup`."""
+        # a cut before the first step is made by now, and its adapter attached: hours before the export asks again
+        self.format.check(Outline.of(find_callback(trainer, DynamicPruningCallback).find_model(pl_module)))
         if distributed.first():
             self.open()
         if self.csv_log and trainer.logger is None:
@@ -142,8 +144,17 @@ class ResultsCallback(Callback):
         if whole is None or not distributed.first():
             return None
         check_trained(whole, None if measured is None else measured.perplexity)
-        plan = ExportPlan.of(whole)
+        plan = self.plan(whole)
         return plan, self._report(pruning, plan, name, measured), validation
+
+    def plan(self, model: PreTrainedModel) -> ExportPlan:
+        """Returns the plan of the export of ``model``.
+
+        Raises:
+            InputError: if the format cannot hold it; nothing has been merged or written then.
+        """
+        self.format.check(Outline.of(model))
+        return ExportPlan.of(model)
 
     def _report(
         self, pruning: DynamicPruningCallback, plan: ExportPlan, name: str, measured: Measurement | None

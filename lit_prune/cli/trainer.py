@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
 from lit_prune.callbacks.results import ResultsCallback, find_callback, print_tables
 from lit_prune.errors import InputError
-from lit_prune.export.plan import ExportPlan, check_merge
+from lit_prune.export.plan import check_merge
 from lit_prune.files import write_text
 from lit_prune.fit.batches import calibration_batches, named, validation_data
 from lit_prune.fit.cut import cut
@@ -97,7 +97,7 @@ class PruneTrainer(Trainer):
         measured, stored = pruning.measure, pruning.fit_plan.stored
         with offload_folder(llm, results.folder.path), self._logging():
             done = cut(llm, pruning.fit_plan.recipe, calibration, validation, device, measured=measured, stored=stored)
-            plan = ExportPlan.of(llm)
+            plan = results.plan(llm)
             report = summary(plan, pruning.fit_plan.recipe, [done], format=results.format)
             with results.opened():
                 results.write(self, model, plan, report, validation)

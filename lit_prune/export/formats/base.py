@@ -20,7 +20,7 @@ class ExportFormat(ABC):
     """
 
     def check(self, outline: Outline) -> None:  # noqa: B027 (some formats hold everything)
-        """Raises InputError for a model that the format cannot hold, before it is pruned, trained or merged."""
+        """Raises InputError for a model that the format cannot hold, before it is trained, merged or written."""
 
     @abstractmethod
     def write(self, plan: ExportPlan, folder: Path, tokenizer: Tokenizer | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import final
 
 import pytest
 import torch
+from lit_prune.callbacks import ResultsCallback
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -15,6 +16,8 @@ from lit_prune.cli.main import main
 from lit_prune.errors import InputError
 from lit_prune.export.formats import ExportFormat
 from lit_prune.export.plan import ExportPlan, Outline
+from lit_prune.recover import LoRA
+from tests.callbacks.test_dynamic_pruning import Foreign, callback, fit, loader
 
 SPARSE = "tests.export.formats.test_base.Sparse"
 
@@ -89,3 +92,12 @@ def test_an_unknown_format_is_answered_with_the_known_ones(capsys: pytest.Captur
     with pytest.raises(SystemExit):
         run("prune", "--format=HugingFace")
     assert "`format` must be one of HuggingFace, or the dotted path" in capsys.readouterr().err
+
+
+def test_a_model_that_a_format_cannot_hold_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    results = ResultsCallback(str(tmp_path / "run"), format=Sparse())
+    module = Foreign()
+    with pytest.raises(InputError, match="`format` Sparse must have plain weights, got adapter"):
+        fit(module, callback(recovery=LoRA()), loader(1), callbacks=[results], max_steps=1)
+    assert not any(tensor.any() for name, tensor in module.state_dict().items() if ".lora_B" in name)
+    assert not (tmp_path / "run").exists()
