@@ -18,7 +18,7 @@ from rich.progress import track
 
 from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Search, Uniform
 from lit_prune.calibration.cached_statistics import CachedStatistics, read_statistics, write_statistics
-from lit_prune.files import written_aside
+from lit_prune.files import atomic_write
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import score_with_statistics
 from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
@@ -93,7 +93,7 @@ class Cases:
         has_scores = self.stored is not None and repr(rule) in self.stored.scores
         if not has_scores:
             scored, self.stored = score_with_statistics(model, batches, scoring, statistics=self.stored)
-            with written_aside(self.file) as draft:
+            with atomic_write(self.file) as draft:
                 write_statistics(draft, self.stored)
         row = self.protocol.run(recipe, self.stored)
         return row | {"scoring_seconds": 0.0 if has_scores else scored.seconds}

@@ -26,7 +26,7 @@ from lit_prune.checkpointing.random_states import random_states, restore_random_
 from lit_prune.checkpointing.resume import PROCESSES, Settings, check_settings, run_settings, stored_run
 from lit_prune.checkpointing.weights import Source, fill
 from lit_prune.distill import Distillation
-from lit_prune.distributed import shards
+from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.fit.baseline import measure_baseline
@@ -226,11 +226,11 @@ class DynamicPruningCallback(Callback):
         if self.fit_plan.idle:
             return
         # a model that was made on the spot has no source, and of one that is sharded no process has all weights
-        if not self.full_checkpoint and model.name_or_path and not shards(trainer):
+        if not self.full_checkpoint and model.name_or_path and not shards_weights(trainer):
             self.source = Source.of(model)
         if self.fit_plan.recipe is None:
             validation, device = validation_data(trainer) if self.measure else None, trainer.strategy.root_device
-            baseline = measure_baseline(model, validation, device, moves=not shards(trainer))
+            baseline = measure_baseline(model, validation, device, moves=not shards_weights(trainer))
             attach(model, self.fit_plan.recovery)
             self.baseline = self._with_quantised(baseline, model, validation, device)
         elif self.fit_plan.cuts[0].step == 0:
@@ -246,7 +246,7 @@ class DynamicPruningCallback(Callback):
             self.teaching.resume(trainer, model, stored["teacher"])
         Snapshot.from_dict(stored).rebuild(model)
         left_out = stored["left_out"]
-        if shards(trainer):
+        if shards_weights(trainer):
             return
         self.source = None if left_out is None else Source.resumed(left_out)
 
@@ -283,7 +283,7 @@ class DynamicPruningCallback(Callback):
                 validation,
                 device,
                 measured=self.measure,
-                moves=not shards(trainer),
+                moves=not shards_weights(trainer),
                 step=step,
                 stored=self.fit_plan.stored,
             )
@@ -329,7 +329,7 @@ class DynamicPruningCallback(Callback):
         if trainer.ckpt_path:  # gives its position only to a loader that is made after it; who counted steps made one
             trainer.fit_loop._combined_loader = None
         model = _at(pl_module, self.target)
-        if not shards(trainer) or not isinstance(model, PreTrainedModel):
+        if not shards_weights(trainer) or not isinstance(model, PreTrainedModel):
             return
         check_sharded(model)
         if self._holds:
@@ -455,7 +455,7 @@ class DynamicPruningCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Returns what has been done, and the states of the random numbers."""
         records = {"done": to_plain(self.done), "kept": to_plain(self.baseline)}
-        return {**records, "random": distributed.gathered(random_states())}
+        return {**records, "random": distributed.all_gather(random_states())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what had been done."""

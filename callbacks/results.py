@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune import distributed
-from lit_prune.distributed import shards
+from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import Measurement, measure
 from lit_prune.evaluation.tasks import Tasks
@@ -86,7 +86,7 @@ class ResultsCallback(Callback):
         if stage == "fit":
             find_callback(trainer, DynamicPruningCallback)
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
-            if distributed.first():
+            if distributed.is_rank_zero():
                 self.folder.check()
                 self.check_tasks(getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
 
@@ -103,7 +103,7 @@ class ResultsCallback(Callback):
         """Makes the folder: a cut at the start of fit, which may refuse the run, is done in `setup`."""
         # a cut before the first step is made by now, and its adapter attached: hours before the export asks again
         self.format.check(Outline.of(find_callback(trainer, DynamicPruningCallback).find_model(pl_module)))
-        if distributed.first():
+        if distributed.is_rank_zero():
             self.open()
         if self.csv_log and trainer.logger is None:
             trainer.logger = self._csv = CSVLogger(self.folder.path, name="logs")
@@ -141,7 +141,7 @@ class ResultsCallback(Callback):
         validation = validation_data(trainer)
         measured = None if validation is None else measure(model, *validation, label=f"Perplexity, {name}")
         whole = gathered(model)
-        if whole is None or not distributed.first():
+        if whole is None or not distributed.is_rank_zero():
             return None
         check_trained(whole, None if measured is None else measured.perplexity)
         plan = self.plan(whole)
@@ -192,7 +192,7 @@ class ResultsCallback(Callback):
             base=base,
             tokenizer=tokenizer,
             validation=validation,
-            device=plan.model.device if shards(trainer) else trainer.strategy.root_device,
+            device=plan.model.device if shards_weights(trainer) else trainer.strategy.root_device,
         )
         self.folder.finish()
         report, failure = self._run_tasks(plan.reference, report, base, tokenizer)

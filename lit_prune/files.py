@@ -1,10 +1,11 @@
-"""Files and folders that appear whole or not at all, and the errors of a disk that cannot be written to.
+"""Atomic writes of files and folders, and the errors of a disk that cannot be written to.
 
-What is written goes to a draft beside its target, which is then renamed: a rename within a file system is atomic, so
-that a reader, or a run that is resumed after a kill, sees the old version or the new one, never half of either.
+Files are written to a draft beside their target, which is then renamed. A rename within a file system is atomic, so
+that a reader, or a run that is resumed after a kill, sees either the old version or the new one in full.
 
-Nothing is fsynced here. A kill of the process loses nothing that was written, since the system has it; a crash of the
-machine may, and results can be exported again from a checkpoint. Checkpoints are synced by ``AtomicCheckpointIO``.
+Nothing is fsynced here. If the process is killed, what it has written is safe with the operating system; if the
+machine crashes, it may be lost, but results can be exported again from a checkpoint. Checkpoints are synced by
+``AtomicCheckpointIO``.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from pathlib import Path
 from lit_prune.errors import InputError
 
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-REPLACED = "replaced"  # where a folder stands, inside the draft's, while another takes its name
+REPLACED = "replaced"  # name of the old folder, inside the draft's folder, while the new one is renamed
 
 
-def refused(error: BaseException) -> str | None:
-    """Returns the system's message for a disk that could not be written to, None for any other error.
+def disk_error(error: BaseException) -> str | None:
+    """Returns the system's message if a disk could not be written to, None for any other error.
 
-    >>> refused(OSError(28, "any"))
+    >>> disk_error(OSError(28, "any"))
     'No space left on device'
     """
     cause: BaseException | None = error
@@ -43,16 +44,16 @@ def _error_number(error: BaseException) -> int:
     """The operating system's number of an error, 0 without one."""
     if isinstance(error, OSError):
         return error.errno or 0
-    # safetensors raises an error of its own, written in Rust, which has the number in its text alone
-    in_text = re.search(r"\(os error (\d+)\)", str(error))
-    return int(in_text.group(1)) if in_text else 0
+    # safetensors, written in Rust, raises its own error, which gives the number only in its text
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    return int(match.group(1)) if match else 0
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def atomic_write(target: Path) -> Iterator[Path]:
     """Yields a path beside ``target`` to write a file or a folder to, and renames it when the context ends normally.
 
-    The earlier ``target`` is replaced. After an exception it is as it was, and nothing is left beside it.
+    An existing ``target`` is replaced. After an exception it is unchanged, and the draft is deleted.
 
     Raises:
         InputError: if the disk cannot be written to.
@@ -63,8 +64,8 @@ def written_aside(target: Path) -> Iterator[Path]:
             draft = folder / target.name
             yield draft
             _apply_umask(draft)
-            # A file is replaced by one rename. A folder that is not empty cannot be, so that it takes two, and between
-            # them there is none: `clear_draft` puts the new one, which is whole, in its place after an interrupt.
+            # One rename replaces a file. A folder that is not empty takes two, and an interrupt between them leaves no
+            # folder at ``target``: `clear_draft` then renames the new one, which is complete.
             if target.is_dir():
                 target.rename(folder / REPLACED)
             draft.replace(target)
@@ -73,18 +74,18 @@ def written_aside(target: Path) -> Iterator[Path]:
     except InputError:
         raise
     except Exception as error:
-        if (reason := refused(error)) is None:
+        if (reason := disk_error(error)) is None:
             raise
         raise InputError(
-            f"`output` must be where there is room, {target} could not be written: {reason}. "
-            f"{'The earlier one is as it was' if target.exists() else 'Nothing of it is left'}; free some space, or "
+            f"`output` must be on a disk with enough space, {target} could not be written: {reason}. "
+            f"{'The old version is unchanged' if target.exists() else 'No part of it was kept'}; free some space, or "
             "choose another `--output DIR`."
         ) from error
 
 
 def _apply_umask(draft: Path) -> None:
-    """Gives safetensors files, which are created readable by their owner alone, the mode of any other new file."""
-    probe = draft.parent / ".mode"  # the umask itself can be read only by setting it, for all threads
+    """Gives safetensors files, which only their owner may read, the mode of any other new file."""
+    probe = draft.parent / ".mode"  # os.umask can only be read by setting it, for all threads
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     for file in (draft, *draft.rglob("*.safetensors")):
@@ -93,7 +94,7 @@ def _apply_umask(draft: Path) -> None:
 
 
 def clear_draft(draft: Path) -> None:
-    """Deletes the folder of a draft; a new version that was stopped between its two renames gets its name first."""
+    """Deletes the folder of a draft, after finishing a replacement that was interrupted between its two renames."""
     name = draft.name.removeprefix(".").rpartition(".partial-")[0]
     if (draft / REPLACED).is_dir() and (draft / name).is_dir() and not (draft.parent / name).exists():
         (draft / name).rename(draft.parent / name)
@@ -101,6 +102,6 @@ def clear_draft(draft: Path) -> None:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Writes a text file aside and renames it."""
-    with written_aside(target) as draft:
+    """Writes a text file atomically."""
+    with atomic_write(target) as draft:
         draft.write_text(text, encoding="utf-8")

@@ -185,7 +185,7 @@ def prune(
 
 def _check_same(blocks: Sequence[Block]) -> None:
     """Raises RuntimeError where the processes have not arrived at the same weights, to the bit."""
-    if distributed.number() > 1:
+    if distributed.world_size() > 1:
         weights = [{name: digest(tensor) for name, tensor in block.module.state_dict().items()} for block in blocks]
         distributed.check_same("The pruned weights", weights)
 
@@ -301,7 +301,7 @@ def _stream(
     batches: Iterable[Batch | Tensor],
     device: torch.device | str | None,
 ) -> Stream:
-    share = distributed.share(_dicts(model, batches))  # each process runs its share of the batches
+    share = distributed.shard(_dicts(model, batches))  # each process runs its share of the batches
     return Stream(model, blocks, share, torch.device(device or model.device))
 
 

@@ -17,14 +17,14 @@ console = Console(stderr=True)
 
 def log(text: str) -> None:
     """Prints a line beside the progress bars."""
-    if distributed.first():
+    if distributed.is_rank_zero():
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def track(items: Iterable[Item], label: str) -> Iterator[Item]:
     """Yields ``items`` under a progress bar; without a terminal prints one line when the work begins."""
     total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
-    if not distributed.first():
+    if not distributed.is_rank_zero():
         yield from items
         return
     if not console.is_terminal:

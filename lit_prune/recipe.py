@@ -99,7 +99,7 @@ class Recipe:
     def bounded(self, model: PreTrainedModel) -> tuple[list[Block], Limits]:
         """Returns the blocks as :meth:`check` does, and what bounds their rates; errors as there."""
         self.method.check(model, self.sparsity)
-        if self.allocation.searches and distributed.number() > 1:
+        if self.allocation.searches and distributed.world_size() > 1:
             raise InputError(
                 f"`pruning.allocation` must not be {type(self.allocation).__name__} in several processes: search in "
                 "one, and use the plan that `lit-prune score` writes."

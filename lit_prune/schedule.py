@@ -1,7 +1,7 @@
-"""Sparsity as a function of the step: when cuts come, and how much is gone after each.
+"""Schedules of sparsity: the steps at which the model is cut, and the sparsity after each cut.
 
-One cut takes all that is asked for. Of several, a schedule says what share of the final sparsity each one reaches,
-or the targets are listed.
+A single cut goes to the final sparsity at once. For several cuts a schedule gives the share of the final sparsity that
+each of them reaches, unless their targets are listed.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ from lit_prune.errors import InputError
 
 
 class Cut(NamedTuple):
-    """One cut: the optimizer step before which it comes, and the share that is gone after it."""
+    """One cut: the optimizer step that it precedes, and the sparsity after it."""
 
     step: int
     sparsity: float
 
 
 class Schedule(ABC):
-    """How sparsity rises over several cuts."""
+    """The rise of the sparsity over several cuts."""
 
     @abstractmethod
     def share(self, progress: float) -> float:
-        """Returns the share of the final sparsity that is reached at ``progress``, 0 before the first cut, 1 at the
-        last; it never falls, and is 1 at 1."""
+        """Returns the share of the final sparsity that is reached at ``progress``: non-decreasing, and 1 at 1.
+
+        Args:
+            progress: The position in the series of cuts: 0 before the first cut, 1 at the last.
+        """
 
 
 @final
 @dataclass(frozen=True)
 class OneShot(Schedule):
-    """All at once: for one cut."""
+    """The whole sparsity in a single cut."""
 
     def share(self, progress: float) -> float:
         """Returns 1."""
@@ -44,17 +47,17 @@ class OneShot(Schedule):
 @final
 @dataclass(frozen=True)
 class Linear(Schedule):
-    """Equal shares: s_t = s_f * p; three cuts to 0.6 reach 0.2, 0.4 and 0.6."""
+    """Equal steps: s_t = s_f * p; three cuts to 0.6 reach 0.2, 0.4 and 0.6."""
 
     def share(self, progress: float) -> float:
-        """Returns the progress."""
+        """Returns ``progress``."""
         return progress
 
 
 @final
 @dataclass(frozen=True)
 class Cubic(Schedule):
-    """Most at first, while there is much to choose from: s_t = s_f * (1 - (1 - p)^3).
+    """Large steps first, while many weights matter little, and small ones last: s_t = s_f * (1 - (1 - p)^3).
 
     *To prune, or not to prune*, 2017, arXiv 1710.01878, equation 1, with s_i = 0. Three cuts to 0.6 reach 0.6 * 19/27,
     0.6 * 26/27 and 0.6: 0.4222, 0.5778 and 0.6.
@@ -68,17 +71,18 @@ class Cubic(Schedule):
 def cuts(
     at_step: int | Sequence[int], sparsity: float | Sequence[float], schedule: Schedule | None = None
 ) -> tuple[Cut, ...]:
-    """Returns every cut in order; the last target is the final sparsity, exactly.
+    """Returns the cuts in order; the target of the last is exactly the final sparsity.
 
     Args:
-        at_step: The step of the one cut, or of each.
+        at_step: The step of a single cut, or of each cut.
         sparsity: The final sparsity, or the target of each cut.
-        schedule: What lies between, where ``sparsity`` does not list it; None is OneShot for one cut and Cubic for
+        schedule: The rise of the sparsity if ``sparsity`` is one number; None is OneShot for one cut and Cubic for
             several.
 
     Raises:
-        InputError: for steps that do not rise from 0, targets that do not rise within [0, 1), a list of targets of
-            another length or beside a schedule, and OneShot for several cuts.
+        InputError: if a step is negative or the steps do not rise; if a target is outside [0, 1) or the targets do not
+            rise; if targets are listed together with a schedule, or in another number than steps; for OneShot with
+            several cuts.
     """
     steps = [at_step] if isinstance(at_step, int) else list(at_step)
     _check_steps(steps)
@@ -91,19 +95,19 @@ def cuts(
         chosen = schedule or Cubic()
         if isinstance(chosen, OneShot):
             raise InputError(
-                f"`pruning.schedule` must be Linear or Cubic for {len(steps)} cuts, got OneShot: it makes one. Give "
-                "one `pruning.at_step`, or another schedule."
+                f"`pruning.schedule` must be Linear or Cubic for {len(steps)} cuts, got OneShot, which makes one. "
+                "Give one `pruning.at_step`, or another schedule."
             )
-        targets = [sparsity * chosen.share(part) for part in progress(steps)]
+        targets = [sparsity * chosen.share(position) for position in progress(steps)]
         targets[-1] = sparsity
     _check_targets(targets)
     return tuple(Cut(step, target) for step, target in zip(steps, targets, strict=True))
 
 
 def progress(steps: Sequence[int]) -> list[float]:
-    """Returns how far each of several steps is along a ramp that began one mean interval before the first.
+    """Returns the position of each step in [0, 1], on a ramp that starts one mean interval before the first step.
 
-    So the first cut takes something: steps [100, 200, 300] are at 1/3, 2/3 and 1.
+    The first cut is therefore not at 0, where it would remove nothing: [100, 200, 300] are at 1/3, 2/3 and 1.
     """
     begin = steps[0] - (steps[-1] - steps[0]) / (len(steps) - 1)
     return [(step - begin) / (steps[-1] - begin) for step in steps]
@@ -121,13 +125,13 @@ def _check_steps(steps: Sequence[int]) -> None:
 def _check_listed(targets: Sequence[float], steps: Sequence[int], schedule: Schedule | None) -> None:
     if len(targets) != len(steps):
         raise InputError(
-            f"`pruning.sparsity` must be one number, or as many as `pruning.at_step` has steps, {len(steps)}, got "
-            f"{len(targets)}."
+            f"`pruning.sparsity` must be one number, or one for each of the {len(steps)} steps of `pruning.at_step`, "
+            f"got {len(targets)}."
         )
     if schedule is not None:
         raise InputError(
-            f"`pruning.schedule` must be null where `pruning.sparsity` lists every target, got {schedule}; give the "
-            "final sparsity alone, or no schedule."
+            f"`pruning.schedule` must be null if `pruning.sparsity` lists the target of every cut, got {schedule}. "
+            "Give only the final sparsity, or no schedule."
         )
 
 
@@ -137,4 +141,6 @@ def _check_targets(targets: Sequence[float]) -> None:
             raise InputError(f"`pruning.sparsity` must be in [0, 1), the share to remove, got {target}.")
     if any(later <= earlier for earlier, later in pairwise(targets)):
         shown = ", ".join(f"{target:g}" for target in targets)
-        raise InputError(f"`pruning.sparsity` must rise from cut to cut, what is pruned stays pruned, got {shown}.")
+        raise InputError(
+            f"`pruning.sparsity` must rise from cut to cut, since pruned weights stay pruned, got {shown}."
+        )

@@ -22,12 +22,14 @@ from lit_prune.checkpointing.io import AtomicCheckpointIO
 from lit_prune.cli.main import main
 from lit_prune.errors import InputError
 from lit_prune.export.run_folder import RunFolder
-from lit_prune.files import refused, write_text, written_aside
+from lit_prune.files import atomic_write, disk_error, write_text
 from tests.test_kill import command, write_data
 
-LINE = "lit-prune: error: `output` must be where there is room, .* could not be written: {why}. {kept}; free some space"
+LINE = (
+    "lit-prune: error: `output` must be on a disk with enough space, .* could not be written: {why}. {kept}; free some"
+)
 TOO_LARGE, NO_SPACE = "File too large", "No space left on device"
-AS_IT_WAS, NOTHING = "The earlier one is as it was", "Nothing of it is left"
+AS_IT_WAS, NOTHING = "The old version is unchanged", "No part of it was kept"
 TENSORS = {"weights": torch.zeros(1_000_000)}
 
 
@@ -92,18 +94,18 @@ def test_what_does_not_fit_is_said_in_a_line_and_the_earlier_one_stands(writer: 
     for before, kept in ((False, NOTHING), (True, AS_IT_WAS)):
         if before:
             write_text(target, "earlier")
-        told = f"`output` must be where there is room, .*file could not be written: {TOO_LARGE}. {kept}; free some"
-        with pytest.raises(InputError, match=told), limit(100_000), written_aside(target) as draft:
+        told = f"`output` must be on a disk with enough space, .* could not be written: {TOO_LARGE}. {kept}; free"
+        with pytest.raises(InputError, match=told), limit(100_000), atomic_write(target) as draft:
             WRITERS[writer](draft)
     assert everything(tmp_path) == {"file": b"earlier"}
 
 
 def test_only_what_a_disk_refuses_is_said_so(tmp_path: Path) -> None:
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        assert refused(OSError(number, "any")) == os.strerror(number)
+        assert disk_error(OSError(number, "any")) == os.strerror(number)
     for error in (OSError(errno.ENOENT, "any"), OSError("any"), RuntimeError("28"), InputError("any")):
-        assert refused(error) is None
-    with pytest.raises(PermissionError), written_aside(tmp_path / "file"):
+        assert disk_error(error) is None
+    with pytest.raises(PermissionError), atomic_write(tmp_path / "file"):
         raise PermissionError(errno.EACCES, "any")
 
 

@@ -54,7 +54,7 @@ def cut(family: str, method: Any) -> dict[str, Any]:
 def observed() -> list[BlockStatistics]:
     model = small_model("mixtral")
     blocks = find_blocks(model)
-    stream = Stream(model, blocks, distributed.share(windows()), torch.device("cpu"))
+    stream = Stream(model, blocks, distributed.shard(windows()), torch.device("cpu"))
     return [observe(stream, block, frozenset({INPUTS, GRAM, COSINE})) for block in blocks]
 
 
@@ -71,23 +71,23 @@ def work(rank: int, number: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(rank + 1)
     dist.init_process_group("gloo", rank=rank, world_size=number)
-    assert (distributed.number(), distributed.rank(), distributed.first()) == (number, rank, rank == 0)
+    assert (distributed.world_size(), distributed.rank(), distributed.is_rank_zero()) == (number, rank, rank == 0)
     distributed.agree_on_threads()
     assert torch.get_num_threads() == 1
-    assert distributed.total_count(rank + 1) == sum(range(1, number + 1))
-    assert distributed.gathered(rank) == list(range(number))
+    assert distributed.all_reduce_count(rank + 1) == sum(range(1, number + 1))
+    assert distributed.all_gather(rank) == list(range(number))
     own = list(distributed.equal_batches(range(number + 1)))
     assert own == [(rank, True), (number, rank == 0)]
     with distributed.single_process():
-        assert distributed.number() == 1
-        assert distributed.share([1, 2]) == [1, 2]
-        assert distributed.total_count(3) == 3
-        assert distributed.first() == (rank == 0)
+        assert distributed.world_size() == 1
+        assert distributed.shard([1, 2]) == [1, 2]
+        assert distributed.all_reduce_count(3) == 3
+        assert distributed.is_rank_zero() == (rank == 0)
     distributed.check_same("A number", 1)
     with pytest.raises(RuntimeError, match=rf"A number must be the same in all processes, processes \[{number - 1}\]"):
         distributed.check_same("A number", rank == number - 1)
     with pytest.raises(InputError, match=f"got 1 batches for {number} processes"):
-        distributed.share([0])
+        distributed.shard([0])
     with pytest.raises(InputError, match="must not be Search in several processes: search in one"):
         Recipe(allocation=Search()).check(small_model())
     torch.save(everything() | {"order": orders()}, Path(folder, f"{rank}.pt"))
@@ -156,12 +156,12 @@ def test_every_step_reads_what_one_process_reads_in_a_larger_batch(found: list[d
 
 
 def test_one_process_does_nothing_special() -> None:
-    assert (distributed.number(), distributed.rank(), distributed.first()) == (1, 0, True)
-    assert distributed.share([1]) == [1]
+    assert (distributed.world_size(), distributed.rank(), distributed.is_rank_zero()) == (1, 0, True)
+    assert distributed.shard([1]) == [1]
     assert list(distributed.equal_batches("ab")) == [("a", True), ("b", True)]
     threads = torch.get_num_threads()
     distributed.agree_on_threads()
     assert torch.get_num_threads() == threads
     value = torch.ones(2)
-    assert distributed.total(value) is value
-    assert distributed.gathered("x") == ["x"]
+    assert distributed.all_reduce_sum(value) is value
+    assert distributed.all_gather("x") == ["x"]

@@ -10,22 +10,22 @@ import torch
 from safetensors.torch import save_file
 
 from lit_prune.errors import InputError
-from lit_prune.files import clear_draft, refused, write_text, written_aside
+from lit_prune.files import atomic_write, clear_draft, disk_error, write_text
 
 
-def test_written_aside_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_atomic_write_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with written_aside(target) as draft:
+    with atomic_write(target) as draft:
         draft.mkdir()
         (draft / "a").write_text("1")
         assert not target.exists()
     assert (target / "a").read_text() == "1"
-    with pytest.raises(RuntimeError, match="broken"), written_aside(target) as draft:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="broken"), atomic_write(target) as draft:  # noqa: PT012
         draft.mkdir()
         raise RuntimeError("broken")
     assert os.listdir(tmp_path) == ["model"]
     assert (target / "a").read_text() == "1"
-    with written_aside(target) as draft:
+    with atomic_write(target) as draft:
         draft.mkdir()
     assert os.listdir(target) == []
     assert os.listdir(tmp_path) == ["model"]
@@ -39,7 +39,7 @@ def test_an_interrupt_between_two_names_loses_nothing(tmp_path: Path, monkeypatc
     target.mkdir()
     for renames, left in (("rename", "old"), ("replace", "new")):
         (target / "a").write_text("old")
-        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch, written_aside(target) as draft:  # noqa: PT012
+        with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch, atomic_write(target) as draft:  # noqa: PT012
             draft.mkdir()
             (draft / "a").write_text("new")
             patch.setattr(Path, renames, interrupt)
@@ -52,7 +52,7 @@ def test_what_safetensors_keeps_to_itself_is_open_as_the_umask_says(tmp_path: Pa
     before = os.umask(umask)
     try:
         for target in (tmp_path / "statistics.safetensors", tmp_path / "model"):
-            with written_aside(target) as draft:
+            with atomic_write(target) as draft:
                 if target.suffix == "":
                     draft.mkdir()
                 save_file({"weight": torch.zeros(1)}, draft if target.suffix else draft / "model.safetensors")
@@ -82,11 +82,13 @@ def test_a_draft_that_was_whole_gets_its_name_and_a_half_one_is_deleted(tmp_path
 
 
 def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
-    message = r"`output` must be where there is room, .*x could not be written: No space left.*Nothing of it is left"
-    with pytest.raises(InputError, match=message), written_aside(tmp_path / "x"):
+    message = (
+        r"`output` must be on a disk with enough space, .* could not be written: No space left.*No part of it was kept"
+    )
+    with pytest.raises(InputError, match=message), atomic_write(tmp_path / "x"):
         raise OSError(errno.ENOSPC, "any")
-    message = r"File too large. The earlier one is as it was; free some space, or choose another `--output"
-    with pytest.raises(InputError, match=message), written_aside(tmp_path):
+    message = r"File too large. The old version is unchanged; free some space, or choose another `--output"
+    with pytest.raises(InputError, match=message), atomic_write(tmp_path):
         raise RuntimeError("Error while serializing: I/O error: File too large (os error 27)")
     assert list(tmp_path.iterdir()) == []
 
@@ -94,6 +96,6 @@ def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
 def test_errors_of_a_disk_are_told_from_others() -> None:
     chained = RuntimeError("of a library")
     chained.__cause__ = OSError(errno.EROFS, "any")
-    assert refused(chained) == "Read-only file system"
-    assert refused(FileNotFoundError(errno.ENOENT, "any")) is None
-    assert refused(ValueError("any")) is None
+    assert disk_error(chained) == "Read-only file system"
+    assert disk_error(FileNotFoundError(errno.ENOENT, "any")) is None
+    assert disk_error(ValueError("any")) is None

@@ -37,7 +37,7 @@ def test_a_terminal_has_bars(printed: io.StringIO) -> None:
 
 @pytest.mark.parametrize("printed", [False], indirect=True)
 def test_other_processes_print_nothing(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lit_prune.progress.distributed.first", lambda: False)
+    monkeypatch.setattr("lit_prune.progress.distributed.is_rank_zero", lambda: False)
     assert list(progress.track([1, 2], "Blocks")) == [1, 2]
     progress.log("Done.")
     assert printed.getvalue() == ""

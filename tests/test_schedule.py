@@ -50,10 +50,16 @@ def test_every_schedule_rises_to_1(kind: type[Schedule]) -> None:
         (([], 0.5), "`pruning.at_step` must be a step, or a list of at least one, got an empty list"),
         (([0, 5, 5], 0.5), r"`pruning.at_step` must list rising steps, got \[0, 5, 5\]"),
         ((0, 1.0), r"`pruning.sparsity` must be in \[0, 1\), the share to remove, got 1.0"),
-        (([0, 5], [0.5]), "`pruning.sparsity` must be one number, or as many as `pruning.at_step` has steps, 2, got 1"),
+        (
+            ([0, 5], [0.5]),
+            "`pruning.sparsity` must be one number, or one for each of the 2 steps of .*, got 1",
+        ),
         (([0, 5], [0.5, 0.4]), "`pruning.sparsity` must rise from cut to cut, .* got 0.5, 0.4"),
         (([0, 5], 0.0), "`pruning.sparsity` must rise from cut to cut, .* got 0, 0"),
-        (([0, 5], [0.3, 0.5], Linear()), "`pruning.schedule` must be null where `pruning.sparsity` lists every target"),
+        (
+            ([0, 5], [0.3, 0.5], Linear()),
+            "`pruning.schedule` must be null if `pruning.sparsity` lists the target",
+        ),
         (([0, 5], 0.5, OneShot()), "`pruning.schedule` must be Linear or Cubic for 2 cuts, got OneShot"),
     ],
 )

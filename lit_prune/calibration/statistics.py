@@ -94,8 +94,8 @@ class InputSquares:
 
     def sum_over_processes(self, width: int) -> None:
         """Adds the sums of the other processes; ``width`` is the number of channels, for one that saw no token."""
-        self.sum_I = distributed.total(torch.zeros(width) if self.sum_I is None else self.sum_I)
-        self.tokens = distributed.total_count(self.tokens)
+        self.sum_I = distributed.all_reduce_sum(torch.zeros(width) if self.sum_I is None else self.sum_I)
+        self.tokens = distributed.all_reduce_count(self.tokens)
 
     def norm(self) -> Tensor:
         """Returns the root mean square, shape (I,); one token [3, 4] gives [3, 4]."""
@@ -125,8 +125,8 @@ class InputGram:
 
     def sum_over_processes(self, width: int) -> None:
         """Adds the sums of the other processes; ``width`` is the number of channels, for one that saw no token."""
-        self.sum_II = distributed.total(torch.zeros(width, width) if self.sum_II is None else self.sum_II)
-        self.tokens = distributed.total_count(self.tokens)
+        self.sum_II = distributed.all_reduce_sum(torch.zeros(width, width) if self.sum_II is None else self.sum_II)
+        self.tokens = distributed.all_reduce_count(self.tokens)
 
     def gram(self) -> Tensor:
         """Returns the mean, shape (I, I); one token [3, 4] gives [[9, 12], [12, 16]]."""
@@ -204,7 +204,9 @@ class Observer:
         self._sum_over_processes(shared_inputs.values())
         norms = {name: squares.norm() for name, squares in self._squares.items()}
         grams = {name: gram.gram() for name, gram in self._grams.items()}
-        cosine, tokens = distributed.total(torch.tensor([self._cosine, self._tokens], dtype=torch.float64)).tolist()
+        cosine, tokens = distributed.all_reduce_sum(
+            torch.tensor([self._cosine, self._tokens], dtype=torch.float64)
+        ).tolist()
         return BlockStatistics(
             norms={name: norms[first] for name, first in shared_inputs.items() if first in norms},
             cosine=cosine / tokens if tokens else None,
@@ -214,7 +216,7 @@ class Observer:
 
     def _agreed_shared_inputs(self) -> dict[str, str]:
         """The shared inputs that any process knows of: an expert may have had tokens in another one alone."""
-        by_process = distributed.gathered(self._shared_inputs)
+        by_process = distributed.all_gather(self._shared_inputs)
         return {name: first for shared in reversed(by_process) for name, first in shared.items()}
 
     def _sum_over_processes(self, shared_inputs: Iterable[str]) -> None:

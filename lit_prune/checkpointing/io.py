@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from lit_prune.files import written_aside
+from lit_prune.files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -25,7 +25,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(target) as draft, draft.open("wb") as file:
+        with atomic_write(target) as draft, draft.open("wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())

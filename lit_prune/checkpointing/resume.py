@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lit_prune.distributed import shards
+from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.models import structure
 
@@ -25,7 +25,7 @@ def run_settings(trainer: Trainer, pl_module: LightningModule) -> Settings:
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         "trainer.precision": str(trainer.precision),
         PROCESSES: trainer.world_size,
-        "trainer.strategy": "ModelParallelStrategy" if shards(trainer) else "one that keeps weights whole",
+        "trainer.strategy": "ModelParallelStrategy" if shards_weights(trainer) else "one that keeps weights whole",
     }
     for part in (pl_module, getattr(trainer, "datamodule", None)):
         settings |= getattr(part, "resume_settings", dict)()

@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lit_prune.allocate import Allocation
 from lit_prune.errors import near_misses
 from lit_prune.export.formats import ExportFormat
-from lit_prune.files import refused
+from lit_prune.files import disk_error
 from lit_prune.prune import Method, Pattern
 from lit_prune.recover import Recovery
 from lit_prune.schedule import Schedule
@@ -50,7 +50,7 @@ def one_line(error: Exception) -> str | None:
         # jsonargparse wraps the InputError of a class if its field may be of several types
         wrapped = re.search(r"^\s*- (`.+)$", str(error), re.MULTILINE)
         return wrapped and wrapped.group(1)
-    if (reason := refused(error)) is not None:
+    if (reason := disk_error(error)) is not None:
         return f"`output` must be where there is room: {reason}. Free some space, or choose another `--output DIR`."
     return None
 

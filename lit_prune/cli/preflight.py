@@ -13,7 +13,7 @@ from lit_prune.callbacks.results import ResultsCallback, find_callback
 from lit_prune.cli.failure import rank
 from lit_prune.cli.signatures import WRITES
 from lit_prune.data.datamodule import TextDataModule
-from lit_prune.distributed import shards
+from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.fit.batches import check_one_process, check_processes
 from lit_prune.fit.module import PrunableLM
@@ -100,7 +100,7 @@ def check_objects(
         pruning.check_trainer(trainer)
         if ckpt_path:
             pruning.check_resumed(trainer, model, datamodule, ckpt_path)
-    if verb in ("validate", "test") and shards(trainer):
+    if verb in ("validate", "test") and shards_weights(trainer):
         raise InputError(f"`trainer.strategy` must not be ModelParallelStrategy for {verb}: use ddp.")
     if verb == "evaluate" and results.tasks is None:
         raise InputError("`tasks` must be given, such as `--tasks arc_easy,piqa`, got none.")

@@ -24,7 +24,7 @@ from lit_prune.data.files import FileList, check_encoding_name
 from lit_prune.data.loaders import PaddedDataset, ResumableLoader, ShardedSampler
 from lit_prune.data.sources import HubDataset, LocalFiles, PythonDocs
 from lit_prune.data.text import TextData
-from lit_prune.distributed import shards
+from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.models.load import Tokenizer, load_tokenizer
 
@@ -199,12 +199,12 @@ class TextDataModule(LightningDataModule):
 
     def _loader(self, part: Part) -> DataLoader:
         items = self.windows(part)
-        if len(items) < distributed.number():
+        if len(items) < distributed.world_size():
             raise InputError(
-                f"`data.val_windows` must give each of {distributed.number()} processes a window, got {len(items)}."
+                f"`data.val_windows` must give each of {distributed.world_size()} processes a window, got {len(items)}."
             )
         # sharded weights are gathered in every forward pass, so that all processes need as many
-        multiple = distributed.number() if self.trainer is not None and shards(self.trainer) else 1
+        multiple = distributed.world_size() if self.trainer is not None and shards_weights(self.trainer) else 1
         padded = PaddedDataset(items, multiple)  # type: ignore[arg-type]
         return DataLoader(
             padded,

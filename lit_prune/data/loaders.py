@@ -35,7 +35,7 @@ class EpochOrder(DistributedSampler[int]):  # Lightning replaces any sampler but
     """
 
     def __init__(self, items: Dataset, seed: int) -> None:
-        super().__init__(items, distributed.number(), distributed.rank(), seed=seed)
+        super().__init__(items, distributed.world_size(), distributed.rank(), seed=seed)
         self.count, self.begin = len(items), 0  # type: ignore[arg-type]
         if self.count < self.num_replicas:
             raise InputError(
@@ -160,7 +160,7 @@ class ShardedSampler(DistributedSampler[int]):
     """
 
     def __init__(self, items: Dataset) -> None:
-        super().__init__(items, distributed.number(), distributed.rank(), shuffle=False)
+        super().__init__(items, distributed.world_size(), distributed.rank(), shuffle=False)
         self.indices = range(self.rank, len(items), self.num_replicas)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[int]:

@@ -187,8 +187,8 @@ def measure(
             ids = batch["input_ids"]
             metric.update(logits, ids, batch.get("attention_mask"), batch.get("labels"))
             windows, longest = windows + ids.shape[0], max(longest, ids.shape[1])
-    nll, tokens = distributed.total(metric.nll), distributed.total_count(int(metric.tokens))
-    windows, longest = distributed.total_count(windows), max(distributed.gathered(longest))
+    nll, tokens = distributed.all_reduce_sum(metric.nll), distributed.all_reduce_count(int(metric.tokens))
+    windows, longest = distributed.all_reduce_count(windows), max(distributed.all_gather(longest))
     if tokens == 0:
         raise ValueError("`batches` must predict at least one token, got none.")
     protocol = Protocol(data, windows, longest, tokens, str(model.dtype).removeprefix("torch."))

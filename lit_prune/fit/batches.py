@@ -38,7 +38,7 @@ def check_one_process(trainer: Trainer, verb: str) -> None:
 def check_calibration(trainer: Trainer, calibration: Calibration) -> None:
     """Raises InputError where a data module gives calibration fewer batches than there are processes."""
     if hasattr(getattr(trainer, "datamodule", None), "calibration_windows"):
-        distributed.check_shares(-(-calibration.num_samples // calibration.batch_size))
+        distributed.check_shards(-(-calibration.num_samples // calibration.batch_size))
 
 
 def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[list[Batch], dict[str, Any]]:

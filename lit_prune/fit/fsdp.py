@@ -63,7 +63,7 @@ def gathered(model: PreTrainedModel) -> PreTrainedModel | None:
     if not is_sharded(model):
         return model
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not distributed.first():
+    if not distributed.is_rank_zero():
         return None
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
 from lit_prune.distill import Distillation
-from lit_prune.distributed import shards
+from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.fit.fsdp import is_sharded
 from lit_prune.recover import Recovery
@@ -16,7 +16,7 @@ from lit_prune.recover import Recovery
 
 def check_strategy(trainer: Trainer) -> None:
     """Refuses tensor parallelism, and checkpoints in many files, where weights are sharded; asks nothing elsewhere."""
-    if not shards(trainer):
+    if not shards_weights(trainer):
         return
     strategy: Any = trainer.strategy
     sizes = {name: getattr(strategy, f"_{name}") for name in ("data_parallel_size", "tensor_parallel_size")}
@@ -35,7 +35,7 @@ def check_strategy(trainer: Trainer) -> None:
 
 def check_cuts(trainer: Trainer, last_step: int, recovery: Recovery | None, distillation: Distillation | None) -> None:
     """Refuses what cannot be done to weights that are sharded: a cut, quantising, and having a teacher."""
-    if not shards(trainer):
+    if not shards_weights(trainer):
         return
     if last_step > 0:
         raise InputError(

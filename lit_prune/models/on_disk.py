@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lit_prune.errors import InputError
-from lit_prune.files import written_aside
+from lit_prune.files import atomic_write
 
 KEY = "lit_prune_on_disk"
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ class Offload:
         parameters = {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
         file = self.folder / f"{path}.safetensors"
         tensors = {name: parameter.detach().to(CPU).contiguous() for name, parameter in parameters.items()}
-        with written_aside(file) as draft:  # a file of that name may be mapped
+        with atomic_write(file) as draft:  # a file of that name may be mapped
             save_file(tensors, draft, {"format": "pt"})
         self.files[path] = file
         with safe_open(file, framework="pt") as stored:

@@ -17,7 +17,7 @@ from lit_prune.export.formats import ExportFormat
 from lit_prune.export.plan import ExportPlan
 from lit_prune.export.run_folder import RunFolder
 from lit_prune.export.verify import Validation, verify
-from lit_prune.files import write_text, written_aside
+from lit_prune.files import atomic_write, write_text
 from lit_prune.progress import log
 from lit_prune.report.card import model_card
 from lit_prune.report.figure import save_figure
@@ -57,7 +57,7 @@ def write_results(
     if plan.outline.form == "requantised" and validation is not None:
         measured = measure(plan.plain, *validation, label="Perplexity, requantised", device=device)
         report = replace(report, perplexity={**report.perplexity, "requantised": measured.perplexity})
-    with written_aside(target) as draft:
+    with atomic_write(target) as draft:
         format.write(plan, draft, tokenizer)
         (draft / "README.md").write_text(_card(report, base, tokenizer), encoding="utf-8")
         perplexity = next(reversed(report.measured.values()), None)
@@ -77,9 +77,9 @@ def write_tasks(folder: RunFolder, report: Report, *, base: str, tokenizer: Toke
 def write_scores(folder: Path, report: ScoreReport, statistics: CachedStatistics) -> list[Path]:
     """Writes plan, statistics, picture and report.json of scored blocks; returns the paths."""
     plan = folder / "plan.yaml"
-    with written_aside(plan) as draft:
+    with atomic_write(plan) as draft:
         write_plan(draft, report.rates, report.scores, _plan_header(plan, report))
-    with written_aside(folder / FILE) as draft:
+    with atomic_write(folder / FILE) as draft:
         write_statistics(draft, statistics)
     return [plan, folder / FILE, *write_report(folder, report)]
 
@@ -91,7 +91,7 @@ def write_report(folder: Path, report: Report | ScoreReport) -> list[Path]:
     if report.scores is None:
         return [numbers]
     try:
-        with written_aside(image) as draft:
+        with atomic_write(image) as draft:
             save_figure(draft, report)
     except InputError:
         raise

@@ -37,7 +37,7 @@ class Covariance:
         the same axes. Positions [[3, 0], [0, -2]] give [[1, 0], [0, 1]].
         """
         assert self.sum_DD is not None
-        axes_DD = torch.linalg.eigh(distributed.total(self.sum_DD)).eigenvectors.flip(1)
+        axes_DD = torch.linalg.eigh(distributed.all_reduce_sum(self.sum_DD)).eigenvectors.flip(1)
         largest_1D = axes_DD.abs().argmax(0, keepdim=True)
         return axes_DD * axes_DD.gather(0, largest_1D).sign()
 

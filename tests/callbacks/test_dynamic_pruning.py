@@ -305,7 +305,7 @@ class Data(LightningDataModule):
 def test_too_few_calibration_windows_for_the_processes_are_told_before_there_is_a_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distributed, "number", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "agree_on_threads", lambda: None)
     few = Calibration(num_samples=2, seq_length=8, batch_size=2)
     module: Any = Foreign()

@@ -77,7 +77,7 @@ def test_fewer_training_windows_than_processes_are_refused_at_once(
     data = TextDataModule(train_files=train, val_files=val, seq_length=300)
     data.setup("fit")
     count = len(data.windows("train"))
-    monkeypatch.setattr(distributed, "number", lambda: count + 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: count + 1)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
     with pytest.raises(InputError, match=f"must have a window for every process, got {count} for {count + 1} proc"):
         data.setup("fit")
