@@ -115,9 +115,9 @@ def test_a_checkpoint_that_cannot_be_exported(
 ) -> None:
     if "runs/x" in str(args):
         run("fit", "--output=runs/x")
-        new_model({"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 8}).save_pretrained(
-            "other"
-        )
+        new_model(
+            {"model_type": "llama", "vocab_size": 4096, "hidden_size": 32, "num_hidden_layers": 8}
+        ).save_pretrained("other")
         shutil.copy(EMBEDDED / "tokenizer.json", "other")
         shutil.copy(EMBEDDED / "tokenizer_config.json", "other")
     output = [] if args[:1] == ["--ckpt_path=last"] else ["--output=runs/y"]
