@@ -163,13 +163,13 @@ class ResultsCallback(Callback):
         report = summary(
             plan,
             pruning.fit_plan.recipe,
-            pruning.done,
-            pruning.baseline,
-            pruning.fit_plan.cuts[len(pruning.done) :],
+            pruning.run.done,
+            pruning.run.baseline,
+            pruning.fit_plan.cuts[len(pruning.run.done) :],
             format=self.format,
         )
         # cuts after the start are within the clock of the training, and have seconds of their own
-        cutting = sum(sum(cut.seconds.values()) for cut in pruning.done if cut.step > 0)
+        cutting = sum(sum(cut.seconds.values()) for cut in pruning.run.done if cut.step > 0)
         report = replace(report, seconds={**report.seconds, "train": self.seconds - cutting})
         return report if measured is None else report.with_perplexity(name, measured)
 

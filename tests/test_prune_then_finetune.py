@@ -12,16 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.cli.main import main
-from lit_prune.errors import InputError
-from lit_prune.fit.existing_masks import attach, check_kept, take_zeros
 from lit_prune.fit.module import PrunableLM
 from lit_prune.masks.zeros import pruned_blocks, zero_shares
-from lit_prune.models.families import FAMILIES
 from lit_prune.models.load import load_tokenizer
-from lit_prune.pipeline import prune
-from lit_prune.prune import Magnitude
-from lit_prune.recipe import Recipe
-from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery
 from lit_prune.recover.merge import without_adapter
 from tests.conftest import small_model
 
@@ -209,65 +202,6 @@ def test_zeros_that_may_be_filled_are(tmp_path: Path, train: Callable[..., dict]
 def test_a_cut_that_nothing_is_trained_before_fills_no_zeros(train: Callable[..., dict]) -> None:
     told = train("foreign", "--pruning.method=Wanda", "--pruning.sparsity=0.6", "--pruning.at_step=1", verb="prune")
     assert told["sparsity"]["achieved_linears"] == pytest.approx(0.6, abs=1e-3)
-
-
-def pruned(batches: list[torch.Tensor]) -> PreTrainedModel:
-    """A model of somebody else's: half of its weights are zero, and nothing says so."""
-    model = small_model()
-    prune(model, batches, Recipe(Magnitude(), 0.5))
-    del model.config.lit_prune
-    return model
-
-
-@pytest.mark.parametrize("recovery", [MaskedLoRA(), FullFineTuning()])
-def test_a_recovery_that_keeps_zeros_is_asked_nothing(recovery: Recovery, batches: list[torch.Tensor]) -> None:
-    model = pruned(batches)
-    take_zeros(model, None, recovery)
-    assert model.config.lit_prune == {"masked": True}
-    assert zero_shares(model)[1] == pytest.approx(0.5, abs=1e-3)
-
-
-def test_the_zeros_of_a_family_that_is_not_known_are_asked_for(
-    batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense, model = small_model(), pruned(batches)
-    monkeypatch.delitem(FAMILIES, "llama")
-    take_zeros(dense, None, LoRA())
-    with pytest.raises(InputError, match="`pruning.keep_zeros` must be given: 50.0%"):
-        take_zeros(model, None, LoRA())
-    for keep, recovery in ((True, LoRA()), (None, MaskedLoRA())):
-        with pytest.raises(InputError, match="`pruning.blocks` must be given for the family 'llama'"):
-            take_zeros(model, keep, recovery)
-    take_zeros(model, False, LoRA())
-    assert not hasattr(model.config, "lit_prune")
-    take_zeros(model, True, LoRA(), blocks="model.layers")
-    assert model.config.lit_prune == {"recipe": {"blocks": "model.layers"}, "masked": True}
-
-
-def test_a_dense_model_is_asked_nothing(model: PreTrainedModel) -> None:
-    for keep in (None, False):
-        take_zeros(model, keep, LoRA())
-    assert not hasattr(model.config, "lit_prune")
-    with pytest.raises(InputError, match="`pruning.keep_zeros` must be null for a model that has no zeros"):
-        take_zeros(model, True, LoRA())
-
-
-def test_another_adapter_than_the_folders_is_refused(model: PreTrainedModel) -> None:
-    attach(model, LoRA(r=4, target_modules=["q_proj"]))
-    for same in (LoRA(r=4), LoRA(r=4, target_modules=["q_proj"])):
-        check_kept(model, same)
-    for other in (
-        LoRA(r=8),
-        LoRA(r=4, alpha=8),
-        LoRA(r=4, target_modules=["k_proj"]),
-        MaskedLoRA(r=4),
-        FullFineTuning(),
-        None,
-    ):
-        if other is None:
-            model.requires_grad_(False)  # as a folder with an adapter is loaded
-        with pytest.raises(InputError, match=r"must be the adapter that lies in `model.pretrained`, LoRA\(r=4"):
-            check_kept(model, other)
 
 
 def test_zeros_that_were_filled_are_found_at_export(

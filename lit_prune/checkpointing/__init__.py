@@ -1,1 +1,1 @@
-"""Checkpoints of a run: what they hold, written whole or not at all, and what a resumed run must have in common."""
+"""Checkpoints of a run: their record, their weights, how they are written and how a run is resumed from one."""

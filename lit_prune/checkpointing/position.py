@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch import Trainer
+
 Counters = dict[str, Any]
 
 
@@ -43,3 +45,21 @@ def settle_epoch(fit_loop: Counters) -> bool:
 def _set(progress: Counters, parts: tuple[str, ...], *, begun: int, processed: int) -> None:
     for part in parts:
         progress[part] = {"ready": begun, "started": begun, "processed": processed, "completed": processed}
+
+
+def reload_training_data(trainer: Trainer) -> None:
+    """Lets a resumed Trainer make its training loader anew, in `on_fit_start` at the latest.
+
+    Lightning gives the position of a checkpoint only to a loader that is made after the loops' states were loaded, and
+    `estimated_stepping_batches` has made one for whoever counted the steps before.
+    """
+    if trainer.ckpt_path:
+        trainer.fit_loop._combined_loader = None
+
+
+def begin_epoch(trainer: Trainer) -> None:
+    """Lets a run that goes on between two epochs begin the second as any other, in `on_train_start`.
+
+    With `max_steps` Lightning takes every resume for one within an epoch.
+    """
+    trainer.fit_loop.epoch_loop.restarting = False

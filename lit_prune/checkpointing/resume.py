@@ -1,76 +1,112 @@
-"""What a run that goes on from a checkpoint must have in common with the run that wrote it."""
+"""The checkpoint that a run goes on from, opened once and handed to everyone who needs a part of it."""
 
 from __future__ import annotations
 
-import re
+import dataclasses
+from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from lit_prune.distributed import shards_weights
+from lit_prune.checkpointing.record import RunRecord
+from lit_prune.checkpointing.settings import check_settings
+from lit_prune.checkpointing.weights import restore_weights
 from lit_prune.errors import InputError
-from lit_prune.models import structure
-
-Settings = dict[str, Any]
-PROCESSES = "trainer.devices * trainer.num_nodes"
+from lit_prune.models.structure import KEY
 
 
-def run_settings(trainer: Trainer, pl_module: LightningModule) -> Settings:
-    """Returns the settings of a run's training by field, as JSON can hold them: how it is trained, what is read.
+class Resume:
+    """A checkpoint that a run goes on from, or that is exported.
 
-    A LightningModule and a data module may have settings of their own to say, by ``resume_settings()``.
+    The command opens it before anything is made, so that a checkpoint of another run is refused in a second, and hands
+    it to the callback, whose `setup` comes before Lightning opens the file on its own. The model is rebuilt from it
+    once: by the callback's `setup` in a fit, which makes the teacher of the dense model first and shards the rebuilt
+    one after it; by the module's `on_load_checkpoint` in validate, test and export, which have no such `setup`.
+
+    Args:
+        checkpoint: Lightning's checkpoint, as a dict.
+        path: Where it lies.
+
+    Attributes:
+        record: What the run stored of itself.
     """
-    settings: Settings = {
-        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
-        "trainer.precision": str(trainer.precision),
-        PROCESSES: trainer.world_size,
-        "trainer.strategy": "ModelParallelStrategy" if shards_weights(trainer) else "one that keeps weights whole",
-    }
-    for part in (pl_module, getattr(trainer, "datamodule", None)):
-        settings |= getattr(part, "resume_settings", dict)()
-    return settings
 
+    def __init__(self, checkpoint: Mapping[str, Any], path: str | None = None) -> None:
+        self.path, self.record = path, RunRecord.read_from(checkpoint)
+        self._checkpoint = checkpoint
+        self._is_rebuilt = False
 
-def stored_run(path: str) -> dict[str, Any]:
-    """Returns what the callback and the module stored of a run in the checkpoint at ``path``.
+    @classmethod
+    def open(cls, path: str) -> Resume:
+        """Opens the checkpoint at ``path``; tensors are read when they are used.
 
-    Raises:
-        InputError: if the file is no checkpoint of a fit with a DynamicPruningCallback.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises a dozen kinds for a file that is none of its own
-        raise InputError(f"`ckpt_path` must be a checkpoint of a fit, {path} cannot be read as one.") from error
-    stored = checkpoint.get(structure.KEY) if isinstance(checkpoint, dict) else None
-    if not stored or "settings" not in stored:
-        raise InputError(
-            f"`ckpt_path` must be a whole checkpoint of a fit with a DynamicPruningCallback, {path} is none; one that "
-            "was saved with `save_weights_only` cannot be resumed."
-        )
-    return stored
+        Raises:
+            InputError: if the file is no checkpoint of a fit with a DynamicPruningCallback.
+        """
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises a dozen kinds for a file that is not its own
+            raise InputError(f"`ckpt_path` must be a checkpoint of a fit, {path} cannot be read as one.") from error
+        stored = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+        fields = {field.name for field in dataclasses.fields(RunRecord)}
+        # Lightning leaves callbacks out of a file with weights alone; another version may have stored other fields
+        if not stored or stored.keys() != fields or stored["settings"] is None:
+            raise InputError(
+                f"`ckpt_path` must be a whole checkpoint of a fit with a DynamicPruningCallback, {path} is none; one "
+                "that was saved with `save_weights_only` cannot be resumed."
+            )
+        return cls(checkpoint, path)
 
+    @classmethod
+    def at(cls, path: str | PathLike[str] | None, opened: Resume | None) -> Resume | None:
+        """Returns the checkpoint at ``path``, None without a path; it is not opened again if it is ``opened``."""
+        if not path:
+            return None
+        return opened if opened is not None and opened.path == str(path) else cls.open(str(path))
 
-def check_settings(settings: Settings, made_with: Settings) -> None:
-    """Raises InputError that names every setting that is not what the checkpoint was made with."""
-    others = {field: value for field, value in settings.items() if field in made_with and made_with[field] != value}
-    if others:
-        raise InputError(_message(others, made_with))
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raises InputError that names every setting that is not what the checkpoint was made with."""
+        check_settings(settings, self.record.settings or {})
 
+    def rebuild(self, model: PreTrainedModel, *, restores: bool = True) -> None:
+        """Gives ``model``, fresh from its source, the structure of the checkpoint; a second call does nothing.
 
-def _message(others: Settings, made_with: Settings) -> str:
-    """What differs: the first in full, the rest after it."""
-    told = [(f"`{field}`", _differing(made_with[field], value)) for field, value in others.items()]
-    rest = "".join(f"; so must {field}, {values}" for field, values in told[1:])
-    return (
-        f"{told[0][0]} must be what the checkpoint was made with, {told[0][1]}{rest}; change "
-        f"{'them' if rest else 'it'} back, or begin a new run."
-    )
+        Args:
+            model: The LLM.
+            restores: Whether the weights that the checkpoint leaves out are put back when its weights are loaded.
+        """
+        if self._is_rebuilt or self.record.snapshot is None:
+            return
+        self._is_rebuilt = True
+        self.record.snapshot.rebuild(model)
+        if not restores:
+            return
 
+        # `load_state_dict` of a foreign LightningModule offers no other place than a hook of the LLM inside it
+        def restore(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_args: Any) -> None:
+            handle.remove()
+            restore_weights(state_dict, module, prefix, self.record.dropped_weights or {})
 
-def _differing(before: Any, now: Any) -> str:
-    """Two values in words, with short numbers unless those are what differs."""
-    texts = [f"{before}", f"{now}"]
-    short = [re.sub(r"\d+\.\d{7,}", lambda found: f"{float(found[0]):.6g}", text) for text in texts]
-    before, now = short if short[0] != short[1] else texts
-    return f"{before}, got {now}"
+        handle = model.register_load_state_dict_pre_hook(restore)
+
+    def load(self, pl_module: LightningModule, callbacks: Sequence[Callback]) -> None:
+        """Loads the weights into ``pl_module``, and the states of ``callbacks``, outside Lightning's loops.
+
+        Raises:
+            InputError: if the weights do not fit the model.
+        """
+        pl_module.on_load_checkpoint(dict(self._checkpoint))
+        try:
+            pl_module.load_state_dict(self._checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise InputError(
+                "`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit: "
+                f"{self.path}."
+            ) from error
+        for callback in callbacks:
+            if callback.state_key in self._checkpoint["callbacks"]:
+                callback.load_state_dict(self._checkpoint["callbacks"][callback.state_key])

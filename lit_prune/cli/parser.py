@@ -23,7 +23,7 @@ import lit_prune.cli.plugins  # noqa: E402, F401 (short names)
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, find_callback  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
-from lit_prune.checkpointing.resume import stored_run  # noqa: E402
+from lit_prune.checkpointing.resume import Resume  # noqa: E402
 from lit_prune.cli.defaults import export_arguments, fill_lengths, find_checkpoint  # noqa: E402
 from lit_prune.cli.errors import explain  # noqa: E402
 from lit_prune.cli.failure import fail  # noqa: E402
@@ -65,6 +65,7 @@ class LitPruneCLI(LightningCLI):
     trainer: PruneTrainer
     model: PrunableLM
     datamodule: TextDataModule
+    resume: Resume | None = None  # the checkpoint that fit goes on from, or that is exported
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(
@@ -136,7 +137,7 @@ class LitPruneCLI(LightningCLI):
         if config.get("ckpt_path"):
             config.ckpt_path = find_checkpoint(config.ckpt_path, Path(config.output))
             if verb in ("fit", "export"):
-                stored_run(config.ckpt_path)
+                self.resume = Resume.open(config.ckpt_path)
         fill_lengths(config)
         results = self._results(config)
         check_output(results, config, verb)
@@ -195,10 +196,10 @@ class LitPruneCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Checks the objects against each other."""
         assert self.subcommand is not None
-        ckpt_path = self.config[self.subcommand].get("ckpt_path")
+        find_callback(self.trainer, DynamicPruningCallback).resume = self.resume
         results = find_callback(self.trainer, ResultsCallback)
         results.format = self.config_init[self.subcommand].format  # instantiated after the callback was made
-        check_objects(self.subcommand, self.trainer, self.model, self.datamodule, ckpt_path)
+        check_objects(self.subcommand, self.trainer, self.model, self.datamodule)
 
     def fit(
         self,

@@ -15,8 +15,14 @@ from lit_prune.cli.signatures import WRITES
 from lit_prune.data.datamodule import TextDataModule
 from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
-from lit_prune.fit.batches import check_one_process, check_processes
 from lit_prune.fit.module import PrunableLM
+from lit_prune.fit.preflight import (
+    check_one_process,
+    check_processes,
+    check_resumed,
+    check_trainer,
+    check_without_weights,
+)
 from lit_prune.models.families import blocks_path, supports_packing
 from lit_prune.models.load import skeleton
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
@@ -87,9 +93,7 @@ def check_output(results: ResultsCallback, config: Namespace, verb: str) -> None
         )
 
 
-def check_objects(
-    verb: str, trainer: Trainer, model: PrunableLM, datamodule: TextDataModule, ckpt_path: str | None
-) -> None:
+def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: TextDataModule) -> None:
     """Checks the model's config, the data and the recipe against each other, before weights and text are read.
 
     Raises:
@@ -97,9 +101,9 @@ def check_objects(
     """
     pruning, results = find_callback(trainer, DynamicPruningCallback), find_callback(trainer, ResultsCallback)
     if verb == "fit":
-        pruning.check_trainer(trainer)
-        if ckpt_path:
-            pruning.check_resumed(trainer, model, datamodule, ckpt_path)
+        check_trainer(pruning.fit_plan, trainer)
+        if pruning.resume is not None:
+            check_resumed(pruning.fit_plan, pruning.resume, trainer, model, datamodule)
     if verb in ("validate", "test") and shards_weights(trainer):
         raise InputError(f"`trainer.strategy` must not be ModelParallelStrategy for {verb}: use ddp.")
     if verb == "evaluate" and results.tasks is None:
@@ -116,7 +120,7 @@ def check_objects(
         _check_random_start(model, pruning)
     _check_packing(model, datamodule)
     if verb in ("fit", "prune", "score"):
-        pruning.check_unloaded(skeleton(model.config), datamodule, trains=verb == "fit")
+        check_without_weights(pruning.fit_plan, skeleton(model.config), datamodule, trains=verb == "fit")
     _check_lengths(model, datamodule, pruning.fit_plan.calibration.seq_length if prunes else None)
 
 

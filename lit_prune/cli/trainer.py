@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import HalfPrecision
 from transformers import PreTrainedModel
 
@@ -16,12 +15,12 @@ from lit_prune.callbacks.results import ResultsCallback, find_callback, print_ta
 from lit_prune.errors import InputError
 from lit_prune.export.plan import check_merge
 from lit_prune.files import write_text
-from lit_prune.fit.batches import calibration_batches, named, validation_data
-from lit_prune.fit.cut import cut
+from lit_prune.fit.batches import calibration_batches, statistics_key, validation_data
+from lit_prune.fit.cut import CutInputs, cut
+from lit_prune.fit.preflight import check_cached_statistics
 from lit_prune.models.on_disk import offload_folder, on_disk, placed
 from lit_prune.pipeline import score_with_statistics
 from lit_prune.recipe import recipe_record
-from lit_prune.recover import Snapshot
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import ScoreReport, TaskReport, to_json, versions
 from lit_prune.report.sections import Sparsity
@@ -90,15 +89,17 @@ class PruneTrainer(Trainer):
         """Prune in one shot, without training; writes the same folder as fit, with the pruned model."""
         pruning, results = self._ready(model, datamodule)
         llm, device = pruning.find_model(model), self.strategy.root_device
-        validation = validation_data(self) if pruning.measure else None
-        assert pruning.fit_plan.recipe is not None
-        calibration = calibration_batches(self, pruning.fit_plan.calibration)
-        pruning.check_statistics(llm, *calibration)
-        measured, stored = pruning.measure, pruning.fit_plan.stored
+        fit_plan = pruning.fit_plan
+        validation = validation_data(self) if fit_plan.measure else None
+        assert fit_plan.recipe is not None
+        calibration = calibration_batches(self, fit_plan.calibration)
+        check_cached_statistics(fit_plan, llm, *calibration)
+        measured, statistics = fit_plan.measure, fit_plan.stored
+        inputs = CutInputs(fit_plan.recipe, *calibration, validation, device, measured=measured, statistics=statistics)
         with offload_folder(llm, results.folder.path), self._logging():
-            done = cut(llm, pruning.fit_plan.recipe, calibration, validation, device, measured=measured, stored=stored)
+            done = cut(llm, inputs)
             plan = results.plan(llm)
-            report = summary(plan, pruning.fit_plan.recipe, [done], format=results.format)
+            report = summary(plan, fit_plan.recipe, [done], format=results.format)
             with results.opened():
                 results.write(self, model, plan, report, validation)
 
@@ -108,8 +109,8 @@ class PruneTrainer(Trainer):
         recipe = pruning.fit_plan.recipe
         assert recipe is not None
         llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.fit_plan.calibration)
-        pruning.check_statistics(llm, batches, settings)
-        device, names = self.strategy.root_device, named(settings, llm)
+        check_cached_statistics(pruning.fit_plan, llm, batches, settings)
+        device, names = self.strategy.root_device, statistics_key(settings, llm)
         scored, stored = score_with_statistics(
             llm, batches, recipe, device=device, settings=names, statistics=pruning.fit_plan.stored
         )
@@ -142,12 +143,13 @@ class PruneTrainer(Trainer):
                 masked.
         """
         pruning, results = find_callback(self, DynamicPruningCallback), find_callback(self, ResultsCallback)
-        stored = pruning.checkpointed(ckpt_path)
-        if merge:
-            check_merge(Snapshot.from_dict(stored))
+        assert pruning.resume is not None  # the command has opened it
+        pruning.resume.check_settings(pruning.fit_plan.settings())
+        if merge and pruning.resume.record.snapshot is not None:
+            check_merge(pruning.resume.record.snapshot)
         self._data_connector.attach_data(model, datamodule=datamodule)
         self._loaded(model, pruning)
-        _load(ckpt_path, model, [pruning, results])
+        pruning.resume.load(model, [pruning, results])
         written = results.measure_model(self, model)
         assert written is not None  # of one process
         with results.opened(), self._logging():
@@ -205,18 +207,3 @@ class PruneTrainer(Trainer):
         finally:
             for logger in self.loggers:
                 logger.finalize(status)
-
-
-def _load(path: str, model: LightningModule, callbacks: Sequence[Callback]) -> None:
-    """Puts a checkpoint's weights into ``model``, rebuilt to hold them, and the numbers into the callbacks."""
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    model.on_load_checkpoint(checkpoint)
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise InputError(
-            f"`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit: {path}."
-        ) from error
-    for callback in callbacks:
-        if callback.state_key in checkpoint["callbacks"]:
-            callback.load_state_dict(checkpoint["callbacks"][callback.state_key])

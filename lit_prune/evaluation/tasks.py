@@ -23,10 +23,10 @@ from huggingface_hub.utils import get_session
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lit_prune.checkpointing.random_states import random_states, restore_random_states
 from lit_prune.errors import InputError, near_misses
 from lit_prune.evaluation.perplexity import evaluating
 from lit_prune.progress import log
+from lit_prune.random_states import random_states, restore_random_states
 
 HUB_TIMEOUT_SECONDS = 5
 

@@ -1,4 +1,4 @@
-"""The batches that a Trainer was given, asked for before its loops have set them up."""
+"""The batches of a Trainer's dataloaders, read before its loops have set them up."""
 
 from __future__ import annotations
 
@@ -9,43 +9,23 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
 from lit_prune import distributed
 from lit_prune.calibration.windows import Batch, Calibration, batches_of, first_batches
-from lit_prune.checkpointing.random_states import random_states, restore_random_states
 from lit_prune.data.loaders import ResumableLoader
 from lit_prune.errors import InputError
+from lit_prune.random_states import random_states, restore_random_states
 
-
-def check_processes(trainer: Trainer) -> None:
-    """Raises InputError for a strategy that cuts are not made under."""
-    if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
-        raise InputError(
-            "`trainer.strategy` must be ddp or ModelParallelStrategy for pruning on several devices, got "
-            f"{type(trainer.strategy).__name__}."
-        )
-
-
-def check_one_process(trainer: Trainer, verb: str) -> None:
-    """Raises InputError on more than one process."""
-    if trainer.world_size > 1:
-        raise InputError(f"`trainer.devices` must be 1 for {verb}, which trains nothing, got {trainer.world_size}.")
-
-
-def check_calibration(trainer: Trainer, calibration: Calibration) -> None:
-    """Raises InputError where a data module gives calibration fewer batches than there are processes."""
-    if hasattr(getattr(trainer, "datamodule", None), "calibration_windows"):
-        distributed.check_shards(-(-calibration.num_samples // calibration.batch_size))
+ValidationData = tuple[Iterable[Batch], str]  # batches, and what they are
 
 
 def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[list[Batch], dict[str, Any]]:
     """Returns windows of the data module's training text, or the first batches of the training dataloader.
 
-    Beside them, what the report says of them: the settings, which text and tokenizer, and where in the text the windows
-    begin.
+    The second value describes them for the report: the settings, the text, the tokenizer, and where in the text the
+    windows begin.
     """
     datamodule = getattr(trainer, "datamodule", None)
     settings = calibration_settings(datamodule, calibration)
@@ -58,24 +38,24 @@ def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[lis
 
 
 def calibration_settings(datamodule: Any, calibration: Calibration) -> dict[str, Any]:
-    """Returns what is known of calibration windows before any text is read."""
+    """Returns the description of calibration windows as far as it is known before any text is read."""
     described = getattr(datamodule, "describe", lambda _part: "training dataloader")("train")
-    told = {"text": described, "tokenizer": getattr(datamodule, "tokenizer_name", None), "positions": None}
-    return asdict(calibration) | {"seq_length": calibration.tokens} | told
+    text = {"text": described, "tokenizer": getattr(datamodule, "tokenizer_name", None), "positions": None}
+    return asdict(calibration) | {"seq_length": calibration.tokens} | text
 
 
-def named(settings: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Returns what of ``settings`` says which windows they are, and the model's name, for the key of statistics."""
-    kept = {name: value for name, value in settings.items() if name not in ("positions", "batch_size")}
-    return {"model": model.name_or_path} | {f"calibration.{name}": value for name, value in kept.items()}
+def statistics_key(settings: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
+    """Returns the names of the model and of the windows in ``settings``, which cached statistics are known by."""
+    windows = {name: value for name, value in settings.items() if name not in ("positions", "batch_size")}
+    return {"model": model.name_or_path} | {f"calibration.{name}": value for name, value in windows.items()}
 
 
-def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:
+def validation_data(trainer: Trainer) -> ValidationData | None:
     """Returns the validation batches that the Trainer's `limit_val_batches` leaves, and what they are; None without."""
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     if not source.is_defined() or trainer.limit_val_batches == 0:
         return None
-    with distributed.single_process():  # all of it: whoever measures shares it out
+    with distributed.single_process():  # all batches: the measurement shares them out itself
         loader, limit = _first_loader(source), trainer.limit_val_batches
     described = getattr(getattr(trainer, "datamodule", None), "describe", lambda _part: "validation dataloader")("val")
     if isinstance(limit, float):
@@ -91,9 +71,9 @@ def validation_data(trainer: Trainer) -> tuple[Iterable[Batch], str] | None:
 
 
 def training_windows(trainer: Trainer) -> Iterator[Batch]:
-    """Yields the batches that the training will see; nothing that draws the order later notices.
+    """Yields the batches that the training will see, and leaves the order of the training as it is.
 
-    Of a loader whose order is known those that will be seen, else one epoch's, all of them.
+    Where the order is not known ahead, all batches of one epoch.
 
     Raises:
         InputError: for a loader without an end, and for a `limit_train_batches` that leaves none of its batches.
@@ -119,22 +99,22 @@ def training_windows(trainer: Trainer) -> Iterator[Batch]:
             loader.ordered.set_epoch(epoch)
             yield from itertools.islice(loader, min(each, left))
             left -= each
-            every = each == len(loader) and loader.ordered.num_replicas == 1
-            if left <= 0 or every:  # no other window comes in a later epoch
+            has_all = each == len(loader) and loader.ordered.num_replicas == 1
+            if left <= 0 or has_all:  # no other window comes in a later epoch
                 return
 
 
 @contextmanager
 def _undrawn(loader: DataLoader) -> Iterator[None]:
-    """Leaves every source of random numbers that ``loader`` draws from where it was."""
-    own = {id(g): g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
-    states, before = {key: generator.get_state() for key, generator in own.items()}, random_states()
+    """Puts every random generator that ``loader`` draws from back where it was."""
+    generators = {id(g): g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
+    states, before = {key: generator.get_state() for key, generator in generators.items()}, random_states()
     try:
         with _aside(loader):
             yield
     finally:
         restore_random_states(before)
-        for key, generator in own.items():
+        for key, generator in generators.items():
             generator.set_state(states[key])
 
 
@@ -143,6 +123,6 @@ def _aside(loader: Any) -> AbstractContextManager[None]:
 
 
 def _first_loader(source: Any) -> Any:
-    """The dataloader that Lightning will ask its source for, of several the first: no public way is this early."""
+    """Returns the dataloader, of several the first; this early Lightning has no public way to it."""
     loader = source.dataloader()
     return loader[0] if isinstance(loader, (list, tuple)) else loader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,45 +27,48 @@ class _State(NamedTuple):
     size: ModelSize | None
 
 
-def cut(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    calibration: tuple[list[Batch], dict[str, Any]],
-    validation: tuple[Iterable[Batch], str] | None,
-    device: torch.device,
-    *,
-    measured: bool = True,
-    moves: bool = True,
-    step: int = 0,
-    stored: CachedStatistics | None = None,
-) -> CutRecord:
-    """Prunes ``model`` in place; returns the record of the cut.
+@dataclass(frozen=True)
+class CutInputs:
+    """All that a cut is made of, beside the model.
 
     Args:
-        model: The causal LM, without an adapter.
         recipe: What is to be removed.
-        calibration: Batches, and what the report says of them.
+        batches: Calibration batches.
+        calibration: The description of them in the report.
         validation: Batches whose perplexity is measured before and after, and what they are.
         device: Where blocks compute, and where the model is measured.
         measured: Whether to measure at all.
         moves: Whether the model is moved to ``device`` to be measured; else it stays, and its blocks are moved in turn.
         step: The optimizer step before which the cut comes.
-        stored: Statistics of the model and the batches, which are read in place of a pass.
+        statistics: Cached statistics of the model and the batches, which are read in place of a pass.
     """
-    batches, settings = calibration
-    before = _measure(model, "before", recipe, validation, device, measured, moves)
-    pruned = prune(model, batches, recipe, device=device, statistics=stored)
-    after = _measure(model, "after", recipe, validation, device, measured, moves)
+
+    recipe: Recipe
+    batches: list[Batch]
+    calibration: dict[str, Any]
+    validation: tuple[Iterable[Batch], str] | None
+    device: torch.device
+    measured: bool = True
+    moves: bool = True
+    step: int = 0
+    statistics: CachedStatistics | None = None
+
+
+def cut(model: PreTrainedModel, inputs: CutInputs) -> CutRecord:
+    """Prunes ``model``, a causal LM without an adapter, in place; returns the record of the cut."""
+    before = _measure(model, "before", inputs)
+    pruned = prune(model, inputs.batches, inputs.recipe, device=inputs.device, statistics=inputs.statistics)
+    after = _measure(model, "after", inputs)
     measurements = {"before": before.perplexity, "after": after.perplexity}
     sizes = {"before": before.size, "after": after.size}
     return CutRecord(
-        step=step,
+        step=inputs.step,
         perplexity={when: result.perplexity for when, result in measurements.items() if result is not None},
         seconds=_seconds(before.perplexity, "before") | pruned.seconds | _seconds(after.perplexity, "after"),
         protocol=None if after.perplexity is None else after.perplexity.protocol,
-        calibration=settings,
+        calibration=inputs.calibration,
         size={when: size for when, size in sizes.items() if size is not None},
-        recipe=recipe_record(recipe),
+        recipe=recipe_record(inputs.recipe),
         scores=pruned.scores,
         rates=pruned.rates,
         target=pruned.target,
@@ -75,23 +79,16 @@ def cut(
     )
 
 
-def _measure(
-    model: PreTrainedModel,
-    when: str,
-    recipe: Recipe,
-    validation: tuple[Iterable[Batch], str] | None,
-    device: torch.device,
-    measured: bool,
-    moves: bool,
-) -> _State:
+def _measure(model: PreTrainedModel, when: str, inputs: CutInputs) -> _State:
     """The state of the model now, as far as it is to be measured."""
-    model = placed(model, device) if moves else model
+    model = placed(model, inputs.device) if inputs.moves else model
     perplexity = size = None
-    if measured and validation is not None:
+    if inputs.measured and inputs.validation is not None:
         label = f"Perplexity, {when} the cut"
-        perplexity = measure(model, *validation, label=label, device=device, streamed=not moves)
-    if recipe.method.changes_shapes:
-        speed = tokens_per_second(model) if measured else None
+        streamed = not inputs.moves
+        perplexity = measure(model, *inputs.validation, label=label, device=inputs.device, streamed=streamed)
+    if inputs.recipe.method.changes_shapes:
+        speed = tokens_per_second(model) if inputs.measured else None
         size = ModelSize(parameters(model), size_bytes(model), speed)
     return _State(perplexity, size)
 

@@ -1,6 +1,6 @@
-"""What a model had lost before this run, by its record or by its zeros, and how that is kept where nothing more is cut.
+"""The masks of a model that was pruned before this run, by its record or by its zeros, and how training keeps them.
 
-A record says that weights were pruned; zeros alone may be a mask whose maker left none.
+A record says that weights were pruned; zeros without one may be the mask of another tool, which writes no record.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ NOTICEABLE = 0.05  # share of zeros in the linears that no dense model has
 def take_zeros(
     model: PreTrainedModel, keep: bool | None, recovery: Recovery | None, *, blocks: str | None = None
 ) -> None:
-    """Takes the zeros of a model without a record for its mask where ``keep`` says so, and notes it in the record.
+    """Takes the zeros of a model without a record as its mask where ``keep`` says so, and writes that into the record.
 
-    Filling them is refused unless ``keep`` is False: after hours of training nobody can put them back, and the answer
-    costs one word before the first step. A recovery that keeps zeros anyway needs no answer.
+    Training that would fill them is refused unless ``keep`` is False: nobody can restore them after hours of training,
+    and an answer costs one word before the first step. A recovery that keeps zeros anyway needs no answer.
 
     Args:
         model: A causal LM, perhaps with an adapter.
-        keep: Whether its zeros are a mask; None asks where there are many.
+        keep: Whether its zeros are a mask; None refuses where there are many.
         recovery: What is trained before anything is cut; None trains what is trainable.
         blocks: Dotted path of the blocks, for a family that is not known.
 
     Raises:
-        InputError: if zeros would be filled, or cannot be; if there are none to keep.
+        InputError: if training would fill zeros that nobody has answered for, if ``keep`` contradicts the record or the
+            recovery, or if there are no zeros to keep.
     """
     if structure.masked(model):
         if keep is False:
@@ -52,7 +53,7 @@ def take_zeros(
         if keep:
             raise InputError(
                 "`pruning.keep_zeros` must be null for a model whose linears are quantised and that has no record: "
-                "rounding made zeros too, and none tells which were pruned. LoRA leaves all of them as they are."
+                "rounding made zeros too, and nothing says which were pruned. LoRA leaves all of them as they are."
             )
         return
     share = _zero_share(model, blocks)
@@ -60,7 +61,7 @@ def take_zeros(
         keep = _answer(share, keep, recovery, trains=_trains(model, recovery))
     if not keep:
         return
-    blocks_path(model.config, blocks)  # which the export counts in
+    blocks_path(model.config, blocks)  # raises for an unknown family: the export counts zeros in its blocks
     if share == 0:
         raise InputError("`pruning.keep_zeros` must be null for a model that has no zeros in its linears.")
     log(f"{share:.1%} of the weights of the linears are zero, and no record says why: they are kept as a mask.")
@@ -69,13 +70,13 @@ def take_zeros(
 
 
 def _answer(share: float, keep: bool | None, recovery: Recovery | None, *, trains: bool) -> bool:
-    """Whether zeros are kept where the user did not say so."""
-    holds = recovery is not None and recovery.folds_under_masks
-    if keep is False and holds:
+    """Returns whether zeros are kept where the user did not ask for it."""
+    keeps_zeros = recovery is not None and recovery.folds_under_masks
+    if keep is False and keeps_zeros:
         raise InputError(f"`pruning.keep_zeros` must not be false with {recovery}, which keeps zeros; use LoRA.")
     if keep is False or share < NOTICEABLE or not trains:
         return False
-    if not holds:
+    if not keeps_zeros:
         raise InputError(
             f"`pruning.keep_zeros` must be given: {share:.1%} of the weights of the linears are zero, no record says "
             "why, and training or merging would fill them. true keeps them as a mask, false lets them be filled."
@@ -88,10 +89,10 @@ def _trains(model: PreTrainedModel, recovery: Recovery | None) -> bool:
 
 
 def _zero_share(model: PreTrainedModel, blocks: str | None) -> float:
-    """The share of zeros in the linears of the blocks; in all but the head where nothing says where the blocks are."""
+    """Returns the share of zeros in the linears of the blocks; in all but the head where the blocks are not known."""
     if blocks is None and not is_known(model.config):
-        gone, size = zeros(_linears(model))
-        return gone / max(1, size)
+        zero, size = zeros(_linears(model))
+        return zero / max(1, size)
     return share_of_zeros(find_blocks(without_adapter(model), blocks=blocks, quantised=True))
 
 
@@ -103,7 +104,7 @@ def _linears(model: PreTrainedModel) -> Iterator[Tensor]:
 
 
 def check_kept(model: PreTrainedModel, recovery: Recovery | None) -> None:
-    """Asks whether ``recovery`` can train ``model`` as it is.
+    """Checks that ``recovery`` can train ``model`` as it is.
 
     Raises:
         InputError: if it does not fit, if training would fill a mask, or if the model has another adapter.
@@ -134,12 +135,12 @@ def check_kept(model: PreTrainedModel, recovery: Recovery | None) -> None:
 
 
 def check_unfilled(model: PreTrainedModel, field: str, others: str) -> None:
-    """Asks whether masks last where what the LightningModule leaves trainable is trained.
+    """Checks that masks last where the parameters are trained that the LightningModule leaves trainable.
 
     Args:
         model: The causal LM.
-        field: What is null: `recovery` or `before`.
-        others: What may be given instead.
+        field: The field that is null: `recovery` or `before`.
+        others: The recoveries that may be given instead.
 
     Raises:
         InputError: if training would fill them.
@@ -152,7 +153,10 @@ def check_unfilled(model: PreTrainedModel, field: str, others: str) -> None:
 
 
 def _fills(model: PreTrainedModel) -> bool:
-    """Whether a linear with zeros is trained; one of an earlier cut, which had other `targets`, is known by them."""
+    """Returns whether a linear with zeros is trained.
+
+    An earlier cut may have had other `targets` than the record has: its linears are known by their many zeros.
+    """
     if adapter_config(model) is not None:
         return False
     recorded = {id(linear.parameter) for block in pruned_blocks(model) for linear in block.linears.values()}
@@ -166,19 +170,19 @@ def _fills(model: PreTrainedModel) -> bool:
 
 
 def _same_adapter(adapter: dict[str, Any], recovery: Recovery | None) -> bool:
-    """Whether an adapter is what ``recovery`` would attach; null `target_modules` are whatever it has."""
+    """Returns whether ``recovery`` would attach the same adapter; null `target_modules` match any."""
     if not isinstance(recovery, LoRA):
         return False
-    theirs = {field: adapter[field] for field in ("r", "lora_alpha", "lora_dropout")}
-    ours = {"r": recovery.r, "lora_alpha": recovery.alpha, "lora_dropout": recovery.dropout}
+    existing = {field: adapter[field] for field in ("r", "lora_alpha", "lora_dropout")}
+    wanted = {"r": recovery.r, "lora_alpha": recovery.alpha, "lora_dropout": recovery.dropout}
     targets = recovery.target_modules
-    return theirs == ours and (targets is None or sorted(targets) == sorted(adapter["target_modules"]))
+    return existing == wanted and (targets is None or sorted(targets) == sorted(adapter["target_modules"]))
 
 
 def attach(model: PreTrainedModel, recovery: Recovery | None) -> None:
-    """Readies ``model`` to be trained by ``recovery``; an adapter that it came with is trained on.
+    """Prepares ``model`` to be trained by ``recovery``; an adapter that the model already has is trained further.
 
-    Over weights that came quantised it stays beside them, in whatever form they were written.
+    Beside weights that came quantised the adapter is exported unmerged, since merging would change their type.
     """
     if recovery is None:
         return

@@ -1,7 +1,7 @@
 """Weights sharded over processes (FSDP2): each keeps its rows of every parameter, and a block is whole while it runs.
 
-Sharding puts DTensors in the place of parameters. What needs whole weights comes before, as a cut does, or gathers
-them, as an export does.
+Sharding replaces parameters by DTensors. What needs whole weights comes before it, as a cut does, or gathers them, as
+an export does.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,14 +19,15 @@ from torch.optim import Optimizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune import distributed
+from lit_prune.errors import InputError
 from lit_prune.models import structure
 from lit_prune.models.families import blocks_path
-from lit_prune.recover import Snapshot
+from lit_prune.recover import Snapshot, freeze_zeros
 from lit_prune.recover.merge import share_buffers
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Shards every block of ``model`` over ``mesh``, and then the rest of it, in place; its parameters are others then.
+    """Shards every block of ``model`` over ``mesh``, then the rest of it, in place; all its parameters are replaced.
 
     Raises:
         InputError: for a family whose blocks are not known.
@@ -42,10 +44,10 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def begin_states(model: nn.Module, optimizer: Optimizer) -> None:
-    """Makes the states of ``optimizer``, over a sharded ``model``, what they are before its first step.
+    """Initialises the states of ``optimizer``, over a sharded ``model``, to what they are before its first step.
 
-    torch, asked for the states of an optimizer that made no step, makes one with gradients of zero, and counts it: a
-    checkpoint of step 0 would move Adam's correction of its averages by one.
+    torch's `get_optimizer_state_dict` makes a step with zero gradients where no step was made, and counts it: a
+    checkpoint of step 0 would shift Adam's bias correction by one.
     """
     if optimizer.state:
         return
@@ -55,10 +57,43 @@ def begin_states(model: nn.Module, optimizer: Optimizer) -> None:
             state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
 
 
+def check_whole(model: PreTrainedModel) -> None:
+    """Raises InputError for a model that was sharded before it is cut."""
+    if is_sharded(model):
+        raise InputError(
+            "`model` must be whole when it is cut, and was sharded already: in your LightningModule shard it only in "
+            "the call of `configure_model` that comes after `setup`, as PrunableLM does."
+        )
+
+
+def prepare_sharded(trainer: Trainer, model: PreTrainedModel, *, freezes: bool) -> None:
+    """Prepares a model that was sharded since it was cut for training, in `on_fit_start`.
+
+    Lightning calls `configure_model`, which shards, between the callback's `setup` and this.
+
+    Args:
+        trainer: Its optimizers were just made.
+        model: The LLM.
+        freezes: Whether training keeps zeros, which the hooks of the former parameters did.
+
+    Raises:
+        InputError: if the model was not sharded, so that nobody would average its gradients.
+    """
+    if not is_sharded(model):
+        raise InputError(
+            "`model` must be sharded in `configure_model` under ModelParallelStrategy, and was not: do so in the call "
+            "that comes after `setup`, by `lit_prune.fit.fsdp.shard(self.model, self.device_mesh['data_parallel'])`."
+        )
+    if freezes:
+        freeze_zeros(model)
+    for optimizer in trainer.optimizers:
+        begin_states(trainer.lightning_module, optimizer)
+
+
 def gathered(model: PreTrainedModel) -> PreTrainedModel | None:
     """Returns a whole copy of a sharded model on the CPU of the first process, None in the others.
 
-    All processes have to take part. A model that is whole is returned as it is.
+    All processes must take part. A whole model is returned as it is.
     """
     if not is_sharded(model):
         return model

@@ -7,15 +7,15 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-MOST_STEPS, MOST_SHARE = 10, 10  # of a warm-up that is not given: ten, and a tenth of the steps until the next cut
+MAX_WARM_UP, STEPS_PER_WARM_UP_STEP = 10, 10  # where `warmup_steps` is null: a tenth of the steps, at most ten
 
 
 def warm_up_steps(until_cut: int) -> int:
-    """Returns how many steps of warm-up are right where ``until_cut`` are left until the next cut or the end.
+    """Returns the default number of warm-up steps with ``until_cut`` steps left until the next cut or the end.
 
-    Ten, but at most a tenth of them, so that a short stretch is not all warm-up: 10 of 100 or of 5000, 2 of 20, 1 of 8.
+    Ten, but at most a tenth of them, so that a short training is not all warm-up: 10 of 100 or 5000, 2 of 20, 1 of 8.
     """
-    return max(1, min(MOST_STEPS, until_cut // MOST_SHARE))
+    return max(1, min(MAX_WARM_UP, until_cut // STEPS_PER_WARM_UP_STEP))
 
 
 def share_of_peak(step: int, *, warmup: int, steps: int, least: float) -> float:

@@ -1,11 +1,12 @@
 """PrunableLM, the LightningModule around a Hugging Face causal LM.
 
-It owns the LLM. What was done to the LLM stands in its config (see ``structure``), travels in every checkpoint, and is
-what the model is rebuilt from before a checkpoint's weights load.
+It owns the LLM. What was done to the LLM stands in its config (see ``structure``) and in every checkpoint, and the LLM
+is rebuilt from it before a checkpoint's weights are loaded.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -13,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_prune.calibration.windows import inputs_of
-from lit_prune.checkpointing.weights import fill
+from lit_prune.checkpointing.record import RunRecord
+from lit_prune.checkpointing.resume import Resume
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import Perplexity, labels_of
 from lit_prune.fit.fsdp import is_sharded, shard
 from lit_prune.fit.learning_rate import warm_up_and_cosine, warm_up_steps
-from lit_prune.models import structure
 from lit_prune.models.load import Dtype, architecture_config, load_config, load_model, new_model
 from lit_prune.recover import Snapshot
 from lit_prune.recover.float32 import adamw
@@ -50,7 +51,7 @@ class PrunableLM(LightningModule):
         min_lr_share: Share of `lr` that the cosine gives the last step; with 0 that step changes nothing.
 
     Raises:
-        InputError: if the model is not to be had, or a number is out of its range.
+        InputError: if the model cannot be found, or a number is out of its range.
     """
 
     def __init__(
@@ -80,19 +81,22 @@ class PrunableLM(LightningModule):
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_steps, self.min_lr_share = warmup_steps, min_lr_share
         self.model: PreTrainedModel | None = None
-        self.perplexity = {"val": Perplexity(), "test": Perplexity()}  # no modules: half precision must not cast them
+        self.perplexity = {
+            "val": Perplexity(),
+            "test": Perplexity(),
+        }  # a dict, not a ModuleDict: half precision must not cast them
         self.config = self._config()
         self._optimizer_step = 0
         self._set_up = False
 
     def _config(self) -> PreTrainedConfig:
-        """The LLM's config alone, so that what hangs on it is checked before weights are read."""
+        """Returns the LLM's config alone, so that what depends on it is checked before weights are read."""
         return load_config(self.pretrained) if self.architecture is None else architecture_config(self.architecture)
 
     def configure_model(self) -> None:
-        """Loads the LLM, or makes a fresh one; called again after `setup`, shards it where the strategy does.
+        """Loads the LLM, or makes a fresh one; shards it in the call after `setup`, where the strategy does.
 
-        In between, a DynamicPruningCallback cuts whole weights.
+        A DynamicPruningCallback calls it first, in its own `setup`, and cuts whole weights before Lightning's call.
         """
         if self.model is None:
             self.model = self._loaded()
@@ -153,12 +157,12 @@ class PrunableLM(LightningModule):
         self.perplexity[part].reset()
 
     def setup(self, stage: str) -> None:
-        """Begins a run: its optimizer is made at step 0, unless a checkpoint says otherwise; the LLM may be sharded."""
+        """Resets the step of the optimizer, which a checkpoint may change; lets the next call shard the LLM."""
         self._optimizer_step, self._set_up = 0, True
 
     def configure_optimizers(self) -> Any:
         """Returns AdamW over what is trained, with linear warm-up and a cosine over the steps that remain."""
-        # a resumed Trainer counts from 0 still when it asks for this
+        # a resumed Trainer asks for this in `strategy.setup`, before its loops are restored: it still counts from 0
         self._optimizer_step = max(self._optimizer_step, self.trainer.global_step)
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         groups = [
@@ -173,7 +177,7 @@ class PrunableLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _until_cut(self, end: int) -> int:
-        """How many steps there are from the one at which the optimizer is made to the next cut, or to ``end``."""
+        """Returns the steps from the one at which the optimizer is made to the next cut, or to ``end``."""
         begin, callbacks = self._optimizer_step, self.trainer.callbacks  # type: ignore[attr-defined]
         cuts = [step for callback in callbacks for step in getattr(callback, "cut_steps", ())]
         return min([end, *(step for step in cuts if step > begin)]) - begin
@@ -192,19 +196,27 @@ class PrunableLM(LightningModule):
         return {f"model.{field}": value for field, value in fields.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Stores what was done to the LLM beside its weights, and the step at which the optimizer was made."""
+        """Stores the structure of the LLM beside its weights, and the step at which the optimizer was made.
+
+        Lightning calls the callbacks first: what a DynamicPruningCallback has put into the record stays.
+        """
         assert self.model is not None
-        kept = checkpoint.get(structure.KEY, {})
-        checkpoint[structure.KEY] = kept | Snapshot.of(self.model).to_dict() | {"optimizer_step": self._optimizer_step}
+        record = RunRecord.read_from(checkpoint)
+        replace(record, snapshot=Snapshot.of(self.model), optimizer_step=self._optimizer_step).write_to(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuilds what was done to the LLM before the weights load, and puts back those that were left out."""
+        """Rebuilds the LLM before Lightning loads the weights, unless a callback's `setup` has done so in a fit."""
         if self.on_disk:
             raise InputError("`model.on_disk` must be false where a checkpoint is loaded, whose weights are in memory.")
         self.configure_model()
         assert self.model is not None
-        stored = checkpoint[structure.KEY]
-        if not is_sharded(self.model):  # else it was rebuilt before that, and the weights are loaded
-            Snapshot.from_dict(stored).rebuild(self.model)
-            fill(self.model, checkpoint["state_dict"], "model.", stored.get("left_out") or {})
-        self._optimizer_step = stored["optimizer_step"]
+        resume = self._resume() or Resume(checkpoint)
+        if not is_sharded(self.model):  # a sharded one has its weights by now, and was rebuilt before it was sharded
+            resume.rebuild(self.model)
+        self._optimizer_step = resume.record.optimizer_step or 0
+
+    def _resume(self) -> Resume | None:
+        """Returns the checkpoint that a callback has opened; None where there is no such callback, or no Trainer."""
+        callbacks = () if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
+        opened = (getattr(callback, "resume", None) for callback in callbacks)
+        return next((resume for resume in opened if resume is not None), None)

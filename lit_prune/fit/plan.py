@@ -1,4 +1,4 @@
-"""What a fit does to the LLM: which cuts, and what is trained before, between and after them."""
+"""The plan of a fit: which cuts are made of the LLM, and what is trained before, between and after them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+from lightning.pytorch import Trainer
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import Plan
@@ -28,14 +29,16 @@ class FitPlan:
 
     Args:
         recipe: What a cut does, with the last one's sparsity; null where nothing is cut.
-        cuts: When, and how much is gone after each; none where `recipe` is null.
+        cuts: The step of each cut and the sparsity after it; empty where `recipe` is null.
         before: What is trained before the first cut.
         recovery: What is trained after a cut, or from the start where nothing is cut.
-        distillation: How the LLM as it was teaches what is left of it.
+        distillation: How the dense LLM teaches the pruned one.
         calibration: How much text the statistics are taken over.
-        stored: Statistics that were taken before, for a cut at step 0.
+        stored: Cached statistics for a cut at step 0.
         blocks: Dotted path of the decoder layers in an LLM of a family that is not known.
         keep_zeros: Whether zeros of an LLM without a record are a mask; null asks where training would fill them.
+        measure: Whether the perplexity is measured before and after each cut.
+        full_checkpoint: Whether every checkpoint holds all weights.
 
     Raises:
         InputError: for several cuts where the parts allow one, and for adapters that would be lost at a cut.
@@ -50,6 +53,8 @@ class FitPlan:
     stored: CachedStatistics | None
     blocks: str | None
     keep_zeros: bool | None
+    measure: bool = True
+    full_checkpoint: bool = False
 
     def __post_init__(self) -> None:
         if self.recipe is None:
@@ -89,7 +94,7 @@ class FitPlan:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is to be done to the LLM."""
+        """Whether the LLM is left as it is: nothing is cut, and no recovery is attached."""
         return self.recipe is None and self.recovery is None
 
     @property
@@ -103,7 +108,7 @@ class FitPlan:
         return self.cuts[-1].step if self.cuts else 0
 
     def student(self) -> Student:
-        """Returns what the distillation's teacher is told of its student.
+        """Returns what the teacher must know of the student.
 
         Raises:
             InputError: where nothing is cut.
@@ -122,12 +127,21 @@ class FitPlan:
         objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
         if self.recipe is None:
             objects["calibration"] = None
-        told = {name: None if value is None else repr(value) for name, value in objects.items()}
-        fields = recipe | {name: _one(value) for name, value in made.items()} | told
+        shown = {name: None if value is None else repr(value) for name, value in objects.items()}
+        fields = recipe | {name: _unwrapped(value) for name, value in made.items()} | shown
         return {f"pruning.{field}": value for field, value in fields.items()}
 
+    def length_settings(self, trainer: Trainer) -> dict[str, Any]:
+        """Returns the length of the training where a resumed run must have that in common, too.
+
+        It must where a teacher reads the windows of the whole training before it begins.
+        """
+        teacher = None if self.distillation is None else self.distillation.teacher
+        fields = ("max_steps", "max_epochs", "limit_train_batches") if teacher is not None and teacher.reads else ()
+        return {f"trainer.{field}": getattr(trainer, field) for field in fields}
+
     def take_zeros(self, model: PreTrainedModel, *, trains: bool = True) -> None:
-        """Takes the zeros of an LLM that somebody else pruned for its mask; refuses a fit that would fill them.
+        """Takes the zeros of an LLM that somebody else pruned as its mask; refuses a fit that would fill them.
 
         Args:
             model: The LLM, before anything is done to it.
@@ -138,8 +152,8 @@ class FitPlan:
             take_zeros(model, self.keep_zeros, first, blocks=self.blocks)
         elif self.keep_zeros is False and self.recipe.method.makes_zeros:
             raise InputError(
-                f"`pruning.keep_zeros` must not be false with {self.recipe.method}: zeros that are there stay, and "
-                "count."
+                f"`pruning.keep_zeros` must not be false with {self.recipe.method}: existing zeros stay, and count "
+                "toward the sparsity."
             )
         elif self.keep_zeros:
             take_zeros(model, True, None, blocks=self.blocks)
@@ -154,7 +168,7 @@ class FitPlan:
             )
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises InputError for what cannot be done to ``model``, at any of the cuts."""
+        """Raises InputError where ``model`` does not allow one of the cuts, or what is trained around them."""
         if self.recipe is None:
             check_kept(model, self.recovery)
             return
@@ -200,6 +214,6 @@ class FitPlan:
             )
 
 
-def _one(values: list[Any]) -> Any:
-    """A list of one as the user writes it."""
+def _unwrapped(values: list[Any]) -> Any:
+    """Returns the value of a list of one, as users write it; a longer list as it is."""
     return values[0] if len(values) == 1 else values

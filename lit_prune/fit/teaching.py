@@ -1,17 +1,16 @@
-"""The teacher of a run: made right before the first cut, asked in every step after it, made again by a resumed run."""
+"""The teacher of a run: made right before the first cut, asked in every step after it, restored by a resumed run."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lit_prune.checkpointing.resume import Settings
+from lit_prune.checkpointing.record import TeacherRecord
 from lit_prune.distill import DenseModel, Distillation, DistillationHook, Student
 from lit_prune.errors import InputError
 from lit_prune.fit.batches import training_windows
@@ -19,14 +18,14 @@ from lit_prune.models.digest import digest
 
 
 class Teaching:
-    """A distillation while a run lasts.
+    """The distillation of one run.
 
     Args:
-        distillation: What is asked for.
-        student: What becomes of the LLM.
+        distillation: Its settings.
+        student: What the LLM becomes.
 
     Raises:
-        InputError: for a student that cannot be taught so.
+        InputError: for a student that this teacher cannot teach.
     """
 
     def __init__(self, distillation: Distillation, student: Student) -> None:
@@ -46,8 +45,8 @@ class Teaching:
         Args:
             trainer: Its training loader and device.
             model: The LLM, right before the first cut.
-            stored: Whether checkpoints must hold the teacher, where that is possible, since its source has it not.
-            weights: The teacher's, from a checkpoint, in the place of the model's.
+            stored: Whether checkpoints hold the teacher, if it can be stored, because the source cannot give it again.
+            weights: The teacher's weights in a checkpoint; None takes those of ``model``.
         """
         self._stored = stored and self.teacher.stores
         self._digest = None if self._stored else _digest(model)
@@ -56,37 +55,35 @@ class Teaching:
         self.distilled = DistillationHook(self.distillation, self.teacher.prepare(dense))
 
     def put_on(self, model: PreTrainedModel) -> None:
-        """Lets ``model`` be taught from now on, if it is not yet."""
+        """Adds the distillation to the loss of ``model`` from now on; a second call does nothing."""
         assert self.distilled is not None
         if self._handle is None:
             self._handle = self.distilled.register(model)
 
-    def settings(self, trainer: Trainer) -> Settings:
-        """Returns what a resumed run must have in common with the first beside what any run must: its length."""
-        fields = ("max_steps", "max_epochs", "limit_train_batches") if self.teacher.reads else ()
-        return {f"trainer.{field}": getattr(trainer, field) for field in fields}
+    def resume(self, trainer: Trainer, model: PreTrainedModel, record: TeacherRecord | None) -> None:
+        """Restores the teacher of a checkpoint; ``model`` is fresh from its source.
 
-    def resume(self, trainer: Trainer, model: PreTrainedModel, state: dict[str, Any] | None) -> None:
-        """Makes the teacher again that :meth:`state` told of; ``model`` is fresh from its source."""
-        if state is None:  # the first cut is still to come
+        Raises:
+            InputError: if that is not the model which taught.
+        """
+        if record is None:  # the first cut is still to come
             return
-        weights = state["weights"]
-        self.begin(trainer, model, stored=weights is not None, weights=weights)
-        if self._digest != state["digest"]:
+        self.begin(trainer, model, stored=record.weights is not None, weights=record.weights)
+        if self._digest != record.digest:
             raise InputError(
                 "`model.pretrained` must be the model that the checkpoint was made from, the dense model that teaches "
                 "is another."
             )
         self.put_on(model)
 
-    def state(self) -> dict[str, Any] | None:
-        """Returns what a checkpoint must hold: a digest of the dense model, or the teacher's weights."""
+    def record(self) -> TeacherRecord | None:
+        """Returns what a checkpoint holds of the teacher; None before the first cut."""
         if self.distilled is None:
             return None
-        return {"digest": self._digest, "weights": self.distilled.teacher.weights() if self._stored else None}
+        return TeacherRecord(self._digest, self.distilled.teacher.weights() if self._stored else None)
 
     def check_begun(self) -> None:
-        """Raises InputError where a run goes on after its first cut, and was told so too late to have its teacher."""
+        """Raises InputError where a run goes on after its first cut without a teacher: `setup` knew no checkpoint."""
         if self.distilled is None:
             raise InputError(
                 "`trainer.ckpt_path` must be set before `trainer.fit` is called, where `pruning.distillation` is "
@@ -97,7 +94,7 @@ class Teaching:
         """Logs the parts of the last loss.
 
         Raises:
-            InputError: if the LLM was not called in such a way that it could be taught.
+            InputError: if the LLM was called without `labels`, and so without the distillation.
         """
         if self.distilled is None:
             return
@@ -112,6 +109,6 @@ class Teaching:
 
 
 def _digest(model: nn.Module) -> str:
-    """The SHA-256 of all weights."""
-    every = (f"{name} {digest(tensor)}" for name, tensor in model.state_dict().items())
-    return hashlib.sha256("\n".join(every).encode()).hexdigest()
+    """Returns the SHA-256 of all weights."""
+    lines = (f"{name} {digest(tensor)}" for name, tensor in model.state_dict().items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -76,7 +76,7 @@ class Gone(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         pruning = find_callback(trainer, DynamicPruningCallback)
-        if pruning.done and pruning.done[-1].step == trainer.global_step:
+        if pruning.run.done and pruning.run.done[-1].step == trainer.global_step:
             self.zero = pruned(pl_module.model)
 
 

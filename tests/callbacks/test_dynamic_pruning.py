@@ -85,31 +85,31 @@ def test_prunes_before_the_first_step_and_recovers_with_zeros_kept() -> None:
     assert sparsity(module) == pytest.approx(0.5, abs=1e-3)
     assert adapter_config(module.model) is not None
     assert any(p.abs().sum() > 0 for n, p in module.model.named_parameters() if "lora_B" in n)
-    assert len(pruning.done[0].scores) == len(pruning.done[0].rates) == 3
+    assert len(pruning.run.done[0].scores) == len(pruning.run.done[0].rates) == 3
 
 
 def test_perplexity_is_measured_before_and_after_the_cut_on_what_the_trainer_validates() -> None:
     module, pruning = Foreign(), callback(sparsity=0.6)
     dense = measure(small_model(), list(loader(1))[:2], "x").perplexity
     fit(module, pruning, loader(1), limit_val_batches=2)
-    assert pruning.done[0].perplexity["before"] == pytest.approx(dense)
-    assert pruning.done[0].perplexity["after"] != pytest.approx(dense)
-    assert pruning.done[0].protocol.windows == 8
-    assert pruning.done[0].protocol.data == "validation dataloader"
+    assert pruning.run.done[0].perplexity["before"] == pytest.approx(dense)
+    assert pruning.run.done[0].perplexity["after"] != pytest.approx(dense)
+    assert pruning.run.done[0].protocol.windows == 8
+    assert pruning.run.done[0].protocol.data == "validation dataloader"
 
 
 def test_a_share_of_the_validation_batches() -> None:
     pruning = callback()
     fit(Foreign(), pruning, loader(1), limit_val_batches=0.5)
-    assert pruning.done[0].protocol.windows == 16
+    assert pruning.run.done[0].protocol.windows == 16
 
 
 @pytest.mark.parametrize(("fields", "val"), [({}, None), ({"measure": False}, loader(1))])
 def test_without_validation_nothing_is_measured(fields: dict[str, Any], val: DataLoader | None) -> None:
     pruning = callback(**fields)
     fit(Foreign(), pruning, val)
-    assert pruning.done[0].perplexity == {}
-    assert pruning.done[0].protocol is None
+    assert pruning.run.done[0].perplexity == {}
+    assert pruning.run.done[0].protocol is None
 
 
 def test_the_calibration_is_the_first_rows_of_the_training_loader() -> None:
@@ -120,7 +120,7 @@ def test_the_calibration_is_the_first_rows_of_the_training_loader() -> None:
     from lit_prune.recipe import Recipe
 
     rows = torch.cat([batch["input_ids"] for batch in loader()])[:6]
-    assert prune(other.model, [rows], Recipe()).rates == pytest.approx(pruning.done[0].rates, abs=1e-6)
+    assert prune(other.model, [rows], Recipe()).rates == pytest.approx(pruning.run.done[0].rates, abs=1e-6)
 
 
 def test_switched_off(tmp_path: Path) -> None:
@@ -163,11 +163,11 @@ def test_a_checkpoint_resumes_with_masks_adapter_and_numbers(tmp_path: Path, mon
     trainer = fit(first, callback(), max_steps=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     stored = torch.load(tmp_path / "half.ckpt", weights_only=True)
-    assert stored[structure.KEY]["adapter"]["r"] == 8
+    assert stored[structure.KEY]["snapshot"]["adapter"]["r"] == 8
     resumed, pruning = Foreign(), callback()
     monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
     fit(resumed, pruning, max_steps=4, ckpt_path=tmp_path / "half.ckpt")
-    assert pruning.done[0].rates == pytest.approx(stored["callbacks"]["DynamicPruningCallback"]["done"][0]["rates"])
+    assert pruning.run.done[0].rates == pytest.approx(stored["callbacks"]["DynamicPruningCallback"]["done"][0]["rates"])
     assert sparsity(resumed) == pytest.approx(0.5, abs=1e-3)
     zero = [(a == 0) == (b == 0) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True) if a.ndim == 2]
     assert all(bool(same.all()) for same in zero[:4])
@@ -208,7 +208,7 @@ def test_slices_before_the_first_step_and_recovers() -> None:
     assert isinstance(module.model, SlicedCausalLM)
     assert sum(module.model.config.slice_sizes[:3]) == 72
     assert any(p.abs().sum() > 0 for n, p in module.model.named_parameters() if "lora_B" in n)
-    before, after = pruning.done[0].size["before"], pruning.done[0].size["after"]
+    before, after = pruning.run.done[0].size["before"], pruning.run.done[0].size["after"]
     assert before.parameters == dense
     assert after.parameters == sum(p.numel() for n, p in module.model.named_parameters() if ".lora_" not in n)
     assert after.bytes == 4 * after.parameters
@@ -218,7 +218,7 @@ def test_slices_before_the_first_step_and_recovers() -> None:
 def test_speed_is_not_measured_where_nothing_is() -> None:
     pruning = slicing(measure=False)
     fit(Foreign(), pruning, loader(1))
-    assert pruning.done[0].size["after"].speed is None
+    assert pruning.run.done[0].size["after"].speed is None
 
 
 def test_a_sliced_model_may_be_trained_whole() -> None:
@@ -238,7 +238,7 @@ def test_a_checkpoint_resumes_with_slices(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
     fit(resumed, pruning, max_steps=2, ckpt_path=tmp_path / "half.ckpt")
     assert resumed.model.config.slice_sizes == first.model.config.slice_sizes
-    assert pruning.done[0].size["before"].parameters == parameters(small_model())
+    assert pruning.run.done[0].size["before"].parameters == parameters(small_model())
     one, other = first.model.state_dict(), resumed.model.state_dict()
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -269,7 +269,7 @@ def test_other_stages_touch_nothing() -> None:
 def test_half_precision_weights_are_pruned_in_the_precision_they_are_trained_in() -> None:
     module, pruning = Foreign(), callback(method=Magnitude(), allocation=Uniform())
     fit(module, pruning, loader(1), precision="bf16-true")
-    assert pruning.done[0].protocol.dtype == "bfloat16"
+    assert pruning.run.done[0].protocol.dtype == "bfloat16"
     for block in find_blocks(small_model()):
         for name in block.linears:
             weight = module.model.model.layers[block.index].get_submodule(name).base_layer.weight

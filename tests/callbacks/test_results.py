@@ -74,7 +74,7 @@ def test_an_existing_folder_is_refused_before_the_cut(tmp_path: Path) -> None:
     module, pruning = Foreign(), callback()
     with pytest.raises(InputError, match="`output` must be a new folder"):
         Trainer(**QUIET, max_steps=1, callbacks=[ResultsCallback(str(tmp_path)), pruning]).fit(module, loader())
-    assert pruning.done == []
+    assert pruning.run.done == []
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 

@@ -65,7 +65,7 @@ def test_all_is_trained_before_the_cut_and_the_adapter_after_it() -> None:
     assert watch.of("rank") == [None, None, 8, 8]
     assert len(set(watch.of("optimizer"))) == 2
     assert sparsity(module) == pytest.approx(0.5, abs=1e-3)
-    assert [done.step for done in pruning.done] == [2]
+    assert [done.step for done in pruning.run.done] == [2]
 
 
 def test_an_adapter_before_the_cut_is_folded_and_a_fresh_one_comes() -> None:
@@ -107,7 +107,7 @@ def test_slices_at_a_later_step_with_all_trained_before_and_after() -> None:
     _, watch = watched(pruning, max_steps=3)
     assert watch.of("sliced") == [False, False, True]
     assert all(watch.of("whole"))
-    assert pruning.source is None
+    assert pruning.run.source_weights is None
 
 
 @pytest.mark.parametrize("recovery", [MaskedLoRA(), FullFineTuning()])
@@ -125,8 +125,8 @@ def test_what_is_pruned_stays_pruned_from_cut_to_cut(method: Any, recovery: Any)
     assert watch.of("sparsity") == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
     for earlier, later in pairwise(gone):
         assert all(bool(later[name][zero].all()) for name, zero in earlier.items())
-    assert [done.sparsity for done in pruning.done] == pytest.approx([0.25, 0.5, 0.75], abs=1e-3)
-    scores = [done.scores for done in pruning.done]
+    assert [done.sparsity for done in pruning.run.done] == pytest.approx([0.25, 0.5, 0.75], abs=1e-3)
+    scores = [done.scores for done in pruning.run.done]
     assert scores[0] != scores[1] != scores[2]  # computed anew
 
 
@@ -139,10 +139,12 @@ def test_a_step_is_one_of_the_optimizer_and_the_cut_comes_once() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_the_fresh_adapter_is_in_the_precision_that_is_trained_in(precision: str) -> None:
+def test_the_fresh_adapter_is_in_float32_and_the_rest_in_the_precision_of_the_trainer(precision: str) -> None:
     module, _ = watched(callback(at_step=1, recovery=MaskedLoRA()), max_steps=2, precision=precision)
     wanted = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    assert {parameter.dtype for parameter in module.parameters()} == {wanted}
+    adapter = {name for name, _ in module.named_parameters() if ".lora_" in name}
+    assert {p.dtype for name, p in module.named_parameters() if name in adapter} == {torch.float32}
+    assert {p.dtype for name, p in module.named_parameters() if name not in adapter} == {wanted}
 
 
 def test_best_scores_begin_anew_at_a_cut(tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_best_scores_begin_anew_at_a_cut(tmp_path: Path) -> None:
     watched(pruning, val=loader(1), max_steps=5, callbacks=[best, stopping], **fields)
     assert best.best_model_path == str(tmp_path / "step=5.ckpt")  # worse than before the cut, and best after it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step=3.ckpt", "step=5.ckpt"]
-    assert len(pruning.done[0].perplexity) == 2
+    assert len(pruning.run.done[0].perplexity) == 2
 
 
 def test_every_cut_is_logged_and_reported(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed ends with the weights of one that was not, bit for bit."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_prune.callbacks import DynamicPruningCallback, RunCheckpoint
 
 from lit_prune.calibration.windows import Calibration
+from lit_prune.checkpointing.resume import Resume
+from lit_prune.cli.main import main
 from lit_prune.data.datamodule import TextDataModule
+from lit_prune.errors import InputError
 from lit_prune.fit.module import PrunableLM
 from lit_prune.prune import Magnitude, SparseGPT, Wanda
-from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Snapshot
 from lit_prune.slice import Slicing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty")
@@ -160,3 +164,65 @@ def test_a_run_of_so_many_epochs_goes_on_in_the_middle_of_one(text: Path) -> Non
         trainer = run(text, callback(method=Wanda(), recovery=LoRA(r=2)), resume=path, **length)
         assert trainer.global_step == 10
         assert_same(whole, ended(trainer))
+
+
+class Counts:
+    """How often lit_prune, and not Lightning, opens a checkpoint, and how often a model is rebuilt."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.loads, self.rebuilds = 0, 0
+        load, rebuild = torch.load, Snapshot.rebuild
+
+        def counted_load(*args: Any, **fields: Any) -> Any:
+            self.loads += sys._getframe(1).f_globals["__name__"].startswith("lit_prune")
+            return load(*args, **fields)
+
+        def counted_rebuild(snapshot: Snapshot, model: Any) -> None:
+            self.rebuilds += 1
+            rebuild(snapshot, model)
+
+        monkeypatch.setattr(torch, "load", counted_load)
+        monkeypatch.setattr(Snapshot, "rebuild", counted_rebuild)
+
+
+@pytest.mark.filterwarnings("ignore")  # what jsonargparse says of Lightning
+def test_a_resumed_fit_and_an_export_open_the_checkpoint_once_and_rebuild_once(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text)
+    settings = ["--data.train_files=train.txt", "--data.val_files=val.txt", "--data.seq_length=32", "--output=run"]
+    settings += ["--pruning.calibration.num_samples=2", "--pruning.calibration.seq_length=32", "--pruning.at_step=1"]
+    settings += ["--pruning.before=LoRA", "--pruning.distillation=Distillation", "--pruning.measure=false"]
+    settings += ["--data.val_windows=1", "--data.batch_size=2", "--trainer.enable_progress_bar=false"]
+    main(["fit", *settings, "--trainer.max_steps=2"])
+    counts = Counts(monkeypatch)
+    main(["fit", *settings, "--trainer.max_steps=3", "--ckpt_path=last"])
+    assert (counts.loads, counts.rebuilds) == (1, 1)
+    counts = Counts(monkeypatch)
+    main(["export", "--output=run", "--ckpt_path=last", "--overwrite"])
+    assert (counts.loads, counts.rebuilds) == (1, 1)
+
+
+def test_outside_the_command_the_callback_opens_it_once(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(text, callback(method=Wanda(), recovery=LoRA(r=2)), max_steps=1, val_check_interval=1)
+    counts = Counts(monkeypatch)
+    path = text / "checkpoints" / "last.ckpt"
+    trainer = run(text, callback(method=Wanda(), recovery=LoRA(r=2)), resume=path, max_steps=2, val_check_interval=1)
+    assert (counts.loads, counts.rebuilds) == (1, 1)
+    counts = Counts(monkeypatch)
+    trainer.ckpt_path = None
+    trainer.validate(trainer.lightning_module, trainer.datamodule.val_dataloader(), ckpt_path=path)  # type: ignore[attr-defined]
+    assert counts.loads == 0  # Lightning opens it alone
+    PrunableLM("embedded", dtype="float32").on_load_checkpoint(torch.load(path, weights_only=True))
+    assert counts.rebuilds == 2
+
+
+def test_what_is_no_checkpoint_of_a_fit(tmp_path: Path) -> None:
+    path = str(tmp_path / "x.ckpt")
+    Path(path).write_text("no checkpoint")
+    with pytest.raises(InputError, match=r"`ckpt_path` must be a checkpoint of a fit, .*x.ckpt cannot be read as one"):
+        Resume.open(path)
+    for content in ({"state_dict": {}}, [1]):
+        torch.save(content, path)
+        with pytest.raises(InputError, match=r"must be a whole checkpoint of a fit .*, .*x.ckpt is none; one that was"):
+            Resume.open(path)

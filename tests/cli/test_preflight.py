@@ -1,10 +1,12 @@
 """Settings that are refused before any work, each in one line."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from lit_prune.checkpointing.record import RunRecord
 from tests.cli.conftest import check_refused, run
 
 MISTAKES = [
@@ -117,7 +119,9 @@ def test_a_mistake_is_one_clear_line_and_nothing_is_written(
 def test_what_settings_tell_is_refused_before_weights_and_text_are_read(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.save({"lit_prune": {"settings": {"pruning.sparsity": 0.5, "data.seed": 7}}}, "run.ckpt")
+    checkpoint: dict[str, Any] = {}
+    RunRecord(settings={"pruning.sparsity": 0.5, "data.seed": 7}).write_to(checkpoint)
+    torch.save(checkpoint, "run.ckpt")
     monkeypatch.setattr("lit_prune.fit.module.load_model", lambda *_: pytest.fail("weights were read"))
     monkeypatch.setattr("lit_prune.data.datamodule.TextDataModule.stream", lambda *_: pytest.fail("text was read"))
     for args, message in (

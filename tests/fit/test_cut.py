@@ -7,7 +7,7 @@ from lit_prune.allocate import DLP, Uniform
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.evaluation.sizes import parameters
-from lit_prune.fit.cut import cut
+from lit_prune.fit.cut import CutInputs, cut
 from lit_prune.masks.zeros import zeros
 from lit_prune.pipeline import score_with_statistics
 from lit_prune.prune import Magnitude, Wanda
@@ -23,14 +23,14 @@ def batches(seed: int = 0) -> list[Batch]:
     return [{"input_ids": torch.randint(1, 64, (4, 16), generator=torch.Generator().manual_seed(seed))}]
 
 
-def calibration() -> tuple[list[Batch], dict[str, Any]]:
-    return batches(), {"num_samples": 4}
+def inputs(recipe: Recipe = RECIPE, validation: Any = None, **fields: Any) -> CutInputs:
+    return CutInputs(recipe, batches(), {"num_samples": 4}, validation, CPU, **fields)
 
 
 def test_a_cut_is_made_and_measured_on_both_sides() -> None:
     model, validation = small_model(), batches(1)
     dense = measure(model, validation, "val").perplexity
-    record = cut(model, RECIPE, calibration(), (validation, "val"), CPU, step=3)
+    record = cut(model, inputs(validation=(validation, "val"), step=3))
     pruned = measure(model, validation, "val")
     assert record.perplexity == {"before": pytest.approx(dense), "after": pytest.approx(pruned.perplexity)}
     assert dense != pytest.approx(pruned.perplexity)
@@ -48,7 +48,7 @@ def test_a_cut_is_made_and_measured_on_both_sides() -> None:
 
 @pytest.mark.parametrize(("validation", "measured"), [(None, True), ((batches(1), "val"), False)])
 def test_without_validation_nothing_is_measured(validation: Any, measured: bool) -> None:
-    record = cut(small_model(), RECIPE, calibration(), validation, CPU, measured=measured)
+    record = cut(small_model(), inputs(validation=validation, measured=measured))
     assert record.perplexity == {}
     assert record.protocol is None
     assert list(record.seconds) == ["score", "prune"]
@@ -59,7 +59,7 @@ def test_without_validation_nothing_is_measured(validation: Any, measured: bool)
 def test_a_cut_that_changes_shapes_says_what_the_model_weighs(measured: bool) -> None:
     model = small_model()
     dense = parameters(model)
-    record = cut(model, Recipe(Slicing(), 0.25), calibration(), None, CPU, measured=measured)
+    record = cut(model, inputs(Recipe(Slicing(), 0.25), measured=measured))
     before, after = record.size["before"], record.size["after"]
     assert (before.parameters, after.parameters) == (dense, parameters(model))
     assert (before.bytes, after.bytes) == (4 * before.parameters, 4 * after.parameters)
@@ -68,14 +68,14 @@ def test_a_cut_that_changes_shapes_says_what_the_model_weighs(measured: bool) ->
 
 def test_a_second_cut_knows_what_was_removed_before() -> None:
     model = small_model()
-    assert cut(model, RECIPE, calibration(), None, CPU).sparsity_before == 0
-    second = cut(model, Recipe(Magnitude(), 0.6, Uniform()), calibration(), None, CPU)
+    assert cut(model, inputs()).sparsity_before == 0
+    second = cut(model, inputs(Recipe(Magnitude(), 0.6, Uniform())))
     assert second.sparsity_before == pytest.approx(0.5, abs=1e-3)
 
 
 def test_stored_statistics_are_read_in_place_of_a_pass() -> None:
     recipe = Recipe(Wanda(), 0.5, DLP())
     scored, stored = score_with_statistics(small_model(), batches(), recipe)
-    record = cut(small_model(), recipe, calibration(), None, CPU, stored=stored)
+    record = cut(small_model(), inputs(recipe, statistics=stored))
     assert record.rates == scored.rates
     assert record.scores == scored.scores

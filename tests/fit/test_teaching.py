@@ -31,9 +31,9 @@ IDS = torch.arange(1, 17)[None]
 
 def dense_of(pruning: DynamicPruningCallback) -> torch.Tensor:
     """What the teacher of a run says."""
-    assert pruning.teaching is not None
-    assert pruning.teaching.distilled is not None
-    output: Any = pruning.teaching.distilled.teacher.output({"input_ids": IDS})
+    assert pruning.run.teaching is not None
+    assert pruning.run.teaching.distilled is not None
+    output: Any = pruning.run.teaching.distilled.teacher.output({"input_ids": IDS})
     return output.logits_NV
 
 
@@ -259,7 +259,7 @@ def test_a_checkpoint_that_is_told_too_late(tmp_path: Path) -> None:
     trainer = fit(Foreign(), pruning, max_steps=2)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     late = callback(distillation=Distillation(), at_step=1)
-    late.done, late.teaching.distilled = pruning.done, None  # type: ignore[union-attr]
+    late.run.done, late.run.teaching.distilled = pruning.run.done, None  # type: ignore[union-attr]
     with pytest.raises(InputError, match="`trainer.ckpt_path` must be set before `trainer.fit` is called, where"):
         late.on_train_start(trainer, Foreign())
 

@@ -4,7 +4,7 @@ import random
 import numpy as np
 import torch
 
-from lit_prune.checkpointing.random_states import random_states, restore_random_states
+from lit_prune.random_states import random_states, restore_random_states
 
 
 def draws() -> list[float]:

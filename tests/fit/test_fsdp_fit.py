@@ -16,11 +16,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
 from lit_prune.cli.main import main
-from lit_prune.distill import Distillation
 from lit_prune.errors import InputError
 from lit_prune.fit.fsdp import gathered, is_sharded, shard
-from lit_prune.fit.fsdp_checks import check_cuts, check_strategy
-from lit_prune.recover import FullFineTuning, MaskedLoRA, QLoRA
+from lit_prune.recover import FullFineTuning, MaskedLoRA
 from tests.callbacks.test_dynamic_pruning import Foreign, callback, fit, sparsity
 from tests.callbacks.test_several_processes import ROOT, command, finished, left, text, with_text  # noqa: F401
 from tests.callbacks.test_several_processes import fit as run_fit
@@ -116,7 +114,7 @@ def test_a_checkpoint_resumes(alone: None, tmp_path: Path, monkeypatch: pytest.M
     trainer = fit(first, callback(recovery=recovery), strategy=strategy(), devices=1, max_steps=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     stored = torch.load(tmp_path / "half.ckpt", weights_only=True)
-    assert stored["lit_prune"]["left_out"] is None
+    assert stored["lit_prune"]["dropped_weights"] is None
     assert stored["state_dict"].keys() == first.state_dict().keys()
     assert len(stored["optimizer_states"][0]["state"]) > 0
     monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
@@ -139,36 +137,6 @@ def test_a_checkpoint_resumes(alone: None, tmp_path: Path, monkeypatch: pytest.M
 def test_sharding_at_another_time_is_refused(alone: None, when: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         fit(Sharding(when), callback(), strategy=strategy(), devices=1)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"data_parallel_size": "auto"}, "init_args.data_parallel_size` must be 1, got auto: weights are sharded"),
-        ({"tensor_parallel_size": 2}, "init_args.tensor_parallel_size` must be 1, got 2: weights are sharded"),
-        ({"save_distributed_checkpoint": True}, "init_args.save_distributed_checkpoint` must be false, got true"),
-    ],
-)
-def test_other_forms_of_the_strategy_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        check_strategy(Trainer(accelerator="cpu", devices=1, logger=False, strategy=strategy(**fields)))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"last_step": 3}, "`pruning.at_step` must be 0 under ModelParallelStrategy, .* got 3: cut at the start"),
-        ({"recovery": QLoRA()}, r"`pruning.recovery` must leave the weights in full precision .* got QLoRA\("),
-        ({"distillation": Distillation()}, "`pruning.distillation` must be null under ModelParallelStrategy"),
-    ],
-)
-def test_what_shards_cannot_do_is_refused(fields: dict[str, Any], message: str) -> None:
-    trainer = Trainer(accelerator="cpu", devices=1, logger=False, strategy=strategy())
-    settings = {"last_step": 0, "recovery": MaskedLoRA(), "distillation": None}
-    check_cuts(trainer, **settings)
-    with pytest.raises(InputError, match=message):
-        check_cuts(trainer, **{**settings, **fields})
-    check_cuts(Trainer(accelerator="cpu", devices=1, logger=False), **{**settings, **fields})
 
 
 @pytest.mark.filterwarnings("ignore")  # what jsonargparse says of Lightning
@@ -214,7 +182,7 @@ def test_a_fit_in_two_processes_is_that_of_one(text: Path, tmp_path: Path, case:
 def test_a_run_that_is_killed_goes_on_and_is_exported(text: Path, tmp_path: Path, case: str) -> None:  # noqa: F811
     _, expected = finished(text, tmp_path / "whole", *SHARDED, *CASES[case])
     folder, every = with_text(text, tmp_path / "killed"), "--checkpoint_every=1"
-    stops = "--trainer.callbacks+=tests.fit.test_fsdp_checks.Stops"
+    stops = "--trainer.callbacks+=tests.fit.test_fsdp_fit.Stops"
     assert run_fit(folder, *SHARDED, *CASES[case], every, stops).returncode != 0
     assert not (folder / "run" / "model").exists()
     done = run_fit(folder, *SHARDED, *CASES[case], every, "--ckpt_path=last")
@@ -242,7 +210,7 @@ class Fails(Callback):
 
 @pytest.mark.slow
 def test_an_exception_in_one_process_ends_all_with_its_message(text: Path) -> None:  # noqa: F811
-    done = run_fit(text, *SHARDED, "--trainer.callbacks+=tests.fit.test_fsdp_checks.Fails", "--overwrite")
+    done = run_fit(text, *SHARDED, "--trainer.callbacks+=tests.fit.test_fsdp_fit.Fails", "--overwrite")
     assert done.returncode != 0
     assert "the second process has had enough" in done.stderr
     assert not (text / "run" / "model").exists()
