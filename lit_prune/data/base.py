@@ -1,4 +1,4 @@
-"""The two protocols of the room: a source gives the rows of a part, a dataset kind makes items to train on of them."""
+"""The two interfaces of training data: a source provides rows, a dataset kind turns them into training items."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Part = Literal["train", "val", "test"]
 
 
 class Source(ABC):
-    """A source of rows for training, validation and test."""
+    """A source of rows for the three parts of the data: training, validation and test."""
 
     @property
     @abstractmethod
     def may_overlap(self) -> bool:
-        """Whether training rows have to be compared with validation rows, which may repeat them."""
+        """Whether training rows may repeat validation rows, so that the two have to be compared."""
 
     @abstractmethod
     def is_plain(self, part: Part) -> bool:
-        """Returns whether the rows of a part are whole texts, in a column `text`, and not rows of a table."""
+        """Returns whether a row of a part is a whole text in a column `text`, not a row of a table."""
 
     @abstractmethod
     def rows(self, part: Part) -> Dataset:
@@ -46,12 +46,12 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class WindowSizes:
-    """The length of windows, and the number that is used.
+    """The length and the number of windows.
 
     Attributes:
         train: Tokens of a training window.
         val: Tokens of a validation or test window.
-        limit: Number of validation or test windows that are used; None uses all.
+        limit: Maximum number of validation or test windows; None uses all.
     """
 
     train: int
@@ -59,20 +59,20 @@ class WindowSizes:
     limit: int | None = None
 
     def tokens(self, part: Part) -> int:
-        """Returns the tokens of a window of ``part``."""
+        """Returns the number of tokens in a window of ``part``."""
         return self.train if part == "train" else self.val
 
     def count(self, part: Part) -> int | None:
-        """Returns how many windows of ``part`` are used at most; None means all."""
+        """Returns the maximum number of windows of ``part``; None means all."""
         return None if part == "train" else self.limit
 
 
 class Items(Protocol):
-    """A map-style data set of dicts of tensors that can describe itself in a few words."""
+    """A map-style data set of dicts of tensors, with a short description of itself."""
 
     @property
     def description(self) -> str:
-        """The number of items and their length, in words."""
+        """The number and the length of the items, as text."""
 
     def __len__(self) -> int: ...
 
@@ -80,11 +80,11 @@ class Items(Protocol):
 
 
 class DatasetKind(ABC):
-    """A kind of training data, made of the rows of a source; every part is read once.
+    """A kind of training data, such as text or conversations, built from the rows of a source; each part is read once.
 
     Attributes:
-        bos: Id of the token that every window begins with; None leaves windows as the tokens come.
-        settings: What of the kind a resumed run must have in common with the run before, by field.
+        bos: Id of the token that every window begins with; None adds no token.
+        settings: The settings, by field, that a resumed run must share with the original run.
     """
 
     bos: int | None
@@ -96,7 +96,7 @@ class DatasetKind(ABC):
 
     @abstractmethod
     def items(self, part: Part) -> Items:
-        """Returns the windows of a part, in order, which a loader batches."""
+        """Returns the windows of a part, in order, for a loader to batch."""
 
     @abstractmethod
     def describe(self, part: Part) -> str:

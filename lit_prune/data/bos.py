@@ -1,8 +1,8 @@
-"""The token that begins a text (BOS): whether windows begin with it, and how a report says so.
+"""The beginning-of-sequence token (BOS) of windows, and its mention in reports.
 
-Models whose tokenizer adds BOS were trained with it at the start of every sequence and need it there: Gemma 3 270M has
-a perplexity of 35.2 without and of 18.8 with it. A tokenizer adds it once a text, so that only the first window of a
-long one would have it.
+A model whose tokenizer adds BOS was trained with it at the start of every sequence and needs it there: Gemma 3 270M
+has a perplexity of 35.2 without it and of 18.8 with it. A tokenizer adds it once per text, so that of a long text only
+the first window would have it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lit_prune.errors import InputError
 
 @dataclass(frozen=True)
 class Bos:
-    """The rule for BOS, of `data.bos` and a tokenizer.
+    """The use of BOS that follows from `data.bos` and a tokenizer.
 
     Attributes:
-        window: Id that every window and every document begins with; None adds nothing to what the tokenizer gives.
-        note: End of the description of the data, in protocols; empty for a tokenizer that adds none.
+        window: Id that every window and every document begins with; None leaves the tokenizer's output as it is.
+        note: Text that is appended to descriptions of the data; empty for a tokenizer that adds no BOS.
     """
 
     window: int | None
@@ -28,11 +28,11 @@ class Bos:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, bos: bool | None) -> Bos:
-        """Returns the choice for ``tokenizer``.
+        """Returns the rule for ``tokenizer``.
 
         Args:
             tokenizer: The tokenizer.
-            bos: True, false, or None for what the tokenizer does with a single text.
+            bos: The value of `data.bos`; None does what the tokenizer does with a single text.
 
         Raises:
             InputError: if BOS is asked for and the tokenizer has none.
@@ -48,7 +48,7 @@ class Bos:
         return cls(None, ", BOS once a text" if added else "")
 
     def begin(self, tokens: list[int]) -> list[int]:
-        """Returns ``tokens`` with BOS at their start, once: with BOS 1, [5, 6], [1, 5, 6] and [1, 1, 5, 6] agree."""
+        """Returns ``tokens`` with exactly one BOS at the start; with BOS 1, [5, 6] and [1, 1, 5, 6] give [1, 5, 6]."""
         if self.window is None:
             return tokens
         start = next((index for index, token in enumerate(tokens) if token != self.window), len(tokens))

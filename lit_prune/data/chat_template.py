@@ -1,4 +1,4 @@
-"""Conversations rendered by a chat template: their tokens, and which of these are answers."""
+"""Conversations rendered by a chat template, as tokens with labels on the answers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation in tokens.
+    """A tokenised conversation.
 
     Attributes:
         ids: Token ids.
-        labels: The ids of the answers and of what ends them, else -100.
+        labels: The ids of the answers and of the tokens that end them, -100 elsewhere.
         last_only: Whether only the last of several answers is labelled.
     """
 
@@ -33,26 +33,26 @@ class Encoded:
     last_only: bool = False
 
 
-def give_template(tokenizer: Tokenizer, template: str | None, name: str) -> None:
-    """Gives ``tokenizer`` a chat template.
+def set_chat_template(tokenizer: Tokenizer, template: str | None, name: str) -> None:
+    """Sets the chat template of ``tokenizer``.
 
     Args:
         tokenizer: The tokenizer.
-        template: A Jinja template or the file that has one; None leaves the tokenizer's own.
+        template: A Jinja template or a file with one; None keeps the tokenizer's own.
         name: Name of the tokenizer in error messages.
 
     Raises:
-        InputError: if there is none, or it cannot be read.
+        InputError: if there is no template, it cannot be read, or the tokenizer is not a fast one.
     """
     if template is not None:
         tokenizer.chat_template = _read(template)
     if not tokenizer.chat_template:
         raise InputError(
-            f"`data.instructions.chat_template` must be given, the tokenizer of {name} has none: a Jinja template, "
-            "or a file that has one."
+            f"`data.instructions.chat_template` must be given, the tokenizer of {name} has none. Give a Jinja "
+            "template, or a file with one."
         )
     if not tokenizer.is_fast:
-        raise InputError(f"`data.instructions` needs a fast tokenizer, that of {name} is none.")
+        raise InputError(f"`data.instructions` needs a fast tokenizer, that of {name} is slow.")
 
 
 def _read(template: str) -> str:
@@ -64,12 +64,12 @@ def _read(template: str) -> str:
 
 
 def encode(messages: Sequence[Message], tokenizer: Tokenizer, where: str = "a row") -> Encoded:
-    """Returns the tokens of a conversation, and which of them are answers.
+    """Returns the tokens of a conversation, with labels on its answers.
 
-    A template with `{% generation %}` marks the answers itself. Otherwise an answer is what rendering one message more
-    adds to the prompt, so that what is trained is what has to be generated. Templates of models that think leave the
-    thoughts of earlier answers out, which are then rendered otherwise than when they were the last: of such
-    conversations the last answer alone is labelled.
+    A template with `{% generation %}` marks the answers itself. Otherwise an answer is the text that its message adds
+    to the rendered prompt, which is exactly what the model has to generate. Templates of reasoning models omit the
+    reasoning of earlier answers, which are therefore rendered differently than when they were the last message: in
+    such a conversation only the last answer is labelled.
 
     Raises:
         InputError: if the template cannot render the conversation, or does not show where its last answer begins.
@@ -88,13 +88,15 @@ def encode(messages: Sequence[Message], tokenizer: Tokenizer, where: str = "a ro
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, labels = list(tokens["input_ids"]), []
     for token, (begin, end) in zip(ids, tokens["offset_mapping"], strict=True):
-        answer = any(first < end and begin < last for first, last in spans)  # a space before it may be part of a token
+        answer = any(
+            first < end and begin < last for first, last in spans
+        )  # a token may begin with the space before an answer
         labels.append(token if answer else IGNORED)
     return Encoded(ids, labels, last_only)
 
 
 def _answers(tokenizer: Tokenizer, messages: Sequence[Message], text: str, where: str) -> tuple[list[Span], bool]:
-    """The answers' places in the rendered text, and whether there is one for the last alone."""
+    """The spans of the answers in the rendered text, and whether only the last answer has one."""
     indices = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     spans = [_answer(tokenizer, messages, index, text) for index in indices]
     complete = [span for span in spans if span is not None]
@@ -102,14 +104,14 @@ def _answers(tokenizer: Tokenizer, messages: Sequence[Message], text: str, where
         return complete, False
     if spans[-1] is None:
         raise InputError(
-            f"`data.instructions.chat_template` must mark answers by {{% generation %}}: the beginning of {where} "
-            "is rendered otherwise than the whole."
+            f"`data.instructions.chat_template` must mark answers with {{% generation %}}: it renders the beginning of "
+            f"{where} differently with the last answer than without it."
         )
     return [spans[-1]], True
 
 
 def _answer(tokenizer: Tokenizer, messages: Sequence[Message], index: int, text: str) -> Span | None:
-    """The place of one answer; None where the conversation up to it is rendered otherwise than the whole."""
+    """The span of one answer; None if the conversation up to it is not a prefix of the rendered text."""
     prompt = _rendered(tokenizer, messages[:index], to_answer=True)
     answered = _rendered(tokenizer, messages[: index + 1])
     if not (answered.startswith(prompt) and text.startswith(answered)):

@@ -1,6 +1,6 @@
-"""TextDataModule: text or conversations from the hub, from local files or from Python's own documentation, as batches.
+"""TextDataModule: batches of text or conversations from the hub, from local files or from Python's documentation.
 
-The source and the kind of data are files of their own; here are the fields that a user sets, and Lightning's loaders.
+This file has the fields that a user sets and Lightning's loaders; sources and kinds of data have files of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from lit_prune import distributed
 from lit_prune.calibration.windows import Windows
 from lit_prune.data.base import DatasetKind, Items, Part, Source, WindowSizes
-from lit_prune.data.chat_template import give_template
+from lit_prune.data.chat_template import set_chat_template
 from lit_prune.data.conversations import ConversationData, Instructions
 from lit_prune.data.files import FileList, check_encoding_name
 from lit_prune.data.loaders import PaddedDataset, ResumableLoader, ShardedSampler
@@ -33,38 +33,37 @@ Names = str | list[str] | None
 
 
 class TextDataModule(LightningDataModule):
-    """Text packed into windows of tokens for training, validation, test and calibration.
+    """Text or conversations in windows of tokens, for training, validation, test and calibration.
 
     Args:
-        tokenizer: Hub id, folder, .gguf file or `embedded` whose tokenizer is used.
+        tokenizer: The model whose tokenizer is used: a hub id, a folder, a .gguf file, or `embedded`.
         source: `python-docs` (the documentation inside the running Python), or the id of a data set on the hub.
         name: Configuration of the hub data set, such as `wikitext-2-raw-v1`.
         train_split: Split of the hub data set that is trained and calibrated on.
         val_split: Split of the hub data set whose perplexity is reported.
         test_split: Split of the hub data set for `lit-prune test`.
-        train_files: Local .txt, .csv, .jsonl or .parquet files, folders of them or patterns; any local files replace
-            `source` altogether.
+        train_files: Local .txt, .csv, .jsonl or .parquet files, folders of them or patterns; if any local files are
+            given, `source` is not used.
         val_files: Local files for validation.
         test_files: Local files for `lit-prune test`.
         encoding: Encoding of local files, such as `latin-1` or `utf-16`; null is UTF-8.
-        text_column: Column of the text in a hub data set, a .csv, a .jsonl or a .parquet file.
+        text_column: Column of the text in a hub data set or in a .csv, .jsonl or .parquet file.
         separator: String that joins the rows of a data set into one text before it is tokenised (the WikiText
             protocol); null keeps rows apart, each ended by the tokenizer's end-of-text token.
         packages: With `python-docs`, train on the docstrings of all installed packages too.
-        instructions: Take the rows of files or of a hub data set for conversations, and train on their answers alone.
-        bos: Begin every window with the tokenizer's BOS token, for which its last token gives way; null does where the
-            tokenizer begins a text so, false leaves windows as they are cut (the papers' protocol).
-        seq_length: Tokens per training window; null takes 1024, on the command line the model's limit where that is
-            less.
-        val_seq_length: Tokens per window of validation and test; null takes `seq_length`.
+        instructions: Read the rows of files or of a hub data set as conversations, and train only on their answers.
+        bos: Begin every window with the tokenizer's BOS token and drop its last token; null does so if the tokenizer
+            itself adds BOS to a text, false leaves windows as they are cut (the papers' protocol).
+        seq_length: Tokens per training window; null is 1024, or on the command line the model's limit if that is less.
+        val_seq_length: Tokens per validation and test window; null is `seq_length`.
         batch_size: Windows per batch.
-        val_windows: Use only the first so many windows for validation and test; null uses all.
+        val_windows: Number of windows, from the first on, that validation and test use; null uses all.
         seed: Seed of the order of the training windows.
-        num_workers: Processes that load batches.
+        num_workers: Number of worker processes that load batches.
 
     Raises:
-        InputError: for files that are missing or empty, a column that is not there, text shorter than one window,
-            training and validation text that is the same.
+        InputError: for files that are missing or empty, a column that does not exist, text shorter than one window, or
+            validation text that equals the training text.
     """
 
     def __init__(
@@ -107,15 +106,15 @@ class TextDataModule(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer with the chat template of the conversations, loaded when first asked for."""
+        """The tokenizer, with the chat template of conversations, loaded on first use."""
         tokenizer = load_tokenizer(self.tokenizer_name)
         if self.instructions is not None:
-            give_template(tokenizer, self.instructions.chat_template, self.tokenizer_name)
+            set_chat_template(tokenizer, self.instructions.chat_template, self.tokenizer_name)
         return tokenizer
 
     @cached_property
     def kind(self) -> DatasetKind:
-        """Windows of text or conversations, of which nothing is read yet."""
+        """Windows of text or of conversations; their data is read on first use."""
         sizes = WindowSizes(self.seq_length, self.val_seq_length, self.val_windows)
         if self.instructions is not None:
             return ConversationData(self.source, self.tokenizer, sizes, instructions=self.instructions, bos=self.bos)
@@ -124,7 +123,7 @@ class TextDataModule(LightningDataModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Reads and tokenises what a stage needs: training and validation text for fit, else the part evaluated."""
+        """Reads and tokenises the data of a stage: training and validation data for fit, else that of the stage."""
         parts: dict[str, tuple[Part, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
         config = getattr(getattr(self.trainer, "lightning_module", None), "config", None)
         if self._vocabulary is None and isinstance(config, PreTrainedConfig):
@@ -132,16 +131,15 @@ class TextDataModule(LightningDataModule):
         for part in parts[stage]:
             self.windows(part)
         if stage == "fit":
-            self.train_dataloader()  # which refuses now to have fewer windows than processes
+            self.train_dataloader()  # raises here, before training, if there are fewer windows than processes
 
     def check_vocabulary(self, config: PreTrainedConfig) -> None:
-        """Refuses a tokenizer whose tokens a model has no embeddings for; also of the text, as soon as it is read.
+        """Checks that the model has an embedding for every token of the tokenizer, and later of the text.
 
-        Tokens that were added to a tokenizer may be beyond the embedding as long as no text has them: Gemma 3's for
-        images are.
+        Added tokens may lack an embedding as long as no text uses them, as Gemma 3's image tokens do.
 
         Raises:
-            InputError: if the tokenizer has more tokens, added ones aside, than the model of ``config``.
+            InputError: if the tokenizer has more tokens, without added ones, than the model of ``config``.
         """
         self._vocabulary = getattr(config.get_text_config(), "vocab_size", None)
         self._check_ids(self.tokenizer.vocab_size - 1)
@@ -153,7 +151,7 @@ class TextDataModule(LightningDataModule):
         return stream
 
     def windows(self, part: Part) -> Items:
-        """Returns the windows of a part, in order: of a conversation each where they are not packed."""
+        """Returns the windows of a part, in order; unpacked conversations are a window each."""
         self.stream(part)
         return self.kind.items(part)
 
@@ -163,7 +161,7 @@ class TextDataModule(LightningDataModule):
         return self.kind.calibration_windows(num_samples, seq_length, seed)
 
     def train_dataloader(self) -> DataLoader:
-        """Returns shuffled training windows; their order is a function of the seed and the epoch."""
+        """Returns a loader of the training windows in an order that is a function of the seed and the epoch."""
         items = self.windows("train")
         return ResumableLoader(
             items,  # type: ignore[arg-type]
@@ -174,11 +172,11 @@ class TextDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        """Returns the validation windows, in order."""
+        """Returns a loader of the validation windows, in order."""
         return self._loader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Returns the test windows, in order."""
+        """Returns a loader of the test windows, in order."""
         return self._loader("test")
 
     def describe(self, part: Part) -> str:
@@ -186,14 +184,14 @@ class TextDataModule(LightningDataModule):
         return self.kind.describe(part)
 
     def resume_settings(self) -> dict[str, Any]:
-        """Returns the settings without which a position in the data means nothing; a resumed run must have the same."""
+        """Returns the settings that define the order of the training windows; a resumed run must have the same."""
         stream = self.stream("train")
         digest = hashlib.sha256(stream.numpy().tobytes()).hexdigest()[:12]
         text = f"text of {stream.numel():,} tokens, SHA-256 {digest}"
         return self.expected_settings() | {"data.train_files (or data.source)": text}
 
     def expected_settings(self) -> dict[str, Any]:
-        """Returns those of :meth:`resume_settings` that are known before any text is read."""
+        """Returns the part of :meth:`resume_settings` that is known before any text is read."""
         sizes = {"data.seed": self.seed, "data.batch_size": self.batch_size, "data.seq_length": self.seq_length}
         return self.kind.settings | sizes
 
@@ -203,7 +201,7 @@ class TextDataModule(LightningDataModule):
             raise InputError(
                 f"`data.val_windows` must give each of {distributed.world_size()} processes a window, got {len(items)}."
             )
-        # sharded weights are gathered in every forward pass, so that all processes need as many
+        # sharded weights are gathered in every forward pass, so all processes must make the same number of passes
         multiple = distributed.world_size() if self.trainer is not None and shards_weights(self.trainer) else 1
         padded = PaddedDataset(items, multiple)  # type: ignore[arg-type]
         return DataLoader(
@@ -211,7 +209,7 @@ class TextDataModule(LightningDataModule):
             self.batch_size,
             sampler=ShardedSampler(padded),
             num_workers=self.num_workers,
-            generator=torch.Generator(),  # a loader draws from its generator, which may not be the one training uses
+            generator=torch.Generator(),  # drawing from the global one would change training
             collate_fn=getattr(items, "collate", None),
         )
 
@@ -225,7 +223,7 @@ class TextDataModule(LightningDataModule):
             raise InputError(f"`data.val_windows` must be at least 1 or null, got {self.val_windows}.")
 
     def _check_instructions(self) -> None:
-        """Refuses what conversations have no use for."""
+        """Raises InputError for fields that have no effect on conversations."""
         if self.instructions is None:
             return
         if isinstance(self.source, PythonDocs):
@@ -252,7 +250,7 @@ def _source(
     packages: bool,
     encoding: str | None,
 ) -> Source:
-    """The source that the fields describe; any local files replace all else."""
+    """The source that the fields describe; local files take precedence."""
     files = {part: [given] if isinstance(given, str) else list(given or []) for part, given in named.items()}
     if any(files.values()):
         return LocalFiles({part: FileList.find(f"data.{part}_files", names) for part, names in files.items()}, encoding)

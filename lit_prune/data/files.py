@@ -1,4 +1,4 @@
-"""Local files of text or rows: found by name, folder or pattern, and read in the encoding that they are in."""
+"""Local files of text or rows: listed from names, folders and patterns, and read in their encoding."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ BUILDERS = {
     ".parquet": "parquet",
 }
 COMPRESSED = (".gz", ".zst")
-NO_ROWS = ("corresponds to no data", "Please pass `features`")  # what ``datasets`` says of files without rows
-UTF_8 = "utf-8-sig"  # as utf-8, but for a byte-order mark, which is no text
+NO_ROWS = ("corresponds to no data", "Please pass `features`")  # from the errors of ``datasets`` for files without rows
+UTF_8 = "utf-8-sig"  # utf-8 that skips a byte-order mark
 
 
 @dataclass(frozen=True)
 class FileList:
-    """The files that a field names.
+    """The files that a field of the data module names.
 
     Attributes:
         field: The field, such as `data.train_files`.
         paths: The files.
-        names: Their names in reports; that of a folder or pattern has the number of its files.
+        names: Names for reports; that of a folder or pattern includes the number of its files.
     """
 
     field: str
@@ -47,18 +47,18 @@ class FileList:
     def find(cls, field: str, given: Sequence[str]) -> FileList:
         """Returns the files that ``given`` names: files, folders, or patterns such as `data/*.jsonl`.
 
-        What is there under its very name is no pattern, whatever brackets the name has.
+        A name that exists is not treated as a pattern, even if it has brackets.
 
         Raises:
-            InputError: for a file that is not there, is empty, or is of no known kind.
+            InputError: for a file that does not exist, is empty, or has an unknown ending.
         """
         paths: list[Path] = []
         names = []
         for name in given:
-            found = _matching(field, name)
-            single = found == [Path(name)]
-            names.append(Path(name).name if single else f"{Path(name).name} ({len(found)} files)")
-            paths += found
+            matches = _matching(field, name)
+            single = matches == [Path(name)]
+            names.append(Path(name).name if single else f"{Path(name).name} ({len(matches)} files)")
+            paths += matches
         for path in paths:
             _check(field, path)
         return cls(field, tuple(dict.fromkeys(paths)), tuple(names))
@@ -88,11 +88,11 @@ class FileList:
         extra: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
         if builder != "parquet":
             extra["encoding"] = _codec(encoding, builder)
-        # ``datasets`` reads names as patterns, so that part[1].txt would be part1.txt
+        # ``datasets`` treats names as patterns: part[1].txt would read part1.txt
         names = [glob.escape(str(path)) for path in self.paths]
         try:
             return load_dataset(builder, data_files=names, split="train", **extra)
-        except Exception as error:  # each builder raises its own kinds for a file that it cannot read
+        except Exception as error:  # each builder has its own exceptions for a file that it cannot read
             if any(text in str(root_cause(error)) for text in NO_ROWS):
                 raise InputError(f"`{self.field}` must name files with text in them, none has a row.") from error
             for path in self.paths if builder != "parquet" else ():
@@ -101,7 +101,7 @@ class FileList:
 
 
 def kind(path: Path) -> str:
-    """Returns the ending that names the format of a file, in small letters, without that of a compression.
+    """Returns the lower-case ending that names the format of a file, ignoring that of a compression.
 
     >>> kind(Path("Corpus.TXT.gz"))
     '.txt'
@@ -130,7 +130,7 @@ def _matching(field: str, name: str) -> list[Path]:
 
 
 def _check(field: str, path: Path) -> None:
-    """Raises InputError for a file that is empty, of no known kind, or compressed beyond what is installed."""
+    """Raises InputError for a file that is empty, has an unknown ending, or needs a decompressor that is missing."""
     if path.stat().st_size == 0:
         raise InputError(f"`{field}` must name files with text in them, {path} is empty.")
     if kind(path) not in BUILDERS:
@@ -151,21 +151,21 @@ def check_encoding_name(encoding: str | None) -> None:
 
 
 def _codec(encoding: str | None, builder: str) -> str:
-    """The name of the codec for a builder; that of JSON skips a byte-order mark by itself and compares the name."""
+    """The name of the codec for a builder; the JSON builder skips a byte-order mark itself, but only for "utf-8"."""
     if encoding is not None and codecs.lookup(encoding).name != "utf-8":
         return encoding
     return "utf-8" if builder == "json" else UTF_8
 
 
 def _check_encoding(field: str, path: Path, encoding: str | None) -> None:
-    """Raises InputError that names the first byte of a file that is not in ``encoding``."""
+    """Raises InputError, naming the first invalid byte, if a file is not in ``encoding``."""
     with fsspec.open(str(path.absolute()), "rb", compression="infer") as opened:
         data = opened.read()
     try:
         data.decode(encoding or "utf-8")
     except UnicodeDecodeError as error:
-        marked = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        remedy = "utf-16, whose byte-order mark it has" if marked else "the one that it is in, such as latin-1"
+        has_mark = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        remedy = "utf-16, whose byte-order mark it has" if has_mark else "the one that it is in, such as latin-1"
         raise InputError(
             f"`{field}` must be text in {encoding or 'UTF-8'}: byte 0x{data[error.start]:02X} at position "
             f"{error.start} of {path} is not. Set `data.encoding` to {remedy}."
@@ -173,7 +173,7 @@ def _check_encoding(field: str, path: Path, encoding: str | None) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """Returns the first line of the error that all others came from."""
+    """Returns the first line of the error at the start of the chain of causes."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,7 @@
-"""A training DataLoader whose order is a function of (seed, epoch) and whose position a checkpoint can restore, and the
-padding and sharding of evaluation data.
+"""A resumable training DataLoader, and the padding and sharding of evaluation data.
 
-A training step of n processes reads the windows that a single process reads in a batch n times as large.
+The order of training windows is a function of (seed, epoch). A step of n processes reads the same windows as a single
+process does with a batch n times as large.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lit_prune import distributed
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import IGNORED
 
-EPOCH_STRIDE = 1_000_003  # so that neighbouring seeds share no epoch's order
+EPOCH_STRIDE = 1_000_003  # so that no epoch of a seed has the order of another epoch of the next seed
 
 
-class EpochOrder(DistributedSampler[int]):  # Lightning replaces any sampler but a DistributedSampler by one of its own
-    """The order of this process's items in an epoch, from a position on.
+class EpochOrder(DistributedSampler[int]):  # Lightning replaces any other sampler by its own
+    """The order of this process's items in an epoch, starting at a position.
 
     All processes have the same number of items; the remainder of an epoch is dropped.
 
@@ -51,7 +51,7 @@ class EpochOrder(DistributedSampler[int]):  # Lightning replaces any sampler but
     def order(self) -> Tensor:
         """Returns the indices of the items in the order of this epoch, shape (count,)."""
         random = torch.Generator().manual_seed(self.seed + EPOCH_STRIDE * self.epoch)
-        # a plain DataLoader draws the seed of its workers first; so the first epoch has the order of a shuffled one
+        # a plain DataLoader first draws the seed of its workers; doing the same gives epoch 0 its shuffled order
         torch.empty((), dtype=torch.int64).random_(generator=random)
         return torch.randperm(self.count, generator=random)
 
@@ -64,16 +64,16 @@ class EpochOrder(DistributedSampler[int]):  # Lightning replaces any sampler but
 
 
 class ResumableLoader(DataLoader):
-    """Shuffled batches; a resumed run skips the batches of its epoch that were read, without loading them.
+    """A loader of shuffled batches; a resumed run skips the batches of the epoch that were read, without loading them.
 
-    Lightning stores its state in every checkpoint. It draws nothing from the global random numbers.
+    Lightning stores its state in every checkpoint. It does not use the global random number generator.
 
     Args:
         items: A map-style data set.
         batch_size: Items per batch.
         seed: Seed of the order.
-        num_workers: Processes that load batches.
-        collate_fn: Returns the batch of a list of items; None stacks them.
+        num_workers: Number of worker processes that load batches.
+        collate_fn: Makes a batch of a list of items; None stacks them.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class ResumableLoader(DataLoader):
         self._resumed = False
 
     def __iter__(self) -> Any:
-        """Yields the batches of the epoch, from the position of the checkpoint if one was just loaded."""
-        epoch = self.ordered.epoch  # Lightning calls set_epoch before the first batch, but after the loader is made
+        """Yields the batches of the epoch, starting at the position of a checkpoint if one was just loaded."""
+        epoch = self.ordered.epoch  # Lightning calls set_epoch after making the loader and before the first batch
         skipped = self.position["batches"] if self._resumed and self.position["epoch"] == epoch else 0
         self._resumed = False
         self.ordered.begin = skipped * (self.batch_size or 1)
@@ -105,8 +105,8 @@ class ResumableLoader(DataLoader):
             yield batch
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Lets the loader be read for another purpose than training, which then continues at its position."""
+    def position_preserved(self) -> Iterator[None]:
+        """Restores the position when the context ends, so that the loader can be read without advancing training."""
         before = self.position, self._resumed, self.ordered.epoch, self.ordered.begin
         try:
             self._resumed = False
@@ -115,7 +115,7 @@ class ResumableLoader(DataLoader):
             self.position, self._resumed, self.ordered.epoch, self.ordered.begin = before
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the epoch, and the number of its batches that were read."""
+        """Returns the epoch and the number of batches of it that were read."""
         return dict(self.position)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -124,10 +124,10 @@ class ResumableLoader(DataLoader):
 
 
 class PaddedDataset(Dataset):
-    """The items of a data set, padded to a multiple by items that predict nothing.
+    """A data set padded to a multiple of the number of processes with items that predict nothing.
 
-    So all processes make the same number of forward passes, which sharded weights need. If none has to be added, items
-    are returned as they are; else they have `labels`, -100 in those that are added.
+    Sharded weights need the same number of forward passes in all processes. If nothing has to be added, items are
+    returned unchanged; else all have `labels`, which are -100 in the added items.
 
     Args:
         items: A data set of dicts with `input_ids` (T,) and perhaps `labels`.
@@ -150,9 +150,9 @@ class PaddedDataset(Dataset):
 
 
 class ShardedSampler(DistributedSampler[int]):
-    """Every item once, in order, every n-th for each of n processes.
+    """A sampler that gives each of n processes every n-th item, in order, so that every item is read exactly once.
 
-    Lightning's own sampler repeats items to give all processes the same number, so that a perplexity would count them
+    Lightning's own sampler repeats items to give all processes the same number, and a perplexity would count those
     twice.
 
     Args:

@@ -1,7 +1,7 @@
-"""Rows of the usual layouts of instruction data as conversations: lists of messages with `role` and `content`.
+"""Conversations, lists of messages with `role` and `content`, from the usual layouts of instruction data.
 
-OpenAI's `messages`, ShareGPT's `conversations` (`from`, `value`), prompt and completion (texts, or TRL's lists of
-messages), and Alpaca's `instruction`, `input` and `output`.
+The layouts are OpenAI's `messages`, ShareGPT's `conversations` (`from`, `value`), prompt and completion (texts, or
+TRL's lists of messages), and Alpaca's `instruction`, `input` and `output`.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ ALPACA = ("instruction", "output")
 
 
 def conversations_of(rows: Dataset, where: str, *, messages: str, prompt: str, answer: str) -> Iterator[list[Message]]:
-    """Yields the conversation of every row; of one without, no message at all.
+    """Yields the conversation of every row, an empty list for a row without one.
 
     Args:
         rows: Rows of one of the layouts.
         where: Name of the rows in error messages.
         messages: Column of conversations.
         prompt: Column of prompts.
-        answer: Column of the answers to them.
+        answer: Column of the answers to the prompts.
 
     Raises:
-        InputError: if the rows are of no known layout, or one is no conversation that has an answer.
+        InputError: if the layout of the rows is unknown, or a conversation has no answer.
     """
     columns = set(rows.column_names)
-    listed = next((name for name in (messages, SHAREGPT) if name in columns), None)
-    for number, row in enumerate(_layout_rows(rows, where, listed, (messages, prompt, answer)), start=1):
-        if listed is not None:
-            talk = _messages(row[listed], None)
+    column = next((name for name in (messages, SHAREGPT) if name in columns), None)
+    for number, row in enumerate(_layout_rows(rows, where, column, (messages, prompt, answer)), start=1):
+        if column is not None:
+            conversation = _messages(row[column], None)
         elif {prompt, answer} <= columns:
-            talk = [*_messages(row[prompt], "user"), *_messages(row[answer], "assistant")]
-            talk = talk if row[prompt] is not None and row[answer] is not None else []
+            conversation = [*_messages(row[prompt], "user"), *_messages(row[answer], "assistant")]
+            conversation = conversation if row[prompt] is not None and row[answer] is not None else []
         else:
-            talk = _alpaca(row)
-        if talk:
-            _check(talk, f"row {number} of {where}")
-        yield talk
+            conversation = _alpaca(row)
+        if conversation:
+            _check(conversation, f"row {number} of {where}")
+        yield conversation
 
 
-def _layout_rows(rows: Dataset, where: str, listed: str | None, names: tuple[str, str, str]) -> Dataset:
+def _layout_rows(rows: Dataset, where: str, column: str | None, names: tuple[str, str, str]) -> Dataset:
     columns, (messages, prompt, answer) = set(rows.column_names), names
-    if listed is not None:
-        return rows.select_columns(listed)
+    if column is not None:
+        return rows.select_columns(column)
     if {prompt, answer} <= columns or set(ALPACA) <= columns:
         return rows
     raise InputError(
@@ -61,7 +61,7 @@ def _layout_rows(rows: Dataset, where: str, listed: str | None, names: tuple[str
 
 
 def _messages(value: Any, role: str | None) -> list[Any]:
-    """The messages in a column: a list of them, or a text that ``role`` says."""
+    """The messages in a column: a list of messages, or the text of a single message by ``role``."""
     if value is None:
         return []
     if isinstance(value, str) and role is not None:
@@ -70,7 +70,7 @@ def _messages(value: Any, role: str | None) -> list[Any]:
 
 
 def _message(item: Any) -> Any:
-    """A message in the names of OpenAI, without the fields that only others of its data set have."""
+    """A message with OpenAI's keys, without those that only other messages of the data set have."""
     item = _without_nulls(_decoded(item))
     if not isinstance(item, dict):
         return item
@@ -81,20 +81,20 @@ def _message(item: Any) -> Any:
     if isinstance(parts, list) and all(isinstance(part, dict) and "type" in part for part in parts):
         content = _joined_parts(parts)
     if content is None and item.get("tool_calls"):
-        content = ""  # templates differ in whether they render None as nothing or as "None"
+        content = ""  # some templates render None as the text "None"
     calls = {"tool_calls": [_call(call) for call in item["tool_calls"]]} if item.get("tool_calls") else {}
     return item | calls | {"content": content}
 
 
 def _joined_parts(parts: list[Any]) -> Any:
-    """The text of OpenAI's content parts; the parts themselves where one is no text."""
+    """The text of OpenAI's content parts joined; the parts themselves if one is not text."""
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part for part in parts]
     strings = [text for text in texts if isinstance(text, str)]
     return "".join(strings) if len(strings) == len(parts) else parts
 
 
 def _call(call: Any) -> Any:
-    """A tool call whose arguments are a mapping, as templates render them, and not OpenAI's JSON text."""
+    """A tool call with its arguments as a mapping, which templates expect, where OpenAI has JSON text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return call
@@ -103,7 +103,7 @@ def _call(call: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """A value that is JSON of a mapping or list; ``datasets`` stores columns of mixed types so."""
+    """``value``, decoded if it is JSON of a mapping or list, as ``datasets`` stores columns of mixed types."""
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
             return json.loads(value)
@@ -113,7 +113,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """``value`` without the keys that ``datasets`` fills with None where only other rows have them."""
+    """``value`` without the keys that ``datasets`` has filled with None because only other rows have them."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -123,14 +123,16 @@ def _alpaca(row: dict[str, Any]) -> list[Message]:
     instruction, output = (row[name] for name in ALPACA)
     if instruction is None or output is None:
         return []
-    given = row.get("input")
-    prompt = f"{instruction}\n\n{given}" if given else instruction
+    context = row.get("input")
+    prompt = f"{instruction}\n\n{context}" if context else instruction
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
 
 
 def _check(messages: list[Any], where: str) -> None:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise InputError(f"`data.instructions`: {where} must be made of texts, a `role` and a `content` each.")
+            raise InputError(
+                f"`data.instructions`: each message of {where} must have a `role` and a `content`, both texts."
+            )
     if not any(message["role"] == "assistant" for message in messages):
         raise InputError(f"`data.instructions`: {where} must have an answer, a message whose role is assistant.")

@@ -1,4 +1,4 @@
-"""Tokenised conversations as items of a data set: one an item, padded by the batch, or as many as fit a window.
+"""Data sets of tokenised conversations: one per item, padded to its batch, or packed into windows.
 
 Sizes: B batch, T tokens.
 """
@@ -17,12 +17,12 @@ Example = dict[str, list[int]]
 
 
 class PaddedConversations(TorchDataset):
-    """One conversation an item: ``{"input_ids": (T,), "labels": (T,)}``; :meth:`collate` pads a batch of them.
+    """One conversation per item: ``{"input_ids": (T,), "labels": (T,)}``; :meth:`collate` pads a batch of them.
 
     Args:
         rows: Token ids and labels of the conversations.
-        pad: Id of the token that pads.
-        limit: Number of conversations that are used at most; None uses all.
+        pad: Id of the padding token.
+        limit: Maximum number of conversations; None uses all.
     """
 
     def __init__(self, rows: Sequence[Example], pad: int, limit: int | None = None) -> None:
@@ -36,7 +36,7 @@ class PaddedConversations(TorchDataset):
 
     @property
     def description(self) -> str:
-        """The number of conversations and their length, in words."""
+        """The number and the length of the conversations, as text."""
         return f"{len(self)} conversations of up to {max(len(row['input_ids']) for row in self.rows)} tokens"
 
     def collate(self, items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -55,16 +55,17 @@ def _padded(rows: list[Tensor], value: int) -> Tensor:
 
 
 class PackedConversations(TorchDataset):
-    """Windows of whole conversations: ``{"input_ids": (T,), "labels": (T,), "position_ids": (T,)}``.
+    """Windows of packed whole conversations: ``{"input_ids": (T,), "labels": (T,), "position_ids": (T,)}``.
 
-    Positions start anew with each conversation, by which transformers keeps attention within it; the rest of a window
-    is one more conversation, of padding. A conversation that does not fit begins the next window.
+    Positions restart at 0 with each conversation, from which transformers derives an attention mask that keeps them
+    apart; the rest of a window is padding, as a conversation of its own. A conversation that does not fit begins the
+    next window.
 
     Args:
         rows: Token ids and labels of the conversations, none longer than a window.
         seq_length: T, tokens per window.
-        pad: Id of the token that pads.
-        limit: Number of windows that are used at most; None uses all.
+        pad: Id of the padding token.
+        limit: Maximum number of windows; None uses all.
     """
 
     def __init__(self, rows: Sequence[Example], seq_length: int, pad: int, limit: int | None = None) -> None:
@@ -92,5 +93,5 @@ class PackedConversations(TorchDataset):
 
     @property
     def description(self) -> str:
-        """The number of windows and their length, in words."""
+        """The number and the length of the windows, as text."""
         return f"{len(self)} windows of {self.seq_length} tokens"

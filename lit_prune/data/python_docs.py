@@ -1,9 +1,9 @@
-"""The documentation inside every Python as named documents: language topics and docstrings.
+"""The documentation of the running Python as named documents: language topics and docstrings.
 
-Nothing is imported or downloaded: docstrings are read from the source files with ``ast``. A document is one module; a
-hash of its name alone decides which part it belongs to, so that training text of one Python version is not validation
-text of another. A longer paragraph that is in both parts is dropped from one of them: from validation if the standard
-library's training documents have it, from packages if validation has it.
+Nothing is imported or downloaded: docstrings are read from the source files with ``ast``. A document is one module; its
+part depends only on a hash of its name, so that training text of one Python version is not validation text of another.
+A long paragraph in both parts is dropped from one of them: from validation if it is in the standard library's training
+documents, from packages if it is in validation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Part = Literal["train", "validation"]
 
 
 def python_docs(part: Part, packages: bool = False) -> list[dict[str, str]]:
-    """Returns the documents of one part, each a dict of `name` and `text`, in the order of a hash of their names.
+    """Returns the documents of one part, dicts of `name` and `text`, sorted by a hash of their names.
 
     Args:
         part: `train` or `validation`; both are the same mixture of language topics and module docstrings.
@@ -42,7 +42,7 @@ def python_docs(part: Part, packages: bool = False) -> list[dict[str, str]]:
 
 @functools.cache
 def _standard() -> dict[str, list[tuple[str, str]]]:
-    """The documents of Python itself; several thousand files are read, once for both parts."""
+    """The documents of Python itself, cached since several thousand files are read for either part."""
     return {**_topics(), **_modules(Path(sysconfig.get_path("stdlib")), "", {"site-packages"})}
 
 
@@ -55,34 +55,34 @@ def _hash(name: str) -> int:
 
 
 def _documents(named: dict[str, list[tuple[str, str]]]) -> list[dict[str, str]]:
-    """Joins each document's (heading, text) pieces, leaving out texts that an earlier one has."""
+    """The documents, each the join of its (heading, text) pieces without texts that occurred before."""
     texts = set()
     documents = []
     for name in sorted(named, key=_hash):
-        fresh = []
+        new_pieces = []
         for heading, text in named[name]:
             if text.strip() not in texts:
                 texts.add(text.strip())
-                fresh.append(f"{heading}\n{text}" if heading else text)
-        if fresh:
-            documents.append({"name": name, "text": "\n\n".join(fresh)})
+                new_pieces.append(f"{heading}\n{text}" if heading else text)
+        if new_pieces:
+            documents.append({"name": name, "text": "\n\n".join(new_pieces)})
     return documents
 
 
 def _paragraphs(documents: list[dict[str, str]]) -> set[str]:
-    """The paragraphs that are too long to be in two documents by coincidence."""
+    """The paragraphs too long to occur in two documents by coincidence."""
     pieces = {piece.strip() for row in documents for piece in row["text"].split("\n\n")}
     return {piece for piece in pieces if len(piece) >= SHARED_CHARACTERS}
 
 
 def _without(documents: list[dict[str, str]], paragraphs: set[str]) -> list[dict[str, str]]:
-    """Drops ``paragraphs`` from every document; a language topic may quote another one at length."""
-    kept = []
+    """The documents without ``paragraphs``; a language topic may quote another one at length."""
+    remaining = []
     for row in documents:
         text = "\n\n".join(piece for piece in row["text"].split("\n\n") if piece.strip() not in paragraphs)
         if text:
-            kept.append({**row, "text": text})
-    return kept
+            remaining.append({**row, "text": text})
+    return remaining
 
 
 def _topics() -> dict[str, list[tuple[str, str]]]:
@@ -92,7 +92,7 @@ def _topics() -> dict[str, list[tuple[str, str]]]:
 
 
 def _modules(root: Path, prefix: str, skipped: set[str]) -> dict[str, list[tuple[str, str]]]:
-    """Each module's docstrings by its dotted name, each with a heading that names what it documents."""
+    """The docstrings of each module by its dotted name, as pairs of a heading (``class Name``) and the text."""
     modules = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts

@@ -32,7 +32,7 @@ class LocalFiles(Source):
 
     Args:
         files: The files of every part.
-        encoding: Encoding of files of text; None is UTF-8.
+        encoding: Encoding of text files; None is UTF-8.
 
     Raises:
         InputError: if two parts name the same file.
@@ -59,7 +59,7 @@ class LocalFiles(Source):
         return self._given(part).builder == "text"
 
     def rows(self, part: Part) -> Dataset:
-        """Returns the rows of a part's files; a text file is one row."""
+        """Returns the rows of the files of a part; a text file is one row."""
         return self._given(part).read(self.encoding)
 
     def describe(self, part: Part) -> str:
@@ -81,7 +81,7 @@ class LocalFiles(Source):
 @final
 @dataclass(frozen=True)
 class PythonDocs(Source):
-    """The documentation inside the running Python, whose parts are disjoint by construction.
+    """The documentation of the running Python, whose training and validation parts are disjoint.
 
     Args:
         packages: Train on the docstrings of all installed packages too.
@@ -99,17 +99,17 @@ class PythonDocs(Source):
         return True
 
     def rows(self, part: Part) -> Dataset:
-        """Returns the documents of a part; validation serves as test, too."""
+        """Returns the documents of a part; the test part is the validation part."""
         log(f"Reading Python's documentation, {'training' if part == 'train' else 'validation'} documents ...")
         rows = python_docs("train" if part == "train" else "validation", packages=self.packages)
         return Dataset.from_list(rows).select_columns("text")
 
     def describe(self, part: Part) -> str:
-        """Returns `python-docs` and which documents of it."""
+        """Returns `python-docs` and the name of the part."""
         return f"python-docs ({PYTHON_DOCS[part]})"
 
     def where(self, part: Part) -> str:
-        """Returns the same."""
+        """Returns the description of the part."""
         return self.describe(part)
 
 
@@ -119,12 +119,12 @@ class HubDataset(Source):
     """A data set on the hub.
 
     Args:
-        source: Its id; None is refused when rows are asked for, which some verbs never do.
+        source: Its id. None raises only when rows are read, since some verbs read none.
         name: Its configuration.
-        splits: The split of every part.
+        splits: The split for each part.
 
     Raises:
-        InputError: if training and validation are one split.
+        InputError: if training and validation use the same split.
     """
 
     source: str | None
@@ -137,20 +137,20 @@ class HubDataset(Source):
 
     @property
     def may_overlap(self) -> bool:
-        """True: splits of data sets repeat each other."""
+        """True: the splits of a data set may repeat each other."""
         return True
 
     def is_plain(self, part: Part) -> bool:
-        """Returns False: a data set has columns."""
+        """Returns False: a row has columns."""
         return False
 
     def rows(self, part: Part) -> Dataset:
-        """Returns the rows of a part's split."""
+        """Returns the rows of the split of a part."""
         source = self._checked_source()
         self._ask_hub(source)
         try:
             return load_dataset(source, self.name, split=self.splits[part])
-        except Exception as error:  # what datasets raises depends on the hub's answer and the data set's kind
+        except Exception as error:  # the exception depends on the hub's answer and on the data set's format
             raise InputError(
                 f"`data.source` {source!r} (name {self.name}, split {self.splits[part]}) cannot be loaded: "
                 f"{root_cause(error).rstrip('.')}. For local text use `data.train_files` and `data.val_files`."
@@ -165,7 +165,7 @@ class HubDataset(Source):
         return f"the data set {self.source}"
 
     def _checked_source(self) -> str:
-        """The id, where it can be one."""
+        """The id; raises InputError if it cannot be one."""
         source = self.source
         if source is None:
             raise InputError("`data.source` must be given, or `data.train_files` and `data.val_files`.")
@@ -177,10 +177,10 @@ class HubDataset(Source):
 
     @staticmethod
     def _ask_hub(source: str) -> None:
-        """Switches ``datasets`` to its cache where the hub does not answer, which it would find out in five retries."""
+        """Switches ``datasets`` to its cache if the hub does not answer, to spare its five slow retries."""
         try:
             HfApi().dataset_info(source, timeout=HUB_TIMEOUT_SECONDS)
-        except HfHubHTTPError:  # it answered; load_dataset reports what
+        except HfHubHTTPError:  # the hub answered; load_dataset reports its error
             pass
         except Exception:  # no connection, or offline on purpose
             datasets.config.HF_HUB_OFFLINE = True

@@ -1,4 +1,4 @@
-"""Text as windows of tokens: documents are tokenised, joined to one stream and cut without overlap, the tail dropped.
+"""Text as windows of tokens: documents are tokenised, joined into one stream and cut without overlap.
 
 Sizes: N windows of T tokens.
 """
@@ -22,13 +22,13 @@ from lit_prune.progress import log
 
 
 class PackedWindows(TorchDataset):
-    """The non-overlapping windows of a token stream; item i is ``{"input_ids": (T,) int64}``.
+    """The non-overlapping windows of a token stream without its tail; item i is ``{"input_ids": (T,) int64}``.
 
     Args:
         stream: Token ids, shape (tokens,).
         seq_length: T, tokens per window.
-        limit: Number of windows that are used at most; None uses all.
-        bos: Id that every window begins with, for which the last token gives way; None leaves windows as they are.
+        limit: Maximum number of windows; None uses all.
+        bos: Id that is put before every window, whose last token is dropped; None leaves windows as they are.
     """
 
     def __init__(self, stream: Tensor, seq_length: int, limit: int | None = None, bos: int | None = None) -> None:
@@ -41,7 +41,7 @@ class PackedWindows(TorchDataset):
 
     @property
     def description(self) -> str:
-        """The number of windows and their length, in words."""
+        """The number and the length of the windows, as text."""
         return f"{len(self)} windows of {self.windows_NT.shape[1]} tokens"
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -50,13 +50,13 @@ class PackedWindows(TorchDataset):
 
 @final
 class TextData(DatasetKind):
-    """Text of a source, packed into windows.
+    """The text of a source, packed into windows.
 
     Args:
         source: Where the text comes from.
         tokenizer: The tokenizer.
-        sizes: How long windows are.
-        column: Column of the text in rows of a table.
+        sizes: The length and the number of windows.
+        column: Column of the text, for sources whose rows have columns.
         separator: String that joins all rows before they are tokenised; None keeps them apart, each ended by the
             tokenizer's end-of-text token.
         bos: Whether windows begin with BOS.
@@ -80,7 +80,7 @@ class TextData(DatasetKind):
         self._streams: dict[Part, Tensor] = {}
 
     def stream(self, part: Part) -> Tensor:
-        """Returns all tokens of a part in order, shape (tokens,) int32; a part's text is read once."""
+        """Returns all tokens of a part in order, shape (tokens,) int32; a part is read once."""
         if part not in self._streams:
             rows = self._rows(part)
             if part == "train" and self.source.may_overlap:
@@ -93,11 +93,11 @@ class TextData(DatasetKind):
         return PackedWindows(self.stream(part), self.sizes.tokens(part), self.sizes.count(part), self.bos)
 
     def describe(self, part: Part) -> str:
-        """Returns the source of a part's text, and the rule for BOS if the tokenizer adds one."""
+        """Returns the source of a part's text, with a note on BOS if the tokenizer adds it."""
         return self.source.describe(part) + self._bos.note
 
     def _rows(self, part: Part) -> Dataset:
-        """The text of a part as it comes: a row a file, a row of the data set, or a document."""
+        """The texts of a part: one per file, row of the data set, or document."""
         rows, where = self.source.rows(part), self.source.where(part)
         column = "text" if self.source.is_plain(part) else self.column
         rows = text_column(rows, column, where)
@@ -106,14 +106,14 @@ class TextData(DatasetKind):
         return rows
 
     def _joined(self, rows: Dataset) -> Dataset:
-        """The documents that are tokenised: all rows as one where there is a separator."""
+        """The documents to tokenise: every row, or all rows joined if there is a separator."""
         if self.separator is None or len(rows) == 1:
             return rows
         return Dataset.from_dict({"text": [self.separator.join(rows["text"])]})
 
     def _tokenise(self, documents: Dataset) -> Tensor:
         tokenizer, bos, end = self.tokenizer, self._bos, self.tokenizer.eos_token_id
-        if len(documents) == 1 or end == bos.window:  # the next document's BOS ends a document, too
+        if len(documents) == 1 or end == bos.window:  # the BOS of the next document ends a document as well
             end = None
 
         def tokens(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -137,7 +137,7 @@ class TextData(DatasetKind):
 
 
 def text_column(rows: Dataset, column: str, where: str) -> Dataset:
-    """Returns ``rows`` with one column, `text`; rows without text are left out and counted.
+    """Returns the texts of ``rows`` in one column, `text`; rows without text are left out, and their number is logged.
 
     Args:
         rows: Rows of a table.
@@ -145,7 +145,7 @@ def text_column(rows: Dataset, column: str, where: str) -> Dataset:
         where: Name of the rows in error messages.
 
     Raises:
-        InputError: if there is no such column, or it holds something else.
+        InputError: if there is no such column, or it is not a column of text.
     """
     if column not in rows.column_names:
         raise InputError(
@@ -156,8 +156,8 @@ def text_column(rows: Dataset, column: str, where: str) -> Dataset:
     rows = rows.select_columns("text")
     feature = rows.features["text"]
     if not isinstance(feature, Value) or feature.dtype not in ("string", "large_string", "null"):
-        held = feature.dtype if isinstance(feature, Value) else type(feature).__name__.lower()
-        raise InputError(f"`data.text_column` must be a column of text, {column!r} of {where} holds {held}.")
+        kind = feature.dtype if isinstance(feature, Value) else type(feature).__name__.lower()
+        raise InputError(f"`data.text_column` must be a column of text, {column!r} of {where} holds {kind}.")
     if missing := rows.data.column("text").null_count:
         log(f"{missing} of {len(rows)} rows of {where} have no text and are left out.")
         rows = rows.filter(lambda row: row["text"] is not None)
@@ -165,7 +165,7 @@ def text_column(rows: Dataset, column: str, where: str) -> Dataset:
 
 
 def without_lines(rows: Dataset, held_out: Dataset) -> Dataset:
-    """Returns ``rows`` without the lines, of some length, that are lines of ``held_out`` too.
+    """Returns ``rows`` without their lines that are also in ``held_out``; short lines may be in both.
 
     Raises:
         InputError: if no line is left.
@@ -175,8 +175,8 @@ def without_lines(rows: Dataset, held_out: Dataset) -> Dataset:
 
     def unshared(row: dict[str, str]) -> dict[str, Any]:
         lines = row["text"].splitlines(keepends=True)
-        kept = [line for line in lines if line.strip() not in long_lines]
-        return {"text": "".join(kept), "dropped": len(lines) - len(kept)}
+        unique = [line for line in lines if line.strip() not in long_lines]
+        return {"text": "".join(unique), "dropped": len(lines) - len(unique)}
 
     cleaned = rows.map(unshared, desc="Comparing with validation")
     if dropped := sum(cleaned["dropped"]):

@@ -119,7 +119,7 @@ def _undrawn(loader: DataLoader) -> Iterator[None]:
 
 
 def _aside(loader: Any) -> AbstractContextManager[None]:
-    return loader.aside() if isinstance(loader, ResumableLoader) else nullcontext()
+    return loader.position_preserved() if isinstance(loader, ResumableLoader) else nullcontext()
 
 
 def _first_loader(source: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lit_prune.data.chat_template import encode, give_template
+from lit_prune.data.chat_template import encode, set_chat_template
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import IGNORED
 from lit_prune.models.load import load_tokenizer
@@ -79,7 +79,7 @@ def test_a_model_that_thinks_learns_its_last_answer(tokenizer: Tokenizer) -> Non
 
 def test_a_template_that_renders_a_beginning_otherwise_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(
-        InputError, match=r"must mark answers by \{% generation %\}: the beginning of a row is rendered"
+        InputError, match=r"must mark answers with \{% generation %\}: it renders the beginning of a row"
     ):
         learnt(tokenizer, LAST_ONLY)
 
@@ -92,15 +92,15 @@ def test_a_template_that_refuses_a_role(tokenizer: Tokenizer) -> None:
 
 def test_a_template_in_a_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "chat.jinja").write_text(TURNS)
-    give_template(tokenizer, str(tmp_path / "chat.jinja"), "x")
+    set_chat_template(tokenizer, str(tmp_path / "chat.jinja"), "x")
     assert tokenizer.chat_template == TURNS
-    give_template(tokenizer, None, "x")
+    set_chat_template(tokenizer, None, "x")
     assert tokenizer.chat_template == TURNS
 
 
 def test_no_template(tokenizer: Tokenizer) -> None:
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="chat_template` must be given, the tokenizer of embedded has none"):
-        give_template(tokenizer, None, "embedded")
+        set_chat_template(tokenizer, None, "embedded")
     with pytest.raises(InputError, match="a Jinja template or a file, got 'no.jinja'"):
-        give_template(tokenizer, "no.jinja", "embedded")
+        set_chat_template(tokenizer, "no.jinja", "embedded")

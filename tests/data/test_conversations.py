@@ -68,7 +68,9 @@ def test_long_conversations_are_cut_and_those_without_answer_left_out(
     long = {"prompt": "word " * 60, "completion": "never read"}
     data = module(tmp_path, [pair(1), {"prompt": "What?", "completion": "word " * 90}, long, pair(2)])
     assert [len(row["input_ids"]) <= 64 for row in examples(data)] == [True, True]
-    assert "2 of 3 conversations are longer than 64 tokens and are cut; 1 keep no answer" in capsys.readouterr().err
+    assert (
+        "2 of 3 conversations are longer than 64 tokens and are cut; 1 have no answer left" in capsys.readouterr().err
+    )
     with pytest.raises(
         InputError, match=r"`data.seq_length` must be longer: no conversation has an answer in its first"
     ):

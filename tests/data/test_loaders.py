@@ -73,14 +73,14 @@ def test_who_reads_aside_leaves_the_position() -> None:
     training, undisturbed = iter(one), iter(other)
     for _ in range(3):
         next(training), next(undisturbed)
-    with one.aside():
+    with one.position_preserved():
         one.sampler.set_epoch(4)
         assert [batch.tolist() for batch in one] == epoch(loader(), 4)
     assert one.state_dict() == other.state_dict() == {"epoch": 0, "batches": 3}
     assert [batch.tolist() for batch in training] == [batch.tolist() for batch in undisturbed]
     resumed = loader()
     resumed.load_state_dict({"epoch": 0, "batches": 3})
-    with resumed.aside():
+    with resumed.position_preserved():
         assert len(list(resumed)) == 6
     assert epoch(resumed) == epoch(loader())[3:]
 

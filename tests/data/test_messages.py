@@ -95,9 +95,15 @@ def test_rows_without_a_conversation_are_empty(tmp_path: Path) -> None:
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"text": "x"}, r"`data.instructions.messages` must be a column of rows.jsonl, .* it has text"),
     ({"messages": TALK[:1]}, "row 1 of rows.jsonl must have an answer"),
-    ({"messages": [{"role": "user"}]}, "row 1 of rows.jsonl must be made of texts, a `role` and a `content` each"),
-    ({"messages": "x"}, "must be made of texts"),
-    ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "must be made of texts"),
+    (
+        {"messages": [{"role": "user"}]},
+        "each message of row 1 of rows.jsonl must have a `role` and a `content`, both texts",
+    ),
+    ({"messages": "x"}, "must have a `role` and a `content`, both texts"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+        "must have a `role` and a `content`, both texts",
+    ),
 ]
 
 
