@@ -19,12 +19,12 @@ from lit_prune.checkpointing.record import RunRecord, Settings
 from lit_prune.checkpointing.resume import Resume
 from lit_prune.distill import Distillation
 from lit_prune.distributed import shards_weights
-from lit_prune.fit.cut import cut
 from lit_prune.fit.fsdp import prepare_sharded
 from lit_prune.fit.plan import FitPlan
 from lit_prune.fit.preflight import check_fit, resume_settings
 from lit_prune.fit.rewire import ignore_masks_in_ddp, rewire
 from lit_prune.fit.run import PruningRun, attribute_at, find_model
+from lit_prune.pipeline import prune
 from lit_prune.progress import log
 from lit_prune.prune import Method
 from lit_prune.random_states import random_states, restore_random_states
@@ -171,8 +171,9 @@ class DynamicPruningCallback(Callback):
         model = self.find_model(pl_module)
         self.run.start(trainer, model, self.resume)
         if self.resume is None and self.run.is_due(0):
-            with self.run.cutting(trainer, model) as inputs:
-                self.run.done.append(cut(model, inputs))
+            with self.run.cutting(trainer, model) as cut:
+                given = cut.inputs
+                cut.pruned = prune(model, given.batches, given.recipe, device=given.device, statistics=given.statistics)
         self._freezes_zeros = freezes_zeros(model)
         ignore_masks_in_ddp(pl_module)
 
@@ -201,8 +202,9 @@ class DynamicPruningCallback(Callback):
         log(f"Step {trainer.global_step}: cutting to a sparsity of {self.run.next_sparsity:.4g}")
         pl_module.zero_grad(set_to_none=True)
         model = self.find_model(pl_module)
-        with self.run.cutting(trainer, model) as inputs:
-            self.run.done.append(cut(model, inputs))
+        with self.run.cutting(trainer, model) as cut:
+            given = cut.inputs
+            cut.pruned = prune(model, given.batches, given.recipe, device=given.device, statistics=given.statistics)
         rewire(trainer)
         reset_best_scores(trainer)
         self.run.log_sparsity(trainer)

@@ -16,10 +16,10 @@ from lit_prune.errors import InputError
 from lit_prune.export.plan import check_merge
 from lit_prune.files import write_text
 from lit_prune.fit.batches import calibration_batches, statistics_key, validation_data
-from lit_prune.fit.cut import CutInputs, cut
+from lit_prune.fit.cut import CutInputs, measured_cut
 from lit_prune.fit.preflight import check_cached_statistics
 from lit_prune.models.on_disk import offload_folder, on_disk, placed
-from lit_prune.pipeline import score_with_statistics
+from lit_prune.pipeline import prune, score_with_statistics
 from lit_prune.recipe import recipe_record
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import ScoreReport, TaskReport, to_json, versions
@@ -97,9 +97,10 @@ class PruneTrainer(Trainer):
         measured, statistics = fit_plan.measure, fit_plan.stored
         inputs = CutInputs(fit_plan.recipe, *calibration, validation, device, measured=measured, statistics=statistics)
         with offload_folder(llm, results.folder.path), self._logging():
-            done = cut(llm, inputs)
+            with measured_cut(llm, inputs) as cut:
+                cut.pruned = prune(llm, inputs.batches, inputs.recipe, device=device, statistics=statistics)
             plan = results.plan(llm)
-            report = summary(plan, fit_plan.recipe, [done], format=results.format)
+            report = summary(plan, fit_plan.recipe, [cut.record], format=results.format)
             with results.opened():
                 results.write(self, model, plan, report, validation)
 

@@ -1,8 +1,9 @@
-"""One cut of a model, with what is measured before and after it."""
+"""One cut of a model, with the measurements before and after it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from lit_prune.evaluation.perplexity import Measurement, measure
 from lit_prune.evaluation.sizes import parameters, size_bytes
 from lit_prune.evaluation.speed import tokens_per_second
 from lit_prune.models.on_disk import placed
-from lit_prune.pipeline import prune
+from lit_prune.pipeline import Pruned
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.report.records import CutRecord, ModelSize, SearchRecord
 
@@ -54,11 +55,37 @@ class CutInputs:
     statistics: CachedStatistics | None = None
 
 
-def cut(model: PreTrainedModel, inputs: CutInputs) -> CutRecord:
-    """Prunes ``model``, a causal LM without an adapter, in place; returns the record of the cut."""
+class MeasuredCut:
+    """A cut that is being made: its inputs, the result of ``pipeline.prune``, and then its record.
+
+    Args:
+        inputs: What the cut is made of.
+    """
+
+    pruned: Pruned
+    record: CutRecord
+
+    def __init__(self, inputs: CutInputs) -> None:
+        self.inputs = inputs
+
+
+@contextmanager
+def measured_cut(model: PreTrainedModel, inputs: CutInputs) -> Iterator[MeasuredCut]:
+    """Measures ``model``, a causal LM without an adapter, before and after its body, which prunes it.
+
+    The body assigns what ``pipeline.prune`` returns to ``pruned``; ``record`` is there after it. The call stands in
+    the body, not here, so that the way from a Trainer's hook to the score of a weight is short:
+
+        with measured_cut(model, inputs) as cut:
+            cut.pruned = prune(model, inputs.batches, inputs.recipe)
+    """
+    cut = MeasuredCut(inputs)
     before = _measure(model, "before", inputs)
-    pruned = prune(model, inputs.batches, inputs.recipe, device=inputs.device, statistics=inputs.statistics)
-    after = _measure(model, "after", inputs)
+    yield cut
+    cut.record = _record(inputs, before, cut.pruned, _measure(model, "after", inputs))
+
+
+def _record(inputs: CutInputs, before: _State, pruned: Pruned, after: _State) -> CutRecord:
     measurements = {"before": before.perplexity, "after": after.perplexity}
     sizes = {"before": before.size, "after": after.size}
     return CutRecord(

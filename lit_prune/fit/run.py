@@ -19,7 +19,7 @@ from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.fit.baseline import measure_baseline
 from lit_prune.fit.batches import ValidationData, calibration_batches, validation_data
-from lit_prune.fit.cut import CutInputs
+from lit_prune.fit.cut import CutInputs, MeasuredCut, measured_cut
 from lit_prune.fit.existing_masks import attach
 from lit_prune.fit.fsdp import check_whole
 from lit_prune.fit.plan import FitPlan
@@ -117,10 +117,10 @@ class PruningRun:
             self.teaching.check_begun()
 
     @contextmanager
-    def cutting(self, trainer: Trainer, model: PreTrainedModel) -> Iterator[CutInputs]:
-        """Yields what the next cut is made of; prepares the LLM for it before, and for its recovery after it.
+    def cutting(self, trainer: Trainer, model: PreTrainedModel) -> Iterator[MeasuredCut]:
+        """Prepares the LLM for the next cut, which the body makes, and for its recovery after it; records the cut.
 
-        The body must make the cut and add its record to `done`.
+        The body prunes, as :func:`measured_cut` says.
         """
         assert self.plan.recipe is not None
         assert self.next_cut is not None
@@ -135,19 +135,22 @@ class PruningRun:
             self.teaching.begin(trainer, model, stored=self.source_weights is None or step > 0)
         if recipe.method.changes_shapes:
             self.source_weights = None
+        inputs = CutInputs(
+            recipe=recipe,
+            batches=batches,
+            calibration=settings,
+            validation=validation,
+            device=trainer.strategy.root_device,
+            measured=self.plan.measure,
+            moves=not shards_weights(trainer),
+            step=step,
+            statistics=self.plan.stored,
+        )
         source = self.source_weights
         with source.through_cut(model, keeps_values=recipe.method.keeps_values) if source else nullcontext():
-            yield CutInputs(
-                recipe=recipe,
-                batches=batches,
-                calibration=settings,
-                validation=validation,
-                device=trainer.strategy.root_device,
-                measured=self.plan.measure,
-                moves=not shards_weights(trainer),
-                step=step,
-                statistics=self.plan.stored,
-            )
+            with measured_cut(model, inputs) as cut:
+                yield cut
+            self.done.append(cut.record)
         self._recover(trainer, model, validation)
 
     def _fold(self, model: PreTrainedModel, step: int) -> None:

@@ -165,7 +165,7 @@ def test_a_checkpoint_resumes_with_masks_adapter_and_numbers(tmp_path: Path, mon
     stored = torch.load(tmp_path / "half.ckpt", weights_only=True)
     assert stored[structure.KEY]["snapshot"]["adapter"]["r"] == 8
     resumed, pruning = Foreign(), callback()
-    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
+    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.prune", None)  # there is no second cut
     fit(resumed, pruning, max_steps=4, ckpt_path=tmp_path / "half.ckpt")
     assert pruning.run.done[0].rates == pytest.approx(stored["callbacks"]["DynamicPruningCallback"]["done"][0]["rates"])
     assert sparsity(resumed) == pytest.approx(0.5, abs=1e-3)
@@ -184,7 +184,7 @@ def test_a_foreign_module_and_its_optimizer_keep_the_zeros_and_resume(
     fit(first, pruning, max_steps=2, **fields).save_checkpoint(tmp_path / "half.ckpt")
     assert sparsity(first) == pytest.approx(0.5, abs=1e-3)
     resumed = Foreign()
-    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
+    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.prune", None)  # there is no second cut
     fit(resumed, callback(recovery=recovery), max_steps=4, ckpt_path=tmp_path / "half.ckpt", **fields)
     assert first.model.state_dict().keys() == resumed.model.state_dict().keys()
     before = dict(first.model.named_parameters())
@@ -235,7 +235,7 @@ def test_a_checkpoint_resumes_with_slices(tmp_path: Path, monkeypatch: pytest.Mo
     trainer = fit(first, slicing(), max_steps=2)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed, pruning = Foreign(), slicing()
-    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
+    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.prune", None)  # there is no second cut
     fit(resumed, pruning, max_steps=2, ckpt_path=tmp_path / "half.ckpt")
     assert resumed.model.config.slice_sizes == first.model.config.slice_sizes
     assert pruning.run.done[0].size["before"].parameters == parameters(small_model())

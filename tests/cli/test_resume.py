@@ -77,7 +77,7 @@ def test_perplexities_of_different_protocols_do_not_stand_together() -> None:
 def test_a_run_resumes_in_its_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     run("fit", "--output=runs/x")
     first = report()
-    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
+    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.prune", None)  # there is no second cut
     run("fit", "--output=runs/x", "--ckpt_path=last", "--trainer.max_steps=4")
     told = report()
     assert told["perplexity"]["dense"] == first["perplexity"]["dense"]

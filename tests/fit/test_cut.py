@@ -7,13 +7,14 @@ from lit_prune.allocate import DLP, Uniform
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.evaluation.sizes import parameters
-from lit_prune.fit.cut import CutInputs, cut
+from lit_prune.fit.cut import CutInputs
 from lit_prune.masks.zeros import zeros
 from lit_prune.pipeline import score_with_statistics
 from lit_prune.prune import Magnitude, Wanda
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
+from tests.fit.cuts import cut
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(Magnitude(), 0.5, Uniform())

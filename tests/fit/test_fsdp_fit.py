@@ -117,7 +117,7 @@ def test_a_checkpoint_resumes(alone: None, tmp_path: Path, monkeypatch: pytest.M
     assert stored["lit_prune"]["dropped_weights"] is None
     assert stored["state_dict"].keys() == first.state_dict().keys()
     assert len(stored["optimizer_states"][0]["state"]) > 0
-    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.cut", None)  # there is no second cut
+    monkeypatch.setattr("lit_prune.callbacks.dynamic_pruning.prune", None)  # there is no second cut
     path = tmp_path / "half.ckpt"
     fit(resumed, callback(recovery=recovery), strategy=strategy(), devices=1, max_steps=2, ckpt_path=path)
     one, other = gathered(first.model), gathered(resumed.model)

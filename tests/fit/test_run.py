@@ -9,13 +9,13 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from lit_prune.errors import InputError
-from lit_prune.fit.cut import cut
 from lit_prune.fit.run import PruningRun, attribute_at, find_model
 from lit_prune.masks.zeros import zero_shares
 from lit_prune.models import structure
 from lit_prune.recover import LoRA, MaskedLoRA, adapter_config
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, loader
 from tests.conftest import small_model
+from tests.fit.cuts import prune_inside
 
 
 def trainer_of(data: DataLoader) -> Trainer:
@@ -44,11 +44,11 @@ def test_around_a_cut_the_adapter_before_it_is_folded_and_the_recovery_attached(
     run, model, trainer = plan(at_step=1, before=LoRA(r=2), recovery=LoRA(r=3)), small_model(), trainer_of(loader())
     run.start(trainer, model, None)
     assert adapter_config(model)["r"] == 2  # type: ignore[index]
-    with run.cutting(trainer, model) as inputs:
+    with run.cutting(trainer, model) as made:
         assert adapter_config(model) is None
         assert all(parameter.requires_grad for parameter in model.parameters())  # as the module left them
-        assert (inputs.step, inputs.recipe.sparsity, inputs.measured) == (1, 0.5, False)
-        run.done.append(cut(model, inputs))
+        assert (made.inputs.step, made.inputs.recipe.sparsity, made.inputs.measured) == (1, 0.5, False)
+        prune_inside(model, made)
         assert zero_shares(model)[1] == pytest.approx(0.5, abs=1e-3)
     assert adapter_config(model)["r"] == 3  # type: ignore[index]
     assert structure.record(model)["recovery"].startswith("LoRA(r=3")
@@ -59,8 +59,8 @@ def test_what_has_a_source_is_left_out_of_the_record_of_a_checkpoint() -> None:
     run, model, trainer = plan(), small_model(), trainer_of(loader())
     model.name_or_path = "somewhere"
     run.start(trainer, model, None)
-    with run.cutting(trainer, model) as inputs:
-        run.done.append(cut(model, inputs))
+    with run.cutting(trainer, model) as made:
+        prune_inside(model, made)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     record = run.record({"a": 1}, model, state, "model.")
     assert record.settings == {"a": 1}

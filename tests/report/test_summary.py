@@ -9,7 +9,7 @@ from lit_prune.allocate import Uniform
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.export.plan import ExportPlan
 from lit_prune.fit.baseline import measure_baseline
-from lit_prune.fit.cut import cut
+from lit_prune.fit.cut import CutInputs
 from lit_prune.prune import Magnitude
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.recover import LoRA, MaskedLoRA
@@ -19,6 +19,7 @@ from lit_prune.report.summary import summary
 from lit_prune.schedule import Cut
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
+from tests.fit.cuts import cut
 from tests.report.reports import CUT, SEARCH
 
 CPU = torch.device("cpu")
@@ -28,7 +29,8 @@ LINEARS = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
 
 def pruned(recipe: Recipe = RECIPE) -> tuple[PreTrainedModel, CutRecord]:
     model = small_model()
-    return model, cut(model, recipe, ([{"input_ids": torch.arange(1, 17)[None]}], {"num_samples": 1}), None, CPU)
+    batches = [{"input_ids": torch.arange(1, 17)[None]}]
+    return model, cut(model, CutInputs(recipe, batches, {"num_samples": 1}, None, CPU))
 
 
 def report(model: PreTrainedModel, recipe: Recipe | None, *args: Any, **fields: Any) -> Report:
