@@ -257,7 +257,7 @@ def _score_blocks(
     stream = _stream(model, blocks, batches, device) if needs and not cached else None
     scores, statistics = [], []
     for block in track(blocks, "Scoring blocks"):
-        taken = cached.observed[block.index] if cached else BlockStatistics()
+        taken = cached.by_block[block.index] if cached else BlockStatistics()
         with on_device(block, torch.device(device or model.device)):
             if stream is not None:
                 taken = observe(stream, block, needs, advance=block is not blocks[-1])

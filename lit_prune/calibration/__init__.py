@@ -1,1 +1,1 @@
-"""Calibration windows, run through a model one block at a time, and the statistics of what passes through."""
+"""Calibration: windows of text that run through a model one block at a time, and the statistics of its activations."""

@@ -1,7 +1,7 @@
-"""Statistics in a file: computed once by `lit-prune score`, read by every cut of the same model on the same text.
+"""Statistics in a file, written by `lit-prune score` and read by any later cut of the same model on the same text.
 
 The file is safetensors: norms and Gram matrices as tensors; cosines, scores and the key as JSON in its metadata. The
-key identifies weights, text and versions; statistics of others are refused with a list of the differences.
+key identifies weights, text and versions; a cut whose key differs raises an error that lists the differences.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ PACKAGES = ("lit_prune", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Key:
-    """The identity of statistics: which model, which tokens, which versions.
+    """The identity of statistics: the model, the tokens and the package versions that they depend on.
 
     Attributes:
         weights: Digest of the model's parameters and of its config.
-        tokens: Digest of the calibration batches: the token ids that count.
+        tokens: Digest of the token ids and attention masks of the calibration batches.
         versions: Versions of the packages that the numbers depend on.
-        settings: How model and windows were named and drawn. They decide nothing, but explain to people why a digest
-            differs.
+        settings: The settings of the model and the windows. Keys may differ in them; they only explain in messages why
+            a digest differs.
     """
 
     weights: str
@@ -48,16 +48,16 @@ class Key:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def expected(self, settings: Mapping[str, Any]) -> Key:
-        """Returns the key that a cut with ``settings`` will have at best, before weights and text are read.
+        """Returns the key of a cut with ``settings`` before weights and text are read, assuming that they are the same.
 
-        Windows of other sizes are other tokens for certain; all else is taken to be the same.
+        The tokens differ for certain if the windows have other sizes; everything else is assumed to be equal.
         """
         sizes = ("calibration.num_samples", "calibration.seq_length")
         same = all(self.settings.get(name, settings[name]) == settings[name] for name in sizes)
         return Key(self.weights, self.tokens if same else "", _versions(), dict(settings))
 
     def differences(self, other: Key) -> list[str]:
-        """Returns the differences to ``other`` in words; none where statistics of this key serve for that one."""
+        """Returns the differences to ``other`` as text, none if statistics of this key are valid for it."""
         settings = [
             f"`{name}` {self.settings.get(name)}, now {value}"
             for name, value in other.settings.items()
@@ -77,62 +77,62 @@ class Key:
 
 @dataclass(frozen=True)
 class CachedStatistics:
-    """Statistics of every block, and the scores that allocations computed from them.
+    """The statistics of every block, and the scores that allocations computed from them.
 
     Attributes:
         key: The model, tokens and versions that they belong to.
-        kinds: The statistics in it: INPUTS, COSINE, GRAM.
-        observed: The statistics of each block.
-        scores: By the allocation's ``repr``, the score of each block.
-        source: The file that they were read from.
+        kinds: The kinds of statistics: INPUTS, COSINE, GRAM.
+        by_block: The statistics of each block.
+        scores: The score of each block, by the allocation's ``repr``.
+        source: The file that they were read from, for messages.
     """
 
     key: Key
     kinds: frozenset[str]
-    observed: list[BlockStatistics]
+    by_block: list[BlockStatistics]
     scores: dict[str, list[float]]
     source: str = "memory"
 
     def check(self, key: Key, blocks: Sequence[Block], needs: Iterable[str]) -> None:
-        """Refuses statistics that do not serve.
+        """Raises InputError if a cut cannot use the statistics.
 
         Args:
             key: The key of the cut.
             blocks: The blocks that are cut.
-            needs: The kinds of statistics that the cut reads.
+            needs: The kinds of statistics that the cut needs.
 
         Raises:
-            InputError: if they are of another model or text, lack one of ``needs``, or a block or linear of ``blocks``.
+            InputError: if they belong to another model or text, or lack one of ``needs``, a block or a linear.
         """
         if differing := self.key.differences(key):
             raise InputError(
-                f"`pruning.statistics` must be of this model and this calibration text, {self.source} is of others: "
+                f"`pruning.statistics` must be of this model and this calibration text, {self.source} differs: "
                 f"{'; '.join(differing)}. Run `lit-prune score` again, or leave it out."
             )
-        if len(blocks) != len(self.observed):
+        if len(blocks) != len(self.by_block):
             raise InputError(
                 f"`pruning.statistics` must be of this model, which has {len(blocks)} blocks, {self.source} is of "
-                f"{len(self.observed)}. Run `lit-prune score` again, or leave it out."
+                f"{len(self.by_block)}. Run `lit-prune score` again, or leave it out."
             )
         if missing := sorted(set(needs) - self.kinds):
             raise InputError(
-                f"`pruning.statistics` must hold what is needed, {', '.join(missing)}, {self.source} holds "
-                f"{', '.join(sorted(self.kinds))}; run `lit-prune score` with this method and allocation."
+                f"`pruning.statistics` must hold {', '.join(missing)}, which this cut needs, {self.source} holds "
+                f"{', '.join(sorted(self.kinds))}. Run `lit-prune score` with this method and allocation."
             )
         if not self.kinds & set(needs) & {INPUTS, GRAM}:
             return
-        for block, observed in zip(blocks, self.observed, strict=True):
-            if missing := [name for name in block.linears if name not in observed.shared_inputs]:
+        for block, statistics in zip(blocks, self.by_block, strict=True):
+            if missing := [name for name in block.linears if name not in statistics.shared_inputs]:
                 raise InputError(
-                    f"`pruning.statistics` must be of all linears that are pruned, {self.source} has none of "
-                    f"{missing[0]} of block {block.index}; run `lit-prune score` with these `pruning.targets`."
+                    f"`pruning.statistics` must cover all linears that are pruned, {self.source} lacks {missing[0]} of "
+                    f"block {block.index}. Run `lit-prune score` with these `pruning.targets`."
                 )
 
     def scores_of(self, allocation: object, blocks: Sequence[Block]) -> list[float] | None:
-        """Returns the scores that ``allocation`` computed from the same linears; None if there are none."""
+        """Returns the cached scores of ``allocation`` if they are of the same linears, else None."""
         same = all(
-            set(block.linears) == set(observed.shared_inputs)
-            for block, observed in zip(blocks, self.observed, strict=True)
+            set(block.linears) == set(statistics.shared_inputs)
+            for block, statistics in zip(blocks, self.by_block, strict=True)
         )
         return self.scores.get(repr(allocation)) if same else None
 
@@ -147,18 +147,18 @@ def _versions() -> dict[str, str]:
 
 
 def write_statistics(path: Path, statistics: CachedStatistics) -> None:
-    """Writes a file that :func:`read_statistics` reads; a tensor that linears share is written once."""
+    """Writes statistics for :func:`read_statistics`; a tensor that linears share is written once."""
     tensors: dict[str, Tensor] = {}
-    for block, observed in enumerate(statistics.observed):
-        for kind, by_linear in (("norm", observed.norms), ("gram", observed.grams)):
+    for index, block in enumerate(statistics.by_block):
+        for kind, by_linear in (("norm", block.norms), ("gram", block.grams)):
             for name, tensor in by_linear.items():
-                if observed.shared_inputs[name] == name:
-                    tensors[f"{block}.{kind}.{name}"] = tensor.contiguous()
+                if block.shared_inputs[name] == name:
+                    tensors[f"{index}.{kind}.{name}"] = tensor.contiguous()
     metadata = {
         "key": vars(statistics.key),
         "taken": sorted(statistics.kinds),
-        "cosines": [observed.cosine for observed in statistics.observed],
-        "shared_inputs": [observed.shared_inputs for observed in statistics.observed],
+        "cosines": [block.cosine for block in statistics.by_block],
+        "shared_inputs": [block.shared_inputs for block in statistics.by_block],
         "scores": statistics.scores,
     }
     save_file(tensors, path, metadata={"lit_prune": json.dumps(metadata)})
@@ -168,7 +168,7 @@ def read_statistics(path: str | Path) -> CachedStatistics:
     """Returns the statistics in a file, or in the folder that `lit-prune score` wrote.
 
     Raises:
-        InputError: if there are none.
+        InputError: if the file does not exist or does not hold statistics.
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -178,11 +178,11 @@ def read_statistics(path: str | Path) -> CachedStatistics:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = json.loads(opened.metadata()["lit_prune"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (safe_open is not a mapping)
     except (SafetensorError, KeyError, TypeError) as error:
-        raise InputError(f"`pruning.statistics` must be a file of `lit-prune score`, {file} is none.") from error
+        raise InputError(f"`pruning.statistics` must be a file of `lit-prune score`, {file} is not.") from error
     cosines, shared = metadata["cosines"], metadata["shared_inputs"]
-    observed = [
+    by_block = [
         BlockStatistics(
             norms=_by_linear(tensors, f"{block}.norm.", shared_inputs),
             cosine=cosine,
@@ -194,20 +194,20 @@ def read_statistics(path: str | Path) -> CachedStatistics:
     return CachedStatistics(
         key=Key(**metadata["key"]),
         kinds=frozenset(metadata["taken"]),
-        observed=observed,
+        by_block=by_block,
         scores=metadata["scores"],
         source=str(file),
     )
 
 
 def _by_linear(tensors: dict[str, Tensor], prefix: str, shared_inputs: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors by linear: that of the first linear with the same input, which is the one in the file."""
+    """The tensors by linear; of linears that share an input, only the first has its tensor in the file."""
     return {name: tensors[prefix + first] for name, first in shared_inputs.items() if prefix + first in tensors}
 
 
 @torch.no_grad()
 def _weights(model: PreTrainedModel) -> str:
-    """The digest of every parameter, tied ones once, and of the config, which may change the function they compute."""
+    """The digest of all parameters, tied ones once, and of the config, which may change what they compute."""
     whole = hashlib.sha256()
     for name, tensor in model.named_parameters():
         whole.update(f"{name} {digest(tensor)} ".encode())
@@ -219,7 +219,7 @@ def _weights(model: PreTrainedModel) -> str:
 
 
 def _tokens(batches: Iterable[Batch | Tensor]) -> str:
-    """The digest of all rows and their attention masks, however they are batched."""
+    """The digest of all rows and their attention masks, independent of the batch size."""
     digest = hashlib.sha256()
     for batch in batches:
         ids = batch if isinstance(batch, Tensor) else batch["input_ids"]

@@ -1,7 +1,7 @@
 """The statistics of one block, accumulated while calibration batches run through it.
 
-Positions whose attention mask is 0 count in none of them; an expert's are over the tokens that are routed to it.
-Suffixes: B batch, T tokens, D hidden size, I input channels, P positions that count, S positions of one expert.
+They ignore positions whose attention mask is 0; those of an expert are over the tokens that are routed to it.
+Suffixes: B batch, T tokens, D hidden size, I input channels, P unmasked positions, S positions of one expert.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STRIPS = 8
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """The statistics of the input of one linear, or of several that share it.
+    """The statistics of an input, which one or several linears read.
 
     Attributes:
         norm_I: ||X_j||, root mean square of each input channel, fp32; None without INPUTS.
@@ -37,7 +37,7 @@ class InputStatistics:
     gram_II: Tensor | None = None
 
     def to(self, device: torch.device) -> InputStatistics:
-        """Returns the same on ``device``."""
+        """Returns the statistics on ``device``."""
         moved = {name: value if value is None else value.to(device) for name, value in vars(self).items()}
         return replace(self, **moved)
 
@@ -50,7 +50,7 @@ class BlockStatistics:
         norms: ||X_j|| by linear, shape (I,), fp32: the root mean square over the tokens that reach the linear.
         cosine: Mean over tokens of cos(block's input, block's output); None without COSINE.
         grams: Mean of x x^T by linear, shape (I, I), fp32, one tensor for all linears that share the input.
-        shared_inputs: By linear, the first one that has the same input.
+        shared_inputs: By linear, the name of the first linear with the same input.
     """
 
     norms: dict[str, Tensor] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class BlockStatistics:
     shared_inputs: dict[str, str] = field(default_factory=dict)
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
-        """Returns ``names`` in groups that share one input; a linear that was not observed is a group of its own."""
+        """Returns ``names`` in groups that share one input; a linear without statistics is a group of its own."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(self.shared_inputs.get(name, name), []).append(name)
@@ -70,7 +70,7 @@ class BlockStatistics:
         return InputStatistics(self.norms.get(name), self.grams.get(name))
 
     def to(self, device: torch.device) -> BlockStatistics:
-        """Returns the same on ``device``; a tensor that linears share is moved once and stays shared."""
+        """Returns the statistics on ``device``; a tensor that linears share is moved once and stays shared."""
         moved: dict[int, Tensor] = {}
 
         def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,20 +80,20 @@ class BlockStatistics:
 
 
 class InputSquares:
-    """Sum of squares of every input channel of one linear, over the positions that count."""
+    """The sum of squares of every input channel of one linear, over unmasked positions."""
 
     def __init__(self) -> None:
         self.sum_I: Tensor | None = None
         self.tokens = 0
 
     def update(self, x_PI: Tensor) -> None:
-        """Adds positions, in fp32."""
+        """Adds the positions of a batch, in fp32."""
         sum_I = x_PI.float().square().sum(0)
         self.sum_I = sum_I if self.sum_I is None else self.sum_I + sum_I
         self.tokens += len(x_PI)
 
     def sum_over_processes(self, width: int) -> None:
-        """Adds the sums of the other processes; ``width`` is the number of channels, for one that saw no token."""
+        """Adds the sums of the other processes; ``width`` is the number of channels, if this one has had no token."""
         self.sum_I = distributed.all_reduce_sum(torch.zeros(width) if self.sum_I is None else self.sum_I)
         self.tokens = distributed.all_reduce_count(self.tokens)
 
@@ -104,10 +104,10 @@ class InputSquares:
 
 
 class InputGram:
-    """Sum of x x^T over the positions that count.
+    """The sum of x x^T over unmasked positions.
 
-    It is symmetric, so that half of the products would do: each of ``STRIPS`` strips of rows is multiplied with the
-    columns from its left edge on, which is 9/16 of all products, in matrix products large enough to be fast.
+    The matrix is symmetric, so that half of it is enough: each of ``STRIPS`` strips of rows is computed only from the
+    diagonal rightwards, which is 9/16 of the work, in matrix products that are still large enough to be fast.
     """
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class InputGram:
         self.tokens = 0
 
     def update(self, x_PI: Tensor) -> None:
-        """Adds positions, in fp32."""
+        """Adds the positions of a batch, in fp32."""
         x_PI = x_PI.float()
         if self.sum_II is None:
             self.sum_II = x_PI.new_zeros(x_PI.shape[1], x_PI.shape[1])
@@ -124,7 +124,7 @@ class InputGram:
         self.tokens += len(x_PI)
 
     def sum_over_processes(self, width: int) -> None:
-        """Adds the sums of the other processes; ``width`` is the number of channels, for one that saw no token."""
+        """Adds the sums of the other processes; ``width`` is the number of channels, if this one has had no token."""
         self.sum_II = distributed.all_reduce_sum(torch.zeros(width, width) if self.sum_II is None else self.sum_II)
         self.tokens = distributed.all_reduce_count(self.tokens)
 
@@ -136,7 +136,7 @@ class InputGram:
 
 
 def _strips(width: int) -> Iterator[tuple[slice, slice]]:
-    """Each strip of the rows of a symmetric matrix, and the columns from its left edge on."""
+    """The strips of rows of a symmetric matrix, each with the columns from the diagonal rightwards."""
     step = -(-width // STRIPS)
     for begin in range(0, width, step):
         yield slice(begin, begin + step), slice(begin, width)
@@ -145,8 +145,8 @@ def _strips(width: int) -> Iterator[tuple[slice, slice]]:
 class Observer:
     """Accumulates statistics of one block while batches run through it.
 
-    Linears with the same input tensor (q, k, v; gate, up) share one statistic. The first batch shows which ones do:
-    they are called with the same object.
+    Linears with the same input (q, k, v; gate, up) share one statistic. They are found in the first batch, where they
+    are called with the same tensor object.
 
     Args:
         block: The block.
@@ -172,26 +172,26 @@ class Observer:
 
     def _add_input(self, name: str, x_BTI: Tensor, rows_S: Tensor | None) -> None:
         if name not in self._shared_inputs:
-            # the entry holds x, as the id of a tensor that is freed may be that of the next one
+            # the entry keeps x alive: the next tensor may get the id of one that was freed
             first, _ = self._first_by_id.setdefault(id(x_BTI), (name, x_BTI))
             self._shared_inputs[name] = first
         if self._shared_inputs[name] == name:
-            x_PI = self._counted(x_BTI, rows_S)
+            x_PI = self._unmasked(x_BTI, rows_S)
             if INPUTS in self.wanted:
                 self._squares.setdefault(name, InputSquares()).update(x_PI)
             if GRAM in self.wanted:
                 self._grams.setdefault(name, InputGram()).update(x_PI)
 
     def add_block(self, x_BTD: Tensor, y_BTD: Tensor) -> None:
-        """Adds the cosine of a block's input and output; ends a batch, whose tensors are released."""
+        """Adds the cosine of a block's input and output, and ends the batch, releasing its tensors."""
         self._first_by_id.clear()
         if COSINE in self.wanted:
-            cosine_P = F.cosine_similarity(self._counted(x_BTD).float(), self._counted(y_BTD).float(), dim=-1)
-            self._cosine += float(cosine_P.cpu().double().sum())  # in float64, which MPS does not have
+            cosine_P = F.cosine_similarity(self._unmasked(x_BTD).float(), self._unmasked(y_BTD).float(), dim=-1)
+            self._cosine += float(cosine_P.cpu().double().sum())  # float64 on the CPU, since MPS has none
             self._tokens += len(cosine_P)
 
-    def _counted(self, x_BTD: Tensor, rows_S: Tensor | None = None) -> Tensor:
-        """The positions that count, (P, D); OPT calls some of its linears with (batch * tokens, in)."""
+    def _unmasked(self, x_BTD: Tensor, rows_S: Tensor | None = None) -> Tensor:
+        """The unmasked positions, (P, D); OPT calls some of its linears with (batch * tokens, in)."""
         x_PD = x_BTD.flatten(0, -2)
         if self.mask_BT is None:
             return x_PD
@@ -215,13 +215,13 @@ class Observer:
         )
 
     def _agreed_shared_inputs(self) -> dict[str, str]:
-        """The shared inputs that any process knows of: an expert may have had tokens in another one alone."""
+        """The shared inputs of all processes, since an expert may have had tokens in only some of them."""
         by_process = distributed.all_gather(self._shared_inputs)
         return {name: first for shared in reversed(by_process) for name, first in shared.items()}
 
     def _sum_over_processes(self, shared_inputs: Iterable[str]) -> None:
-        """Adds up the sums of all processes."""
-        # in one order for all: each sum waits for that of the other processes
+        """Replaces all sums by those over all processes."""
+        # sorted, since the collective calls of all processes must come in the same order
         for name in sorted(set(shared_inputs)):
             width = self._width[name]
             if INPUTS in self.wanted:

@@ -1,6 +1,7 @@
 """Calibration windows run through a model one block at a time, while an Observer accumulates statistics.
 
-At any time one block, one batch and the statistics are on the accelerator; everything else stays where the model is.
+Only one block, one batch and the statistics are on the accelerator at a time; everything else stays on the model's
+device.
 Suffixes: N windows, B batch, T tokens, D hidden size.
 """
 
@@ -25,19 +26,20 @@ Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class Stream:
-    """The residual stream of all calibration batches between two blocks of a model.
+    """The residual stream of all calibration batches in front of one block of a model.
 
-    The constructor embeds the batches with every block short-circuited and records the arguments of every block: masks
-    and rotary embeddings differ by the layer's type and by the batch. :meth:`run` advances the stream by one block.
+    The constructor embeds the batches with every block short-circuited and records the arguments of every block, since
+    masks and rotary embeddings depend on the layer's type and on the batch. :meth:`run` advances the stream by one
+    block.
 
     Args:
         model: A causal LM in eval mode.
         blocks: Its blocks.
         batches: Dicts of `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
-        device: Where a block computes.
+        device: Device on which blocks compute.
 
     Attributes:
-        hidden: The residual stream of every batch, (B, T, D), where the model is.
+        hidden: The residual stream of every batch, (B, T, D), on the model's device.
         wraps: Whether the model's blocks return tuples.
     """
 
@@ -53,10 +55,10 @@ class Stream:
         for batch in batches:
             inputs, arguments = capture({key: value.to(self.offload_device) for key, value in batch.items()})
             self.hidden.append(inputs)
-            self.arguments.append([reuse_equal(now, before) for now, before in self._beside_last(arguments)])
+            self.arguments.append([reuse_equal(new, old) for new, old in self._paired_with_last(arguments)])
         self.wraps = bool(capture.wraps)
 
-    def _beside_last(self, arguments: Arguments) -> Iterable[tuple[Any, Any]]:
+    def _paired_with_last(self, arguments: Arguments) -> Iterable[tuple[Any, Any]]:
         return zip(arguments, self.arguments[-1] if self.arguments else [None] * len(arguments), strict=True)
 
     @torch.no_grad()
@@ -65,8 +67,8 @@ class Stream:
 
         Args:
             block: The block that the stream is in front of.
-            observer: Accumulates statistics.
-            advance: Replace the block's inputs by its outputs.
+            observer: Accumulates the block's statistics; None computes none.
+            advance: Replace the hidden states by the block's outputs.
             finite: Check that the outputs are finite.
 
         Raises:
@@ -88,10 +90,10 @@ class Stream:
 
     @torch.no_grad()
     def map(self, work: Callable[..., Tensor], block: Block | None = None) -> None:
-        """Replaces the hidden states of every batch by what ``work`` returns for them.
+        """Replaces the hidden states of every batch by the result of ``work``.
 
         Args:
-            work: Takes the batch's index, its hidden states on the stream's device and, by keyword, the arguments of
+            work: Function of the batch's index, its hidden states on the stream's device and the keyword arguments of
                 ``block``.
             block: The block that the stream is in front of.
 
@@ -105,8 +107,8 @@ class Stream:
                 _check_finite(y_BTD, block, index)
             self.hidden[index] = y_BTD.to(self.offload_device)
 
-    def counted(self, index: int, x_BTD: Tensor) -> Tensor:
-        """Returns the positions of batch ``index`` that count, (P, D)."""
+    def unmasked(self, index: int, x_BTD: Tensor) -> Tensor:
+        """Returns the unmasked positions of batch ``index``, (P, D)."""
         mask_BT = self.masks[index]
         return x_BTD.flatten(0, -2) if mask_BT is None else x_BTD[mask_BT.to(x_BTD.device)]
 
@@ -120,7 +122,7 @@ def _check_finite(y_BTD: Tensor, block: Block, index: int) -> None:
 
 
 def observe(stream: Stream, block: Block, wanted: frozenset[str], *, advance: bool = True) -> BlockStatistics:
-    """Returns the wanted statistics of ``block`` over the whole stream."""
+    """Returns the ``wanted`` statistics of ``block`` over the whole stream."""
     with Observer(block, wanted).watching() as observer:
         stream.run(block, observer, advance=advance)
     return observer.statistics()
@@ -128,23 +130,23 @@ def observe(stream: Stream, block: Block, wanted: frozenset[str], *, advance: bo
 
 @contextmanager
 def on_device(block: Block, device: torch.device, *, changes: bool = False) -> Iterator[Block]:
-    """Moves one block to ``device`` for as long as the context lasts, and back.
+    """Moves one block to ``device`` for the context, then back.
 
     Args:
         block: The block.
-        device: Where it computes.
-        changes: Whether its weights are changed there, so that a block on disk is written back.
+        device: Device on which it computes.
+        changes: Whether the context changes its weights; a block on disk is then written back.
     """
     if block.offload is not None:
         with block.offload.onloaded(block.path, block.module, device, changes=changes):
             yield block
         return
-    home = next(block.module.parameters()).device
+    original_device = next(block.module.parameters()).device
     block.module.to(device)
     try:
         yield block
     finally:
-        block.module.to(home)
+        block.module.to(original_device)
 
 
 def unwrap(output: Tensor | tuple[Any, ...]) -> Tensor:
@@ -158,10 +160,10 @@ def _mask(batch: Batch) -> Tensor | None:
 
 
 class _Capture:
-    """Embeds batches with every block short-circuited; returns block 0's input and every block's other arguments.
+    """Embeds batches with every block short-circuited, recording block 0's input and every block's other arguments.
 
-    The patched forward of a block has to return what the block itself would, a tensor or a tuple: Falcon takes
-    ``outputs[0]``, which of a tensor is its first row. Only a call shows which, so that the first block runs once.
+    A patched forward must return a tensor or a tuple, whichever the block itself does: Falcon takes ``outputs[0]``,
+    which for a tensor would be its first row. This is known only from a call, so the first block runs once.
     """
 
     def __init__(self, model: PreTrainedModel, modules: Sequence[nn.Module]) -> None:
@@ -186,15 +188,15 @@ class _Capture:
         return hidden[0], arguments
 
 
-def reuse_equal(now: Any, before: Any) -> Any:
-    """Returns ``now`` with every tensor that equals its counterpart in ``before`` replaced by it, to hold it once."""
-    if isinstance(now, Tensor):
-        same = isinstance(before, Tensor) and now.shape == before.shape and torch.equal(now, before)
-        return before if same else now
-    if isinstance(now, tuple):
-        pairs = before if isinstance(before, tuple) and len(before) == len(now) else (None,) * len(now)
-        return tuple(reuse_equal(item, other) for item, other in zip(now, pairs, strict=True))
-    if isinstance(now, dict):
-        counterparts = before if isinstance(before, dict) else {}
-        return {key: reuse_equal(value, counterparts.get(key)) for key, value in now.items()}
-    return now
+def reuse_equal(new: Any, old: Any) -> Any:
+    """Returns ``new`` with the tensors of ``old`` in place of equal ones, so that each is in memory once."""
+    if isinstance(new, Tensor):
+        same = isinstance(old, Tensor) and new.shape == old.shape and torch.equal(new, old)
+        return old if same else new
+    if isinstance(new, tuple):
+        counterparts = old if isinstance(old, tuple) and len(old) == len(new) else (None,) * len(new)
+        return tuple(reuse_equal(item, other) for item, other in zip(new, counterparts, strict=True))
+    if isinstance(new, dict):
+        by_key = old if isinstance(old, dict) else {}
+        return {key: reuse_equal(value, by_key.get(key)) for key, value in new.items()}
+    return new

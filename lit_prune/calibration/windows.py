@@ -1,4 +1,4 @@
-"""Calibration windows: how many there are, how long they are, and where in the text they begin."""
+"""Calibration windows: their number and length, their positions in the text, and their batches."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ INPUT_NAMES = ("input_ids", "attention_mask", "position_ids")
 
 @dataclass(frozen=True)
 class Calibration:
-    """The size of the sample that statistics are computed over.
+    """The sample of text that statistics are computed over.
 
     Args:
         num_samples: Number of windows.
-        seq_length: Tokens per window; null takes 2048, on the command line the model's limit where that is less.
-        seed: Seed of the draw.
+        seq_length: Tokens per window; null is 2048, or on the command line the model's limit if that is less.
+        seed: Seed for drawing windows.
         batch_size: Windows per forward pass.
 
     Raises:
@@ -61,13 +61,13 @@ def draw_windows(stream: Tensor, num_samples: int, seq_length: int, seed: int, *
 
     Args:
         stream: Token ids, shape (tokens,).
-        num_samples: N, how many to draw.
+        num_samples: N, number of windows.
         seq_length: T, tokens per window.
-        seed: Seed of the draw.
+        seed: Seed for drawing windows.
         bos: Id that every window begins with, see :func:`begin_with`.
 
     Raises:
-        InputError: if there are fewer windows than asked for.
+        InputError: if there are fewer than ``num_samples`` windows.
     """
     available = stream.numel() // seq_length
     if num_samples > available:
@@ -81,9 +81,9 @@ def draw_windows(stream: Tensor, num_samples: int, seq_length: int, seed: int, *
 
 
 def begin_with(windows_NT: Tensor, bos: int | None) -> Tensor:
-    """Returns windows that begin with ``bos``, for which the last token of each gives way.
+    """Returns windows with ``bos`` in front and without their last token; those that begin with it are unchanged.
 
-    With BOS 1, [5, 6, 7] becomes [1, 5, 6]; [1, 5, 6] stays, so that none begins with two.
+    With BOS 1, [5, 6, 7] becomes [1, 5, 6], and [1, 5, 6] stays the same.
 
     Args:
         windows_NT: Token ids, (N, T).
@@ -101,14 +101,14 @@ def batches_of(windows: Windows, batch_size: int) -> list[Batch]:
 
 
 def first_batches(loader: Iterable[Any], calibration: Calibration) -> list[Batch]:
-    """Returns the first ``num_samples`` rows of a dataloader, as it batches them, cut to ``seq_length`` tokens.
+    """Returns the first ``num_samples`` rows of a dataloader in its own batches, cut to ``seq_length`` tokens.
 
     Args:
         loader: An iterable of mappings with `input_ids` (batch, tokens) and, where there is padding, `attention_mask`.
-        calibration: How many rows and tokens.
+        calibration: The number of rows and of tokens.
 
     Raises:
-        InputError: if a batch is something else, or there are too few rows.
+        InputError: if a batch is not such a mapping, or there are too few rows.
     """
     batches, rows = [], 0
     for batch in loader:
@@ -117,8 +117,8 @@ def first_batches(loader: Iterable[Any], calibration: Calibration) -> list[Batch
                 "`calibration`: batches of the training dataloader must be dicts with a tensor `input_ids`, got "
                 f"{type(batch).__name__}."
             )
-        take = (slice(calibration.num_samples - rows), slice(calibration.tokens))
-        batches.append({key: batch[key][take] for key in ("input_ids", "attention_mask") if key in batch})
+        wanted = (slice(calibration.num_samples - rows), slice(calibration.tokens))
+        batches.append({key: batch[key][wanted] for key in ("input_ids", "attention_mask") if key in batch})
         rows += len(batches[-1]["input_ids"])
         if rows == calibration.num_samples:
             return batches

@@ -1,1 +1,1 @@
-"""Perplexity, sizes, tokens per second, and lm-eval's tasks."""
+"""Evaluation: perplexity, model size, tokens per second, and lm-eval tasks."""

@@ -1,8 +1,8 @@
 """Perplexity of a causal LM, and the labels that count in it.
 
-Perplexity is exp(mean token negative log-likelihood), shifted by one, padding left out. It is computed from
-fp32 cross entropy, a chunk of tokens at a time: a softmax followed by a log (as in torchmetrics) is infinite for fp16
-logits of a healthy model, and fp32 logits of a vocabulary of 150,000 would double the memory.
+Perplexity is exp(mean negative log-likelihood of the next token) without padding. It is computed from fp32 cross
+entropy, a chunk of tokens at a time: a softmax followed by a log (as in torchmetrics) can be infinite for fp16 logits,
+and fp32 logits of a whole window with a vocabulary of 150,000 would double the memory.
 Suffixes: B batch, T tokens, V vocabulary, P predicted positions.
 """
 
@@ -28,16 +28,14 @@ from lit_prune.models.on_disk import on_disk
 from lit_prune.progress import track
 
 CHUNK_TOKENS = 1024
-
-
-IGNORED = -100  # a label that does not count
+IGNORED = -100  # the label of a token whose prediction does not count
 
 
 def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """Returns the token ids of a batch, (B, T), with -100 where the prediction of a token does not count.
+    """Returns the token ids of a batch, (B, T), with -100 for tokens whose prediction does not count.
 
-    A prediction counts where the token and the one before it are attended to, and where `labels`, if the batch has
-    them, are not -100.
+    A prediction counts if neither the token nor the one before it is masked, and if its entry in `labels`, if the batch
+    has them, is not -100.
     """
     labels_BT, mask_BT = batch.get("labels"), batch.get("attention_mask")
     labels_BT = batch["input_ids"] if labels_BT is None else labels_BT
@@ -56,14 +54,14 @@ def negative_log_likelihood(
 ) -> tuple[Tensor, int]:
     """Returns the summed negative log-likelihood (float64 scalar, nats) and the number of predicted tokens.
 
-    Position t predicts token t + 1; :func:`labels_of` says which predictions count.
+    Position t predicts token t + 1; see :func:`labels_of` for the predictions that count.
     Two tokens under uniform logits over V = 4 give one prediction of log 4 = 1.386.
 
     Args:
         logits_BTV: Scores of the vocabulary, any float type.
         input_ids_BT: Token ids.
         attention_mask_BT: 1 for tokens, 0 for padding; None means no padding.
-        labels_BT: The token ids, -100 where they do not count; None counts all.
+        labels_BT: The token ids, -100 for those that do not count; None counts all.
     """
     batch = {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
     targets_BT = labels_of({name: tensor for name, tensor in batch.items() if tensor is not None})[:, 1:]
@@ -78,7 +76,7 @@ def negative_log_likelihood(
 
 
 class Perplexity(Metric):
-    """Perplexity of a causal LM over all batches of all updates; its sums reduce over processes.
+    """The perplexity of a causal LM over the batches of all updates and all processes.
 
     Raises:
         ValueError: if no token was predicted.
@@ -102,7 +100,7 @@ class Perplexity(Metric):
         attention_mask_BT: Tensor | None = None,
         labels_BT: Tensor | None = None,
     ) -> None:
-        """Adds a batch; see :func:`negative_log_likelihood`."""
+        """Adds the predictions of a batch; see :func:`negative_log_likelihood`."""
         if logits_BTV.shape[:2] != input_ids_BT.shape:
             raise ValueError(
                 f"`logits` must be (batch, tokens, vocabulary) over `input_ids` (batch, tokens), got "
@@ -121,12 +119,12 @@ class Perplexity(Metric):
 
 @dataclass(frozen=True)
 class Protocol:
-    """The data and the way that a perplexity was measured; only values of one protocol may be compared.
+    """The data and the conditions of a perplexity measurement; only values of one protocol are comparable.
 
     Attributes:
         data: Description of the text.
         windows: Number of windows.
-        seq_length: Tokens of the longest one.
+        seq_length: Tokens of the longest window.
         tokens: Number of predicted tokens.
         dtype: Data type of the model, such as `bfloat16`.
     """
@@ -144,8 +142,8 @@ class Measurement:
 
     Attributes:
         perplexity: exp(mean negative log-likelihood).
-        protocol: See Protocol.
-        seconds: Time of the measurement.
+        protocol: The data and conditions of the measurement.
+        seconds: Duration of the measurement.
     """
 
     perplexity: float
@@ -165,33 +163,33 @@ def measure(
 ) -> Measurement:
     """Returns the perplexity of ``model`` in eval mode, on the device that it is on.
 
-    A model on disk passes all batches through one block after the other. In several processes each measures its share
-    of the batches, in as many forward passes as the others, and all return the perplexity over all batches.
+    A model on disk passes all batches through one block after the other. With several processes each measures its shard
+    of the batches, all make the same number of forward passes, and all return the perplexity over all batches.
 
     Args:
         model: A causal LM.
-        batches: Dicts with `input_ids` (batch, tokens) and, if the batch has padding, `attention_mask`; if not every
-            token counts, `labels`; if it packs conversations, `position_ids`.
+        batches: Dicts with `input_ids` (batch, tokens) and optionally `attention_mask` (for padding), `labels` (if not
+            every token counts) and `position_ids` (for packed conversations).
         data: Description of the text, for the protocol.
         label: Text of the progress bar.
-        device: Device on which the blocks of a model on disk compute; None means that of the model.
-        streamed: Move the blocks to ``device`` one at a time, as with a model on disk.
+        device: Device on which the blocks of a streamed model or a model on disk compute; None is the model's.
+        streamed: Move the blocks to ``device`` one at a time, as for a model on disk.
 
     Raises:
         ValueError: if the batches predict no token.
     """
     metric = Perplexity(sync_on_compute=False).to(model.device)
-    windows, longest, begin = 0, 0, time.perf_counter()
+    windows, seq_length, begin = 0, 0, time.perf_counter()
     with evaluating(model):
         for batch, logits in _logits(model, batches, device or model.device, label, streamed):
             ids = batch["input_ids"]
             metric.update(logits, ids, batch.get("attention_mask"), batch.get("labels"))
-            windows, longest = windows + ids.shape[0], max(longest, ids.shape[1])
+            windows, seq_length = windows + ids.shape[0], max(seq_length, ids.shape[1])
     nll, tokens = distributed.all_reduce_sum(metric.nll), distributed.all_reduce_count(int(metric.tokens))
-    windows, longest = distributed.all_reduce_count(windows), max(distributed.all_gather(longest))
+    windows, seq_length = distributed.all_reduce_count(windows), max(distributed.all_gather(seq_length))
     if tokens == 0:
         raise ValueError("`batches` must predict at least one token, got none.")
-    protocol = Protocol(data, windows, longest, tokens, str(model.dtype).removeprefix("torch."))
+    protocol = Protocol(data, windows, seq_length, tokens, str(model.dtype).removeprefix("torch."))
     return Measurement(float(torch.exp(nll / tokens)), protocol, time.perf_counter() - begin)
 
 
@@ -200,19 +198,20 @@ def _logits(
 ) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
     """Yields every batch of this process and its logits, on the model's device."""
     if (streamed or on_disk(model) is not None) and is_known(model.config):
-        own = [dict(batch) for batch, counts in distributed.equal_batches(batches) if counts]
-        yield from zip(own, streamed_logits(model, own, device, label), strict=True)
+        shard = [dict(batch) for batch, counts in distributed.equal_batches(batches) if counts]
+        yield from zip(shard, streamed_logits(model, shard, device, label), strict=True)
         return
     for batch, counts in distributed.equal_batches(track(batches, label)):
         moved = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
-        logits = model(**inputs_of(moved), use_cache=False).logits  # also of a batch that does not count: see above
+        # also for a batch that does not count: sharded weights are gathered in all processes together
+        logits = model(**inputs_of(moved), use_cache=False).logits
         if counts:
             yield moved, logits
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts ``model`` into eval mode for as long as the context lasts."""
+    """Puts ``model`` into eval mode for the context."""
     training = model.training
     model.eval()
     try:

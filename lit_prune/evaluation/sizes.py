@@ -1,4 +1,4 @@
-"""Parameters, bytes and zeros of a model."""
+"""The number of parameters, the bytes and the zeros of a model."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from transformers import PreTrainedModel
 
 from lit_prune.masks.zeros import zeros
 from lit_prune.models.quantised import packed_bytes, quantised_linears
-from lit_prune.models.quantised import pruned as pruned_of
+from lit_prune.models.quantised import pruned as pruned_weights
 
 
 def parameters(model: nn.Module) -> int:
-    """Returns the number of parameters, tied weights counted once; quantised ones as they were before."""
+    """Returns the number of parameters, counting tied weights once and quantised ones at their unpacked shape."""
     rest, quantised = _split(model)
     return sum(parameter.numel() for parameter in rest) + sum(_weights(module) for module in quantised)
 
 
 def size_bytes(model: nn.Module) -> int:
-    """Returns the bytes of the parameters, zeros included, tied weights counted once.
+    """Returns the bytes of the parameters, including zeros and counting tied weights once.
 
-    Quantised linears count with their packed weights, scales and tables.
+    Quantised linears contribute their packed weights, scales and tables.
     """
     rest, quantised = _split(model)
     return sum(parameter.nbytes for parameter in rest) + sum(packed_bytes(module) for module in quantised)
@@ -34,17 +34,17 @@ def full_bytes(model: PreTrainedModel) -> int:
 
 
 def pruned(model: nn.Module) -> tuple[int, int]:
-    """Returns the number of parameters that are pruned, and of all.
+    """Returns the number of pruned parameters and the number of all parameters.
 
-    Pruned are zeros; of quantised weights, which have zeros by rounding too, those under the mask.
+    A parameter is pruned if it is zero; a quantised weight, which rounding too can make zero, if its mask says so.
     """
     rest, quantised = _split(model)
     zero, total = zeros(rest)
-    return zero + sum(map(pruned_of, quantised)), total + sum(map(_weights, quantised))
+    return zero + sum(map(pruned_weights, quantised)), total + sum(map(_weights, quantised))
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[Any]]:
-    """The parameters that are not quantised, and the linears whose weights are."""
+    """The parameters that are not quantised, and the linears with quantised weights."""
     quantised = [module for _, module in quantised_linears(model)]
     packed = {id(module.weight) for module in quantised}
     return [parameter for parameter in model.parameters() if id(parameter) not in packed], quantised

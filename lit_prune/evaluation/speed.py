@@ -1,4 +1,4 @@
-"""Tokens per second that a model reads (prefill) and writes (decode)."""
+"""Tokens per second of prefill and decode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREFILL_TOKENS, DECODE_TOKENS, REPEATS = 512, 32, 3
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of one sequence: read (`prefill`) and written (`decode`)."""
+    """Tokens per second of one sequence, in prefill and in decode."""
 
     prefill: float
     decode: float
@@ -25,10 +25,10 @@ class Speed:
 
 @torch.no_grad()
 def tokens_per_second(model: PreTrainedModel) -> Speed:
-    """Returns the tokens per second of one sequence, the best of three runs after one to warm up.
+    """Returns the tokens per second of one sequence, the best of three runs after a warm-up run.
 
-    `prefill` is one forward over 512 tokens (half of what the model takes, where that is less); `decode` the 32
-    forwards of one token that follow, with a KV cache. Which tokens they are does not matter.
+    Prefill is one forward pass over 512 tokens (or half of the model's limit, if that is less); decode is the 32
+    forward passes of one token that follow it, with a KV cache. The token ids are arbitrary.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or 2 * PREFILL_TOKENS
     prefill, decode = min(PREFILL_TOKENS, limit // 2), min(DECODE_TOKENS, limit // 2)
@@ -42,18 +42,18 @@ def tokens_per_second(model: PreTrainedModel) -> Speed:
 
 
 def _run(model: PreTrainedModel, prompt_BT: Tensor, decode: int) -> tuple[float, float]:
-    """Seconds of the prefill, and of ``decode`` tokens after it."""
+    """The seconds of the prefill, and those of ``decode`` tokens after it."""
     cache = None
 
-    def read() -> None:
+    def run_prefill() -> None:
         nonlocal cache
         cache = model(prompt_BT, use_cache=True, logits_to_keep=1).past_key_values
 
-    def write() -> None:
+    def run_decode() -> None:
         for _ in range(decode):
             model(prompt_BT[:, :1], past_key_values=cache, use_cache=True)
 
-    return _seconds(read, model.device), _seconds(write, model.device)
+    return _seconds(run_prefill, model.device), _seconds(run_decode, model.device)
 
 
 def _seconds(work: Callable[[], None], device: torch.device) -> float:

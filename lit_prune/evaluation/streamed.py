@@ -1,4 +1,4 @@
-"""Logits of a model whose blocks are on disk: every block is read once for all batches."""
+"""Logits of a model whose blocks are on disk, each of which is read once for all batches."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def streamed_logits(
 ) -> Iterator[Tensor]:
     """Yields the logits of every batch, (batch, tokens, vocabulary), as ``model`` itself would return them.
 
-    The residual stream of all batches is in memory: tokens * hidden size in the model's type.
+    The residual stream of all batches is in memory: tokens * hidden size numbers in the model's dtype.
 
     Args:
         model: A causal LM of a known family, in eval mode.
-        batches: Dicts of `input_ids` and, if there is padding, `attention_mask`; packed ones have `position_ids`.
-        device: Device on which a block computes; embedding and head compute on the model's.
+        batches: Dicts with `input_ids` and optionally `attention_mask` (for padding) and `position_ids` (if packed).
+        device: Device on which blocks compute; embedding and head compute on the model's.
         label: Text of the progress bar over the blocks.
     """
     blocks = find_blocks(model)

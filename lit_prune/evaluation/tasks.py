@@ -1,6 +1,6 @@
 """Tasks of lm-eval (EleutherAI's evaluation harness) on a model in memory: masked, sliced, or with an adapter.
 
-All work on a task is that of the harness's own Hugging Face class and its ``simple_evaluate``.
+The harness's own ``HFLM`` and ``simple_evaluate`` do the evaluation.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class HarnessSettings:
     """Settings of lm-eval.
 
     Args:
-        num_fewshot: Examples before every question; null takes each task's own number.
-        limit: Use only the first so many questions of every task; for trying out.
+        num_fewshot: Examples before every question; null uses each task's own number.
+        limit: Number of questions, from the first on, that are used of every task; for quick tests.
         batch_size: Questions per forward pass.
-        include_path: Folder with task files of your own, whose names `tasks` may then have.
-        chat: Put the questions into the tokenizer's chat template.
+        include_path: Folder with your own task files, whose names can then be given in `tasks`.
+        chat: Render the questions with the tokenizer's chat template.
 
     Raises:
         InputError: for a number below 1 (`num_fewshot`: below 0), or a folder that does not exist.
@@ -67,9 +67,9 @@ class TaskResults:
 
     Attributes:
         harness: lm-eval with its version.
-        settings: How the tasks were run.
-        results: The metrics of every task by name, beside `samples`, `shots` and `version`.
-        seconds: How long it took.
+        settings: The settings of the harness.
+        results: By task, its metrics by name, and `samples`, `shots` and `version`.
+        seconds: Duration of the evaluation.
     """
 
     harness: str
@@ -83,19 +83,19 @@ class Tasks:
     """Tasks by name, pattern or YAML file, with the settings of the harness.
 
     Args:
-        names: Such as `arc_easy`, `mmlu*`, or `my_task.yaml`.
-        settings: See HarnessSettings.
+        names: Names such as `arc_easy`, patterns such as `mmlu*`, or files such as `my_task.yaml`.
+        settings: The settings of the harness.
     """
 
     names: Sequence[str]
     settings: HarnessSettings = field(default_factory=HarnessSettings)
 
     def check(self, tokenizer: Tokenizer | None = None, *, load: bool = False) -> Any:
-        """Returns the harness's task manager, if it knows every task.
+        """Returns the harness's task manager, after checking that it knows every task.
 
         Args:
             tokenizer: The model's tokenizer; for `lm_eval.chat` it must have a chat template.
-            load: Load the tasks and their data, too, so that missing data ends a run at its start and not at its end.
+            load: Also load the tasks and their data, so that missing data fails at the start of a run, not at its end.
 
         Raises:
             InputError: without lm-eval; for unknown names, with near misses; for data that cannot be loaded.
@@ -112,9 +112,9 @@ class Tasks:
         return manager
 
     def _manager(self) -> Any:
-        """The manager of the tasks in `include_path`; of the harness's own, too, if a name is not among them.
+        """The manager of the tasks in `include_path`, and of the harness's own only if a name is not among these.
 
-        The harness has nearly 15,000 tasks and takes seconds to list them.
+        Listing the nearly 15,000 tasks of the harness takes seconds.
         """
         from lm_eval.tasks import TaskManager
 
@@ -122,13 +122,13 @@ class Tasks:
         for path in (name for name in self.names if _is_path(name)):
             if not Path(path).is_file():
                 raise InputError(f"`tasks` must be names or YAML files that exist, got {path}.")
-        named, own = [name for name in self.names if not _is_path(name)], self.settings.include_path
-        manager = TaskManager(include_path=own, include_defaults=False)
-        if all(manager.match_tasks([name]) for name in named):
+        names, include_path = [name for name in self.names if not _is_path(name)], self.settings.include_path
+        manager = TaskManager(include_path=include_path, include_defaults=False)
+        if all(manager.match_tasks([name]) for name in names):
             return manager
         log("Looking the tasks up in lm-eval")
-        manager = TaskManager(include_path=own)
-        for name in named:
+        manager = TaskManager(include_path=include_path)
+        for name in names:
             if not manager.match_tasks([name]):
                 near = near_misses(name, manager.all_tasks)
                 hint = f" Did you mean {' or '.join(near)}?" if near else ""
@@ -139,12 +139,12 @@ class Tasks:
         return manager
 
     def _specs(self, manager: Any) -> list[str]:
-        """The names with patterns expanded, and the paths."""
+        """The task names, with patterns expanded, and the paths of task files."""
         specs = [[name] if _is_path(name) else manager.match_tasks([name]) for name in self.names]
         return list(dict.fromkeys(spec for matched in specs for spec in matched))
 
     def _load(self, manager: Any) -> list[Any]:
-        """The tasks and groups, with their data."""
+        """The tasks and task groups, with their data loaded."""
         try:
             with _no_retries():
                 loaded = [(spec, manager.load(spec)) for spec in self._specs(manager)]
@@ -161,12 +161,12 @@ class Tasks:
         return [item for group in groups for item in group]
 
     def run(self, model: PreTrainedModel, tokenizer: Tokenizer) -> TaskResults:
-        """Returns each task's metrics, with the settings and the version of the harness.
+        """Returns the metrics of each task, with the settings and the version of the harness.
 
-        Neither ``model`` nor ``tokenizer`` is changed, nor the state of the random numbers.
+        ``model``, ``tokenizer`` and the states of the random number generators are left unchanged.
 
         Args:
-            model: A causal LM, which is evaluated on the device that it is on.
+            model: A causal LM, evaluated on its own device.
             tokenizer: Its tokenizer.
         """
         manager = self.check()
@@ -180,7 +180,7 @@ class Tasks:
         evaluator.get_git_commit_hash = lambda: None
         try:
             with evaluating(model):
-                # HFLM sets a padding token on the tokenizer, which would be exported
+                # a copy, since HFLM sets a padding token on the tokenizer, which would be exported
                 harness: Any = HFLM(
                     pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=self.settings.batch_size
                 )
@@ -227,7 +227,7 @@ def _is_path(name: str) -> bool:
 
 
 def _metrics(name: str, evaluated: dict[str, Any]) -> dict[str, Any]:
-    """A task's metrics by name, with the filter in parentheses, and the number of questions and of examples."""
+    """The metrics of a task, with a filter in parentheses after the name, and `samples`, `shots` and `version`."""
     metrics = {}
     for key, value in evaluated["results"][name].items():
         metric, _, filter_name = key.partition(",")
@@ -254,6 +254,6 @@ def describe(result: Mapping[str, Any]) -> str:
 
 
 def names_of(tasks: str | Sequence[str] | None) -> list[str]:
-    """Returns the names in `arc_easy,piqa`, or in a list."""
+    """Returns the names in a list, or in a text such as `arc_easy,piqa`."""
     parts = tasks.split(",") if isinstance(tasks, str) else tasks or []
     return [name.strip() for name in parts if name.strip()]

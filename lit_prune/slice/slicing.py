@@ -179,7 +179,7 @@ class _Walk:
 
         def seen(index: int, x_BTD: Tensor) -> Tensor:
             x_BTD = centred(x_BTD) if self.centre else x_BTD
-            covariance.update(self.stream.counted(index, x_BTD))
+            covariance.update(self.stream.unmasked(index, x_BTD))
             return x_BTD
 
         self.stream.map(seen)
@@ -215,7 +215,7 @@ class _Walk:
             y_BTD = layer.take(step, x_BTK, **kwargs)
             y_BTD = centred(y_BTD) if self.centre else y_BTD
             if width is not None:
-                covariance.update(self.stream.counted(index, y_BTD))
+                covariance.update(self.stream.unmasked(index, y_BTD))
             return y_BTD
 
         self.stream.map(through, block)

@@ -104,8 +104,8 @@ def test_score_once_sweep_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         with pytest.raises(SystemExit):
             run("prune", "--output=runs/other", stored, *other)
     assert re.search(
-        r"`pruning.statistics` must be of this model and this calibration text, runs/look/statistics.safetensors is of "
-        r"others: other calibration tokens; `calibration.num_samples` 4, now 3; `calibration.text` train.txt, now val",
+        r"`pruning.statistics` must be of this model and this calibration text, runs/look/statistics.safetensors "
+        r"differs: other calibration tokens; `calibration.num_samples` 4, now 3; `calibration.text` train.txt, now val",
         capsys.readouterr().err,
     )
     assert not Path("runs/other").exists()
