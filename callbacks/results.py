@@ -1,4 +1,4 @@
-"""ResultsCallback: the folder that comes out of a fit."""
+"""ResultsCallback: writes the results of a run into its folder."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from lit_prune.export.verify import check_trained
 from lit_prune.files import write_text
 from lit_prune.fit.batches import validation_data
 from lit_prune.fit.fsdp import gathered, is_sharded
+from lit_prune.fit.run import attribute_at
 from lit_prune.progress import log
 from lit_prune.report.loggers import log_results
 from lit_prune.report.report import Report
@@ -41,24 +42,25 @@ AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
 
 class ResultsCallback(Callback):
-    """Writes the Hugging Face folder, report.json and the picture at the end of fit, and prints the table.
+    """Writes the model folder, report.json and the picture at the end of fit, and prints the table.
 
-    It reads the LLM and the records of the DynamicPruningCallback beside it. It comes first in the list of callbacks,
-    so that a folder that may not be replaced is refused before the cut.
+    It exports the LLM of the DynamicPruningCallback, which must be in the list of callbacks too, and reports its
+    records. It comes before that callback, so that a folder that may not be replaced is refused before the cut.
 
     Args:
-        output: Folder to write to; made after the cut, so that a run that is refused leaves nothing.
-        overwrite: Replace the folder where it exists; it is kept aside until this run is through.
+        output: Folder to write to. It is created after the cut, so that a run that is refused leaves nothing.
+        overwrite: Replace an existing folder; it is moved aside until this run has succeeded.
         config: Text of the run's configuration, written as config.yaml.
-        csv_log: Log metrics to `logs/` in the folder where the Trainer has no logger. (A logger given to the Trainer
-            writes before anything is checked.)
-        push_to_hub: Repository on the Hugging Face hub that the model folder is sent to once it is written.
-        format: How the model folder is written; null is HuggingFace.
+        csv_log: Log metrics to `logs/` in the folder if the Trainer has no logger. (A logger given to the Trainer
+            would create its files before anything is checked.)
+        push_to_hub: Repository on the Hugging Face hub to upload the model folder to.
+        format: Format of the model folder; null is HuggingFace.
         tasks: Tasks of lm-eval that are run at the end, for report.json and the model card. They need the tokenizer of
             the data module.
 
     Raises:
-        InputError: if the folder exists and may not be replaced, or cannot be written; if the repository cannot be.
+        InputError: if the folder exists and may not be replaced, or cannot be written to; if `push_to_hub` is not a
+            valid id; if the format cannot hold the model.
     """
 
     def __init__(
@@ -78,30 +80,58 @@ class ResultsCallback(Callback):
         self.tasks, self._checked = tasks, False
         self.format = HuggingFace() if format is None else format
         self.seconds = 0.0
-        self._begin = 0.0
+        self._started = 0.0
         self._csv: CSVLogger | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that the folder can be made, before anything is done."""
+        """Checks the folder, the format and the tasks, before the DynamicPruningCallback cuts."""
         if stage == "fit":
-            find_callback(trainer, DynamicPruningCallback)
+            pruning = find_callback(trainer, DynamicPruningCallback)
+            model = attribute_at(pl_module, pruning.target)
+            if isinstance(model, PreTrainedModel):  # else `configure_model` is still to load it
+                self.check_format(pruning, model)
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
             if distributed.is_rank_zero():
                 self.folder.check()
                 self.check_tasks(getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
 
+    def check_format(
+        self, pruning: DynamicPruningCallback, model: PreTrainedModel, *, trains: bool = True, on_disk: bool = False
+    ) -> None:
+        """Checks that the format can hold what a cut and a recovery will make of ``model``, before either is done.
+
+        Without a cut nothing is checked here, since only the weights tell whether an earlier run left zeros in them.
+
+        Args:
+            pruning: The callback that cuts.
+            model: The model before the cut; it may be on the meta device.
+            trains: Whether a recovery follows the cut.
+            on_disk: Whether the weights stay on disk.
+
+        Raises:
+            InputError: if the format cannot hold it.
+        """
+        if pruning.fit_plan.recipe is None:
+            return
+        recovery = pruning.fit_plan.recovery if trains else None
+        outline = Outline.expected(model, pruning.fit_plan.recipe, recovery, on_disk=on_disk)
+        if outline is not None:
+            self.format.check(outline)
+
     def check_tasks(self, tokenizer: Tokenizer | None, *, load: bool = True) -> None:
-        """Checks once that the tasks can be run; reads their data too, unless ``load`` is false."""
+        """Checks, once per run, that the tasks can be run; reads their data too, unless ``load`` is false."""
         if self.tasks is None or self._checked:
             return
         if tokenizer is None:
-            raise InputError("`tasks` needs a data module with a `tokenizer`, there is none.")
+            raise InputError(
+                "`tasks` must have a data module with a `tokenizer`, got none: give it one, or leave out `tasks`."
+            )
         self.tasks.check(tokenizer, load=load)
         self._checked = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the folder: a cut at the start of fit, which may refuse the run, is done in `setup`."""
-        # a cut before the first step is made by now, and its adapter attached: hours before the export asks again
+        """Creates the folder, after a cut at the start of fit, which is made in `setup` and may refuse the run."""
+        # with the adapter attached, what setup could only expect is certain, and the training has not begun yet
         self.format.check(Outline.of(find_callback(trainer, DynamicPruningCallback).find_model(pl_module)))
         if distributed.is_rank_zero():
             self.open()
@@ -109,21 +139,21 @@ class ResultsCallback(Callback):
             trainer.logger = self._csv = CSVLogger(self.folder.path, name="logs")
 
     def open(self) -> None:
-        """Makes the folder, and writes the run's configuration into it."""
+        """Creates the folder and writes the run's configuration into it."""
         self.folder.claim()
         if self.config is not None:
             write_text(self.folder.path / "config.yaml", self.config)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock of the training."""
-        self._begin = time.perf_counter()
+        """Starts timing the training."""
+        self._started = time.perf_counter()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock of the training."""
-        self.seconds, self._begin = self._elapsed(), 0.0
+        """Stops timing the training."""
+        self.seconds, self._started = self._elapsed(), 0.0
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measures the trained model, exports it and reports; of several processes the first one writes."""
+        """Measures the trained model, then exports and reports it; only the first process writes."""
         results = self.measure_model(trainer, pl_module)
         if results is not None:
             with distributed.single_process():
@@ -132,7 +162,7 @@ class ResultsCallback(Callback):
     def measure_model(
         self, trainer: Trainer, pl_module: LightningModule
     ) -> tuple[ExportPlan, Report, Validation | None] | None:
-        """Returns plan and report of the export, and the validation data; in the first process, None in the others."""
+        """Returns the plan of the export, the report and the validation data; None in all processes but the first."""
         pruning = find_callback(trainer, DynamicPruningCallback)
         model = pruning.find_model(pl_module)
         if not is_sharded(model):
@@ -140,7 +170,7 @@ class ResultsCallback(Callback):
         name = "after" if pruning.fit_plan.recipe is None else "recovered"
         validation = validation_data(trainer)
         measured = None if validation is None else measure(model, *validation, label=f"Perplexity, {name}")
-        whole = gathered(model)
+        whole = gathered(model)  # a collective of all processes, so before any of them returns
         if whole is None or not distributed.is_rank_zero():
             return None
         check_trained(whole, None if measured is None else measured.perplexity)
@@ -151,7 +181,7 @@ class ResultsCallback(Callback):
         """Returns the plan of the export of ``model``.
 
         Raises:
-            InputError: if the format cannot hold it; nothing has been merged or written then.
+            InputError: if the format cannot hold it, before anything is merged or written.
         """
         self.format.check(Outline.of(model))
         return ExportPlan.of(model)
@@ -159,7 +189,7 @@ class ResultsCallback(Callback):
     def _report(
         self, pruning: DynamicPruningCallback, plan: ExportPlan, name: str, measured: Measurement | None
     ) -> Report:
-        """The report of the trained model, with its perplexity by ``name``."""
+        """Returns the report of the trained model; ``name`` is the key of its perplexity."""
         report = summary(
             plan,
             pruning.fit_plan.recipe,
@@ -168,7 +198,7 @@ class ResultsCallback(Callback):
             pruning.fit_plan.cuts[len(pruning.run.done) :],
             format=self.format,
         )
-        # cuts after the start are within the clock of the training, and have seconds of their own
+        # the time of cuts after step 0 is part of the training's, and is reported as their own
         cutting = sum(sum(cut.seconds.values()) for cut in pruning.run.done if cut.step > 0)
         report = replace(report, seconds={**report.seconds, "train": self.seconds - cutting})
         return report if measured is None else report.with_perplexity(name, measured)
@@ -181,7 +211,7 @@ class ResultsCallback(Callback):
         report: Report,
         validation: Validation | None,
     ) -> None:
-        """Writes and verifies the export, writes and prints the report, and sends the folder to the hub where asked."""
+        """Writes and verifies the export, runs the tasks, logs and prints the report, and uploads the folder."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         base = base_name(getattr(pl_module, "pretrained", type(plan.model).__name__))
         written, report = write_results(
@@ -195,7 +225,7 @@ class ResultsCallback(Callback):
             device=plan.model.device if shards_weights(trainer) else trainer.strategy.root_device,
         )
         self.folder.finish()
-        report, failure = self._run_tasks(plan.reference, report, base, tokenizer)
+        report, failure = self._run_tasks(plan, report, base, tokenizer)
         picture = self.folder.path / "blocks.png"
         log_results(trainer.loggers, report, picture if picture in written else None, trainer.global_step)
         config = [] if self.config is None else [self.folder.path / "config.yaml"]
@@ -206,34 +236,36 @@ class ResultsCallback(Callback):
             raise failure
 
     def _run_tasks(
-        self, model: PreTrainedModel, report: Report, base: str, tokenizer: Tokenizer | None
+        self, plan: ExportPlan, report: Report, base: str, tokenizer: Tokenizer | None
     ) -> tuple[Report, InputError | None]:
-        """Runs the tasks of lm-eval on ``model``, once its folder is written; returns the report with their results.
+        """Runs the tasks of lm-eval on the exported model; returns the report with their results.
 
-        A failure is returned, not raised, so that the rest of the report is logged and printed before it.
+        An error is returned, not raised, so that the rest of the report is logged and printed first.
         """
         if self.tasks is None:
             return report, None
         assert tokenizer is not None
         try:
-            results = self.tasks.run(model, tokenizer)
+            results = self.tasks.run(plan.reference, tokenizer)
         except Exception as error:  # of the harness, the task, its data
             return report, self._failure(self.tasks, error)
         report = replace(report, tasks=results)
-        write_tasks(self.folder, report, base=base, tokenizer=tokenizer)
+        write_tasks(self.folder, plan, report, format=self.format, base=base, tokenizer=tokenizer)
         return report, None
 
     def _failure(self, tasks: Tasks, error: Exception) -> InputError:
-        """The error that says how to run the tasks again."""
-        first, folder = (str(error).strip() or type(error).__name__).splitlines()[0], self.folder.path / "model"
-        again = f"lit-prune evaluate --model.pretrained {folder} --tasks {','.join(tasks.names)}"
-        failure = InputError(f"`tasks` could not be run: {first}. The model is in {folder}: try again with `{again}`.")
+        """Returns the error with the command that runs the tasks again."""
+        reason, folder = (str(error).strip() or type(error).__name__).splitlines()[0], self.folder.path / "model"
+        command = f"lit-prune evaluate --model.pretrained {folder} --tasks {','.join(tasks.names)}"
+        failure = InputError(
+            f"`tasks` could not be run: {reason}. The model is in {folder}: try again with `{command}`."
+        )
         failure.__cause__ = error
         return failure
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """Makes the folder for a verb that does not train; after a failure, puts back a folder that it replaced."""
+        """Creates the folder for a verb that does not train; restores the folder that it replaced if the verb fails."""
         try:
             self.open()
             yield
@@ -242,31 +274,31 @@ class ResultsCallback(Callback):
             raise
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Removes a folder with nothing to go on from; puts back one that it replaced, or says where that is."""
+        """Removes the folder if it has nothing to continue from; restores the replaced one, or prints where that is."""
         if self._give_up() and trainer.logger is self._csv:
-            trainer.logger = None  # which Lightning finalizes next, and which would write into the removed folder
+            trainer.logger = None  # Lightning finalizes it next, which would write into the removed folder
 
     def _give_up(self) -> bool:
         removed = self.folder.give_up()
         if self.folder.replaced is not None:
-            Console(stderr=True).print(f"The earlier run is kept in {self.folder.replaced}", highlight=False)
+            Console(stderr=True).print(f"The earlier run is in {self.folder.replaced}", highlight=False)
         return removed
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the seconds of training so far."""
+        """Returns the seconds of training so far, which a resumed run adds to its own."""
         return {"seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the seconds of training of the run that is resumed."""
+        """Restores the seconds of training before the resume."""
         self.seconds = state_dict["seconds"]
 
     def _elapsed(self) -> float:
-        """The seconds of training, those before a resume and those of the clock that may be running."""
-        return self.seconds + (time.perf_counter() - self._begin if self._begin else 0.0)
+        """Returns the seconds of training so far, those before a resume included."""
+        return self.seconds + (time.perf_counter() - self._started if self._started else 0.0)
 
 
 def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback:
-    """Returns the Trainer's callback of a kind.
+    """Returns the first callback of the Trainer that is an instance of ``kind``.
 
     Raises:
         InputError: if there is none.
@@ -274,11 +306,11 @@ def find_callback(trainer: Trainer, kind: type[AnyCallback]) -> AnyCallback:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, kind):
             return callback
-    raise InputError(f"`trainer.callbacks` must hold a {kind.__name__} beside the ResultsCallback, got none.")
+    raise InputError(f"`trainer.callbacks` must have a {kind.__name__} beside the ResultsCallback, got none: add one.")
 
 
 def print_tables(tables: Sequence[Table], written: Sequence[Path]) -> None:
-    """Prints tables, and the paths of what was written."""
+    """Prints tables and the paths of the written files."""
     console = Console()
     for grid in tables:
         console.print(grid)
@@ -287,6 +319,6 @@ def print_tables(tables: Sequence[Table], written: Sequence[Path]) -> None:
 
 
 def base_name(pretrained: str) -> str:
-    """Returns what a card calls the base model: its id, or the last two names of a folder, since most end in model."""
+    """Returns the base model's name for the card: its id, or a folder's last two parts, as most are called model."""
     path = Path(pretrained)
     return "/".join(path.absolute().parts[-2:]) if path.exists() else pretrained

@@ -30,7 +30,7 @@ GOLDEN = Path(__file__).parent / "behaviour"
 BY_TYPE = re.compile(r"seconds|speed|^versions$|_version$|^max_logit_difference$")  # names of what differs every time
 TOLERANCE = 2e-3  # of a float, relative: kernels differ from processor to processor
 BLOCK = re.compile(r"\blayers\.(\d+)\.")
-NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(\.\d+)?(e-?\d+)?\b")
+NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(\.\d+)*(e-?\d+)?\b")
 
 SMALL = [
     *("--model.dtype=float32", "--trainer.accelerator=cpu", "--data.train_files=train.txt", "--data.val_files=val.txt"),

@@ -120,7 +120,10 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
         _check_random_start(model, pruning)
     _check_packing(model, datamodule)
     if verb in ("fit", "prune", "score"):
-        check_without_weights(pruning.fit_plan, skeleton(model.config), datamodule, trains=verb == "fit")
+        unloaded = skeleton(model.config)
+        check_without_weights(pruning.fit_plan, unloaded, datamodule, trains=verb == "fit")
+        if verb != "score":
+            results.check_format(pruning, unloaded, trains=verb == "fit", on_disk=model.on_disk)
     _check_lengths(model, datamodule, pruning.fit_plan.calibration.seq_length if prunes else None)
 
 

@@ -1,1 +1,1 @@
-"""The Hugging Face folder: written aside, reopened and compared, sent to the hub."""
+"""Export of a model: the run's folder, the formats, the verification, and the upload to the hub."""

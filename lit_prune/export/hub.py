@@ -1,4 +1,4 @@
-"""Sending an exported folder to the Hugging Face hub."""
+"""Upload of an exported folder to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ COMMIT_MESSAGE = "Model exported by lit_prune"
 
 
 def check_repository(repo: str) -> None:
-    """Checks what can be checked before there is anything to send.
+    """Checks the id of a repository without asking the hub, so that a typo is refused before any work.
 
     Raises:
-        InputError: if ``repo`` is no valid id, or the hub is switched off.
+        InputError: if ``repo`` is not a valid id, or the hub is switched off.
     """
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise InputError(f"`push_to_hub` must be the id of a repository, such as name/model, got {repo!r}.") from error
     if constants.HF_HUB_OFFLINE:
-        raise InputError(f"`push_to_hub` must be left out where HF_HUB_OFFLINE is set, got {repo!r}.")
+        raise InputError(f"`push_to_hub` must be left out while HF_HUB_OFFLINE is set, got {repo!r}.")
 
 
 def push(folder: Path, repo: str) -> str:
-    """Uploads ``folder`` to the hub, into a repository that is made private where it is new; returns its address.
+    """Uploads ``folder`` to a repository on the hub, creates it as private if it does not exist, and returns its URL.
 
-    An adapter beside the weights is uploaded with the repository as its base, which only now is known: transformers and
-    peft both follow that name for a model on the hub.
+    In the uploaded config of an adapter that is saved beside the weights, the base model is ``repo`` itself: for a
+    model on the hub, transformers and peft both load the base by that name.
 
     Raises:
-        InputError: if the hub cannot be reached or refuses; the folder is unchanged.
+        InputError: if the hub cannot be reached or refuses the upload. The folder is not changed.
     """
     hub = HfApi()
     try:
@@ -50,8 +50,8 @@ def push(folder: Path, repo: str) -> str:
     except Exception as error:  # the http library's own connection errors share no base with those of the hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"`push_to_hub` must be a repository that can be written to, {repo!r} cannot ({reason}). The model is in "
-            f"{folder}: send it with `hf upload {repo} {folder}`."
+            f"`push_to_hub` must be a repository that can be written to, got {repo!r} ({reason}). The model is in "
+            f"{folder}: upload it with `hf upload {repo} {folder}`."
         ) from error
     return str(address)
 

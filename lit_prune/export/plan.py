@@ -1,20 +1,21 @@
 """The plan of an export: its form and the models that it is made of, worked out once at the end of a run.
 
-A masked adapter is always merged: the zeros stay, and plain peft would read it as one that is not masked. The adapter
-of a model without masks is merged too. Plain LoRA over masks is not, since B A is dense and would fill every zero. Over
-quantised weights the form that QLoRA trained for decides.
+A masked adapter is always merged: the merge keeps the zeros, and peft, which knows no masks, would load it as a plain
+one. The adapter of a model without masks is merged too. Plain LoRA over masks is not merged, since B A is dense and
+would fill every zero. Over quantised weights the form is the one that QLoRA was asked for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import size_bytes
+from lit_prune.models import structure
 from lit_prune.models.on_disk import on_disk
 from lit_prune.models.quantised import (
     check_zeros,
@@ -24,13 +25,13 @@ from lit_prune.models.quantised import (
     quantised_linears,
     sharing_weight,
 )
-from lit_prune.recover import Snapshot, quantise
+from lit_prune.recipe import Recipe
+from lit_prune.recover import Recovery, Snapshot, quantise
+from lit_prune.recover.base import ExportForm
 from lit_prune.recover.merge import merged, record_quantisation, without_adapter
 
-Form = Literal["full precision", "quantised", "merged", "requantised", "adapter"]
 
-
-def form_of(snapshot: Snapshot) -> Form:
+def form_of(snapshot: Snapshot) -> ExportForm:
     """Returns the form in which a model is exported.
 
     - `full precision`, `quantised`: the weights as they are, of a model without an adapter;
@@ -39,22 +40,22 @@ def form_of(snapshot: Snapshot) -> Form:
     - `adapter`: the weights as they are and the adapter beside them.
 
     Args:
-        snapshot: The model's, such as a checkpoint has.
+        snapshot: Snapshot of the model, for example from a checkpoint.
     """
-    quantised, asked_for = snapshot.quantisation is not None, snapshot.record.get("form")
+    quantised, requested = snapshot.quantisation is not None, snapshot.record.get("form")
     if snapshot.adapter is None:
         return "quantised" if quantised else "full precision"
-    if quantised and asked_for:
-        return asked_for
+    if quantised and requested:
+        return requested
     fills_zeros = snapshot.record.get("masked") and not snapshot.masked_adapter
     return "adapter" if fills_zeros else "merged"
 
 
 def check_merge(snapshot: Snapshot) -> None:
-    """Checks that a model has no adapter, or one that is merged when it is exported.
+    """Checks that the export of a model leaves no adapter beside the weights.
 
     Args:
-        snapshot: The model's, such as a checkpoint has.
+        snapshot: Snapshot of the model, for example from a checkpoint.
 
     Raises:
         InputError: if the adapter would fill zeros, or was trained to stay beside quantised weights.
@@ -74,44 +75,79 @@ def check_merge(snapshot: Snapshot) -> None:
 
 @dataclass(frozen=True)
 class Outline:
-    """The properties of an export that a format may not be able to hold.
+    """The properties of an exported model that a format may not support.
 
     Attributes:
-        form: See :func:`form_of`.
+        form: Form of the export, see :func:`form_of`.
         family: The dense model's `model_type`, as transformers calls it.
         masked: Whether weights were set to zero.
-        reshaped: Whether it has another shape than the dense model, see ``models.structure.Structure``.
-        on_disk: Whether the weights stay on disk, bigger than memory.
+        reshaped: Whether the model has another shape than the dense one, see ``models.structure.Structure``.
+        on_disk: Whether the weights are larger than memory and stay on disk.
+        quantised: Whether the weights that are written are quantised.
     """
 
-    form: Form
+    form: ExportForm
     family: str
     masked: bool = False
     reshaped: bool = False
     on_disk: bool = False
+    quantised: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Outline:
         """Returns the outline of ``model`` as it is."""
         snapshot = Snapshot.of(model)
+        form = form_of(snapshot)
         return cls(
-            form=form_of(snapshot),
-            family=model.config.model_type.removeprefix("sliced_"),
+            form=form,
+            family=_dense_family(model),
             masked=bool(snapshot.record.get("masked")),
             reshaped=bool(snapshot.structures),
             on_disk=on_disk(model) is not None,
+            quantised=snapshot.quantisation is not None and form != "merged",
         )
+
+    @classmethod
+    def expected(
+        cls, model: PreTrainedModel, recipe: Recipe, recovery: Recovery | None, *, on_disk: bool = False
+    ) -> Outline | None:
+        """Returns the outline that ``model`` will have after a cut and a recovery; None where that is not known yet.
+
+        Args:
+            model: The model before the cut; it may be on the meta device.
+            recipe: What is cut.
+            recovery: What is trained after the cut; None where no adapter is attached.
+            on_disk: Whether the weights stay on disk.
+        """
+        masked = recipe.method.makes_zeros or structure.masked(model)
+        form = "full precision" if recovery is None else recovery.export_form(masked)
+        if form is None:
+            return None
+        return cls(
+            form=form,
+            family=_dense_family(model),
+            masked=masked,
+            reshaped=recipe.method.changes_shapes or bool(structure.structures(model)),
+            on_disk=on_disk,
+            quantised=recovery is not None and recovery.quantises and form != "merged",
+        )
+
+
+def _dense_family(model: PreTrainedModel) -> str:
+    """Returns the family without the prefix of our own sliced models."""
+    return model.config.model_type.removeprefix("sliced_")
 
 
 @dataclass(frozen=True, eq=False)
 class ExportPlan:
-    """A model and what will be written of it.
+    """A model and the weights that will be written.
 
     Attributes:
-        model: The model in memory, with or without an adapter; an export leaves it as it is.
-        base: The same weights without the adapter, shared: what is counted.
-        plain: The model whose weights are written: ``base``, or that with the adapter merged, quantised again or not.
-        outline: The form, and what else a format may not be able to hold.
+        model: The model in memory, with or without an adapter; an export does not change it.
+        base: The model without the adapter, sharing its weights; parameters and zeros are counted in it.
+        plain: The model whose weights are written: ``base``, or ``base`` with the adapter merged and, for the form
+            `requantised`, quantised again.
+        outline: The properties of the export.
     """
 
     model: PreTrainedModel
@@ -121,10 +157,10 @@ class ExportPlan:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> ExportPlan:
-        """Returns the plan for ``model``. Merging takes a second copy of the weights that have an adapter.
+        """Returns the plan for ``model``. Merging copies the weights that have an adapter.
 
         Raises:
-            RuntimeError: if a weight that was pruned is not zero in what would be written.
+            RuntimeError: if a pruned weight is not zero in the weights to write.
         """
         outline = Outline.of(model)
         base = without_adapter(model)
@@ -141,25 +177,25 @@ class ExportPlan:
 
     @property
     def adapter_beside(self) -> bool:
-        """Whether an adapter is written beside the weights."""
+        """Whether an adapter is saved beside the weights."""
         return self.outline.form == "adapter"
 
     @property
     def reference(self) -> PreTrainedModel:
-        """The model that an export must compute the same function as.
+        """The model whose logits and perplexity the exported one must have.
 
-        It is the trained one, unless its weights are rounded once more after the merge, which makes another model.
+        It is the trained model, unless the merged weights are quantised again, which rounds them to another model.
         """
         return self.plain if self.outline.form == "requantised" else self.model
 
     @property
     def bytes(self) -> int:
-        """What the weights that are written take as tensors, with the adapter where it is written beside them."""
+        """Bytes of the tensors that are written, those of an adapter beside the weights included."""
         return size_bytes(self.model if self.adapter_beside else self.plain)
 
 
 def _requantise(plain: PreTrainedModel, model: PreTrainedModel) -> None:
-    """Quantises the merged weights of ``plain`` as those of ``model`` are, in linears that transformers can save."""
+    """Quantises the merged weights of ``plain`` in place, as those of ``model``, in linears that transformers saves."""
     quantise(plain, **quantisation(model))  # type: ignore[arg-type]
     for name, module in list(quantised_linears(plain)):
         plain.set_submodule(name, sharing_weight(module))
@@ -167,8 +203,8 @@ def _requantise(plain: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 def _check_zeros(model: PreTrainedModel, plain: PreTrainedModel) -> None:
-    """Raises RuntimeError where ``plain`` is not zero although the mask of a quantised linear of ``model`` is."""
+    """Raises RuntimeError if a weight that a quantised linear of ``model`` masks is not zero in ``plain``."""
     for name, module in quantised_linears(model):
-        other: Any = plain.get_submodule(name.replace(".base_layer", ""))
-        weight = dequantised(other) if is_quantised(other) else other.weight
-        check_zeros(weight.T if isinstance(other, Conv1D) else weight, module, f"exported {name}")
+        exported: Any = plain.get_submodule(name.replace(".base_layer", ""))  # peft moves a linear under that name
+        weight = dequantised(exported) if is_quantised(exported) else exported.weight
+        check_zeros(weight.T if isinstance(exported, Conv1D) else weight, module, f"exported {name}")

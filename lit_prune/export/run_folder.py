@@ -1,4 +1,4 @@
-"""The folder that a run writes its results to: made late, replaced only when the new run has succeeded."""
+"""The folder of a run's results. It is created late, and replaces an earlier one only after the run has succeeded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from lit_prune.errors import InputError
 from lit_prune.files import clear_draft
 
-MARKS = ("report.json", "config.yaml", "checkpoints")  # every folder that a run wrote has one of them
+MARKERS = ("report.json", "config.yaml", "checkpoints")  # every folder that a run wrote has one of them
 
 
 class RunFolder:
@@ -18,93 +18,98 @@ class RunFolder:
 
     Args:
         path: The folder; ``~`` is the user's home.
-        overwrite: Replace a folder that exists: it is moved aside when this one is claimed, and deleted when this run
-            has succeeded, so that a run that fails loses nothing.
-        resume: Continue writing into the folder of the run that is resumed.
+        overwrite: Replace an existing folder. It is moved aside by :meth:`claim` and deleted by :meth:`finish`, so that
+            a run that fails loses nothing.
+        resume: Write into the existing folder of the run that is resumed.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, resume: bool = False) -> None:
         self.path = Path(path).expanduser()
         self.overwrite, self.resume = overwrite, resume
         self._replaced: Path | None = None
-        self._made = False
+        self._created = False
 
     def holds(self, checkpoint: str | os.PathLike[str] | None) -> bool:
-        """Returns whether a checkpoint lies in this folder, so that its run may continue here."""
+        """Returns whether a checkpoint is in this folder, whose run may then continue here."""
         return checkpoint is not None and self.path.resolve() in Path(checkpoint).expanduser().resolve().parents
 
     def check(self) -> None:
-        """Checks that the folder can be made, without making anything.
+        """Checks that the folder can be created, without creating anything.
 
         Raises:
-            InputError: if it exists and may not be replaced, or cannot be written.
+            InputError: if it exists and may not be replaced, or if it cannot be written to.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"`output` must be a folder, {self.path} is a file.")
+            raise InputError(f"`output` must be a folder, got the file {self.path}.")
         replaced = self.path.is_dir() and any(self.path.iterdir()) and not self.resume
         if replaced and not self.overwrite:
             raise InputError(
-                f"`output` must be a new folder, {self.path} exists: choose another with `--output DIR`, or replace it "
-                "with `--overwrite`."
+                f"`output` must be a new folder, got {self.path}, which exists: choose another with `--output DIR`, or "
+                "replace it with `--overwrite`."
             )
-        if replaced and not any((self.path / mark).exists() for mark in MARKS):
-            raise InputError(f"`overwrite` replaces only what a run wrote, {self.path} has none of {', '.join(MARKS)}.")
+        if replaced and not any((self.path / marker).exists() for marker in MARKERS):
+            raise InputError(
+                f"`overwrite` replaces only the folder of a run, {self.path} has none of {', '.join(MARKERS)}: choose "
+                "another `--output DIR`."
+            )
         if replaced and (self.path.is_mount() or self.path.resolve() == Path.cwd()):
-            raise InputError(f"`overwrite` cannot move {self.path} aside, it is in use; choose another `--output DIR`.")
-        # a folder that is replaced is renamed, which needs permission in its parent
+            raise InputError(
+                f"`overwrite` cannot move {self.path} aside, which is in use: choose another `--output DIR`."
+            )
+        # replacing a folder renames it, which needs permission in its parent
         parent = self.path.absolute().parent if replaced else self.path.absolute()
         while not parent.exists():
             parent = parent.parent
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK) or _is_read_only(parent):
-            raise InputError(f"`output` must be in a folder that can be written, {parent} cannot.")
+            raise InputError(f"`output` must be in a folder that can be written to, {parent} cannot.")
 
     def claim(self) -> None:
-        """Makes the folder, after moving one that is to be replaced aside."""
+        """Creates the folder, after moving aside the one that it replaces."""
         self.check()
         if self.path.is_dir() and self.overwrite and not self.resume:
-            # beside the folder, and not in the system's temporary one: a rename works only within a file system
+            # beside the folder and not in the system's temporary one, because a rename works only within a file system
             aside = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.replaced-", dir=self.path.absolute().parent))
             self._replaced = aside / self.path.name
             self.path.rename(self._replaced)
         try:
-            self._made = not self.resume  # an empty folder counts as made
+            self._created = not self.resume  # an empty folder that existed counts as created
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError:
             self.give_up()
             raise
-        for draft in self.path.rglob(".*.partial-*"):  # what a run that was killed was writing
+        for draft in self.path.rglob(".*.partial-*"):  # left by a run that was killed
             clear_draft(draft)
 
     def finish(self) -> None:
-        """Deletes the folder that this one replaced: the run has succeeded."""
-        self._made = False
+        """Deletes the folder that this one replaced, once the run has succeeded."""
+        self._created = False
         if self._replaced is not None:
             shutil.rmtree(self._replaced.parent)
             self._replaced = None
 
     def give_up(self) -> bool:
-        """Removes the folder of a failed run, and puts back the one that it replaced; returns whether it did.
+        """Removes the folder of a failed run, restores the one that it replaced, and returns whether it did so.
 
-        A folder with a model or a checkpoint to continue from stays, as does one that this run did not make. Without
-        this the same command, run again, would be refused because the folder exists.
+        Nothing is removed if the folder has a model or a checkpoint to continue from, or if this run did not create it.
+        The removal is there so that the same command can be run again; an existing folder would be refused.
         """
-        if not self._made or (self.path / "model").exists() or any(self.path.rglob("*.ckpt")):
+        if not self._created or (self.path / "model").exists() or any(self.path.rglob("*.ckpt")):
             return False
         shutil.rmtree(self.path, ignore_errors=True)
         if self._replaced is not None:
             self._replaced.rename(self.path)
             self._replaced.parent.rmdir()
-        self._replaced, self._made = None, False
+        self._replaced, self._created = None, False
         return True
 
     @property
     def replaced(self) -> Path | None:
-        """Where the replaced folder is kept until this run has succeeded."""
+        """Path of the replaced folder until this run has succeeded; None if nothing was replaced."""
         return self._replaced
 
 
 def _is_read_only(folder: Path) -> bool:
-    """Tries to write, since to the superuser ``os.access`` reports every folder as writable."""
+    """Returns whether writing to ``folder`` fails; for the superuser, ``os.access`` calls every folder writable."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return False

@@ -1,12 +1,12 @@
 """Reopens an exported folder and compares it with the model in memory, before the folder gets its name.
 
-Compared are the weights, bit for bit with those that were written; the zeros of what was pruned; the logits on one
-window, with those of the model as it was trained and validated, adapter included; and the perplexity. Weights that are
-quantised again after a merge make another model than the one that was trained: there the written model is the
+The comparison covers the weights, bit for bit unless the format is lossy; the zeros of the pruned linears; the logits
+on one window, which must be those of the model that was trained and validated, adapter included; and the perplexity.
+Quantising again after a merge makes another model than the one that was trained, so there the written model is the
 reference.
 
-A training that diverged leaves nothing to compare, since NaN does not even equal itself: ``check_trained`` comes before
-anything is merged or written.
+After a training that diverged there is nothing to compare, since NaN does not equal itself: ``check_trained`` refuses
+such a model before anything is merged or written.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import evaluating, measure
-from lit_prune.export.formats.base import ExportFormat
+from lit_prune.export.formats.base import ExportFormat, Tolerance
 from lit_prune.export.plan import ExportPlan
 from lit_prune.masks.zeros import pruned_blocks, zeros
 from lit_prune.models.families import Block
@@ -34,7 +34,8 @@ from lit_prune.recover.merge import without_adapter
 
 Validation = tuple[Iterable[Batch], str]
 WINDOW_TOKENS = 128
-TOLERANCE = 1e-3  # share of the perplexity, and of the largest logit; the wider ones are for half precision
+# shares of the perplexity and of the largest logit that rounding explains; a lossy format may allow more
+TOLERANCE = 1e-3
 PERPLEXITY_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2}
 LOGIT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
@@ -44,13 +45,14 @@ class Verification:
     """The result of comparing a reopened folder with the model in memory.
 
     Attributes:
-        format: Class of the export format.
+        format: Class name of the export format.
         merged: Whether an adapter is merged into the weights.
-        adapter_beside: Whether an adapter lies beside the weights.
-        zeros_expected: Zeros that the last cut left in the linears it chose; None for a model without masks.
-        zeros_found: Zeros of the folder in the same linears; kept weights may have become zero by themselves.
+        adapter_beside: Whether an adapter is saved beside the weights.
+        zeros_expected: Number of zeros that the last cut left in the linears it pruned; None for a model without masks.
+        zeros_found: Number of zeros of the reopened model in the same linears. It can be greater, since training may
+            bring other weights to zero.
         max_logit_difference: Largest absolute difference of the logits on one window.
-        perplexity: The folder's; None where none was measured in memory to compare it with.
+        perplexity: Perplexity of the reopened model; None if none was measured in memory to compare it with.
     """
 
     format: str
@@ -78,11 +80,11 @@ class Verification:
 
 
 def check_trained(model: PreTrainedModel, perplexity: float | None = None) -> None:
-    """Checks that training left a model that can be exported.
+    """Checks that training did not diverge.
 
     Args:
         model: The trained model in memory, with or without an adapter.
-        perplexity: That of the trained model, where it was measured.
+        perplexity: Its perplexity, if it was measured.
 
     Raises:
         InputError: for weights that are not finite, and for a perplexity of NaN.
@@ -110,44 +112,53 @@ def verify(
 
     Args:
         folder: The exported folder.
-        plan: What was exported.
-        format: The format that it was written in, which opens it.
-        validation: Batches to measure the perplexity on, and what they are called.
-        achieved: Share of every block's pruned linears that the last cut set to zero; None counts the zeros in memory.
-        perplexity: That of the model in memory; None compares none.
-        device: Where the blocks of a model on disk compute.
+        plan: The plan of the export.
+        format: The format that it was written in.
+        validation: Batches to measure the perplexity on, and the name of their text.
+        achieved: Share of zeros that the last cut left in the pruned linears of each block; None counts the zeros in
+            memory.
+        perplexity: Perplexity of the model in memory; None skips the comparison.
+        device: Device that computes the blocks of a model on disk.
 
     Raises:
-        RuntimeError: if the folder holds another model.
+        RuntimeError: if the reopened model differs.
         InputError: if the logits of the model in memory are not finite.
     """
     opened = format.open(folder, plan.plain.device, on_disk=plan.outline.on_disk)
     weights = without_adapter(opened)
-    _compare_weights(plan.plain, weights)
-    expected, found = _compare_zeros(plan, weights, achieved) if plan.outline.masked else (None, None)
+    _compare_weights(plan.plain, weights, format.tolerance)
+    expected, actual = _compare_zeros(plan, weights, achieved) if plan.outline.masked else (None, None)
     return Verification(
         format=type(format).__name__,
         merged=plan.merged,
         adapter_beside=plan.adapter_beside,
         zeros_expected=expected,
-        zeros_found=found,
-        max_logit_difference=_compare_logits(plan.reference, opened, validation),
-        perplexity=_compare_perplexity(opened, perplexity, validation, device),
+        zeros_found=actual,
+        max_logit_difference=_compare_logits(plan.reference, opened, validation, format.tolerance),
+        perplexity=_compare_perplexity(opened, perplexity, validation, device, format.tolerance),
     )
 
 
-def _compare_weights(written: PreTrainedModel, opened: PreTrainedModel) -> None:
-    """Raises RuntimeError for a tensor that is not read as it was written."""
+def _compare_weights(written: PreTrainedModel, opened: PreTrainedModel, tolerance: Tolerance) -> None:
+    """Raises RuntimeError for a tensor that differs from the one that was written."""
     state = opened.state_dict()
     for name, tensor in written.state_dict().items():
-        if not torch.equal(state[name], tensor):
+        if not _equal(state[name], tensor, tolerance.weights):
             raise RuntimeError(f"the exported model's {name} is not what was written; not kept.")
 
 
-def _compare_zeros(plan: ExportPlan, opened: PreTrainedModel, achieved: Sequence[float] | None) -> tuple[int, int]:
-    """The zeros that the last cut left in the linears it chose, and the zeros of the folder there.
+def _equal(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    """Returns whether two tensors are equal, within a share of the largest absolute value of ``expected``."""
+    if not tolerance or not expected.is_floating_point() or actual.shape != expected.shape:
+        return torch.equal(actual, expected)
+    allowed = tolerance * float(expected.float().abs().amax()) if expected.numel() else 0.0
+    return bool(((actual.float() - expected.float()).abs() <= allowed).all())  # NaN is never within the tolerance
 
-    A kept weight may have become zero by itself, so that there may be more, never fewer.
+
+def _compare_zeros(plan: ExportPlan, opened: PreTrainedModel, achieved: Sequence[float] | None) -> tuple[int, int]:
+    """Returns the zeros that the last cut left in the linears it pruned, and those of the reopened model there.
+
+    There may be more, since training may bring other weights to zero, but never fewer.
     """
     before, after = pruned_blocks(plan.base), pruned_blocks(opened)
     expected = sum(block.pruned for block in before)
@@ -155,14 +166,16 @@ def _compare_zeros(plan: ExportPlan, opened: PreTrainedModel, achieved: Sequence
         _compare_masks(block, reopened)
     if achieved:
         expected = sum(round(share * block.size) for share, block in zip(achieved, before, strict=True))
-    found = _zeros(after)
-    if found < expected:
-        raise RuntimeError(f"the exported model has {found} zeros in the pruned linears of {expected}; not kept.")
-    return expected, found
+    actual = _zeros(after)
+    if actual < expected:
+        raise RuntimeError(
+            f"the exported model has {actual} zeros in the pruned linears, the one in memory {expected}; not kept."
+        )
+    return expected, actual
 
 
 def _compare_masks(before: Block, after: Block) -> None:
-    """Raises RuntimeError where a weight is not zero although the mask of a quantised linear says it was pruned."""
+    """Raises RuntimeError if a weight that the mask of a quantised linear marks as pruned is not zero."""
     for name, linear in before.linears.items():
         if isinstance(linear, QuantisedLinear):
             check_zeros(after.linears[name].weight_OI, linear.module, f"exported model's {before.path}.{name}")
@@ -173,28 +186,31 @@ def _zeros(blocks: Iterable[Block]) -> int:
 
 
 @torch.no_grad()
-def _compare_logits(model: PreTrainedModel, opened: PreTrainedModel, validation: Validation | None) -> float:
-    """The largest difference of the logits on one window."""
+def _compare_logits(
+    model: PreTrainedModel, opened: PreTrainedModel, validation: Validation | None, tolerance: Tolerance
+) -> float:
+    """Returns the largest absolute difference of the logits on one window; raises RuntimeError if it is too large."""
     ids_BT = _window(model, validation)
     with evaluating(model):
         expected = model(ids_BT, use_cache=False).logits.float()
     if not expected.isfinite().all():
         raise InputError(
-            "the model's logits are not finite, which no folder can be compared with; not kept. Where it was trained, "
+            "the model's logits are not finite, so that its export cannot be verified; not kept. If it was trained, "
             "`model.lr` must be lower."
         )
     difference = float((opened(ids_BT, use_cache=False).logits.float() - expected).abs().max())
-    allowed = LOGIT_TOLERANCE.get(model.dtype, TOLERANCE) * float(expected.abs().max())
+    share = max(LOGIT_TOLERANCE.get(model.dtype, TOLERANCE), tolerance.logits)
+    allowed = share * float(expected.abs().max())
     if not difference <= allowed:  # NaN is never within the tolerance
         raise RuntimeError(
-            f"the exported model's logits differ by {difference:.3g} from those in memory, where {allowed:.3g} is "
-            "rounding; not kept."
+            f"the exported model's logits differ by {difference:.3g} from those in memory, more than the {allowed:.3g} "
+            "that rounding explains; not kept."
         )
     return difference
 
 
 def _window(model: PreTrainedModel, validation: Validation | None) -> Tensor:
-    """The first tokens of the validation text, or any; shape (1, tokens)."""
+    """Returns the first tokens of the validation text, or arbitrary ones without a text; shape (1, tokens)."""
     batch = None if validation is None else next(iter(validation[0]), None)
     if batch is not None:
         return batch["input_ids"][:1, :WINDOW_TOKENS].to(model.device)
@@ -203,14 +219,20 @@ def _window(model: PreTrainedModel, validation: Validation | None) -> Tensor:
 
 
 def _compare_perplexity(
-    opened: PreTrainedModel, expected: float | None, validation: Validation | None, device: torch.device | None
+    opened: PreTrainedModel,
+    expected: float | None,
+    validation: Validation | None,
+    device: torch.device | None,
+    tolerance: Tolerance,
 ) -> float | None:
-    """The perplexity of the folder, where there is one in memory to compare it with."""
+    """Returns the perplexity of the reopened model; None if there is none in memory to compare it with."""
     if validation is None or expected is None:
         return None
-    found = measure(opened, *validation, label="Perplexity, exported folder", device=device).perplexity
-    allowed = PERPLEXITY_TOLERANCE.get(opened.dtype, TOLERANCE)
-    # both may be infinite, which divide to NaN; NaN itself is never right
-    if found != expected and not abs(found / expected - 1) <= allowed:
-        raise RuntimeError(f"the exported model's perplexity is {found:.4f}, in memory it is {expected:.4f}; not kept.")
-    return found
+    actual = measure(opened, *validation, label="Perplexity, exported folder", device=device).perplexity
+    allowed = max(PERPLEXITY_TOLERANCE.get(opened.dtype, TOLERANCE), tolerance.perplexity)
+    # the first comparison accepts two infinite values, whose quotient is NaN; the second refuses every NaN
+    if actual != expected and not abs(actual / expected - 1) <= allowed:
+        raise RuntimeError(
+            f"the exported model's perplexity is {actual:.4f}, in memory it is {expected:.4f}; not kept."
+        )
+    return actual

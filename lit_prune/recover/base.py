@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
 from lit_prune.recover.adapter import fold_adapter
+
+# the forms of an export, see ``export.plan.form_of``
+ExportForm = Literal["full precision", "quantised", "merged", "requantised", "adapter"]
 
 
 class Recovery(ABC):
@@ -28,6 +31,14 @@ class Recovery(ABC):
 
     def check_sliced(self) -> None:  # noqa: B027
         """Raises InputError if the settings do not fit a model that will be sliced."""
+
+    def export_form(self, masked: bool) -> ExportForm | None:
+        """Returns the form in which a model is exported after this recovery; None where only the model itself tells.
+
+        Args:
+            masked: Whether weights of the model are masked.
+        """
+        return None
 
     @abstractmethod
     def attach(self, model: PreTrainedModel) -> None:

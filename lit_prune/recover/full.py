@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
 from lit_prune.masks.freeze import freeze_zeros
-from lit_prune.recover.base import Recovery
+from lit_prune.recover.base import ExportForm, Recovery
 
 
 @final
@@ -33,6 +33,10 @@ class FullFineTuning(Recovery):
                 "`pruning.recovery` must be a recovery that has something to train: FullFineTuning trains what the LLM "
                 "leaves trainable, and all of it is frozen. Unfreeze it, or use MaskedLoRA."
             )
+
+    def export_form(self, masked: bool) -> ExportForm:
+        """Returns `full precision`: there is no adapter."""
+        return "full precision"
 
     def attach(self, model: PreTrainedModel) -> None:
         """Freezes the zeros in the linears of the blocks."""

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from transformers import PreTrainedModel
 
 from lit_prune.recover.adapter import add_adapter, check_settings, check_targets, lora_config
-from lit_prune.recover.base import Recovery
+from lit_prune.recover.base import ExportForm, Recovery
 
 
 @final
@@ -44,6 +44,10 @@ class LoRA(Recovery):
     def check(self, model: PreTrainedModel) -> None:
         """Raises InputError for target modules that match no linear that can have an adapter."""
         check_targets(self, model)
+
+    def export_form(self, masked: bool) -> ExportForm:
+        """Returns `adapter` over masks, whose zeros a merge would fill; else `merged`."""
+        return "adapter" if masked else "merged"
 
     def attach(self, model: PreTrainedModel) -> None:
         """Adds an adapter to ``model`` and freezes everything else."""

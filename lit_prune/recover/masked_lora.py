@@ -8,7 +8,7 @@ from typing import ClassVar, final
 from transformers import PreTrainedModel
 
 from lit_prune.recover.adapter import add_adapter, check_settings, check_targets, lora_config
-from lit_prune.recover.base import Recovery
+from lit_prune.recover.base import ExportForm, Recovery
 
 
 @final
@@ -47,6 +47,10 @@ class MaskedLoRA(Recovery):
     def check(self, model: PreTrainedModel) -> None:
         """Raises InputError for target modules that match no linear that can have an adapter."""
         check_targets(self, model)
+
+    def export_form(self, masked: bool) -> ExportForm:
+        """Returns `merged`: a masked adapter keeps the zeros."""
+        return "merged"
 
     def attach(self, model: PreTrainedModel) -> None:
         """Adds a masked adapter to ``model`` and freezes everything else."""

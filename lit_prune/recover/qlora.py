@@ -12,7 +12,7 @@ from lit_prune.models import structure
 from lit_prune.models.linears import has_fused_experts, linears_of
 from lit_prune.models.quantised import MULTIPLES, Quantization
 from lit_prune.recover.adapter import add_adapter, check_settings, check_targets, lora_config
-from lit_prune.recover.base import Recovery
+from lit_prune.recover.base import ExportForm, Recovery
 from lit_prune.recover.quantise import quantise
 
 Form = Literal["adapter", "merged", "requantised"]
@@ -99,6 +99,10 @@ class QLoRA(Recovery):
                     f"{self.quantization}: {name} has a weight of {shape}, and bitsandbytes runs 4-bit linears on "
                     f"every CPU only where out and in are multiples of {MULTIPLES[0]} and {MULTIPLES[1]}."
                 )
+
+    def export_form(self, masked: bool) -> ExportForm:
+        """Returns the form that was asked for."""
+        return self.form
 
     def attach(self, model: PreTrainedModel) -> None:
         """Quantises ``model``, adds an adapter, masked unless it is exported as it is, and freezes everything else."""

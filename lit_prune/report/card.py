@@ -9,31 +9,22 @@ from lit_prune.report.sections import Quantised
 from lit_prune.report.table import task_rows
 from lit_prune.report.wording import describe_budget, describe_protocol, describe_size, short
 
-FORMS = {
-    "adapter": (
-        "over them. The folder holds the quantised weights, for which `from_pretrained` needs bitsandbytes, and "
-        "beside them the adapter, which it loads where peft is installed; without peft it loads the unrecovered "
-        "weights alone."
-    ),
-    "merged": "over them that kept the zeros; it is merged into weights of full precision.",
-    "requantised": (
-        "over them that kept the zeros; it is merged, and the result is quantised again. `from_pretrained` needs "
-        "bitsandbytes."
-    ),
+QUANTISED_FORMS = {  # of the export, see ``export.plan.form_of``
+    "adapter": "over them. The adapter is not merged, but saved beside the quantised weights.",
+    "merged": "over them that keeps the zeros. It is merged into weights in full precision.",
+    "requantised": "over them that keeps the zeros. It is merged, and the result is quantised again.",
 }
 
 
-def model_card(report: Report, base: str, tokenizer: str = "this/folder") -> str:
-    """Returns the model card.
+def model_card(report: Report, base: str, usage: str) -> str:
+    """Returns the text of the model card, with the metadata that the hub reads.
 
     Args:
-        report: What was done, and what it cost.
-        base: The model that was started from.
-        tokenizer: Where the tokenizer is.
+        report: Report of the run.
+        base: Name of the base model.
+        usage: The Markdown that says how the folder is opened, see ``ExportFormat.usage``.
     """
     data = ModelCardData(library_name="transformers", tags=["pruning", "sparse", "lit-prune"])
-    perplexity = "\n".join(f"| {name} | {short(value)} |" for name, value in report.measured.items())
-    loading = "".join(f"{structure.loading}\n" for structure in report.structures if structure.loading)
     return f"""---
 {data.to_yaml()}
 ---
@@ -44,52 +35,53 @@ Made from `{base}`. {_pruning(report)}{_cuts_not_made(report)}
 {_recovery(report)}
 Parameters: {describe_size(report)}.
 
-| | perplexity |
-| --- | --- |
-{perplexity}
-
-Measured on {"nothing" if report.protocol is None else describe_protocol(report.protocol)}.
+{_perplexities(report)}
 {_tasks(report)}
-```python
-{loading}from transformers import AutoModelForCausalLM, AutoTokenizer
+## How to open it
 
-model = AutoModelForCausalLM.from_pretrained("this/folder")
-tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")
-```
+{usage}
 """
 
 
+def _perplexities(report: Report) -> str:
+    """Returns the table of the perplexities and the text that they were measured on."""
+    if report.protocol is None:
+        return "No perplexity was measured."
+    rows = "\n".join(f"| {name} | {short(value)} |" for name, value in report.measured.items())
+    return f"| model | perplexity |\n| --- | --- |\n{rows}\n\nMeasured on {describe_protocol(report.protocol)}."
+
+
 def _pruning(report: Report) -> str:
-    """What was removed, and what that makes of the size."""
+    """Returns the sentences about the pruning: the recipe, the zeros or the shape, and the size."""
     if not report.recipe:
         return _existing_zeros(report)
-    how = f"{report.recipe['method']}, spread over the blocks by {report.recipe['allocation']}"
+    how = f"{report.recipe['method']}, rates per block by {report.recipe['allocation']}"
     if report.shape is not None:
         structure = report.shape.structure
         return f"{structure.done} with {how}{_steps(report)}: {structure.outcome}"
     sparsity = report.sparsity
-    before = f" Before, {sparsity.before:.2%} of the weights of the linears were zero." if sparsity.before else ""
+    before = f" Before this run, {sparsity.before:.2%} of the linears' weights were zero." if sparsity.before else ""
     return (
         f"Pruned with {how}, at a sparsity of {sparsity.requested:g} ({describe_budget(sparsity.budget)})"
         f"{_steps(report)}. "
-        f"{sparsity.achieved_linears:.2%} of the weights of the linears that were pruned are exactly zero, "
-        f"{sparsity.achieved_all:.2%} of all parameters.{before} The zeros are stored, so that masks "
-        "alone make nothing smaller."
+        f"Of the weights in the pruned linears, {sparsity.achieved_linears:.2%} are exactly zero, and of all "
+        f"parameters {sparsity.achieved_all:.2%}.{before} Zeros are stored like other weights, so they alone make the "
+        "model no smaller."
     )
 
 
 def _existing_zeros(report: Report) -> str:
-    """What is known of a model without a recipe."""
+    """Returns the sentence about the pruning of a model whose recipe is not known."""
     if not report.masked:
         return "Not pruned."
     return (
-        f"It came with zeros, {report.sparsity.before:.2%} of the weights of the linears of its blocks, which "
-        f"were kept: {report.sparsity.achieved_linears:.2%} are exactly zero."
+        f"The base model was already pruned, and training kept its zeros: {report.sparsity.before:.2%} of the linears' "
+        f"weights were zero before, {report.sparsity.achieved_linears:.2%} are now."
     )
 
 
 def _steps(report: Report) -> str:
-    """When the cuts came, unless there was only one, at the start."""
+    """Returns the optimizer steps of the cuts; empty for a single cut at the start."""
     if report.baseline:
         return ", before it was trained here"
     if not report.cuts or report.cuts[-1].step == 0:
@@ -99,7 +91,7 @@ def _steps(report: Report) -> str:
 
 
 def _cuts_not_made(report: Report) -> str:
-    """The cuts that the training ended before."""
+    """Returns the sentence about cuts that were planned for after the end of the training; empty if there are none."""
     if not report.cuts_not_made:
         return ""
     steps = ", ".join(f"{cut.step} ({cut.sparsity:.2%})" for cut in report.cuts_not_made)
@@ -107,42 +99,38 @@ def _cuts_not_made(report: Report) -> str:
 
 
 def _recovery(report: Report) -> str:
-    """What was trained after the cut, and where that is in the folder."""
+    """Returns the paragraph about the training; empty for a model that was not trained."""
     if report.recovery is None and not report.adapter and report.distillation is None:
         return ""
-    by = "" if report.recovery is None else f" by {report.recovery}"
+    method = "" if report.recovery is None else f" with {report.recovery}"
     if report.distillation is not None:
-        by += f" under the dense model as its teacher ({report.distillation})"
-    word = "Healed" if report.pruned_here else "Trained"
-    return f"\n{word}{by}{_trained(report)}\n"
+        method += f", distilled from the dense model ({report.distillation})"
+    verb = "Recovered" if report.pruned_here else "Trained"
+    return f"\n{verb}{method}{_trained(report)}\n"
 
 
 def _trained(report: Report) -> str:
-    """The weights that a recovery trained, and where they are."""
+    """Returns the end of the sentence about the training: which weights were trained, and where they are saved."""
     if not report.adapter:
-        zeros = ", and those that were pruned stayed zero" if report.masked else ""
-        return f": its own weights were trained{zeros}."
+        zeros = "; pruned weights stayed zero" if report.masked else ""
+        return f": the model's own weights were trained{zeros}."
     if report.quantised is not None:
         return f". {_quantised(report.quantised)}"
     if report.merged:
-        zeros = ", which kept the zeros" if report.masked else ""
-        return f": an adapter was trained, and is merged into the weights{zeros}."
-    return (
-        ". The folder holds the pruned weights and, beside them, the adapter that was trained. It is not "
-        "merged: merging would fill the zeros. `from_pretrained` loads both where peft is installed; without peft it "
-        "loads the pruned weights alone, unrecovered."
-    )
+        zeros = ", which keeps the zeros" if report.masked else ""
+        return f": an adapter was trained and is merged into the weights{zeros}."
+    return ": an adapter was trained. It is saved beside the pruned weights, because merging it would fill the zeros."
 
 
 def _quantised(quantised: Quantised) -> str:
-    """How the weights were quantised for the recovery, and what became of them."""
+    """Returns the sentences about the quantisation before the recovery, and the form of the exported weights."""
     assert quantised.form is not None  # there is an adapter
-    kind = f"The linears were quantised to {quantised.quantization} before that, and an adapter was trained"
-    return f"{kind} {FORMS[quantised.form]}"
+    first = f"The linears were quantised to {quantised.quantization}, and an adapter was trained"
+    return f"{first} {QUANTISED_FORMS[quantised.form]}"
 
 
 def _tasks(report: Report) -> str:
-    """The results of lm-eval."""
+    """Returns the table of lm-eval's results; empty without any."""
     if report.tasks is None:
         return ""
     rows = "\n".join(f"| {name} | {text} |" for name, text in task_rows(report.tasks).items())

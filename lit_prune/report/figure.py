@@ -1,4 +1,4 @@
-"""The picture of a run, blocks.png: every block's score and what it gives, and the perplexities."""
+"""The picture of a run, blocks.png: the score and the rate (or size) of every block, and the perplexities."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, PALE, DARK, BLACK = "#4c78a8", "#dbe5f0", "#1f3b5c", "#222222"
-COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of perplexities; the others are red
+COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of the bars of perplexities; others: RED
 RED = "#e45756"
 TITLE_LETTERS, LEGEND_COLUMNS = 100, 5
-LINEAR = 10  # the ratio of two perplexities up to which both are legible on a linear axis
-LONGEST_BAR = 1e100  # the perplexity beyond which a logarithmic axis overflows
-LEFT, RIGHT = 0.08, 0.4  # margins without and with numbers, as shares of the span of the bars
+MAX_LINEAR_RATIO = 10  # of the largest to the smallest perplexity; beyond, the axis is logarithmic
+LONGEST_BAR = 1e100  # beyond, a logarithmic axis overflows
+NARROW, WIDE = 0.08, 0.4  # margins, as shares of the span of the bars; the wide one has room for a number
 
 
 def save_figure(path: Path, report: Report | ScoreReport) -> None:
@@ -31,8 +31,8 @@ def save_figure(path: Path, report: Report | ScoreReport) -> None:
 
 
 def draw(report: Report | ScoreReport) -> Figure:
-    """Returns the picture of a report that has scores: the blocks, and beside them the perplexities, if any."""
-    from matplotlib.figure import Figure  # which takes a second to import
+    """Returns the picture of a report that has scores: the blocks and, if several were measured, the perplexities."""
+    from matplotlib.figure import Figure  # imported here because it takes a second
 
     perplexity = perplexities(report) if isinstance(report, Report) else {}
     several = len(perplexity) > 1
@@ -49,7 +49,7 @@ def draw(report: Report | ScoreReport) -> Figure:
 
 
 def perplexities(report: Report) -> dict[str, float]:
-    """Returns the perplexities to draw, those that are finite: after several cuts, one for each of them."""
+    """Returns the finite perplexities, by the label of their bar; after several cuts, one for each cut."""
     values: Mapping[str, float | None] = report.perplexity
     if len(report.cuts) > 1 and values.get("pruned") is not None:
         first = {name: values[name] for name in REFERENCES if name in values}
@@ -59,7 +59,7 @@ def perplexities(report: Report) -> dict[str, float]:
 
 
 def _draw_blocks(axis: Any, report: Report | ScoreReport) -> None:
-    """What every block gives, or what it keeps of its size."""
+    """Draws a bar for each block: its rate, or its size if the cut changed shapes."""
     if isinstance(report, Report) and report.shape is not None:
         _draw_sizes(axis, report.shape.structure)
     else:
@@ -70,7 +70,7 @@ def _draw_blocks(axis: Any, report: Report | ScoreReport) -> None:
 
 
 def _draw_rates(axis: Any, rates: Sequence[float], earlier: Sequence[CutSummary], target: float | None) -> None:
-    """A bar of every block's rate, a line of the rates of every earlier cut, and a line across at their mean."""
+    """Draws a bar for each block's rate, a line for the rates of each earlier cut, and one at the requested mean."""
     from matplotlib import colormaps
 
     axis.bar(range(len(rates)), rates, color=BLUE, label="share removed (left)")
@@ -78,14 +78,14 @@ def _draw_rates(axis: Any, rates: Sequence[float], earlier: Sequence[CutSummary]
         color, label = colormaps["plasma"](0.9 * (index + 1) / len(earlier)), f"after step {cut.step} (left)"
         axis.plot(range(len(cut.rates)), cut.rates, drawstyle="steps-mid", color=color, label=label)
     if target is not None:
-        axis.axhline(target, color=BLUE, linestyle=":", label="mean asked for (left)")
+        axis.axhline(target, color=BLUE, linestyle=":", label="requested mean (left)")
     axis.set(ylabel="share removed", ylim=(0, 1))
 
 
 def _draw_sizes(axis: Any, structure: Description) -> None:
-    """A bar of what every block keeps, and above it what it gave."""
+    """Draws a bar for each block: the size that is left and, above it, the part that was removed."""
     blocks, sizes, mean = range(len(structure.sizes)), structure.sizes, sum(structure.sizes) / len(structure.sizes)
-    axis.bar(blocks, sizes, color=BLUE, label=f"{structure.noun} kept (left)")
+    axis.bar(blocks, sizes, color=BLUE, label=f"remaining {structure.noun} (left)")
     removed = [structure.full - size for size in sizes]
     axis.bar(blocks, removed, bottom=sizes, color=PALE, label="removed (left)")
     label = f"mean {structure.noun}, {mean:.0f} of {structure.full} (left)"
@@ -94,7 +94,7 @@ def _draw_sizes(axis: Any, structure: Description) -> None:
 
 
 def _draw_scores(axis: Any, scores: Sequence[float]) -> Any:
-    """A line of the scores, on an axis of its own, which is returned."""
+    """Draws a line of the scores on an axis of their own; returns that axis."""
     other = axis.twinx()
     other.plot(range(len(scores)), scores, color=BLACK, marker="o", markersize=3, label="score (right)")
     other.set_ylabel("score")
@@ -103,9 +103,9 @@ def _draw_scores(axis: Any, scores: Sequence[float]) -> Any:
 
 
 def _draw_perplexities(axis: Any, perplexity: Mapping[str, float]) -> None:
-    """A bar of every perplexity, from that of the dense model on: its length is what was lost.
+    """Draws a bar for each perplexity that starts at the dense model's, so that its length is the loss.
 
-    From zero on, 14.3, 18.8 and 15.8 would be bars of nearly one length.
+    Bars from zero would hide the differences: those of 14.3, 18.8 and 15.8 would have nearly the same length.
     """
     names, values = list(perplexity), [min(value, LONGEST_BAR) for value in perplexity.values()]
     first = reference(perplexity)
@@ -114,7 +114,7 @@ def _draw_perplexities(axis: Any, perplexity: Mapping[str, float]) -> None:
     bars = axis.barh(names, [value - start for value in values], left=start, color=colors)
     axis.axvline(start, color=COLORS["dense"], linestyle="--", linewidth=1)
     axis.bar_label(bars, [short(value, ",.1f") for value in perplexity.values()], padding=2, fontsize=8)
-    linear = max(values) <= LINEAR * min(values)
+    linear = max(values) <= MAX_LINEAR_RATIO * min(values)
     axis.set(xscale="linear" if linear else "log", xlim=_limits(values, start, linear))
     axis.set_title("perplexity", fontsize=9)
     axis.set_xlabel(f"bars begin at {first or names[0]}")
@@ -123,12 +123,12 @@ def _draw_perplexities(axis: Any, perplexity: Mapping[str, float]) -> None:
 
 
 def _limits(values: Sequence[float], start: float, linear: bool) -> tuple[float, float]:
-    """The ends of an axis that shows bars from ``start`` on, with a number at the end of each."""
+    """Returns the limits of an axis with bars that begin at ``start`` and have a number at their end."""
     to, back = _scale(linear)
     low, high = to(min(values)), to(max(values))
     span = high - low or 1.0
-    left = LEFT if low == to(start) else RIGHT
-    return back(low - left * span), back(high + RIGHT * span)
+    left = NARROW if low == to(start) else WIDE
+    return back(low - left * span), back(high + WIDE * span)
 
 
 def _scale(linear: bool) -> tuple[Callable[[float], float], Callable[[float], float]]:
@@ -136,7 +136,7 @@ def _scale(linear: bool) -> tuple[Callable[[float], float], Callable[[float], fl
 
 
 def _title(report: Report | ScoreReport) -> str:
-    """How the rates came about, in lines that fit."""
+    """Returns the allocation, the method and the search of the rates, wrapped to the width of the picture."""
     assert report.recipe is not None  # there are rates
     details = [report.recipe["allocation"], report.recipe["method"]]
     if report.search is not None:

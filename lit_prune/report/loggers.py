@@ -1,4 +1,4 @@
-"""The results of a run in the Trainer's loggers, beside the curves: numbers, table and picture."""
+"""Logs the results of a run to the Trainer's loggers: numbers, table and picture."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ WIDTH = 100
 
 
 def log_results(loggers: Iterable[Logger], report: Report, picture: Path | None, step: int) -> None:
-    """Gives every logger the perplexities and the sparsity, and table and picture where it has a place for them.
-
-    A logger of another kind, such as CSVLogger, gets the numbers.
+    """Logs the perplexities and the sparsity to every logger, and table and picture to TensorBoard, W&B and MLflow.
 
     Args:
-        loggers: The Trainer's.
-        report: The report of the run.
-        picture: The PNG file; None where nothing was drawn.
-        step: The optimizer step.
+        loggers: Loggers of the Trainer.
+        report: Report of the run.
+        picture: Path of the PNG file; None if none was drawn.
+        step: Optimizer step.
     """
     for logger in loggers:
         logger.log_metrics(_numbers(report), step=step)
@@ -45,7 +43,7 @@ def log_results(loggers: Iterable[Logger], report: Report, picture: Path | None,
 
 
 def _to_tensorboard(writer: Any, report: Report, picture: Path | None, step: int) -> None:
-    indented = "\n".join(f"    {line}" for line in _text(report).splitlines())  # which Markdown leaves as it is
+    indented = "\n".join(f"    {line}" for line in _text(report).splitlines())  # as Markdown's code
     writer.add_text(TABLE, indented, step)
     if picture is not None:
         image_HWC = (imread(picture)[..., :3] * 255).round().astype(np.uint8)
@@ -53,7 +51,7 @@ def _to_tensorboard(writer: Any, report: Report, picture: Path | None, step: int
 
 
 def _numbers(report: Report) -> dict[str, float]:
-    """The perplexities by name, and the share of zeros."""
+    """Returns the metrics: every perplexity by its name, and the share of zeros."""
     assert report.sparsity.achieved_linears is not None
     perplexities = {f"perplexity/{name}": value for name, value in report.measured.items()}
     return perplexities | {"pruning/sparsity": report.sparsity.achieved_linears}

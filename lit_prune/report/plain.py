@@ -1,4 +1,4 @@
-"""The JSON form of records: what report.json and the callback's checkpoint state have of a dataclass."""
+"""The JSON form of dataclasses, as report.json and the callback's checkpoint state store them."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ OMIT = object()
 
 
 @runtime_checkable
-class OwnForm(Protocol):
-    """A record whose JSON form is not simply its fields."""
+class HasToDict(Protocol):
+    """A record that defines its JSON form itself, instead of having its fields stored."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns that form."""
+        """Returns the JSON form."""
 
 
 def json_form(*, key: str | None = None, none_as: Any = None) -> dict[str, Any]:
-    """Returns the metadata of a field whose JSON form is not its name and its value.
+    """Returns the metadata of a dataclass field that is stored under another key, or whose None is stored otherwise.
 
     Args:
-        key: Its name there.
-        none_as: The value that stands for None; ``OMIT`` leaves the field out.
+        key: The key; None is the name of the field.
+        none_as: The value that is stored for None; ``OMIT`` leaves the field out.
     """
     return {"key": key, "none_as": none_as}
 
 
 def to_plain(value: Any) -> Any:
-    """Returns ``value`` as JSON can hold it: dataclasses become dicts, in the order of their fields, tuples lists.
+    """Returns ``value`` as plain JSON types: dataclasses become dicts in the order of their fields, tuples lists.
 
     >>> to_plain({"next": Cut(step=4, sparsity=0.5), "rates": (0.4, 0.6)})
     {'next': {'step': 4, 'sparsity': 0.5}, 'rates': [0.4, 0.6]}
     """
-    if isinstance(value, OwnForm):
+    if isinstance(value, HasToDict):
         return to_plain(value.to_dict())
     if isinstance(value, Cut):
         return value._asdict()
@@ -49,12 +49,12 @@ def to_plain(value: Any) -> Any:
 
 
 def fields_to_plain(record: Any) -> dict[str, Any]:
-    """Returns the fields of a dataclass as JSON can hold them, see :func:`json_form`."""
-    items = (_item(record, one) for one in fields(record))
+    """Returns the fields of a dataclass as plain JSON types, see :func:`json_form`."""
+    items = (_item(record, field) for field in fields(record))
     return {name: to_plain(item) for name, item in items if item is not OMIT}
 
 
-def _item(record: Any, one: Field[Any]) -> tuple[str, Any]:
-    """The name and the value of a field, as its metadata has them."""
-    item = getattr(record, one.name)
-    return one.metadata.get("key") or one.name, one.metadata.get("none_as") if item is None else item
+def _item(record: Any, field: Field[Any]) -> tuple[str, Any]:
+    """Returns the key and the value under which a field is stored."""
+    value = getattr(record, field.name)
+    return field.metadata.get("key") or field.name, field.metadata.get("none_as") if value is None else value

@@ -1,7 +1,7 @@
-"""The record of a cut, and that of a model before a training without one: the facts that a report is made of.
+"""The records that a report is made from: of each cut, or of the model before a training without cuts.
 
-Both are in the callback's checkpoint state, as the plain dicts that ``plain.to_plain`` makes of them, which
-``torch.load(weights_only=True)`` reads.
+The callback's checkpoint state stores them as the plain dicts of ``plain.to_plain``, since ``torch.load`` with
+``weights_only=True`` reads no classes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from lit_prune.report.plain import json_form
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The size of a model whose shape a cut changes.
+    """The size of a model before or after a cut that changes its shape.
 
     Attributes:
-        parameters: How many there are, tied weights counted once.
-        bytes: What they take in memory.
-        speed: Tokens per second; None where nothing is measured.
+        parameters: Number of parameters, tied weights counted once.
+        bytes: Bytes of the parameters in memory.
+        speed: Tokens per second; None if it was not measured.
     """
 
     parameters: int
@@ -31,20 +31,20 @@ class ModelSize:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> ModelSize:
-        """Returns the size that ``to_plain`` made ``stored`` of."""
+        """Returns the size whose JSON form is ``stored``."""
         speed = stored["speed"]
         return cls(stored["parameters"], stored["bytes"], None if speed is None else Speed(**speed))
 
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """How a search of the rates went.
+    """The cost and the result of a search for rates.
 
     Attributes:
-        evaluations: How often one calibration window ran through the whole model.
-        generations: How many generations of candidates there were.
-        windows: On how many windows start and end were compared.
-        loss_start: Mean loss over the predicted tokens of those windows, under the rates of the start.
+        evaluations: Number of forward passes of one calibration window through the whole model.
+        generations: Number of generations of candidates.
+        windows: Number of windows that the two losses are measured on.
+        loss_start: Mean loss over the predicted tokens of those windows, under the rates that the search started from.
         loss_end: The same under the rates that were chosen.
     """
 
@@ -56,29 +56,30 @@ class SearchRecord:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> SearchRecord | None:
-        """Returns the record of a search, None for the empty dict of a cut without one."""
+        """Returns the record whose JSON form is ``stored``; None for the empty dict, of a cut without a search."""
         return cls(**stored) if stored else None
 
 
 @dataclass(frozen=True)
 class CutRecord:
-    """What one cut did, and what was measured around it.
+    """The record of one cut: its settings, its result, and the measurements before and after it.
 
     Attributes:
-        step: The optimizer step before which the cut came.
-        perplexity: `before` and `after` the cut; `quantised`, once the recovery has quantised the weights.
-        seconds: How long each part took, by name.
-        protocol: What the perplexities were measured on; None where none was.
-        calibration: The settings of the calibration text.
-        size: `before` and `after`, where the cut changed shapes.
-        recipe: See ``recipe.recipe_record``.
-        scores: One score a block.
-        rates: The share that each block was to give.
-        target: The mean that the rates were to have, weighted by what each block has to give.
-        achieved: The share that each block has given.
-        sparsity: The same over all blocks.
-        search: How the search of the rates went; None without one.
-        sparsity_before: The share that had been removed before the cut; 0 for a dense model.
+        step: Optimizer step before which the cut was made.
+        perplexity: Perplexities `before` and `after` the cut, and `quantised`, after the recovery quantised the
+            weights.
+        seconds: Duration of each part, by name.
+        protocol: Text and windows of the perplexities; None if none was measured.
+        calibration: Settings of the calibration text.
+        size: Sizes `before` and `after` a cut that changed shapes; else empty.
+        recipe: The recipe, see ``recipe.recipe_record``.
+        scores: Score of each block.
+        rates: Planned rate of each block.
+        target: Planned mean of the rates, weighted by the blocks' sizes in the method's unit.
+        achieved: Achieved rate of each block.
+        sparsity: Achieved rate over all blocks.
+        search: Record of the search for rates; None if there was none.
+        sparsity_before: Share that was removed before the cut; 0 for a dense model.
     """
 
     step: int
@@ -94,33 +95,32 @@ class CutRecord:
     achieved: list[float]
     sparsity: float
     search: SearchRecord | None = field(default=None, metadata=json_form(none_as={}))
-    sparsity_before: float = field(default=0.0, metadata=json_form(key="found"))
+    sparsity_before: float = 0.0
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> CutRecord:
-        """Returns the record that ``to_plain`` made ``stored`` of."""
+        """Returns the record whose JSON form is ``stored``."""
         plain = dict(stored)
         return cls(
             protocol=_protocol(plain.pop("protocol")),
             size={when: ModelSize.from_dict(size) for when, size in plain.pop("size").items()},
             search=SearchRecord.from_dict(plain.pop("search")),
-            sparsity_before=plain.pop("found"),
             **plain,
         )
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A model before a training that cuts nothing.
+    """The record of a model before a training without cuts.
 
     Attributes:
-        step: 0, where that training starts.
-        record: What was done to the model before, see ``models.structure``.
-        perplexity: `before` the training; `quantised`, once the recovery has quantised the weights.
-        seconds: How long each measurement took.
-        protocol: What the perplexities were measured on; None where none was.
-        achieved: The share of zeros in the pruned linears of each block; empty where nothing is masked.
-        sparsity: The same over all blocks.
+        step: Optimizer step at which the training starts, 0.
+        record: Record of what was done to the model before, see ``models.structure``.
+        perplexity: Perplexity `before` the training, and `quantised`, after the recovery quantised the weights.
+        seconds: Duration of each measurement.
+        protocol: Text and windows of the perplexities; None if none was measured.
+        achieved: Share of zeros in the pruned linears of each block; empty if nothing is masked.
+        sparsity: Share of zeros in the pruned linears of all blocks.
     """
 
     step: int
@@ -133,7 +133,7 @@ class Baseline:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Baseline:
-        """Returns the record that ``to_plain`` made ``stored`` of."""
+        """Returns the record whose JSON form is ``stored``."""
         plain = dict(stored)
         return cls(protocol=_protocol(plain.pop("protocol")), **plain)
 
@@ -142,7 +142,7 @@ Record = TypeVar("Record", CutRecord, Baseline)
 
 
 def with_perplexity(record: Record, name: str, measured: Measurement) -> Record:
-    """Returns ``record`` with one more perplexity, and the seconds that it took to measure."""
+    """Returns ``record`` with one more perplexity, and the seconds that measuring it took."""
     return replace(
         record,
         perplexity={**record.perplexity, name: measured.perplexity},

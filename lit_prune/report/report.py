@@ -1,6 +1,6 @@
-"""The reports of the verbs, as report.json has them: of a run that makes a model, of scores alone, of tasks alone.
+"""The reports of the verbs, which report.json stores: of a run that writes a model, of `score` and of `evaluate`.
 
-A report that gains facts while the run goes on is another one, made by ``dataclasses.replace``.
+Reports are frozen: facts that come later in a run are added by ``dataclasses.replace``.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "bitsandb
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The report of a run that leaves a model.
+    """The report of a run that writes a model.
 
     Attributes:
-        perplexity: By name: `dense` (`before` for a model that was pruned already), `pruned` after the last cut,
-            `quantised`, `recovered`, `requantised`; `before` and `after` of a training that cut nothing. None where it
-            was not measured.
-        protocol: What they were measured on.
-        sparsity: Asked for and reached.
-        recipe: See ``recipe.recipe_record``; None where nothing is known to have been cut.
-        calibration: The settings of the calibration text.
-        scores: Of the last cut, one a block.
-        rates: The share that each block was to give.
-        achieved: The share that each block has given.
-        search: How the search of the rates went.
-        parameters: Of the model without an adapter.
-        recovery: What was trained after the cut.
-        distillation: How the dense model taught it.
-        adapter: peft's settings of the adapter; None without one.
-        merged: Whether the adapter is merged into the weights that are exported.
-        adapter_parameters: How many it has.
-        bytes: What the exported weights take.
-        quantised: How the model was quantised; None in full precision.
-        shape: The structure that the cut gave the model; None where it changed no shape.
+        perplexity: Perplexities by name: `dense` (`before` for a model that was already pruned), `pruned` after the
+            last cut, `quantised`, `recovered`, `requantised`; for a training without cuts `before` and `after`. None
+            for one that was not measured.
+        protocol: Text and windows of the perplexities; None if none was measured.
+        sparsity: Requested and achieved sparsity.
+        recipe: The recipe, see ``recipe.recipe_record``; None for a model that no recorded run has cut.
+        calibration: Settings of the calibration text.
+        scores: Score of each block at the last cut.
+        rates: Planned rate of each block.
+        achieved: Achieved rate of each block.
+        search: Record of the search for rates; None if there was none.
+        parameters: Number of parameters without the adapter.
+        recovery: The recovery after the cut, as its repr; None if there was none.
+        distillation: The distillation from the dense model, as its repr; None if there was none.
+        adapter: The adapter's settings as peft stores them; None if there is no adapter.
+        merged: Whether the adapter is merged into the exported weights.
+        adapter_parameters: Number of parameters of the adapter.
+        bytes: Bytes of the exported weights.
+        quantised: Quantisation of the model; None in full precision.
+        shape: The structure that the cut gave the model; None if it changed no shape.
         structures: All structures of the model, those of earlier runs included.
         cuts: Every cut of the run.
-        cuts_not_made: Those that the training ended before.
-        baseline: What had been done to a model that was trained without a cut; None where this run cuts.
-        seconds: How long each part took, by name.
+        cuts_not_made: Planned cuts that the training ended before.
+        baseline: Record of the model before a training without cuts, see ``models.structure``; None if this run cuts.
+        seconds: Duration of each part, by name.
         versions: See :func:`versions`.
-        export: What the reopened folder gave.
-        tasks: The results of lm-eval.
+        export: Result of verifying the exported folder.
+        tasks: Results of lm-eval.
     """
 
     perplexity: Mapping[str, float | None]
@@ -81,14 +81,14 @@ class Report:
     structures: Sequence[Description] = field(default=(), metadata=json_form(key="sliced"))
     cuts: Sequence[CutSummary] = ()
     cuts_not_made: Sequence[Cut] = ()
-    baseline: Mapping[str, Any] | None = field(default=None, metadata=json_form(key="kept"))
+    baseline: Mapping[str, Any] | None = None
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
     export: Verification | None = field(default=None, metadata=json_form(none_as=OMIT))
     tasks: TaskResults | None = field(default=None, metadata=json_form(none_as=OMIT))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what report.json has, the shape under the name of its structure."""
+        """Returns the JSON form, in which the shape is stored under the name of its structure."""
         plain = {**fields_to_plain(self), "slice": None}
         plain["sliced"] = any(structure.name == "slice" for structure in self.structures)
         return plain if self.shape is None else {**plain, self.shape.structure.name: self.shape.to_dict()}
@@ -100,16 +100,16 @@ class Report:
 
     @property
     def masked(self) -> bool:
-        """Whether weights of the model are masked."""
+        """Whether the model has masked weights."""
         return self.shape is None and (bool(self.sparsity.before) or (self.pruned_here and bool(self.recipe)))
 
     @property
     def pruned_here(self) -> bool:
-        """Whether this run was to cut, and not only to train what had been cut before."""
+        """Whether this run cuts the model, instead of only training it."""
         return self.baseline is None
 
     def with_perplexity(self, name: str, measured: Measurement) -> Report:
-        """Returns the report with one more perplexity, those of another protocol left out."""
+        """Returns the report with one more perplexity; those of another protocol become None."""
         comparable = self.protocol in (None, measured.protocol)
         return replace(
             self,
@@ -124,7 +124,7 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreReport:
-    """The report of scores and rates, of which nothing was cut; see Report."""
+    """The report of `lit-prune score`, which cuts nothing; its fields are those of :class:`Report`."""
 
     sparsity: Sparsity
     recipe: Mapping[str, Any]
@@ -138,12 +138,12 @@ class ScoreReport:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskReport:
-    """The report of lm-eval's tasks, of a model that is left as it is.
+    """The report of `lit-prune evaluate`.
 
     Attributes:
-        model: Its id or folder.
-        dtype: Its type.
-        tasks: The results.
+        model: Id or folder of the model; None if it has neither.
+        dtype: Data type of its weights.
+        tasks: Results of lm-eval.
         versions: See :func:`versions`.
     """
 
@@ -154,12 +154,12 @@ class TaskReport:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that the numbers depend on."""
+    """Returns the versions of Python and of the packages that the reported numbers depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def to_json(report: Report | ScoreReport | TaskReport) -> str:
-    """Returns the text of report.json, where a number that is not finite, which JSON does not have, is null."""
+    """Returns the text of report.json; numbers that are not finite, which JSON does not have, become null."""
     return json.dumps(_finite(to_plain(report)), indent=2, allow_nan=False) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The sections of a report: sparsity, shape, quantised weights, and every cut."""
+"""The sections of a report: sparsity, shape, quantisation, and the cuts."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lit_prune.report.records import CutRecord, ModelSize
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """The share of weights that was to be removed, and the share that is exactly zero.
+    """The requested share of removed weights, and the share that is exactly zero.
 
     Attributes:
-        requested: As `sparsity` of the recipe; None where no recipe is known.
-        budget: What that is a share of, see ``allocate.budget``.
-        target: The mean that the rates were to have.
-        achieved_linears: Over the linears that were pruned.
-        missed: By how much that is off the target.
-        before: Over the same linears before this run; None for a dense model.
-        achieved_all: Over all parameters.
-        planned: The mean of the rates, where nothing was pruned yet.
+        requested: `sparsity` of the recipe; None if no recipe is known.
+        budget: Meaning of ``requested``, see ``allocate.budget``.
+        target: Mean of the rates that ``requested`` amounts to.
+        achieved_linears: Share of zeros in the pruned linears.
+        missed: ``achieved_linears`` minus ``target``.
+        before: Share of zeros in the same linears before this run; None for a dense model.
+        achieved_all: Share of zeros among all parameters.
+        planned: Mean of the rates, in a report of scores alone.
     """
 
     requested: float | None
@@ -32,20 +32,20 @@ class Sparsity:
     target: float | None = field(default=None, metadata=json_form(none_as=OMIT))
     achieved_linears: float | None = field(default=None, metadata=json_form(none_as=OMIT))
     missed: float | None = field(default=None, metadata=json_form(none_as=OMIT))
-    before: float | None = field(default=None, metadata=json_form(key="found", none_as=OMIT))
+    before: float | None = field(default=None, metadata=json_form(none_as=OMIT))
     achieved_all: float | None = field(default=None, metadata=json_form(none_as=OMIT))
     planned: float | None = field(default=None, metadata=json_form(none_as=OMIT))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The structure that a cut gave a model, beside the model's size before and after it.
+    """The structure that a cut gave a model, and the size of the model before and after the cut.
 
     Attributes:
-        structure: See ``models.structure``.
-        requested: The share that was to be removed, mean over the blocks.
-        dense: The size before the cut; None where it is not known.
-        pruned: The size after it.
+        structure: Description of the structure, see ``models.structure``.
+        requested: Requested share to remove, mean over the blocks.
+        dense: Size before the cut; None if it is not known.
+        pruned: Size after the cut; None if it is not known.
     """
 
     structure: Description
@@ -61,13 +61,13 @@ class Shape:
 
 @dataclass(frozen=True)
 class Quantised:
-    """How the linears were quantised for the recovery, and what is exported of them.
+    """The quantisation of the linears for the recovery, and the form of their export.
 
     Attributes:
-        quantization: Such as `nf4`.
+        quantization: Type of the quantised weights, such as `nf4`.
         double_quant: Whether the scales are quantised as well.
-        form: In which form they are exported: `adapter`, `merged` or `requantised`; None without an adapter.
-        bytes_unquantised: What the parameters would take in full precision.
+        form: Form of the export: `adapter`, `merged` or `requantised`; None without an adapter.
+        bytes_unquantised: Bytes of the parameters in full precision.
     """
 
     quantization: str
@@ -78,7 +78,7 @@ class Quantised:
 
 @dataclass(frozen=True)
 class CutSummary:
-    """One of the cuts of a run, in the words of :class:`CutRecord`."""
+    """One of the cuts of a run; ``requested`` is its sparsity, the other fields are those of :class:`CutRecord`."""
 
     requested: float
     step: int
@@ -93,7 +93,7 @@ class CutSummary:
 
     @classmethod
     def of(cls, record: CutRecord) -> CutSummary:
-        """Returns the summary of one record."""
+        """Returns the summary of a cut's record."""
         return cls(
             requested=record.recipe["sparsity"],
             step=record.step,

@@ -1,4 +1,4 @@
-"""The report of a run, made of the model as it is now and of the record of every cut."""
+"""Builds the report of a run from the model at its end and the records of its cuts."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ def summary(
     recipe: Recipe | None,
     cuts: Sequence[CutRecord],
     baseline: Baseline | None = None,
-    following: Sequence[Cut] = (),
+    cuts_not_made: Sequence[Cut] = (),
     *,
     format: ExportFormat = HuggingFace(),  # noqa: B008 (frozen)
 ) -> Report:
-    """Returns the report of a run, without what is measured at its end.
+    """Returns the report of a run, to which the measurements of the final model are still to be added.
 
-    Scores, rates and the like are those of the last cut; `cuts` of the report has every one's.
+    Scores, rates and calibration are those of the last cut; the field `cuts` has those of every cut.
 
     Args:
-        plan: The model, and what is exported of it.
-        recipe: What was to be removed; None for a training that cuts nothing.
-        cuts: The cuts that were made.
-        baseline: The model before a training that cuts nothing.
-        following: The cuts that the training ended before.
-        format: How the model is written.
+        plan: Plan of the export.
+        recipe: The recipe; None for a training without cuts.
+        cuts: Records of the cuts that were made.
+        baseline: Record of the model before a training without cuts.
+        cuts_not_made: Planned cuts that the training ended before.
+        format: Format of the export, which counts the bytes.
     """
     last, record = cuts[-1] if cuts else None, structure.record(plan.model)
-    source, first = baseline or last, _first(plan.base, recipe, cuts)
+    start, first = baseline or last, _first_name(plan.base, recipe, cuts)
     return Report(
         perplexity=_perplexities(first, recipe, cuts, baseline),
-        protocol=None if source is None else source.protocol,
+        protocol=None if start is None else start.protocol,
         sparsity=_sparsity(plan, recipe, cuts, baseline),
         recipe=_recipe(last, baseline),
         calibration=None if last is None else last.calibration,
         scores=None if last is None else last.scores,
         rates=None if last is None else last.rates,
-        achieved=None if source is None else source.achieved,
+        achieved=None if start is None else start.achieved,
         search=None if last is None else last.search,
         parameters=parameters(plan.base),
         recovery=record.get("recovery"),
@@ -65,7 +65,7 @@ def summary(
         shape=_shape(plan.base, recipe, last, baseline),
         structures=structure.describe(plan.base),
         cuts=[CutSummary.of(cut) for cut in cuts],
-        cuts_not_made=following,
+        cuts_not_made=cuts_not_made,
         baseline=None if baseline is None else baseline.record,
         seconds=_seconds(cuts, first) if baseline is None else baseline.seconds,
         versions=versions(),
@@ -73,7 +73,7 @@ def summary(
 
 
 def _recipe(last: CutRecord | None, baseline: Baseline | None) -> Mapping[str, Any] | None:
-    """The recipe of the last cut, in this run or, where that is known, in an earlier one."""
+    """Returns the recipe of the last cut, in this run or a recorded earlier one; None if there is none."""
     if baseline is None:
         return None if last is None else last.recipe
     recipe = baseline.record.get("recipe")
@@ -83,7 +83,7 @@ def _recipe(last: CutRecord | None, baseline: Baseline | None) -> Mapping[str, A
 def _sparsity(
     plan: ExportPlan, recipe: Recipe | None, cuts: Sequence[CutRecord], baseline: Baseline | None
 ) -> Sparsity:
-    """What was asked for, and how many zeros there are now."""
+    """Returns the requested sparsity and the share of zeros that the model has now."""
     zero, total = pruned(plan.base if plan.outline.masked else plan.plain)
     if recipe is not None and recipe.method.makes_zeros:
         achieved = share_of_zeros(recipe.find(plan.base, quantised=True))
@@ -110,20 +110,20 @@ def _sparsity(
 
 
 def _sparsity_before(cuts: Sequence[CutRecord]) -> float:
-    """The share that was zero before the first cut; 0 for a dense model."""
+    """Returns the share of zeros before the first cut; 0 for a dense model."""
     return cuts[0].sparsity_before if cuts else 0.0
 
 
 def _quantised(plan: ExportPlan) -> Quantised | None:
-    """How the model that was trained is quantised, and in which form it is exported."""
+    """Returns the quantisation of the trained model and the form of its export; None in full precision."""
     kind, form = quantisation(plan.model), plan.outline.form
     if kind is None:
         return None
     return Quantised(**kind, form=None if form == "quantised" else form, bytes_unquantised=full_bytes(plan.base))
 
 
-def _first(base: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[CutRecord]) -> str:
-    """The name of the first perplexity: a model that had zeros or another shape before the first cut is not dense."""
+def _first_name(base: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[CutRecord]) -> str:
+    """Returns the name of the first perplexity: `before` for a model that had zeros or structures, else `dense`."""
     had_shape = bool(structure.structures(base)) and recipe is not None and not recipe.method.changes_shapes
     return "before" if _sparsity_before(cuts) or had_shape else "dense"
 
@@ -131,7 +131,7 @@ def _first(base: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[CutRecor
 def _perplexities(
     first: str, recipe: Recipe | None, cuts: Sequence[CutRecord], baseline: Baseline | None
 ) -> dict[str, float | None]:
-    """Those before the first cut and after the last, and the one that the end of the run will measure."""
+    """Returns the perplexities around the cuts, and None for the one that is measured at the end of the run."""
     if recipe is None:
         return {**({} if baseline is None else baseline.perplexity), "after": None}
     if not cuts:
@@ -142,7 +142,7 @@ def _perplexities(
 
 
 def _seconds(cuts: Sequence[CutRecord], first: str) -> dict[str, float]:
-    """The seconds of all cuts together; the ``first`` perplexity is the one before the first cut."""
+    """Returns the seconds of all cuts, summed by part; the perplexity before the first cut is called ``first``."""
     total: dict[str, float] = {}
     for index, cut in enumerate(cuts):
         for name, seconds in cut.seconds.items():
@@ -155,7 +155,7 @@ def _seconds(cuts: Sequence[CutRecord], first: str) -> dict[str, float]:
 def _shape(
     base: PreTrainedModel, recipe: Recipe | None, last: CutRecord | None, baseline: Baseline | None
 ) -> Shape | None:
-    """The structure that a cut of this run gave the model, or one before a training without any."""
+    """Returns the structure of the last cut, in this run or before a training without cuts; None if there is none."""
     if recipe is not None:
         requested = recipe.sparsity if recipe.method.changes_shapes else None
     else:

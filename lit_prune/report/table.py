@@ -23,7 +23,7 @@ BAR = 40  # characters of a rate of 1
 
 
 def table(report: Report) -> Table:
-    """Returns the table of perplexities, sparsity or shape, size and seconds."""
+    """Returns the table of a run: perplexities, sparsity or shape, cuts, size, tasks and seconds."""
     grid = _grid("lit_prune")
     for label, text in _rows(report).items():
         grid.add_row(label, text)
@@ -39,16 +39,16 @@ def task_table(report: TaskReport) -> Table:
 
 
 def task_rows(tasks: TaskResults | None) -> dict[str, str]:
-    """Returns the results of lm-eval, one line for each task."""
+    """Returns one line of results for each task of lm-eval, by the task's name."""
     return {} if tasks is None else {name: describe(result) for name, result in tasks.results.items()}
 
 
 def block_table(report: ScoreReport) -> Table:
-    """Returns the table of every block's score and rate; below it, their mean and what it was to be."""
+    """Returns the table of every block's score and rate; the caption has the mean rate and the requested one."""
     sparsity = report.sparsity
     assert sparsity.planned is not None
     assert sparsity.target is not None
-    mean = f"mean {sparsity.planned:.4f}, asked for {sparsity.requested:.4f}, {describe_budget(sparsity.budget)}"
+    mean = f"mean {sparsity.planned:.4f}, requested {sparsity.requested:.4f}, {describe_budget(sparsity.budget)}"
     search = "" if report.search is None else describe_search(report.search)
     caption = "; ".join(filter(None, (mean, describe_miss(sparsity.planned - sparsity.target), search)))
     grid = Table(title="blocks", title_justify="left", caption=caption, caption_justify="left")
@@ -70,7 +70,7 @@ def _grid(title: str) -> Table:
 def _rows(report: Report) -> dict[str, str]:
     rows = {f"perplexity, {name}": _perplexity(report, name) for name in report.measured}
     if report.protocol is not None:
-        rows["protocol"] = describe_protocol(report.protocol)
+        rows["perplexity measured on"] = describe_protocol(report.protocol)
     rows |= _sparsity_rows(report.sparsity) if report.shape is None else _shape_rows(report.shape)
     rows |= _cut_rows(report)
     if report.search is not None:
@@ -87,15 +87,15 @@ def _perplexity(report: Report, name: str) -> str:
 
 
 def _sparsity_rows(sparsity: Sparsity) -> dict[str, str]:
-    """The shares of zeros, asked for and reached."""
+    """Returns the rows of the requested and the achieved shares of zeros."""
     shares = {
         f"requested, {describe_budget(sparsity.budget)}": sparsity.requested,
-        "found in the model, over the linears": sparsity.before,
+        "before this run, over the linears": sparsity.before,
         "achieved over the linears": sparsity.achieved_linears,
         "achieved over all parameters": sparsity.achieved_all,
     }
-    missed = describe_miss(sparsity.missed)
-    notes = {"achieved over the linears": f"  ({missed})" if missed else ""}
+    miss = describe_miss(sparsity.missed)
+    notes = {"achieved over the linears": f"  ({miss})" if miss else ""}
     return {
         f"sparsity {label}": f"{share:.4f}{notes.get(label, '')}"
         for label, share in shares.items()
@@ -104,28 +104,28 @@ def _sparsity_rows(sparsity: Sparsity) -> dict[str, str]:
 
 
 def _shape_rows(shape: Shape) -> dict[str, str]:
-    """The sizes of the blocks, and how much faster that is where it was measured."""
+    """Returns the rows of the structure and, if they were measured, of the tokens per second."""
     rows = {f"{shape.structure.name} requested, mean over blocks": f"{shape.requested:.4f}", **shape.structure.rows}
     dense, pruned = (None if size is None else size.speed for size in (shape.dense, shape.pruned))
     if dense is None or pruned is None:
         return rows
     speeds = {"prefill": (dense.prefill, pruned.prefill), "decode": (dense.decode, pruned.decode)}
     for name, (before, after) in speeds.items():
-        rows[f"tokens a second, {name}"] = f"{after:,.1f}, dense {before:,.1f}  ({after / before:.2f} x dense)"
+        rows[f"tokens per second, {name}"] = f"{after:,.1f}, dense {before:,.1f}  ({after / before:.2f} x dense)"
     return rows
 
 
 def _cut_rows(report: Report) -> dict[str, str]:
-    """A row for every cut, unless there was only one, at the start."""
-    later = {f"cut at step {cut.step}": f"{cut.sparsity:.4f}, not made" for cut in report.cuts_not_made}
-    if not later and (not report.cuts or report.cuts[-1].step == 0):
+    """Returns a row for every cut; empty for a single cut at the start."""
+    not_made = {f"cut at step {cut.step}": f"{cut.sparsity:.4f}, not made" for cut in report.cuts_not_made}
+    if not not_made and (not report.cuts or report.cuts[-1].step == 0):
         return {}
-    made = {f"cut at step {cut.step}": f"{cut.sparsity:.4f}{_jump(cut.perplexity)}" for cut in report.cuts}
-    return made | later
+    made = {f"cut at step {cut.step}": f"{cut.sparsity:.4f}{_describe_jump(cut.perplexity)}" for cut in report.cuts}
+    return made | not_made
 
 
-def _jump(perplexity: Mapping[str, float]) -> str:
-    """The perplexities before and after a cut."""
+def _describe_jump(perplexity: Mapping[str, float]) -> str:
+    """Returns the perplexities before and after a cut; empty if they were not measured."""
     if not perplexity:
         return ""
     return f", perplexity {short(perplexity['before'])} to {short(perplexity['after'])}"

@@ -1,4 +1,4 @@
-"""The numbers of a report in words, as table, figure and model card share them."""
+"""Texts for the numbers of a report, shared by the table, the figure and the model card."""
 
 from __future__ import annotations
 
@@ -9,34 +9,36 @@ from lit_prune.evaluation.perplexity import Protocol
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import Report
 
-REFERENCES = ("dense", "before")  # the perplexities that the others are compared with, whichever there is
+REFERENCES = ("dense", "before")  # names of the perplexity that the others are compared with; a report has one of them
 RECOVERED = ("recovered", "requantised")
-SHOWN = 5e-5  # what shows in four digits
-LONG = 1e6  # the perplexity from which on more digits say nothing
-WORTH_A_SHARE = 0.01  # of the reference: a smaller loss is noise, and a share of it means nothing
+MIN_MISS = 5e-5  # smallest difference that four digits show
+MAX_FIXED = 1e6  # perplexities from here on get an exponent, since their digits mean nothing
+MIN_LOSS = 0.01  # share of the reference; a share of a smaller loss would be a share of noise
 
 
 def short(value: float, usual: str = ".3f") -> str:
-    """Returns a perplexity, or a ratio of two, in few letters: as ``usual``, with an exponent from a million on.
+    """Returns the text of a perplexity, or of a ratio of two, in the format ``usual``; from a million on, an exponent.
 
     >>> short(21.5), short(1.5e158), short(math.inf)
     ('21.500', '1.50e+158', 'not finite')
     """
     if not math.isfinite(value):
         return "not finite"
-    return format(value, usual if value < LONG else ".2e")
+    return format(value, usual if value < MAX_FIXED else ".2e")
 
 
 def reference(perplexity: Mapping[str, float | None]) -> str | None:
-    """Returns the name of the perplexity that the others are compared with; None where it is not a finite number."""
+    """Returns the name of the perplexity that the others are compared with; None if there is none that is finite."""
     return next((name for name in REFERENCES if math.isfinite(perplexity.get(name) or math.nan)), None)
 
 
 def describe_change(perplexity: Mapping[str, float | None], name: str) -> str:
-    """Returns how a perplexity compares with the reference and, after a recovery, how much of the loss is won back.
+    """Returns the ratio of a perplexity to the reference and, after a recovery, the share of the loss recovered.
+
+    The text is empty for the reference itself and for a perplexity that is not finite.
 
     >>> describe_change({"dense": 20.0, "pruned": 60.0, "recovered": 30.0}, "recovered")
-    '1.50 x dense; 75% of the loss won back'
+    '1.50 x dense; 75% of the loss recovered'
     >>> describe_change({"dense": 20.0, "pruned": 21.0, "recovered": 18.0}, "recovered")
     '0.90 x dense; better than dense'
     """
@@ -53,18 +55,18 @@ def describe_change(perplexity: Mapping[str, float | None], name: str) -> str:
 
 
 def _describe_recovery(value: float, start: float, pruned: float, first: str) -> str:
-    """What a recovery made of the loss from ``start`` to ``pruned``; nothing where that loss is too small to divide."""
+    """Returns the share of the loss from ``start`` to ``pruned`` that is recovered; empty for a loss near zero."""
     if value < start:
         return f"better than {first}"
     if value > pruned:
         return f"{short(value / pruned, '.2f')} x pruned"
-    if pruned - start < WORTH_A_SHARE * start:
+    if pruned - start < MIN_LOSS * start:
         return ""
-    return f"{(pruned - value) / (pruned - start):.0%} of the loss won back"
+    return f"{(pruned - value) / (pruned - start):.0%} of the loss recovered"
 
 
 def describe_protocol(protocol: Protocol) -> str:
-    """Returns a protocol in one line."""
+    """Returns the protocol of a perplexity in one line: text, windows, tokens and data type."""
     return (
         f"{protocol.data}; {protocol.windows} windows of {protocol.seq_length} tokens, "
         f"{protocol.tokens:,} predicted; {protocol.dtype}"
@@ -72,7 +74,7 @@ def describe_protocol(protocol: Protocol) -> str:
 
 
 def describe_search(search: SearchRecord) -> str:
-    """Returns how a search of the rates went in one line."""
+    """Returns the record of a search for rates in one line."""
     return (
         f"{search.evaluations} evaluations of a calibration window in {search.generations} generations; loss "
         f"{search.loss_start:.4f} at the start, {search.loss_end:.4f} at the end, on {search.windows} of the windows"
@@ -80,17 +82,17 @@ def describe_search(search: SearchRecord) -> str:
 
 
 def describe_budget(budget: str | None) -> str:
-    """Returns what a sparsity is a share of."""
+    """Returns the meaning of a sparsity: the mean of the blocks' rates, or a share of all parameters."""
     return "share of all parameters" if budget == "parameters" else "mean over blocks"
 
 
 def describe_miss(missed: float | None) -> str:
-    """Returns by how much a target was missed; nothing where that does not show in four digits."""
-    return "" if missed is None or abs(missed) < SHOWN else f"missed by {missed:+.4f}"
+    """Returns the difference from the target; empty if four digits do not show it."""
+    return "" if missed is None or abs(missed) < MIN_MISS else f"missed by {missed:+.4f}"
 
 
 def describe_size(report: Report) -> str:
-    """Returns parameters and bytes, beside those of the dense model where the cut changed them."""
+    """Returns the parameters and bytes of the exported model and, if a cut changed them, those of the dense one."""
     adapter = ""
     if report.adapter and not report.merged:
         adapter = f" and {report.adapter_parameters:,} of the adapter"

@@ -1,4 +1,4 @@
-"""The files of a run: the exported folder, reopened and compared, report.json and the picture."""
+"""Writes the files of a run: the exported folder, which is then verified, report.json and the picture."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def write_results(
     validation: Validation | None,
     device: torch.device | None = None,
 ) -> tuple[list[Path], Report]:
-    """Writes `model/`, `report.json` and `blocks.png`; returns their paths, and the report with what the folder gave.
+    """Writes `model/`, `report.json` and `blocks.png`; returns their paths, and the report with the verification.
 
-    The exported folder is reopened and compared before it gets its name; see ``verify``.
+    The exported folder is reopened and compared before it gets its name, see ``verify``.
 
     Args:
-        folder: The run's.
-        plan: The model, and what is exported of it.
+        folder: Folder of the run.
+        plan: Plan of the export.
         report: The report so far.
-        format: How the model is written.
-        base: The model that was started from.
-        tokenizer: Written beside the model.
-        validation: Batches to measure the perplexity of the folder on, and what they are.
-        device: Where the blocks of a model on disk compute.
+        format: Format of the export.
+        base: Name of the base model.
+        tokenizer: Tokenizer to save beside the model.
+        validation: Batches to measure the perplexity of the reopened model on, and the name of their text.
+        device: Device that computes the blocks of a model on disk.
 
     Raises:
-        RuntimeError: if the reopened model is another.
+        RuntimeError: if the reopened model differs from the one in memory.
     """
     target = folder.path / "model"
     if plan.outline.form == "requantised" and validation is not None:
@@ -59,7 +59,7 @@ def write_results(
         report = replace(report, perplexity={**report.perplexity, "requantised": measured.perplexity})
     with atomic_write(target) as draft:
         format.write(plan, draft, tokenizer)
-        (draft / "README.md").write_text(_card(report, base, tokenizer), encoding="utf-8")
+        (draft / "README.md").write_text(_card(report, plan, format, base, tokenizer), encoding="utf-8")
         perplexity = next(reversed(report.measured.values()), None)
         verification = verify(
             draft, plan, format, validation, achieved=report.achieved, perplexity=perplexity, device=device
@@ -68,14 +68,22 @@ def write_results(
     return [target, *write_report(folder.path, report)], report
 
 
-def write_tasks(folder: RunFolder, report: Report, *, base: str, tokenizer: Tokenizer | None) -> None:
-    """Writes model card and `report.json` once more, now that the ``report`` has tasks."""
-    write_text(folder.path / "model" / "README.md", _card(report, base, tokenizer))
+def write_tasks(
+    folder: RunFolder,
+    plan: ExportPlan,
+    report: Report,
+    *,
+    format: ExportFormat,
+    base: str,
+    tokenizer: Tokenizer | None,
+) -> None:
+    """Rewrites the model card and `report.json` with the results of tasks; see :func:`write_results`."""
+    write_text(folder.path / "model" / "README.md", _card(report, plan, format, base, tokenizer))
     write_text(folder.path / "report.json", to_json(report))
 
 
 def write_scores(folder: Path, report: ScoreReport, statistics: CachedStatistics) -> list[Path]:
-    """Writes plan, statistics, picture and report.json of scored blocks; returns the paths."""
+    """Writes the plan, the statistics, the picture and report.json of `lit-prune score`; returns their paths."""
     plan = folder / "plan.yaml"
     with atomic_write(plan) as draft:
         write_plan(draft, report.rates, report.scores, _plan_header(plan, report))
@@ -85,7 +93,7 @@ def write_scores(folder: Path, report: ScoreReport, statistics: CachedStatistics
 
 
 def write_report(folder: Path, report: Report | ScoreReport) -> list[Path]:
-    """Writes report.json, then the picture, where there are scores to draw; returns the paths."""
+    """Writes report.json and, if there are scores to draw, the picture; returns their paths."""
     image, numbers = folder / "blocks.png", folder / "report.json"
     write_text(numbers, to_json(report))
     if report.scores is None:
@@ -95,14 +103,14 @@ def write_report(folder: Path, report: Report | ScoreReport) -> list[Path]:
             save_figure(draft, report)
     except InputError:
         raise
-    except Exception as error:  # of matplotlib: hours of training are not lost for a picture
+    except Exception as error:  # an error of matplotlib must not cost hours of training
         log(f"{image} could not be drawn: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
         return [numbers]
     return [image, numbers]
 
 
 def _plan_header(plan: Path, report: ScoreReport) -> str:
-    """The comment at the top of a plan: what its lines are, and how it is used."""
+    """Returns the comment at the top of a plan: the format of its lines, and the options that use it."""
     mean, requested = report.sparsity.planned, report.sparsity.requested
     assert mean is not None
     assert requested is not None
@@ -115,5 +123,7 @@ def _plan_header(plan: Path, report: ScoreReport) -> str:
     return "\n".join([*lines, usage])
 
 
-def _card(report: Report, base: str, tokenizer: Tokenizer | None) -> str:
-    return model_card(report, base, base if tokenizer is None else "this/folder")
+def _card(report: Report, plan: ExportPlan, format: ExportFormat, base: str, tokenizer: Tokenizer | None) -> str:
+    imports = [structure.loading for structure in report.structures if structure.loading]
+    usage = format.usage(plan.outline, base if tokenizer is None else "this/folder", imports)
+    return model_card(report, base, usage)

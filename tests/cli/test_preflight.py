@@ -10,7 +10,7 @@ from lit_prune.checkpointing.record import RunRecord
 from tests.cli.conftest import check_refused, run
 
 MISTAKES = [
-    (["--push_to_hub=me/model"], r"`push_to_hub` must be left out where HF_HUB_OFFLINE is set"),
+    (["--push_to_hub=me/model"], r"`push_to_hub` must be left out while HF_HUB_OFFLINE is set"),
     (["--push_to_hub=a b"], r"`push_to_hub` must be the id of a repository, such as name/model, got 'a b'"),
     (
         ["--pruning.recovery=null"],

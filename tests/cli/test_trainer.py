@@ -266,7 +266,7 @@ def test_prune_on_disk_writes_what_prune_in_memory_writes(capsys: pytest.Capture
     run("prune", "--output=runs/z", *again)
     told = report("runs/z")
     assert told["sparsity"]["achieved_linears"] == pytest.approx(0.7, abs=1e-3)
-    assert told["sparsity"]["found"] == pytest.approx(0.5, abs=1e-3)
+    assert told["sparsity"]["before"] == pytest.approx(0.5, abs=1e-3)
     assert told["perplexity"]["before"] == pytest.approx(expected["perplexity"]["pruned"])  # not dense
     assert "perplexity_before" in told["seconds"]
     run("validate", "--model.pretrained=runs/y/model", stored, "--model.on_disk=true")

@@ -68,5 +68,5 @@ def test_what_can_be_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="`push_to_hub` must be the id of a repository, .*got 'a/b/c'"):
         hub.check_repository("a/b/c")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="`push_to_hub` must be left out where HF_HUB_OFFLINE is set"):
+    with pytest.raises(InputError, match="`push_to_hub` must be left out while HF_HUB_OFFLINE is set"):
         hub.check_repository("me/model")

@@ -13,7 +13,7 @@ from lit_prune.export import plan as plans
 from lit_prune.export.plan import ExportPlan, Outline, check_merge
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
-from lit_prune.recover import LoRA, MaskedLoRA, QLoRA, Recovery, Snapshot
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Recovery, Snapshot
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import Foreign, callback, fit, loader
 from tests.conftest import small_model
@@ -42,6 +42,7 @@ def recovered(recipe: Recipe | None, recovery: Recovery | None, batches: list[to
         (MASKS, LoRA(), "adapter"),
         (SLICES, LoRA(), "merged"),
         (MASKS, MaskedLoRA(), "merged"),
+        (MASKS, FullFineTuning(), "full precision"),
         (MASKS, QLoRA(quantization="int8", form="adapter"), "adapter"),
         (MASKS, QLoRA(quantization="int8", form="merged"), "merged"),
         (MASKS, QLoRA(quantization="int8", form="requantised"), "requantised"),
@@ -53,7 +54,10 @@ def test_the_form_follows_from_adapter_and_masks(
 ) -> None:
     model = recovered(recipe, recovery, batches)
     plan = ExportPlan.of(model)
-    assert plan.outline == Outline(form, "llama", masked=recipe is MASKS, reshaped=recipe is SLICES)  # type: ignore[arg-type]
+    quantised = isinstance(recovery, QLoRA) and form != "merged"
+    shape = {"masked": recipe is MASKS, "reshaped": recipe is SLICES, "quantised": quantised}
+    assert plan.outline == Outline(form, "llama", **shape)  # type: ignore[arg-type]
+    assert recipe is None or Outline.expected(small_model(), recipe, recovery) == plan.outline
     assert plan.merged is (form in ("merged", "requantised"))
     assert plan.adapter_beside is (form == "adapter")
     assert plan.reference is (plan.plain if form == "requantised" else model)

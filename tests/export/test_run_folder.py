@@ -33,7 +33,7 @@ def test_what_is_replaced_is_kept_until_the_end(tmp_path: Path) -> None:
     old = tmp_path / "run"
     old.mkdir()
     write_text(old / "x", "old")
-    with pytest.raises(InputError, match=r"`overwrite` replaces only what a run wrote, .* has none of report.json"):
+    with pytest.raises(InputError, match=r"`overwrite` replaces only the folder of a run, .* has none of report.json"):
         RunFolder(old, overwrite=True).check()
     write_text(old / "report.json", "{}")
     folder = RunFolder(old, overwrite=True)

@@ -9,7 +9,7 @@ from lit_prune.report.card import model_card
 from lit_prune.report.sections import Quantised, Sparsity
 from lit_prune.report.wording import describe_protocol
 from lit_prune.schedule import Cut
-from tests.report.reports import PROTOCOL, RECIPE, REPORT, SLICED, SLICES, cut, sparsity
+from tests.report.reports import PROTOCOL, RECIPE, REPORT, SLICED, cut, sparsity
 
 FOUND = replace(
     sparsity(REPORT, before=0.5, achieved_linears=0.51), recipe=None, baseline={"masked": True}, adapter=None
@@ -17,100 +17,108 @@ FOUND = replace(
 
 
 def test_what_was_done_and_what_it_cost() -> None:
-    card = model_card(REPORT, "some/model")
+    card = model_card(REPORT, "some/model", "USAGE")
     for part in (
         "# some/model, pruned with",
-        "Pruned with Wanda(), spread over the blocks by DLP(), at a sparsity of 0.5",
+        "Pruned with Wanda(), rates per block by DLP(), at a sparsity of 0.5",
     ):
         assert part in card
-    for part in ("49.99% of the weights of the linears", "39.00% of all parameters.", "| recovered | 30.000 |"):
+    for part in (
+        "Of the weights in the pruned linears, 49.99%",
+        "and of all parameters 39.00%.",
+        "| recovered | 30.000 |",
+    ):
         assert part in card
     assert f"Measured on {describe_protocol(PROTOCOL)}." in card
     assert "Parameters: 1,000,000 and 8,000 of the adapter" in card
-    assert "Measured on nothing." in model_card(replace(REPORT, protocol=None), "x")
+    assert "No perplexity was measured." in model_card(replace(REPORT, protocol=None), "x", "")
 
 
 def test_the_hub_reads_it() -> None:
-    card = ModelCard(model_card(REPORT, "some/model"))
+    card = ModelCard(model_card(REPORT, "some/model", "USAGE"))
     assert card.data.tags == ["pruning", "sparse", "lit-prune"]
     assert card.data.library_name == "transformers"
 
 
-def test_how_the_folder_is_opened() -> None:
-    assert 'AutoTokenizer.from_pretrained("other/model")' in model_card(REPORT, "x", "other/model")
-    assert "import lit_prune" not in model_card(REPORT, "x")
-    assert "import lit_prune  # or pass" in model_card(replace(REPORT, structures=[SLICES]), "sliced in an earlier run")
+def test_the_format_says_how_the_folder_is_opened() -> None:
+    assert "## How to open it\n\nopen it so\n" in model_card(REPORT, "x", "open it so")
 
 
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"recovery": "LoRA()"}, "Healed by LoRA(). The folder holds the pruned weights and, beside them, the adapter"),
-        ({"recovery": "MaskedLoRA()", "merged": True}, "an adapter was trained, and is merged into the weights, which"),
-        ({"recovery": "FullFineTuning()", "adapter": None}, "its own weights were trained, and those that were pruned"),
-        ({"merged": True, "recipe": None}, "Healed: an adapter was trained, and is merged into the weights.\n"),
-        ({"adapter": None, "distillation": "T"}, "Healed under the dense model as its teacher (T): its own weights"),
-        ({"recovery": "LoRA()", "baseline": {"recipe": RECIPE}}, "Trained by LoRA(). The folder holds"),
+        ({"recovery": "LoRA()"}, "Recovered with LoRA(): an adapter was trained. It is saved beside the pruned"),
+        ({"recovery": "MaskedLoRA()", "merged": True}, "an adapter was trained and is merged into the weights, which"),
+        (
+            {"recovery": "FullFineTuning()", "adapter": None},
+            "own weights were trained; pruned weights stayed zero.",
+        ),
+        ({"merged": True, "recipe": None}, "Recovered: an adapter was trained and is merged into the weights.\n"),
+        (
+            {"adapter": None, "distillation": "T"},
+            "Recovered, distilled from the dense model (T): the model's own",
+        ),
+        ({"recovery": "LoRA()", "baseline": {"recipe": RECIPE}}, "Trained with LoRA(): an adapter was trained."),
     ],
 )
 def test_what_was_trained_and_where_that_is(fields: dict[str, Any], text: str) -> None:
-    assert text in model_card(replace(REPORT, **fields), "x")
+    assert text in model_card(replace(REPORT, **fields), "x", "")
 
 
 @pytest.mark.parametrize(
     ("form", "text"),
     [
-        ("adapter", "adapter was trained over them. The folder holds the quantised weights, for which"),
-        ("merged", "adapter was trained over them that kept the zeros; it is merged into weights of full precision."),
-        ("requantised", "it is merged, and the result is quantised again."),
+        ("adapter", "adapter was trained over them. The adapter is not merged, but saved beside the quantised"),
+        ("merged", "adapter was trained over them that keeps the zeros. It is merged into weights in full precision."),
+        ("requantised", "It is merged, and the result is quantised again."),
     ],
 )
 def test_what_was_trained_over_quantised_weights(form: str, text: str) -> None:
     quantised = Quantised("nf4", True, form, 9_000_000)
-    card = model_card(replace(REPORT, recovery="QLoRA()", quantised=quantised), "x")
-    assert "Healed by QLoRA(). The linears were quantised to nf4 before that" in card
+    card = model_card(replace(REPORT, recovery="QLoRA()", quantised=quantised), "x", "")
+    assert "Recovered with QLoRA(). The linears were quantised to nf4, and" in card
     assert text in card
 
 
 def test_a_model_that_was_not_trained() -> None:
-    card = model_card(replace(REPORT, adapter=None), "x")
-    assert "Healed" not in card
+    card = model_card(replace(REPORT, adapter=None), "x", "")
+    assert "Recovered" not in card
     assert "Trained" not in card
 
 
 def test_cuts_during_the_training() -> None:
-    assert "before optimizer step" not in model_card(replace(REPORT, cuts=[cut(0)]), "x")
-    assert ", before optimizer step 4 (50.00%)." in model_card(replace(REPORT, cuts=[cut(4)]), "x")
-    several = model_card(replace(REPORT, cuts=[cut(0, 0.25), cut(4)], cuts_not_made=[Cut(9, 0.6)]), "x")
+    assert "before optimizer step" not in model_card(replace(REPORT, cuts=[cut(0)]), "x", "")
+    assert ", before optimizer step 4 (50.00%)." in model_card(replace(REPORT, cuts=[cut(4)]), "x", "")
+    several = model_card(replace(REPORT, cuts=[cut(0, 0.25), cut(4)], cuts_not_made=[Cut(9, 0.6)]), "x", "")
     assert "during training, before optimizer steps 0 (25.00%), 4 (50.00%)." in several
     assert "Training ended early: the cuts before optimizer step 9 (60.00%) were not made." in several
 
 
 def test_zeros_that_were_there_before() -> None:
-    card = model_card(sparsity(REPORT, before=0.25), "x")
-    assert "Before, 25.00% of the weights of the linears were zero." in card
+    card = model_card(sparsity(REPORT, before=0.25), "x", "")
+    assert "Before this run, 25.00% of the linears' weights were zero." in card
 
 
 def test_a_model_that_was_only_trained() -> None:
-    card = model_card(FOUND, "x")
+    card = model_card(FOUND, "x", "")
     assert "# x, trained with lit_prune" in card
-    assert "It came with zeros, 50.00% of the weights" in card
-    assert "51.00% are exactly zero." in card
+    assert "already pruned, and training kept its zeros: 50.00% of the linears' weights" in card
+    assert "51.00% are now." in card
     before = replace(FOUND, recipe=RECIPE, baseline={"recipe": RECIPE})
-    assert "before it was trained here." in model_card(before, "x")
+    assert "before it was trained here." in model_card(before, "x", "")
     dense = replace(FOUND, sparsity=Sparsity(requested=None, achieved_linears=0.0, achieved_all=0.0), baseline={})
-    assert "Not pruned." in model_card(dense, "x")
+    assert "Not pruned." in model_card(dense, "x", "")
 
 
 def test_a_sliced_model() -> None:
-    card = model_card(SLICED, "some/model")
-    assert "Sliced with Wanda(), spread over the blocks by DLP(): the residual stream has 40 to 56 of its 64" in card
+    card = model_card(SLICED, "some/model", "USAGE")
+    assert "Sliced with Wanda(), rates per block by DLP(): the residual stream has 40 to 56 of its 64" in card
     assert "merged into the weights.\n" in card
     assert "zero" not in card
 
 
 def test_the_tasks() -> None:
     tasks = TaskResults("lm-eval 0.4", HarnessSettings(), {"arc": {"acc": 0.5, "samples": None}}, 1.5)
-    card = model_card(replace(REPORT, tasks=tasks), "x")
+    card = model_card(replace(REPORT, tasks=tasks), "x", "")
     assert "| task, lm-eval 0.4 | |\n| --- | --- |\n| arc | acc 0.5000 |\n" in card
-    assert "| task" not in model_card(REPORT, "x")
+    assert "| task" not in model_card(REPORT, "x", "")

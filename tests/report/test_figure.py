@@ -39,10 +39,10 @@ def test_the_rates_the_mean_they_were_to_have_and_the_scores(report: Report | Sc
     report = sparsity(report, requested=0.4, target=0.55)  # of the linears, where 0.4 is of all parameters
     axis = blocks(report)
     assert [bar.get_height() for bar in axis.patches] == [0.4, 0.6]
-    assert list(line(axis, "mean asked for (left)").get_ydata()) == [0.55, 0.55]
+    assert list(line(axis, "requested mean (left)").get_ydata()) == [0.55, 0.55]
     assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_ylim()) == ("block", "share removed", (0, 1))
     assert list(line(scores(report), "score (right)").get_ydata()) == [1.0, 2.0]
-    assert legend(report) == {"share removed (left)", "mean asked for (left)", "score (right)"}
+    assert legend(report) == {"share removed (left)", "requested mean (left)", "score (right)"}
 
 
 def test_blocks_are_whole_numbers() -> None:
@@ -64,7 +64,7 @@ def test_what_every_block_keeps_of_its_width() -> None:
     assert list(line(axis, "mean width, 48 of 64 (left)").get_ydata()) == [48, 48]
     assert axis.get_ylabel() == "dimensions of the residual stream"
     assert axis.get_ylim() == (0, pytest.approx(67.2))
-    assert {"width kept (left)", "removed (left)"} < legend(SLICED)
+    assert {"remaining width (left)", "removed (left)"} < legend(SLICED)
 
 
 def test_the_title_says_how_the_rates_came_about_in_lines_that_fit() -> None:

@@ -32,8 +32,7 @@ def test_the_plain_form_has_the_fields_in_their_order() -> None:
     assert plain["size"]["before"] == {"parameters": 10, "bytes": 40, "speed": {"prefill": 2.0, "decode": 1.0}}
     assert plain["size"]["after"]["speed"] is None
     assert plain["search"] == {}
-    assert plain["found"] == 0.25
-    assert "sparsity_before" not in plain
+    assert plain["sparsity_before"] == 0.25
 
 
 def test_one_more_perplexity_leaves_the_record_as_it_was() -> None:

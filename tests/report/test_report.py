@@ -15,7 +15,7 @@ def test_the_file_has_the_sections_in_their_order() -> None:
     assert list(json.loads(to_json(REPORT))) == [
         *("perplexity", "protocol", "sparsity", "recipe", "calibration", "scores", "rates", "achieved", "search"),
         *("parameters", "recovery", "distillation", "adapter", "merged", "adapter_parameters", "bytes", "quantised"),
-        *("slice", "sliced", "cuts", "cuts_not_made", "kept", "seconds", "versions"),
+        *("slice", "sliced", "cuts", "cuts_not_made", "baseline", "seconds", "versions"),
     ]
 
 
@@ -42,7 +42,7 @@ def test_the_values_of_nested_records() -> None:
     assert stored["search"] == {}
     assert stored["cuts"][0]["perplexity"] == {"before": 20.0, "after": None}
     assert stored["cuts_not_made"] == [{"step": 9, "sparsity": 0.5}]
-    assert stored["kept"] == {"a": 1}
+    assert stored["baseline"] == {"a": 1}
 
 
 def test_a_shape_stands_under_the_name_of_its_structure() -> None:

@@ -11,4 +11,4 @@ def test_a_cut_says_first_what_was_requested_of_it() -> None:
 
 def test_a_share_that_is_not_known_is_left_out() -> None:
     assert to_plain(Sparsity(requested=None, achieved_linears=0.0)) == {"requested": None, "achieved_linears": 0.0}
-    assert to_plain(Sparsity(requested=0.5, before=0.25))["found"] == 0.25
+    assert to_plain(Sparsity(requested=0.5, before=0.25))["before"] == 0.25

@@ -56,7 +56,7 @@ def test_the_last_cut_gives_scores_and_rates_and_all_are_listed() -> None:
     model, _ = pruned()
     first = replace(CUT, step=0, rates=[0.2] * 3, perplexity={"before": 20.0, "after": 30.0}, search=SEARCH)
     last = replace(CUT, step=4, perplexity={"before": 25.0, "after": 60.0, "quantised": 66.0})
-    found = report(model, RECIPE, [first, last], following=[Cut(9, 0.6)])
+    found = report(model, RECIPE, [first, last], cuts_not_made=[Cut(9, 0.6)])
     assert (found.scores, found.rates, found.achieved, found.search) == (last.scores, last.rates, last.achieved, None)
     assert [cut.step for cut in found.cuts] == [0, 4]
     assert found.cuts_not_made == [Cut(9, 0.6)]
@@ -75,7 +75,7 @@ def test_a_model_that_had_zeros_is_not_called_dense() -> None:
 
 
 def test_a_run_that_ended_before_its_first_cut() -> None:
-    found = report(small_model(), RECIPE, [], following=[Cut(9, 0.5)])
+    found = report(small_model(), RECIPE, [], cuts_not_made=[Cut(9, 0.5)])
     assert found.perplexity == {"dense": None, "pruned": None, "recovered": None}
     assert (found.sparsity.requested, found.sparsity.achieved_linears, found.sparsity.missed) == (0.5, 0.0, -0.5)
     assert found.recipe is found.scores is found.protocol is None

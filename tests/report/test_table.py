@@ -40,8 +40,8 @@ def test_the_rows_of_a_run() -> None:
     assert rows(table(REPORT)) == {
         "perplexity, dense": "20.000",
         "perplexity, pruned": "60.000  (3.00 x dense)",
-        "perplexity, recovered": "30.000  (1.50 x dense; 75% of the loss won back)",
-        "protocol": "text; 3 windows of 16 tokens, 45 predicted; float32",
+        "perplexity, recovered": "30.000  (1.50 x dense; 75% of the loss recovered)",
+        "perplexity measured on": "text; 3 windows of 16 tokens, 45 predicted; float32",
         "sparsity requested, mean over blocks": "0.5000",
         "sparsity achieved over the linears": "0.4999  (missed by -0.0001)",
         "sparsity achieved over all parameters": "0.3900",
@@ -54,13 +54,13 @@ def test_what_was_not_measured_has_no_row() -> None:
     unmeasured = rows(table(replace(REPORT, perplexity={"dense": None, "pruned": math.inf}, protocol=None)))
     assert "perplexity, dense" not in unmeasured
     assert unmeasured["perplexity, pruned"] == "not finite"
-    assert "protocol" not in unmeasured
+    assert "perplexity measured on" not in unmeasured
 
 
 def test_a_model_that_was_not_dense_is_not_called_so() -> None:
     report = sparsity(perplexity(before=20.0, pruned=60.0), before=0.25)
     assert "dense" not in text(table(report))
-    assert rows(table(report))["sparsity found in the model, over the linears"] == "0.2500"
+    assert rows(table(report))["sparsity before this run, over the linears"] == "0.2500"
 
 
 def test_what_a_sparsity_is_a_share_of() -> None:
@@ -97,8 +97,8 @@ def test_another_shape_has_its_own_rows_and_its_speed() -> None:
     shown = rows(table(SLICED))
     assert shown["slice requested, mean over blocks"] == "0.2500"
     assert shown["widths of the blocks"] == "40 to 56 of 64"
-    assert shown["tokens a second, prefill"] == "150.0, dense 100.0  (1.50 x dense)"
-    assert shown["tokens a second, decode"] == "9.0, dense 10.0  (0.90 x dense)"
+    assert shown["tokens per second, prefill"] == "150.0, dense 100.0  (1.50 x dense)"
+    assert shown["tokens per second, decode"] == "9.0, dense 10.0  (0.90 x dense)"
     assert not any("sparsity" in label for label in shown)
     assert "zeros" not in text(table(SLICED))
 
@@ -106,8 +106,8 @@ def test_another_shape_has_its_own_rows_and_its_speed() -> None:
 @pytest.mark.parametrize("field", ["dense", "pruned"])
 def test_a_speed_that_was_not_measured_has_no_row(field: str) -> None:
     size = replace(getattr(SHAPE, field), speed=None)
-    assert "tokens a second" not in text(table(replace(SLICED, shape=replace(SHAPE, **{field: size}))))
-    assert "tokens a second" not in text(table(replace(SLICED, shape=replace(SHAPE, **{field: None}))))
+    assert "tokens per second" not in text(table(replace(SLICED, shape=replace(SHAPE, **{field: size}))))
+    assert "tokens per second" not in text(table(replace(SLICED, shape=replace(SHAPE, **{field: None}))))
 
 
 def test_the_tasks_of_a_run_and_of_a_model_alone() -> None:
@@ -124,12 +124,12 @@ def test_the_blocks() -> None:
     first, second = (line for line in shown.splitlines() if "█" in line)
     assert first.split()[1:6:2] == ["0", "1", "0.4000"]
     assert [first.count("█"), second.count("█")] == [16, 24]
-    assert "mean 0.5000, asked for 0.5000, mean over blocks" in shown
+    assert "mean 0.5000, requested 0.5000, mean over blocks" in shown
     assert "missed" not in shown
 
 
 def test_the_mean_of_the_blocks_that_misses_the_target() -> None:
     report = sparsity(replace(SCORES, search=SEARCH), requested=0.4, budget="parameters", target=0.51)
     caption = " ".join(text(block_table(report)).split())
-    told = "mean 0.5000, asked for 0.4000, share of all parameters; missed by -0.0100; 399 evaluations of a calibration"
+    told = "mean 0.5000, requested 0.4000, share of all parameters; missed by -0.0100; 399 evaluations of a calibration"
     assert told in caption

@@ -28,9 +28,9 @@ def test_a_number_in_few_letters(value: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("recovered", "text"),
     [
-        (30.0, "1.50 x dense; 75% of the loss won back"),
-        (20.0, "1.00 x dense; 100% of the loss won back"),
-        (60.0, "3.00 x dense; 0% of the loss won back"),
+        (30.0, "1.50 x dense; 75% of the loss recovered"),
+        (20.0, "1.00 x dense; 100% of the loss recovered"),
+        (60.0, "3.00 x dense; 0% of the loss recovered"),
         (18.0, "0.90 x dense; better than dense"),
         (90.0, "4.50 x dense; 1.50 x pruned"),
         (6e157, "3.00e+156 x dense; 1.00e+156 x pruned"),
@@ -48,7 +48,7 @@ def test_how_a_recovery_went(recovered: float, text: str) -> None:
     [
         (20.1, 20.05, "1.00 x dense"),  # half of nothing
         (20.1, 18.0, "0.90 x dense; better than dense"),
-        (20.4, 20.2, "1.01 x dense; 50% of the loss won back"),
+        (20.4, 20.2, "1.01 x dense; 50% of the loss recovered"),
         (19.0, 19.5, "0.97 x dense; better than dense"),
         (19.0, 21.0, "1.05 x dense; 1.11 x pruned"),
         (math.inf, 30.0, "1.50 x dense"),
@@ -64,7 +64,7 @@ def test_a_cut_wins_nothing_back() -> None:
     assert describe_change(values, "dense") == ""
     assert describe_change(values, "pruned") == "3.00 x dense"
     assert describe_change(values, "quantised") == "1.50 x dense"
-    assert describe_change(values, "requantised") == "2.00 x dense; 50% of the loss won back"
+    assert describe_change(values, "requantised") == "2.00 x dense; 50% of the loss recovered"
 
 
 def test_a_model_that_was_not_dense_is_compared_with_what_it_was() -> None:

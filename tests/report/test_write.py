@@ -94,6 +94,9 @@ def test_the_report_of_an_exported_folder_gains_its_verification(tmp_path: Path)
     assert 'AutoTokenizer.from_pretrained("some/model")' in card  # there is none in the folder
 
     tasks = TaskResults("lm-eval 0.4", HarnessSettings(), {"arc": {"acc": 0.5, "samples": None}}, 1.0)
-    write_tasks(folder, replace(report, tasks=tasks), base="some/model", tokenizer=None)
-    assert "| arc | acc 0.5000 |" in (tmp_path / "run" / "model" / "README.md").read_text()
+    report = replace(report, tasks=tasks)
+    write_tasks(folder, plan, report, format=HuggingFace(), base="some/model", tokenizer=None)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "| arc | acc 0.5000 |" in card
+    assert 'AutoModelForCausalLM.from_pretrained("this/folder")' in card
     assert json.loads((tmp_path / "run" / "report.json").read_text())["tasks"]["results"]["arc"]["acc"] == 0.5

@@ -1,6 +1,6 @@
 """The formats of an export. One file a format; importing them here makes their short names resolve."""
 
-from lit_prune.export.formats.base import ExportFormat
+from lit_prune.export.formats.base import ExportFormat, Tolerance
 from lit_prune.export.formats.huggingface import HuggingFace
 
-__all__ = ["ExportFormat", "HuggingFace"]
+__all__ = ["ExportFormat", "HuggingFace", "Tolerance"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -12,32 +15,70 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lit_prune.export.plan import ExportPlan, Outline
 
 
-class ExportFormat(ABC):
-    """A layout of the exported folder `model/`: how a model is written, opened again and counted.
+@dataclass(frozen=True)
+class Tolerance:
+    """The differences that a lossy format may make; the default allows none beyond the rounding of the data type.
 
-    A run checks its outline first, writes into a folder beside the final one, opens that, compares it with the model in
-    memory, and only then gives it its name.
+    Attributes:
+        weights: Largest difference of a weight, as a share of its tensor's largest absolute value. Rounding
+            to 8 bits with one scale per group of weights, for example, makes about 0.004.
+        logits: Largest difference of a logit, as a share of the largest absolute logit.
+        perplexity: Difference of the perplexity, as a share of it.
     """
 
+    weights: float = 0.0
+    logits: float = 0.0
+    perplexity: float = 0.0
+
+
+class ExportFormat(ABC):
+    """A layout of the exported folder `model/`: writes a model, opens it again and counts its bytes.
+
+    A run calls :meth:`check` first. At its end it writes to a folder beside the final one, opens that and compares it
+    with the model in memory; only then does the folder get its final name.
+
+    Attributes:
+        tolerance: The differences from the model in memory that are accepted when the folder is verified.
+    """
+
+    tolerance: ClassVar[Tolerance] = Tolerance()
+
     def check(self, outline: Outline) -> None:  # noqa: B027 (some formats hold everything)
-        """Raises InputError for a model that the format cannot hold, before it is trained, merged or written."""
+        """Raises InputError for a model that the format cannot hold.
+
+        It is called at the start of a run, with the outline that is expected, and again before the model is merged or
+        written.
+        """
 
     @abstractmethod
     def write(self, plan: ExportPlan, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-        """Writes the model, and its tokenizer, into ``folder``, which is made where it is missing."""
+        """Writes the model and its tokenizer to ``folder``, which is created if it does not exist."""
 
     @abstractmethod
     def open(self, folder: Path, device: torch.device, *, on_disk: bool = False) -> PreTrainedModel:
-        """Returns the model that :meth:`write` left in ``folder``, with its adapter where that was not merged.
+        """Returns the model that :meth:`write` left in ``folder``, with its adapter if that was not merged.
 
-        Its weights are bit for bit those that were written.
+        Its weights equal those that were written, within :attr:`tolerance`.
 
         Args:
             folder: The folder.
-            device: Where the weights go.
-            on_disk: Leave the weights in their files, for a model that is bigger than memory.
+            device: Device of the weights.
+            on_disk: Leave the weights in their files, for a model that is larger than memory.
         """
 
     @abstractmethod
     def bytes(self, plan: ExportPlan) -> int:
         """Returns the bytes that the weights take in a folder of this format."""
+
+    def usage(self, outline: Outline, tokenizer: str, imports: Sequence[str] = ()) -> str:
+        """Returns the part of the model card, in Markdown, that says how the folder is opened.
+
+        Args:
+            outline: The outline of the exported model.
+            tokenizer: Folder or hub id of the tokenizer.
+            imports: Lines of Python that the model's structures need first.
+        """
+        name, module = type(self).__name__, type(self).__module__
+        lines = ["from pathlib import Path", "", "import torch", *imports, f"from {module} import {name}", ""]
+        lines.append(f'model = {self}.open(Path("this/folder"), torch.device("cpu"))')
+        return "\n".join(["```python", *lines, "```"])

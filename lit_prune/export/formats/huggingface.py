@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.export.formats.base import ExportFormat
-from lit_prune.export.plan import ExportPlan
+from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.models.on_disk import keep_on_disk, save
 from lit_prune.models.quantised import compute_exactly
 
 ADAPTER_CONFIG = "adapter_config.json"
-# The base that an adapter beside its weights names. transformers looks for the base in the folder first, where that is
-# local. peft's AutoPeftModelForCausalLM opens what is named here: "." would be whatever model stands in the working
-# directory, and the folder's own path changes when it is moved. A name that no model can have ends in its error, which
-# quotes it. A repository on the hub does know its name, see ``hub.push``.
+# The base model that an adapter beside its weights names. In a local folder transformers ignores it and takes the
+# folder's weights, but peft's AutoPeftModelForCausalLM opens what is named here. "." would be whatever model is in the
+# working directory, and the folder's own path changes when it is moved. So the name is one that no model can have: the
+# error that it causes quotes it. On the hub the repository's id is the name, see ``hub.push``.
 BASE = "beside this file, open the folder by AutoModelForCausalLM.from_pretrained"
+ADAPTER_NOTE = (
+    "The adapter is saved beside the weights. Install peft: `from_pretrained` then loads both, while without peft it "
+    "loads the weights alone, unrecovered. peft's own `AutoPeftModelForCausalLM` does not open a "
+    "local folder of this kind, because the adapter has no base model outside of it."
+)
 
 
 @final
@@ -29,16 +36,16 @@ BASE = "beside this file, open the folder by AutoModelForCausalLM.from_pretraine
 class HuggingFace(ExportFormat):
     """safetensors, config and tokenizer in a folder that ``AutoModelForCausalLM.from_pretrained`` opens.
 
-    Everything that lit_prune makes fits: masks as zeros, quantised linears as bitsandbytes stores them, sliced models
-    with their modeling file. An adapter that is not merged lies at the root of the folder in peft's layout, so that a
-    plain ``from_pretrained`` loads pruned weights and adapter together, where peft is installed.
+    It holds every model that lit_prune makes: pruned weights as zeros, quantised linears as bitsandbytes stores them,
+    sliced models with their modeling file. An adapter that is not merged is saved at the root of the folder in peft's
+    layout, so that ``from_pretrained`` loads pruned weights and adapter together if peft is installed.
     """
 
     def write(self, plan: ExportPlan, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-        """Writes the weights, an adapter that is not merged, and the tokenizer."""
+        """Writes the weights, the adapter if it is not merged, and the tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         if plan.adapter_beside:
-            plan.model.save_pretrained(folder)  # of a model that has an adapter transformers saves that alone
+            plan.model.save_pretrained(folder)  # transformers saves only the adapter of a model that has one
             name_base(folder / ADAPTER_CONFIG, BASE)
         save(plan.plain, folder)
         _write_rope_theta(folder / "config.json")
@@ -52,8 +59,20 @@ class HuggingFace(ExportFormat):
         return keep_on_disk(model) if on_disk else model
 
     def bytes(self, plan: ExportPlan) -> int:
-        """Returns the bytes of the tensors: safetensors adds a header of a few kilobytes."""
+        """Returns the bytes of the tensors, without the few kilobytes of the header of safetensors."""
         return plan.bytes
+
+    def usage(self, outline: Outline, tokenizer: str, imports: Sequence[str] = ()) -> str:
+        """Returns the lines of Python that open the folder, the packages they need and the version they were run on."""
+        lines = [*imports, "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+        lines.append('model = AutoModelForCausalLM.from_pretrained("this/folder")')
+        lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")')
+        notes = [f"This folder was reopened and verified with transformers {transformers.__version__}."]
+        if outline.quantised:
+            notes.append("Its quantised weights need bitsandbytes.")
+        if outline.form == "adapter":
+            notes.append(ADAPTER_NOTE)
+        return "\n".join(["```python", *lines, "```", "", " ".join(notes)])
 
 
 def name_base(adapter: Path, base: str) -> None:
@@ -64,10 +83,11 @@ def name_base(adapter: Path, base: str) -> None:
 
 
 def _write_rope_theta(file: Path) -> None:
-    """Adds `rope_theta` to a config.json that has it in `rope_parameters` alone, as transformers 5 writes it.
+    """Adds `rope_theta` to a config.json in which transformers 5 wrote it inside `rope_parameters` only.
 
-    transformers 4 reads only `rope_theta`, and without it computes with the family's default, silently. It has no field
-    for rotary embeddings that differ by layer type; there `rope_parameters` is a dict of dicts without a theta.
+    transformers 4 reads only `rope_theta`; if that is missing, it silently uses the family's default. It has no field
+    for rotary embeddings that differ by layer type, whose `rope_parameters` are a dict of dicts without a theta: those
+    configs stay as they are.
     """
     config = json.loads(file.read_text(encoding="utf-8"))
     theta = (config.get("rope_parameters") or {}).get("rope_theta")

@@ -4,20 +4,21 @@ import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import ClassVar, final
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lit_prune.callbacks import ResultsCallback
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.cli.main import main
 from lit_prune.errors import InputError
-from lit_prune.export.formats import ExportFormat
+from lit_prune.export.formats import ExportFormat, Tolerance
 from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.recover import LoRA
-from tests.callbacks.test_dynamic_pruning import Foreign, callback, fit, loader
+from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader
 
 SPARSE = "tests.export.formats.test_base.Sparse"
 
@@ -27,7 +28,8 @@ SPARSE = "tests.export.formats.test_base.Sparse"
 class Sparse(ExportFormat):
     """Where the weights are not zero, and their values there."""
 
-    doubled: bool = False
+    scale: float = 1
+    tolerance: ClassVar[Tolerance] = Tolerance(weights=0.01, logits=0.05, perplexity=0.05)
 
     def check(self, outline: Outline) -> None:
         if outline.form != "full precision" or outline.reshaped:
@@ -35,8 +37,7 @@ class Sparse(ExportFormat):
 
     def write(self, plan: ExportPlan, folder: Path, tokenizer: Tokenizer | None = None) -> None:
         folder.mkdir()
-        scale = 2 if self.doubled else 1
-        weights = {name: (w != 0, w[w != 0] * scale) for name, w in plan.plain.state_dict().items()}
+        weights = {name: (w != 0, w[w != 0] * self.scale) for name, w in plan.plain.state_dict().items()}
         torch.save(weights, folder / "weights.pt")
         plan.plain.config.save_pretrained(folder)
 
@@ -84,8 +85,40 @@ def test_a_format_of_ones_own_goes_through_a_run() -> None:
 
 def test_a_format_that_reads_other_weights_than_it_wrote_is_not_kept() -> None:
     with pytest.raises(RuntimeError, match=r"the exported model's .* is not what was written; not kept"):
-        run("prune", "--pruning.method=Magnitude", f"--format={SPARSE}", "--format.doubled=true")
+        run("prune", "--pruning.method=Magnitude", f"--format={SPARSE}", "--format.scale=1.05")
     assert not Path("run/model").exists()
+
+
+def test_a_lossy_format_is_kept_within_its_tolerance() -> None:
+    run("prune", "--pruning.method=Magnitude", f"--format={SPARSE}", "--format.scale=1.005")
+    export = json.loads(Path("run/report.json").read_text())["export"]
+    assert export["max_logit_difference"] > 0
+    assert export["zeros_expected"] == export["zeros_found"]
+
+
+def test_the_card_says_how_a_foreign_format_is_opened() -> None:
+    usage = Sparse(scale=2).usage(Outline("full precision", "llama"), "this/folder", ["import more"])
+    assert "import more\nfrom tests.export.formats.test_base import Sparse\n" in usage
+    assert 'model = Sparse(scale=2).open(Path("this/folder"), torch.device("cpu"))' in usage
+
+
+@pytest.mark.parametrize(
+    ("arguments", "form"),
+    [
+        (["prune", "--pruning.method=Slicing"], "full precision"),
+        (["fit", "--trainer.max_steps=1"], "adapter"),
+        (["fit", "--trainer.max_steps=1", "--pruning.recovery=MaskedLoRA"], "merged"),
+        (["fit", "--trainer.max_steps=1", "--pruning.recovery=QLoRA"], "adapter"),
+    ],
+)
+def test_the_command_refuses_a_model_that_the_format_cannot_hold_before_any_work(
+    arguments: list[str], form: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_prune.fit.module.load_model", lambda *args: pytest.fail("the weights were loaded"))
+    with pytest.raises(SystemExit):
+        run(*arguments, f"--format={SPARSE}")
+    assert f"`format` Sparse must have plain weights, got {form}." in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 def test_an_unknown_format_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,9 +127,17 @@ def test_an_unknown_format_is_answered_with_the_known_ones(capsys: pytest.Captur
     assert "`format` must be one of HuggingFace, or the dotted path" in capsys.readouterr().err
 
 
-def test_a_model_that_a_format_cannot_hold_is_refused_before_it_is_trained(tmp_path: Path) -> None:
-    results = ResultsCallback(str(tmp_path / "run"), format=Sparse())
-    module = Foreign()
+def test_a_model_that_the_format_cannot_hold_is_refused_before_it_is_cut(tmp_path: Path) -> None:
+    results, module = ResultsCallback(str(tmp_path / "run"), format=Sparse()), Foreign()
+    trainer = Trainer(**QUIET, max_steps=1, enable_checkpointing=False, callbacks=[results, callback(recovery=LoRA())])
+    with pytest.raises(InputError, match="`format` Sparse must have plain weights, got adapter"):
+        trainer.fit(module, loader(1))
+    assert all(parameter.all() for name, parameter in module.named_parameters() if "proj" in name)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_cut_before_the_format_was_asked_is_refused_before_the_training(tmp_path: Path) -> None:
+    results, module = ResultsCallback(str(tmp_path / "run"), format=Sparse()), Foreign()
     with pytest.raises(InputError, match="`format` Sparse must have plain weights, got adapter"):
         fit(module, callback(recovery=LoRA()), loader(1), callbacks=[results], max_steps=1)
     assert not any(tensor.any() for name, tensor in module.state_dict().items() if ".lora_B" in name)

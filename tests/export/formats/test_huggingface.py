@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lit_prune.export.formats import HuggingFace
 from lit_prune.export.formats.huggingface import BASE, name_base
+from lit_prune.export.plan import Outline
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
@@ -196,3 +199,19 @@ def test_a_fresh_process_opens_it_without_lit_prune(
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     expected = model(torch.arange(1, 9)[None]).logits.double().sum().item()
     assert abs(float(told) - expected) < 1e-3
+
+
+def test_the_card_says_how_the_folder_is_opened() -> None:
+    usage = HuggingFace().usage(Outline("full precision", "llama"), "other/model", ["import first"])
+    assert usage.startswith("```python\nimport first\nfrom transformers import")
+    assert 'AutoTokenizer.from_pretrained("other/model")\n```' in usage
+    assert f"verified with transformers {transformers.__version__}." in usage
+    assert "peft" not in usage
+    assert "bitsandbytes" not in usage
+
+
+def test_the_card_names_the_packages_that_a_folder_needs() -> None:
+    usage = HuggingFace().usage(Outline("adapter", "llama", quantised=True), "this/folder")
+    assert "quantised weights need bitsandbytes." in usage
+    assert "without peft it loads the weights alone, unrecovered" in usage
+    assert "`AutoPeftModelForCausalLM` does not open a local folder" in usage
