@@ -58,7 +58,7 @@ def test_an_adapter_names_the_repository_as_its_base(tmp_path: Path) -> None:
 
 def test_a_failure_is_one_line_and_says_how_to_send_it_later(tmp_path: Path) -> None:
     StandIn.error = ConnectionError("no route\nto host")
-    with pytest.raises(InputError, match=r"`push_to_hub` must be .*'me/model' cannot \(no route\)\. .*`hf upload me/m"):
+    with pytest.raises(InputError, match=r"`push_to_hub` must be .*, got 'me/model' \(no route\)\. .*`hf upload me/m"):
         hub.push(tmp_path, "me/model")
 
 

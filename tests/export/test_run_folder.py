@@ -49,7 +49,7 @@ def test_what_is_replaced_is_kept_until_the_end(tmp_path: Path) -> None:
 def test_the_working_directory_cannot_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_text(tmp_path / "report.json", "{}")
-    with pytest.raises(InputError, match="it is in use"):
+    with pytest.raises(InputError, match="which is in use"):
         RunFolder(".", overwrite=True).claim()
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
@@ -62,7 +62,7 @@ def test_a_run_may_go_on_in_the_folder_of_its_checkpoint(tmp_path: Path) -> None
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "x")
-    with pytest.raises(InputError, match="`output` must be a folder, .* is a file"):
+    with pytest.raises(InputError, match="`output` must be a folder, got the file"):
         RunFolder(tmp_path / "file").check()
     with pytest.raises(InputError, match="must be in a folder that can be written"):
         RunFolder(tmp_path / "file" / "run").check()
