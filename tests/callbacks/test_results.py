@@ -79,7 +79,7 @@ def test_an_existing_folder_is_refused_before_the_cut(tmp_path: Path) -> None:
 
 
 def test_it_needs_the_other_callback(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="must hold a DynamicPruningCallback beside the ResultsCallback"):
+    with pytest.raises(InputError, match="must have a DynamicPruningCallback beside the ResultsCallback"):
         Trainer(**QUIET, max_steps=1, callbacks=[ResultsCallback(str(tmp_path / "run"))]).fit(Foreign(), loader())
     assert list(tmp_path.iterdir()) == []
 
