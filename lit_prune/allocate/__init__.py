@@ -1,4 +1,4 @@
-"""Allocations of the sparsity to the blocks, one file each; importing them here makes their short names resolve."""
+"""Allocations of the sparsity to the blocks, one file each; jsonargparse resolves their short names once imported."""
 
 from lit_prune.allocate.alpha_pruning import AlphaPruning
 from lit_prune.allocate.base import Allocation, allocate

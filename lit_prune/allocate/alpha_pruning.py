@@ -35,14 +35,14 @@ class AlphaPruning(Allocation):
     The exponent of a small matrix is noise: on the embedded model (192 eigenvalues a linear) Wanda at 0.5 gives a
     perplexity of 22.7 with AlphaPruning and 16.2 with Uniform.
 
-    The spectrum is that of the weights as they are, pruned ones being zero; a linear without a spectrum to fit (all
-    zero, or all singular values equal) is left out of its block's mean.
+    Pruned weights enter the spectrum as zeros. A linear whose spectrum cannot be fitted (singular values all zero or
+    all equal) is left out of its block's mean.
 
     Args:
         epsilon: Half of the range between the largest and the smallest rate, as a share of the sparsity.
 
     Raises:
-        InputError: if `epsilon` is not in [0, 1), or if a block has no linear with a spectrum to fit.
+        InputError: if `epsilon` is not in [0, 1), or no linear of a block has a spectrum that can be fitted.
     """
 
     epsilon: float = 0.3
@@ -51,14 +51,14 @@ class AlphaPruning(Allocation):
         if not 0 <= self.epsilon < 1:
             raise InputError(f"`AlphaPruning.epsilon` must be in [0, 1), got {self.epsilon}.")
 
-    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
+    def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
         """Returns the mean exponent of the block's linears."""
         fits = [power_law_exponent(eigenvalues(weight_OI)) for weight_OI in weights.values()]
         exponents = [exponent for exponent in fits if exponent is not None]
         if not exponents:
             raise InputError(
                 "`pruning.allocation` AlphaPruning must find a spectrum in every block, got one where the singular "
-                f"values of {', '.join(weights)} are all equal or all 0; use another allocation."
+                f"values of {', '.join(weights)} are all equal or all 0. Use another allocation."
             )
         return sum(exponents) / len(exponents)
 
@@ -68,22 +68,22 @@ class AlphaPruning(Allocation):
         return [sparsity * multiplier * len(multipliers) / sum(multipliers) for multiplier in multipliers]
 
     def shifted_rates(self, raw_rates: Sequence[float], amount: float) -> list[float]:
-        """Returns ``raw_rates`` times the factor 1 + ``amount``, which is at least 0."""
+        """Returns ``raw_rates`` times 1 + ``amount``, or times 0 if that is negative."""
         return [rate * max(1 + amount, 0.0) for rate in raw_rates]
 
 
 @torch.no_grad()
 def eigenvalues(weight_OI: Tensor) -> np.ndarray:
-    """Returns the positive eigenvalues of W^T W, rising: the squared singular values of W.
+    """Returns the positive eigenvalues of W^T W (squared singular values of W) in ascending order.
 
-    [[3, 0, 0], [0, 4, 0]] has [9, 16].
+    Those of [[3, 0, 0], [0, 4, 0]] are [9, 16].
     """
-    # The Gram matrix of the smaller side in float64 is exact to 1e-8 over a range of 1e9. A float32 singular value
-    # decomposition costs as much or more and is exact to 1e-4; a float32 Gram matrix loses the small eigenvalues
-    # altogether, and with them the bins of the histogram.
+    # The float64 Gram matrix of the smaller side is exact to 1e-8 over a range of 1e9. A float32 singular value
+    # decomposition is exact to 1e-4 and no cheaper; a float32 Gram matrix loses the small eigenvalues altogether,
+    # which shifts the bins of the histogram.
     short_KI = weight_OI.double() if weight_OI.shape[0] <= weight_OI.shape[1] else weight_OI.double().T
     eigenvalues_N = torch.linalg.eigvalsh(short_KI @ short_KI.T).cpu().numpy()
-    # the tolerance of numpy's matrix_rank: what is below it is rounding error of an eigenvalue that is 0
+    # the tolerance of numpy's matrix_rank: smaller values are rounding errors of eigenvalues that are 0
     return eigenvalues_N[eigenvalues_N > max(weight_OI.shape) * np.finfo(np.float64).eps * eigenvalues_N[-1]]
 
 
@@ -99,7 +99,7 @@ def power_law_exponent(eigenvalues_N: np.ndarray) -> float | None:
         eigenvalues_N: Positive, in ascending order.
 
     Returns:
-        alpha, or None with fewer than two eigenvalues, or if all of them are equal from the peak up.
+        alpha, or None if there are fewer than two eigenvalues or all from the peak up are equal.
     """
     if len(eigenvalues_N) < 2:
         return None

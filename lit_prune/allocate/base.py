@@ -1,7 +1,7 @@
-"""The interface of an allocation, and the bisection that brings its rates to the budget within their bounds.
+"""The interface of allocations, and the bisection that makes their rates meet the budget within bounds.
 
 An allocation scores one block at a time (:meth:`Allocation.score`), then turns all scores into raw rates
-(:meth:`Allocation.raw_rates`). None of the papers' rules keeps its rates inside [0, 1]; :func:`meet_budget` does that
+(:meth:`Allocation.raw_rates`). The papers' rules do not keep their rates inside [0, 1]; :func:`meet_budget` does it
 for all of them. An allocation that searches improves the rates afterwards (:meth:`Allocation.refine`).
 """
 
@@ -24,11 +24,11 @@ TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class Refined:
-    """The result of a search for better rates.
+    """The rates after a search, with details of it.
 
     Attributes:
         rates: The rate of each block.
-        details: JSON-serialisable entries for the report; empty if nothing was searched.
+        details: JSON-serialisable entries for the report; empty if the allocation does not search.
     """
 
     rates: list[float]
@@ -39,7 +39,7 @@ class Allocation(ABC):
     """A rule that spreads the sparsity over the blocks: a score per block, and rates from the scores.
 
     Attributes:
-        needs: The statistics that :meth:`score` reads, of those in ``lit_prune.calibration.stream``.
+        needs: The kinds of statistics that :meth:`score` reads, from ``lit_prune.calibration.statistics``.
         searches: Whether :meth:`refine` measures other rates and returns better ones.
     """
 
@@ -47,12 +47,12 @@ class Allocation(ABC):
     searches: ClassVar[bool] = False
 
     @abstractmethod
-    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
+    def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
         """Returns the score of one block.
 
         Args:
             weights: The prunable weights by linear, each (out, in).
-            observed: The block's statistics, those named in ``needs``.
+            statistics: The block's statistics, those named in ``needs``.
         """
 
     @abstractmethod
@@ -66,20 +66,20 @@ class Allocation(ABC):
         """
         return [rate + amount for rate in raw_rates]
 
-    def check(  # noqa: B027 (most have nothing to check)
+    def check(  # noqa: B027 (most allocations have nothing to check)
         self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float
     ) -> None:
         """Raises InputError if the settings do not fit the model.
 
         Args:
             sizes: Number of prunable weights of each block.
-            sparsity: Target mean.
+            sparsity: Target mean of the rates.
             lower: Lower bound of each block's rate.
             upper: Upper bound of every rate.
         """
 
     def is_uniform(self) -> bool:
-        """Returns whether every block gets the same rate, whatever its score."""
+        """Returns whether every block gets the same rate regardless of its score."""
         return False
 
     def floor(self, sparsity: float) -> float:
@@ -87,13 +87,13 @@ class Allocation(ABC):
         return 0.0
 
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
-        """Returns better rates of the same mean if the allocation searches, see :attr:`searches`; else ``rates``.
+        """Returns better rates of the same mean, or ``rates`` if the allocation does not search (:attr:`searches`).
 
         Args:
-            rates: Rates from the scores, which meet the budget and which the method supports.
+            rates: Rates from the scores, already on the budget and rounded to what the method supports.
             limits: Bounds of the rates.
             trial: Measures the model's loss under given rates.
-            key: Everything the measured losses depend on, JSON-serialisable.
+            key: Everything that measured losses depend on, JSON-serialisable.
         """
         return Refined(list(rates))
 
@@ -115,7 +115,7 @@ def allocate(
         scores: One score per block.
         sparsity: Target mean, in [0, 1).
         sizes: Number of prunable weights of each block.
-        present: Share of each block's weights that is zero already; its rate never falls below it.
+        present: Share of each block's weights that is already zero, a lower bound of its rate.
         min_rate: Lower bound of every rate.
         max_rate: Upper bound of every rate.
 
@@ -142,7 +142,7 @@ def meet_budget(
     Adding to ``[0.2, 1.2]`` for a target of 0.7 and an upper bound of 0.9 gives ``[0.5, 0.9]``.
 
     Args:
-        shifted_rates: Rates as a function of the amount they are shifted by, each of them non-decreasing.
+        shifted_rates: Rates as a non-decreasing function of the amount that they are shifted by.
         target: Mean of the rates, weighted by ``sizes``.
         sizes: Number of prunable weights of each block.
         lower: Lower bound of each block's rate.
@@ -155,8 +155,8 @@ def meet_budget(
     least, most = weighted_mean(lower, sizes), weighted_mean(upper_by_block, sizes)
     if not least - TOLERANCE <= target <= most + TOLERANCE:
         raise InputError(
-            f"`pruning.sparsity` must be between {least:.4g} and {most:.4g}, which is what `pruning.min_rate`, "
-            "`pruning.max_rate`, the method, the allocation's floor and the weights that are pruned already allow, "
+            f"`pruning.sparsity` must be between {least:.4g} and {most:.4g}, the range that `pruning.min_rate`, "
+            "`pruning.max_rate`, the method, the allocation's floor and already pruned weights allow, "
             f"got {target:.4g}."
         )
 
@@ -167,17 +167,17 @@ def meet_budget(
     def mean(amount: float) -> float:
         return weighted_mean(clipped(amount), sizes)
 
-    # the target may miss [least, most] by a rounding error, and then no amount would reach it
+    # a target outside [least, most] by a rounding error would be reached by no amount
     return clipped(_bisect(mean, min(max(target, least), most)))
 
 
 def _bisect(mean: Callable[[float], float], target: float) -> float:
     """Returns the amount at which the non-decreasing ``mean`` reaches ``target``."""
-    reach = 1.0
-    while mean(-reach) > target or mean(reach) < target:
-        reach *= 2
-    below, above = -reach, reach
-    for _ in range(100):  # a float64 has 53 bits of mantissa: more than enough whatever the reach
+    bound = 1.0
+    while mean(-bound) > target or mean(bound) < target:
+        bound *= 2
+    below, above = -bound, bound
+    for _ in range(100):  # more than the 53 bits of a float64's mantissa
         middle = (below + above) / 2
         if mean(middle) < target:
             below = middle
@@ -192,7 +192,7 @@ def weighted_mean(values: Sequence[float], sizes: Sequence[int]) -> float:
 
 
 def min_max(values: Sequence[float]) -> list[float]:
-    """Returns ``values`` mapped linearly to [0, 1]; equal values all give 0."""
+    """Returns ``values`` mapped linearly to [0, 1], or all 0 if they are equal."""
     low, high = min(values), max(values)
     return [(value - low) / (high - low) if high > low else 0.0 for value in values]
 

@@ -1,4 +1,4 @@
-"""The budget of a cut: bounds of the rates, and a sparsity of all parameters as one of the pruned linears."""
+"""The budget of a cut: bounds of the rates, and conversion of a sparsity of all parameters to one of the linears."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Limits:
         lower: Lower bound of each block's rate.
         upper: Upper bound of every rate, except where a block's lower bound exceeds it.
         target: Mean of the rates, weighted by ``sizes``.
-        current_sparsity: Share of all units that is pruned already.
-        slack: How far an earlier cut may have exceeded its target because of rounding.
+        current_sparsity: Share of all units that is already pruned.
+        slack: Share by which an earlier cut may have exceeded its target because of rounding.
     """
 
     sizes: list[int]
@@ -39,7 +39,7 @@ class Limits:
 
     @property
     def effective_target(self) -> float:
-        """The target, or the current sparsity if that exceeds the target by no more than the slack."""
+        """The target, or the current sparsity if it exceeds the target by at most the slack."""
         exceeded = self.current_sparsity - self.slack <= self.target < self.current_sparsity
         return self.current_sparsity if exceeded else self.target
 
@@ -64,21 +64,21 @@ def sparsity_of_linears(
         blocks: Its blocks, with the linears to prune.
         lower: Lower bound of each block's rate.
         upper: Upper bound of every rate, except where a block's lower bound exceeds it.
-        slack: Share of the linears by which the zeros that are there may exceed the target.
+        slack: Share of the linears' weights by which existing zeros may exceed the target.
 
     Raises:
         InputError: if no rates within the bounds give that share.
     """
     zero, total = zeros(model.parameters())
-    zero_within, within = zeros(linear.weight_OI for block in blocks for linear in block.linears.values())
-    outside = zero - zero_within
-    least = (sum(low * block.size for low, block in zip(lower, blocks, strict=True)) + outside) / total
-    most = (sum(max(low, upper) * block.size for low, block in zip(lower, blocks, strict=True)) + outside) / total
-    if not least - slack * within / total - TOLERANCE <= share <= most + TOLERANCE:
+    linear_zeros, in_linears = zeros(linear.weight_OI for block in blocks for linear in block.linears.values())
+    zeros_outside = zero - linear_zeros
+    least = (sum(low * block.size for low, block in zip(lower, blocks, strict=True)) + zeros_outside) / total
+    most = (sum(max(low, upper) * block.size for low, block in zip(lower, blocks, strict=True)) + zeros_outside) / total
+    if not least - slack * in_linears / total - TOLERANCE <= share <= most + TOLERANCE:
         raise InputError(
             f"`pruning.sparsity` must be between {math.ceil(least * 1e4) / 1e4:g} and {math.floor(most * 1e4) / 1e4:g} "
-            f"of all parameters with `pruning.budget: parameters`: the linears to prune are {within / total:.1%} of "
-            f"them, within what `pruning.min_rate`, `pruning.max_rate`, the method and the weights that are pruned "
-            f"already allow; got {share:g}."
+            f"of all parameters with `pruning.budget: parameters`, as `pruning.min_rate`, `pruning.max_rate`, "
+            "the method and already pruned weights allow for the linears to prune, which are "
+            f"{in_linears / total:.1%} of them, got {share:g}."
         )
-    return min(max((share * total - outside) / within, 0.0), 1.0)
+    return min(max((share * total - zeros_outside) / in_linears, 0.0), 1.0)

@@ -26,9 +26,9 @@ class DLP(Allocation):
 
     Args:
         alpha: Half of the range between the largest and the smallest rate.
-        statistic: Reduction of A to one number per block. `median` is the paper's; the authors' released code takes
-            `mean` on its main path, which is clearly worse; `max`, `sum`, `std` and `var` are its other options. For
-            an even number of entries the median is the lower of the two in the middle.
+        statistic: Reduction of A to one number per block. The paper uses `median`; the authors' released code uses
+            `mean` on its main path, which is clearly worse, and offers `max`, `sum`, `std` and `var`. The median of an
+            even number of entries is the lower of the two in the middle.
 
     Raises:
         InputError: if `alpha` is not in [0, 0.5], or if every block's statistic is zero.
@@ -43,9 +43,9 @@ class DLP(Allocation):
         if not 0 <= self.alpha <= 0.5:
             raise InputError(f"`DLP.alpha` must be in [0, 0.5], got {self.alpha}.")
 
-    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
+    def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
         """Returns U_b over the weights that are not pruned; 0 for a block without any."""
-        metric = metric_of(weights, observed.norms)
+        metric = metric_of(weights, statistics.norms)
         pruned = sum(weight.numel() - int(torch.count_nonzero(weight)) for weight in weights.values())
         if pruned == metric.numel():
             return 0.0
@@ -60,8 +60,8 @@ class DLP(Allocation):
         total = sum(scores)
         if total == 0:
             raise InputError(
-                "`pruning.allocation` DLP found a score of 0 in every block: nothing distinguishes them. Calibrate on "
-                "other text, or use Uniform."
+                "`pruning.allocation` DLP found a score of 0 in every block, so nothing distinguishes them. Calibrate "
+                "on other text, or use Uniform."
             )
         densities = [2 * self.alpha * share for share in min_max([1 - score / total for score in scores])]
         return rates_from_densities(densities, sparsity)
@@ -75,5 +75,5 @@ def _median_above(values: Tensor, ignored: int) -> float:
     middle = ignored + (values.numel() - ignored - 1) // 2
     if values.device.type != "cpu":
         return float(values.kthvalue(middle + 1).values)
-    values.numpy().partition(middle)  # in place, several times as fast as torch's kthvalue on a CPU
+    values.numpy().partition(middle)  # in place, and several times as fast as kthvalue on a CPU
     return float(values[middle])

@@ -23,7 +23,7 @@ class LayerRedundancy(Allocation):
     LR = [0.8, 0.9, 1.0] at sparsity 0.5 and base 0.2 gives rates [0.2, 0.5, 0.8].
 
     Args:
-        base: Lower bound of every rate; null takes half of the sparsity. A base equal to the sparsity is uniform.
+        base: Lower bound of every rate; null is half of the sparsity. A base equal to the sparsity gives uniform rates.
 
     Raises:
         InputError: if `base` is not in [0, 1), or is above the sparsity.
@@ -41,21 +41,21 @@ class LayerRedundancy(Allocation):
         """Raises InputError if the base is above the sparsity."""
         if self.base is not None and self.base > sparsity:
             raise InputError(
-                f"`LayerRedundancy.base` must be at most what `pruning.sparsity` comes to, {sparsity:.4g}, got "
-                f"{self.base}; null takes half of it."
+                f"`LayerRedundancy.base` must be at most the mean sparsity of the blocks, {sparsity:.4g}, got "
+                f"{self.base}. Use null for half of it."
             )
 
     def floor(self, sparsity: float) -> float:
         """Returns the base."""
         return sparsity / 2 if self.base is None else self.base
 
-    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
+    def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
         """Returns LR_b."""
-        assert observed.cosine is not None
-        return observed.cosine
+        assert statistics.cosine is not None
+        return statistics.cosine
 
     def raw_rates(self, scores: Sequence[float], sparsity: float) -> list[float]:
-        """Returns the paper's slice pattern."""
+        """Returns the paper's rates, or equal rates if all blocks have the same score."""
         redundancy, base = min_max(scores), self.floor(sparsity)
         mean = sum(redundancy) / len(redundancy)
         if mean == 0:

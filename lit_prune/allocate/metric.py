@@ -8,7 +8,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def metric_of(weights: dict[str, Tensor], norms: dict[str, Tensor]) -> Tensor:
-    """Returns A of all entries of all linears together, flat, in the order of ``weights``, float32.
+    """Returns A for every weight of all linears as one flat float32 tensor, in the order of ``weights``.
 
     [[1, -2]] under norms [3, 4] gives [3, 8].
 
@@ -17,7 +17,7 @@ def metric_of(weights: dict[str, Tensor], norms: dict[str, Tensor]) -> Tensor:
         norms: ||X_j|| by linear, each (in,).
     """
     first = next(iter(weights.values()))
-    # one buffer filled in place: concatenating would hold a block's metric twice
+    # filled in place, since concatenating would hold the metric of a block twice
     metric = torch.empty(sum(weight.numel() for weight in weights.values()), device=first.device)
     begin = 0
     for name, weight_OI in weights.items():

@@ -43,11 +43,11 @@ class OWL(Allocation):
         if not 0 <= self.lam <= 0.5:
             raise InputError(f"`OWL.lam` must be in [0, 0.5], got {self.lam}.")
 
-    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
+    def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
         """Returns D_b over the weights that are not pruned; 0 for a block without any."""
         unpruned = sum(int(torch.count_nonzero(weight)) for weight in weights.values())
-        metric = metric_of(weights, observed.norms)  # 0 where a weight is pruned: not in the sum, not an outlier
-        # float64: a float32 sum of the tens of millions of entries of a large block is off in its fourth digit
+        metric = metric_of(weights, statistics.norms)  # 0 where a weight is pruned: not in the sum, not an outlier
+        # a float32 sum of the tens of millions of entries of a large block is wrong in its fourth digit
         mean = float(metric.sum(dtype=torch.float64)) / max(unpruned, 1)
         return int(torch.count_nonzero(metric > self.threshold * mean)) / max(unpruned, 1)
 

@@ -27,8 +27,8 @@ class Plan(Allocation):
         path: The file.
 
     Raises:
-        InputError: if the file does not exist or is no such mapping, names a block that the model does not have or
-            leaves one out, or if the mean of its rates differs from the sparsity.
+        InputError: if the file does not exist or is not such a mapping, has a block that the model does not have, lacks
+            one that it has, or if the mean of the rates differs from the sparsity.
     """
 
     path: str
@@ -77,11 +77,12 @@ class Plan(Allocation):
         mean = weighted_mean([planned[block] for block in range(blocks)], sizes)
         if abs(mean - sparsity) > MEAN_TOLERANCE:
             raise InputError(
-                f"`Plan.path`: the rates in {self.path} have a mean of {mean:.6g}, `pruning.sparsity` comes to "
-                f"{sparsity:.6g}; edit the plan, or pass `--pruning.sparsity {mean:.6g} --pruning.budget linears`."
+                f"`Plan.path`: the mean of the rates in {self.path} must be the mean sparsity of "
+                f"the blocks, {sparsity:.6g}, got {mean:.6g}. Edit the plan, or pass "
+                f"`--pruning.sparsity {mean:.6g} --pruning.budget linears`."
             )
 
-    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
+    def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
         """Returns 1: a plan needs no scores."""
         return 1.0
 

@@ -1,4 +1,4 @@
-"""Search: rates found by measuring, after EvoPress (ICML 2025, arXiv 2410.14649); see ``search/evolution.py``."""
+"""Search: rates with a low measured loss, after EvoPress (ICML 2025, arXiv 2410.14649); see ``search/evolution.py``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from lit_prune.progress import counted, log
-from lit_prune.search.evolution import Evolution, Moved, Rounds, Space
-from lit_prune.search.losses import Measured
+from lit_prune.search.evolution import Evolution, Point, Rounds, Space
+from lit_prune.search.losses import MeasuredLosses
 from lit_prune.search.trial import Trial
 
-IDLE = 20  # generations in a row without a new measurement, after which the search ends: all moves are measured
+IDLE = 20  # generations without a new measurement, after which all moves are taken as measured
 BROKEN = (
     "`calibration`: the loss under the rates of `Search.start` is NaN or infinity; the weights are broken, or "
     "`model.dtype` is too small for them (try float32 or bfloat16)."
@@ -31,33 +31,34 @@ BROKEN = (
 @final
 @dataclass(frozen=True)
 class Search(Allocation):
-    """Starts from the rates of another allocation, measures others of the same mean, and keeps those of lower loss.
+    """Starts from the rates of another allocation and searches for rates of the same mean that give a lower loss.
 
     The loss is the mean cross entropy of the next token on calibration windows. A generation makes `offspring` by
     moving budget between blocks, measures each on `first` windows, and the best `survivors` and their parent on `final`
     windows; the best of these is the next parent. Every measurement updates an estimate of each block's cost, which
-    guides the moves. If the last parent is no better than the start on `final` further windows, the start is returned.
+    guides the moves. If the last parent is no better than the start on `final` windows drawn for this
+    comparison, the start is returned.
 
-    Between pruned blocks of one size at [0.5, 0.5] a step of 0.02 makes [0.48, 0.52].
+    For two blocks of one size at [0.5, 0.5], a move of step 0.02 gives [0.48, 0.52].
 
     Args:
-        start: The allocation that gives the initial rates; null is DLP.
+        start: The allocation of the initial rates; null is DLP.
         evaluations: Maximum number of passes of one calibration window through the whole model, including those of a
             stopped search that is resumed.
-        minutes: Time limit of this run; null has none.
-        step: The budget that a move takes from one block and gives to another, as a share of a block of mean size,
-            rounded to whole steps of the pattern or the slices. A move of 0.02 of 1,000 weights is 20.
+        minutes: Time limit of this run; null is no limit.
+        step: The budget that a move shifts from one block to another, as a share of a block of mean size, rounded to
+            the granularity of the pattern or the slices. A step of 0.02 of 1,000 weights is 20 weights.
         offspring: Candidates per generation.
         survivors: Candidates that are compared with their parent.
         first: Number of windows on which every candidate is measured.
         final: Number of windows on which the survivors are measured.
         seed: Random seed.
-        state: File with all measurements, written after every generation and when the search is stopped; a search that
-            finds the file continues from it. A larger number of evaluations continues a search that had ended.
+        state: File with all measurements, written after every generation and when the search is interrupted. If it
+            exists, the search resumes from it; with more evaluations, a finished search continues.
 
     Raises:
-        InputError: for settings out of their range, a start that is itself a search, a state that does not fit, or
-            too few evaluations for one generation.
+        InputError: for settings out of range, a start that is itself a search, a state of another search, or too few
+            evaluations for one generation.
     """
 
     start: Allocation | None = None
@@ -84,20 +85,21 @@ class Search(Allocation):
         for name, most in (("first", self.final), ("survivors", self.offspring), ("final", None), ("offspring", None)):
             value = getattr(self, name)
             if value < 1 or (most is not None and value > most):
-                above = "" if most is None else f" and at most {most}, of which they are some"
+                limit = {"first": "final", "survivors": "offspring"}.get(name)
+                above = "" if most is None else f" and at most {most}, as `Search.{limit}`"
                 raise InputError(f"`Search.{name}` must be at least 1{above}, got {value}.")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"`Search.minutes` must be above 0, or null, got {self.minutes}.")
         least = self.rounds.evaluations + 2 * self.final
         if self.evaluations < least:
             raise InputError(
-                f"`Search.evaluations` must be at least {least}, which one generation of {self.offspring} takes with "
-                f"the comparison of start and end, got {self.evaluations}."
+                f"`Search.evaluations` must be at least {least}, for one generation of {self.offspring} and the final "
+                f"comparison with the start, got {self.evaluations}."
             )
 
     @property
     def rule(self) -> Allocation:
-        """The allocation that gives the initial rates."""
+        """The allocation of the initial rates, never None."""
         assert self.start is not None
         return self.start
 
@@ -111,9 +113,9 @@ class Search(Allocation):
         """The statistics that the start needs."""
         return self.rule.needs
 
-    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
+    def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
         """Returns the start's score."""
-        return self.rule.score(weights, observed)
+        return self.rule.score(weights, statistics)
 
     def raw_rates(self, scores: Sequence[float], sparsity: float) -> list[float]:
         """Returns the start's raw rates."""
@@ -124,92 +126,92 @@ class Search(Allocation):
         return self.rule.shifted_rates(raw_rates, amount)
 
     def floor(self, sparsity: float) -> float:
-        """Returns the start's floor, which holds for the search too."""
+        """Returns the start's floor, which also bounds the search."""
         return self.rule.floor(sparsity)
 
     def check(self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float) -> None:
         """Raises InputError if the start does not fit the model, or if the state belongs to another search."""
         self.rule.check(sizes, sparsity, lower, upper)
-        Measured(self.state).fit(self._settings() | {"sizes": list(sizes)})
+        MeasuredLosses(self.state).check_key(self._settings() | {"sizes": list(sizes)})
 
     def _settings(self) -> dict[str, Any]:
-        """Returns the settings that determine the candidates; limits of evaluations and time only end a search."""
+        """The settings that determine the candidates; limits of evaluations and time only end a search."""
         names = ("step", "offspring", "survivors", "first", "final", "seed")
         return {"start": repr(self.start)} | {name: getattr(self, name) for name in names}
 
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
-        """Returns the best rates, and the details of the search."""
+        """Returns the best rates that were measured, and the details of the search."""
         lower = [max(low, self.floor(limits.target)) for low in limits.lower]
         upper = [max(limits.upper, low) for low in lower]
         space = Space(list(rates), limits.sizes, trial.granularity, lower, upper, self.step)
         bounds = {"lower": lower, "upper": upper, "rates at the start": [round(rate, 4) for rate in rates]}
         key = {**key, **self._settings(), "sizes": limits.sizes, **bounds}
-        measured = Measured(self.state)
-        measured.fit(key)
+        measured = MeasuredLosses(self.state)
+        measured.check_key(key)
         with counted(self.evaluations, "Searching rates") as report:
             return _Run(self, space, trial, measured, report).run(key)
 
 
-class _Spent(Exception):
-    """Raised when the evaluations or the minutes are used up."""
+class _LimitReached(Exception):
+    """Raised to end the search when the evaluations or the minutes are used up."""
 
 
 class _Run:
-    """The state of one search: its limits, its measurements and its population."""
+    """One search: its limits, its measurements and its evolution."""
 
     def __init__(
-        self, search: Search, space: Space, trial: Trial, measured: Measured, report: Callable[[int, str], None]
+        self, search: Search, space: Space, trial: Trial, measured: MeasuredLosses, report: Callable[[int, str], None]
     ) -> None:
         self.search, self.space, self.trial, self.measured, self.report = search, space, trial, measured, report
-        self.used: set[tuple[Moved, int]] = set()
+        self.evaluated: set[tuple[Point, int]] = set()
         self.limit, self.end = search.evaluations, math.inf
         windows = len(trial.tokens)
         self.evolution = Evolution(space, search.rounds, windows, self.loss, search.seed)
-        self.closing = random.Random(search.seed).sample(range(windows), self.evolution.rounds.final)
+        self.comparison = random.Random(search.seed).sample(range(windows), self.evolution.rounds.final)
         self.generations = 0
 
     def run(self, key: Mapping[str, Any]) -> Refined:
-        """Searches until a limit is reached and returns the result; saves the state and logs it when interrupted."""
+        """Searches until a limit is reached and returns the result; the state is saved even if it is interrupted."""
         try:
-            before = self.loss(self.space.origin, self.closing)
+            before = self.loss(self.space.origin, self.comparison)
             if not math.isfinite(before):
                 raise InputError(BROKEN)
             self._evolve(key, before)
-            after = self.loss(self.evolution.best, self.closing)
+            after = self.loss(self.evolution.best, self.comparison)
         except KeyboardInterrupt:
-            log(f"Search stopped after {len(self.used)} evaluations; {self._state_message()}.")
+            log(f"Search stopped after {len(self.evaluated)} evaluations; {self._state_message()}.")
             raise
         finally:
             self._save(key)
         return self._refined(before, after)
 
     def _evolve(self, key: Mapping[str, Any], before: float) -> None:
-        """Runs generations until evaluations or minutes are used up, reserving those of the closing comparison."""
-        begin, idle, used = time.monotonic(), 0, 0
-        self.limit -= len(self.closing)
+        """Runs generations until a limit is reached, reserving the evaluations of the final comparison."""
+        begin, idle, evaluated = time.monotonic(), 0, 0
+        self.limit -= len(self.comparison)
         self.end = begin + 60 * (self.search.minutes or math.inf)
-        with suppress(_Spent):
+        with suppress(_LimitReached):
             while idle < IDLE and self.evolution.generation():
                 self.generations += 1
-                idle, used = (idle + 1 if len(self.used) == used else 0), len(self.used)
+                idle, evaluated = (idle + 1 if len(self.evaluated) == evaluated else 0), len(self.evaluated)
                 self._save(key)
         self.limit, self.end = self.search.evaluations, math.inf
 
-    def loss(self, moved: Moved, windows: Sequence[int]) -> float:
-        """Returns the mean loss over the predicted tokens of some windows, from the measurements where possible."""
+    def loss(self, point: Point, windows: Sequence[int]) -> float:
+        """Returns the mean loss over the predicted tokens of some windows, reusing measurements."""
         tokens = [self.trial.tokens[window] for window in windows]
-        losses = [self._measure(moved, window) for window in windows]
+        losses = [self._measure(point, window) for window in windows]
         return sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
 
-    def _measure(self, moved: Moved, window: int) -> float:
-        measurement = (moved, window)
-        if measurement not in self.used:
-            if len(self.used) >= self.limit or time.monotonic() >= self.end:
-                raise _Spent
+    def _measure(self, point: Point, window: int) -> float:
+        measurement = (point, window)
+        if measurement not in self.evaluated:
+            if len(self.evaluated) >= self.limit or time.monotonic() >= self.end:
+                raise _LimitReached
             if measurement not in self.measured.losses:
-                self.measured.losses[measurement] = self.trial.loss(self.space.rates(moved), window)
-            self.used.add(measurement)
-            self.report(len(self.used), "")
+                self.measured.losses[measurement] = self.trial.loss(self.space.rates(point), window)
+            self.evaluated.add(measurement)
+            self.report(len(self.evaluated), "")
         return self.measured.losses[measurement]
 
     def _save(self, key: Mapping[str, Any]) -> None:
@@ -223,9 +225,9 @@ class _Run:
     def _refined(self, before: float, after: float) -> Refined:
         better = after < before
         details = {
-            "evaluations": len(self.used),
+            "evaluations": len(self.evaluated),
             "generations": self.generations,
-            "windows": len(self.closing),
+            "windows": len(self.comparison),
             "loss_start": before,
             "loss_end": after if better else before,
         }

@@ -21,7 +21,7 @@ class Uniform(Allocation):
         """Returns True."""
         return True
 
-    def score(self, weights: dict[str, Tensor], observed: BlockStatistics) -> float:
+    def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
         """Returns 1."""
         return 1.0
 

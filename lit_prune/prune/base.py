@@ -22,7 +22,7 @@ from lit_prune.models.families import Block
 from lit_prune.progress import track
 from lit_prune.prune.patterns import Pattern, Unstructured
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
-from lit_prune.search.trial import Trial, moved
+from lit_prune.search.trial import Trial, model_on_device
 
 Propagate = Literal["dense", "pruned"]
 
@@ -254,7 +254,7 @@ class MaskMethod(Method):
             return weights
 
         granularity = [self.pattern.grain(block.size) for block in blocks]
-        with moved(model, device), mask_cache(blocks, pruned) as cache:
+        with model_on_device(model, device), mask_cache(blocks, pruned) as cache:
             yield MaskedTrial(model, batches, cache, granularity)
 
     def _rates_of_linears(self, block: Block, rate: float) -> dict[str, float]:

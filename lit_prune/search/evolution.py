@@ -1,10 +1,9 @@
-"""An evolutionary search of rates that learns which blocks are costly. It deals with rates and a loss, not with models.
+"""An evolutionary search for rates that learns which blocks are costly to prune; it knows a loss function, no models.
 
-After EvoPress (ICML 2025, arXiv 2410.14649): the offspring of the best rates differ from them by moves of budget
-between blocks; they are measured on few calibration windows, the survivors and their parent on more, and the best of
-these is the next parent. EvoPress draws the blocks of a move uniformly. Here every measurement also corrects an
-estimate of what a block's budget costs, and moves go, by tournament, from costly blocks to cheap ones: see
-:class:`Evolution`.
+After EvoPress (ICML 2025, arXiv 2410.14649): offspring differ from the best rates by moves of budget between blocks.
+All are measured on a few calibration windows, the survivors and their parent on more, and the best of these is the next
+parent. EvoPress draws the blocks of a move uniformly. Here every measurement also corrects an estimate of the cost of
+pruning each block, and a tournament moves budget from costly blocks to cheap ones: see :class:`Evolution`.
 """
 
 from __future__ import annotations
@@ -14,28 +13,28 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-Moved = tuple[int, ...]
-Loss = Callable[[Moved, Sequence[int]], float]
+Point = tuple[int, ...]
+Loss = Callable[[Point, Sequence[int]], float]
 TOLERANCE = 1e-9
-CONTENDERS = 3  # of a tournament, and at most half of the blocks
-LEARNED = 0.5  # share of an estimate's error that one measurement corrects
-ATTEMPTS = 1000  # at offspring that the bounds allow
+CONTENDERS = 3  # blocks in a tournament, but at most half of all
+LEARNING_RATE = 0.5  # share of an estimate's error that one measurement corrects
+ATTEMPTS = 1000  # random draws for the offspring of a generation
 
 
 @dataclass(frozen=True)
 class Space:
-    """The rates that can be reached from those at the start by moves of budget between blocks.
+    """The rates that can be reached from the start by moves of budget between blocks.
 
-    A point of the space is one whole number a block, the budget that was moved to it in the unit of ``sizes``. The
-    numbers add up to 0, so that the mean of the rates, weighted by the sizes, does not change: for blocks of 100 and 50
-    weights at [0.5, 0.5], (10, -10) gives [0.6, 0.3].
+    A point of the space has one integer per block: the units of ``sizes`` that were added to its budget. They add up to
+    0, so that the mean of the rates, weighted by the sizes, does not change: for blocks of 100 and 50 weights at
+    [0.5, 0.5], the point (10, -10) has the rates [0.6, 0.3].
 
     Attributes:
         start: The rate of each block at the start.
         sizes: Number of units that each block has.
-        granularity: Number of units by multiples of which the budget of each block can change.
-        lower: Least rate of each block.
-        upper: Largest rate of each block.
+        granularity: Number of units of which every change of a block's budget is a multiple.
+        lower: Lower bound of each block's rate.
+        upper: Upper bound of each block's rate.
         step: Budget of one move, as a share of the mean size.
     """
 
@@ -47,22 +46,22 @@ class Space:
     step: float
 
     @property
-    def origin(self) -> Moved:
-        """The point at which nothing is moved."""
+    def origin(self) -> Point:
+        """The point of the start, where nothing is moved."""
         return (0,) * len(self.start)
 
-    def rates(self, moved: Moved) -> list[float]:
-        """Returns the rates at the point ``moved``."""
-        return [rate + part / size for rate, part, size in zip(self.start, moved, self.sizes, strict=True)]
+    def rates(self, point: Point) -> list[float]:
+        """Returns the rates at ``point``."""
+        return [rate + part / size for rate, part, size in zip(self.start, point, self.sizes, strict=True)]
 
     def amount(self, one: int, other: int) -> int:
-        """Returns the budget of a move between two blocks: of what both can change by, the nearest to the step."""
+        """Returns the budget of a move between two blocks: the multiple of both granularities nearest to the step."""
         common = math.lcm(self.granularity[one], self.granularity[other])
         return common * max(round(self.step * sum(self.sizes) / len(self.sizes) / common), 1)
 
-    def allows(self, moved: Moved) -> bool:
-        """Returns whether the rates are within their bounds."""
-        bounds = zip(self.rates(moved), self.lower, self.upper, strict=True)
+    def allows(self, point: Point) -> bool:
+        """Returns whether the rates at ``point`` are within their bounds."""
+        bounds = zip(self.rates(point), self.lower, self.upper, strict=True)
         return all(low - TOLERANCE <= rate <= high + TOLERANCE for rate, low, high in bounds)
 
 
@@ -73,8 +72,8 @@ class Rounds:
     Attributes:
         offspring: Number of candidates.
         survivors: Number of candidates that are compared with their parent.
-        first: Number of windows that all candidates are measured on.
-        final: Number of windows that the survivors and their parent are measured on, the first ones among them.
+        first: Number of windows on which all candidates are measured.
+        final: Number of windows, including the first ones, on which the survivors and their parent are measured.
     """
 
     offspring: int
@@ -83,31 +82,31 @@ class Rounds:
     final: int
 
     def within(self, windows: int) -> Rounds:
-        """Returns the same, with no more than ``windows`` windows."""
+        """Returns the rounds limited to ``windows`` windows."""
         final = min(self.final, windows)
         return Rounds(self.offspring, self.survivors, min(self.first, final), final)
 
     @property
     def evaluations(self) -> int:
-        """The largest number of measurements that a generation takes, of one candidate on one window each."""
+        """The maximum number of measurements in a generation, each of one candidate on one window."""
         return self.offspring * self.first + self.survivors * (self.final - self.first) + self.final
 
 
 class Evolution:
-    """An evolution: the best rates, and an estimate of what the budget of each block costs.
+    """The state of an evolution: the best rates, and an estimate of the cost of pruning each block.
 
-    ``costs`` estimates by how much the loss rises when a block is pruned by one step more. A candidate that moves d_b
+    ``costs`` estimates the rise of the loss when a block is pruned by one more step. A candidate that moves d_b
     steps is expected to change the loss by sum_b costs_b d_b; half of the error of this estimate corrects the costs
     along d (the normalised least-mean-squares rule): with d = (1, -1), +0.4 measured and 0 expected, the costs become
     (0.1, -0.1). A move takes budget from the costliest of three random blocks and gives it to the cheapest of three
-    others, so that it still explores.
+    others; the random choice keeps the search exploring.
 
     Args:
         space: The rates that can be reached.
         rounds: The sizes of a generation.
         windows: Number of calibration windows; each generation draws some of them.
-        loss: Mean loss at a point of the space over some windows, by their indices. It is called again for points that
-            it has measured, and should remember them.
+        loss: Function of a point and of the indices of some windows that returns the mean loss. It should cache its
+            results, since it is called again for the same points.
         seed: Seed of all random draws; the same losses give the same search.
     """
 
@@ -118,23 +117,23 @@ class Evolution:
         self.costs = [0.0] * len(space.start)
 
     def generation(self) -> bool:
-        """Replaces the best by better offspring, if there are any; returns False if no other rates can be reached."""
+        """Replaces the best rates by better offspring; returns False if no other rates can be reached."""
         offspring = self._offspring()
         if not offspring:
             return False
         windows = self.draw.sample(range(self.windows), self.rounds.final)
-        few, parent = windows[: self.rounds.first], self.best
-        before = self.loss(parent, few)
-        losses = [self.loss(child, few) for child in offspring]
+        first_windows, parent = windows[: self.rounds.first], self.best
+        before = self.loss(parent, first_windows)
+        losses = [self.loss(child, first_windows) for child in offspring]
         for child, loss in zip(offspring, losses, strict=True):
             self._learn(child, loss - before)
         ranked = sorted(range(len(offspring)), key=losses.__getitem__)
         rivals = [parent, *(offspring[index] for index in ranked[: self.rounds.survivors])]
-        self.best = min(rivals, key=lambda moved: self.loss(moved, windows))
+        self.best = min(rivals, key=lambda point: self.loss(point, windows))
         return True
 
-    def _offspring(self) -> list[Moved]:
-        children: dict[Moved, None] = {}
+    def _offspring(self) -> list[Point]:
+        children: dict[Point, None] = {}
         for _ in range(ATTEMPTS):
             child = self._child()
             if child != self.best:
@@ -143,31 +142,31 @@ class Evolution:
                 break
         return list(children)
 
-    def _child(self) -> Moved:
-        """The best rates after one or more moves of budget, up to a third as many as there are blocks."""
-        moved, blocks = self.best, range(len(self.best))
+    def _child(self) -> Point:
+        """The best rates after one or more random moves, at most a third of the number of blocks."""
+        point, blocks = self.best, range(len(self.best))
         if len(blocks) < 2:
-            return moved
+            return point
         for _ in range(self.draw.randint(1, max(len(blocks) // 3, 1))):
             costly = max(self._drawn(blocks), key=self.costs.__getitem__)
             cheap = min(self._drawn(block for block in blocks if block != costly), key=self.costs.__getitem__)
             amount = self.space.amount(costly, cheap)
-            parts = list(moved)
+            parts = list(point)
             parts[costly] -= amount
             parts[cheap] += amount
             if self.space.allows(tuple(parts)):
-                moved = tuple(parts)
-        return moved
+                point = tuple(parts)
+        return point
 
     def _drawn(self, blocks: Iterable[int]) -> list[int]:
         return self.draw.sample(list(blocks), max(min(CONTENDERS, len(self.best) // 2), 1))
 
-    def _learn(self, child: Moved, rise: float) -> None:
-        """Corrects the costs by the difference between the losses of a child and its parent."""
+    def _learn(self, child: Point, rise: float) -> None:
+        """Corrects the costs by the rise of the loss from a parent to its child."""
         if not math.isfinite(rise):
             return
         unit = self.space.step * sum(self.space.sizes) / len(self.space.sizes)
         steps = [(part - before) / unit for part, before in zip(child, self.best, strict=True)]
         expected = sum(cost * step for cost, step in zip(self.costs, steps, strict=True))
-        correction = LEARNED * (rise - expected) / sum(step * step for step in steps)
+        correction = LEARNING_RATE * (rise - expected) / sum(step * step for step in steps)
         self.costs = [cost + correction * step for cost, step in zip(self.costs, steps, strict=True)]

@@ -1,8 +1,8 @@
-"""The losses that a search has measured, in a file from which an interrupted search continues.
+"""The measured losses of a search, in a file from which an interrupted search resumes.
 
-A search draws by a seed, so that the same losses lead it the same way: it starts again from its beginning, reads the
-losses in the file instead of measuring them, and measures from where they end. The file is JSON; its key identifies
-the model, the text and the settings that the losses belong to.
+A search is deterministic given its seed and the losses. A resumed search therefore starts from the beginning, takes the
+losses from the file, and measures only those that are not in it. The file is JSON; its key identifies the model, the
+text and the settings that the losses belong to.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from lit_prune.errors import InputError
 from lit_prune.files import write_text
-from lit_prune.search.evolution import Moved
+from lit_prune.search.evolution import Point
 
-DIGEST = 64  # letters of a SHA-256, which people cannot read
+DIGEST = 64  # length of a SHA-256, which is not worth printing
 CHANGE = "choose another file by `--pruning.allocation.state FILE`"
 
 
-class Measured:
-    """Losses by point of the space and by window.
+class MeasuredLosses:
+    """The losses by point of the search space and window.
 
     Args:
         path: The file; None keeps the losses in memory.
@@ -33,7 +33,7 @@ class Measured:
     def __init__(self, path: str | None) -> None:
         self.path = None if path is None else Path(path)
         self.key: dict[str, Any] | None = None
-        self.losses: dict[tuple[Moved, int], float] = {}
+        self.losses: dict[tuple[Point, int], float] = {}
         self._saved = 0
         if self.path is None:
             return
@@ -53,16 +53,16 @@ class Measured:
             raise InputError(f"`Search.state` must be a file that a search wrote, {path} is not; {CHANGE}.") from error
         self._saved = len(self.losses)
 
-    def fit(self, key: Mapping[str, Any]) -> None:
-        """Refuses losses of another ``key``, which may be a part of the whole one; a file without losses fits any.
+    def check_key(self, key: Mapping[str, Any]) -> None:
+        """Checks that the losses belong to the search of ``key``, which may have only some of the entries.
 
         Raises:
-            InputError: if the keys differ, with what differs.
+            InputError: if entries differ from those of the file, with the differences.
         """
-        now = json.loads(json.dumps(key))
+        expected = json.loads(json.dumps(key))  # as it would be in the file: tuples become lists
         if self.key is None:
             return
-        differing = [_differs(name, self.key.get(name), value) for name, value in now.items()]
+        differing = [_difference(name, self.key.get(name), value) for name, value in expected.items()]
         if differences := [text for text in differing if text]:
             raise InputError(
                 f"`Search.state` must be of the same search, {self.path} is of another: {'; '.join(differences)}. "
@@ -70,7 +70,7 @@ class Measured:
             )
 
     def save(self, key: Mapping[str, Any], rates: list[float]) -> None:
-        """Writes the file, if there are new losses; ``rates`` are the best ones, for people to read."""
+        """Writes the file if there are new losses; ``rates``, the best so far, are only for people to read."""
         if self.path is None or len(self.losses) == self._saved:
             return
         losses = [[window, loss, list(moved)] for (moved, window), loss in self.losses.items()]
@@ -79,12 +79,12 @@ class Measured:
         self._saved = len(self.losses)
 
 
-def _differs(name: str, then: Any, now: Any) -> str:
-    """The difference of two values in words; empty if they are equal."""
+def _difference(name: str, then: Any, now: Any) -> str:
+    """The difference of two values as text, empty if they are equal."""
     if then == now:
         return ""
     if isinstance(now, dict) and isinstance(then, dict):
-        return "; ".join(filter(None, (_differs(f"{name} {part}", then.get(part), now.get(part)) for part in now)))
+        return "; ".join(filter(None, (_difference(f"{name} {part}", then.get(part), now.get(part)) for part in now)))
     if (isinstance(now, str) and len(now) == DIGEST) or isinstance(now, list):
         return f"other {name}"
     return f"`{name}` {then}, now {now}"

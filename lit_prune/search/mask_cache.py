@@ -1,6 +1,6 @@
-"""Masked weights of every block at several levels of sparsity, computed once, cached on disk and swapped in.
+"""A cache on disk of the masked weights of every block at several levels of sparsity.
 
-Suffixes: O out, I in, N entries of a weight, K those that are kept.
+Suffixes: O out, I in, K weights that are kept.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ DENSE = "dense"
 
 
 class MaskCache:
-    """The weights of blocks at all rates that were asked for, in a folder.
+    """The weights of blocks at all rates requested so far, in a folder.
 
-    A level is the number of weights that a block loses. It is computed from the dense weights when it is first asked
-    for. The file of a level has one bit for every weight, whether it is kept, and the kept weights only if they differ
-    from the dense ones, as those of SparseGPT do: an eighth of a byte a weight, for SparseGPT at 0.7 in float32 1.3
-    bytes. Files are memory-mapped, so that memory does not grow with the levels.
+    A level is the number of pruned weights of a block. It is computed from the dense weights on its first request. Its
+    file has one bit per weight for the mask, and the kept weights only if they differ from the dense ones, as those of
+    SparseGPT do. This is an eighth of a byte per weight, or 1.3 bytes for SparseGPT at 0.7 in float32. Files are
+    memory-mapped, so that memory does not grow with the number of levels.
 
     Args:
         blocks: The blocks, dense.
-        cut: Returns the weights of a dense block at a rate, by linear.
+        cut: Function of a dense block and a rate that returns the pruned weights by linear.
         folder: Folder of the files.
     """
 
@@ -47,7 +47,7 @@ class MaskCache:
             save_file(weights, self._file(block, DENSE))
 
     def take(self, rates: Sequence[float]) -> None:
-        """Gives every block the weights of its rate; blocks that have them already are left alone."""
+        """Gives every block the weights of its rate, writing only blocks whose level changes."""
         for block, rate in zip(self.blocks, rates, strict=True):
             level = str(round(rate * block.size))
             if self.levels[block.index] == level:
@@ -81,7 +81,7 @@ class MaskCache:
         return load_file(self._file(block, DENSE))
 
     def _write(self, block: Block, level: str, weights: Weights) -> None:
-        # an interrupt before all linears are written must not leave a block that restore() takes for dense
+        # if an interrupt comes before all linears are written, restore() must not mistake the block for a dense one
         self.levels[block.index] = "half written"
         for name, weight_OI in weights.items():
             block.linears[name].write(weight_OI)
@@ -92,7 +92,7 @@ class MaskCache:
 
 
 def _rebuilt(stored: Weights, name: str, dense_OI: Tensor) -> Tensor:
-    """The weight of a linear at a level."""
+    """The weight of a linear at a level, from its mask and its new values, if there are any."""
     keep_OI = unpack_bits(stored[f"keep.{name}"], dense_OI.shape)
     new_K = stored.get(f"new.{name}")
     if new_K is None:
@@ -116,7 +116,7 @@ class MaskedTrial(Trial):
 
 @contextmanager
 def mask_cache(blocks: Sequence[Block], cut: Cut) -> Iterator[MaskCache]:
-    """Gives a mask cache in a temporary folder (under `TMPDIR`); at the end the blocks are dense again."""
+    """Yields a mask cache in a temporary folder (under `TMPDIR`); after the context the blocks are dense again."""
     with TemporaryDirectory(prefix="lit_prune-levels-") as folder:
         cache = MaskCache(blocks, cut, Path(folder))
         try:

@@ -1,4 +1,4 @@
-"""A trial: the loss of a model under rates that it is not pruned by yet.
+"""Trials: the loss that a model would have if it were pruned at given rates.
 
 Suffixes: T tokens of one window.
 """
@@ -19,15 +19,15 @@ from lit_prune.evaluation.perplexity import negative_log_likelihood
 
 
 class Trial(ABC):
-    """A model that can take on any rates, and be restored.
+    """A model that can temporarily be pruned at any rates.
 
     Args:
         model: The causal LM, in eval mode, on one device.
-        batches: The calibration batches; every row that predicts a token is a window.
+        batches: The calibration batches; every row with at least one predicted token is a window.
 
     Attributes:
         tokens: Number of tokens that each window predicts.
-        granularity: Number of units, of those that rates are a share of, by multiples of which each block can change.
+        granularity: For each block, the number of units (weights or dimensions) of which every change is a multiple.
     """
 
     granularity: Sequence[int]
@@ -41,7 +41,7 @@ class Trial(ABC):
 
     @abstractmethod
     def take(self, rates: Sequence[float]) -> None:
-        """Gives the model the weights, exactly or nearly, that a cut by ``rates``, one a block, would leave."""
+        """Gives the model the weights, or close to those, that a cut with one of ``rates`` per block would leave."""
 
     @torch.no_grad()
     def loss(self, rates: Sequence[float], window: int) -> float:
@@ -57,7 +57,7 @@ class Trial(ABC):
 
 
 def _rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The windows of a batch, one by one, with the attention masks of those that have padding."""
+    """The windows of a batch, each with its attention mask, or None if it has no padding."""
     ids, masks = batch["input_ids"], batch.get("attention_mask")
     for index in range(len(ids)):
         mask_1T = None if masks is None else masks[index : index + 1]
@@ -71,13 +71,13 @@ def _predicted(ids_1T: Tensor, mask_1T: Tensor | None) -> int:
 
 
 @contextmanager
-def moved(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Moves the whole ``model`` to ``device`` for as long as the context lasts."""
-    before = model.device
-    if before != device:
+def model_on_device(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Moves the whole ``model`` to ``device`` for the context, then back."""
+    original_device = model.device
+    if original_device != device:
         model.to(device)  # type: ignore[arg-type]
     try:
         yield
     finally:
-        if before != device:
-            model.to(before)  # type: ignore[arg-type]
+        if original_device != device:
+            model.to(original_device)  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ from lit_prune.models.modeling_sliced import (
 from lit_prune.models.structure import add_structure
 from lit_prune.progress import log, track
 from lit_prune.prune.base import Method, Propagate
-from lit_prune.search.trial import Trial, moved
+from lit_prune.search.trial import Trial, model_on_device
 from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
 from lit_prune.slice.sizes import check_multiple, sizes_from_rates, slices
 from lit_prune.slice.sliceable import check_sliceable
@@ -133,7 +133,7 @@ class Slicing(Method):
         copied = find_blocks(rotated)
         stream = Stream(rotated, copied, batches, device)
         self._slice(rotated, copied, stream, [full] * (len(copied) + 1), device, "Rotating blocks")
-        with moved(rotated, device):
+        with model_on_device(rotated, device):
             yield SlicedTrial(rotated, batches, [self.multiple] * len(blocks), lambda rates: self._widths(rates, full))
 
     def _widths(self, rates: Sequence[float], full: int) -> list[int]:

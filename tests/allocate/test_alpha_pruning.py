@@ -56,7 +56,7 @@ def test_score_is_the_mean_over_the_linears_that_have_a_spectrum() -> None:
 
 
 def test_a_block_without_a_spectrum_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"got one where the singular values of q, k are all equal or all 0; use anot"):
+    with pytest.raises(InputError, match=r"got one where the singular values of q, k are all equal or all 0. Use anot"):
         AlphaPruning().score({"q": torch.eye(4), "k": torch.zeros(2, 2)}, BlockStatistics())
 
 

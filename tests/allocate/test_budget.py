@@ -77,7 +77,7 @@ def test_a_later_cut(batches: list[torch.Tensor], model: PreTrainedModel) -> Non
 def test_a_share_that_cannot_be_reached_says_what_can(batches: list[torch.Tensor], model: PreTrainedModel) -> None:
     within, total = counts(model)
     most = f"{(0.99 * within + PADDING) / total:.6f}"[:6]
-    message = rf"must be between 0.0013 and {most} of all parameters with .*: the linears to prune are 91.0% of them"
+    message = rf"must be between 0.0013 and {most} of all parameters with .* linears to prune, which are 91.0% of them"
     with pytest.raises(InputError, match=message):
         prune(model, batches, Recipe(sparsity=0.95, budget="parameters"))
     prune(model, batches, Recipe(Magnitude(), float(most), Uniform(), budget="parameters"))

@@ -23,6 +23,6 @@ def test_layer_redundancy_never_falls_below_its_base() -> None:
 
 def test_layer_redundancy_base_above_the_sparsity_is_refused() -> None:
     with pytest.raises(
-        InputError, match=r"`LayerRedundancy.base` must be at most what `pruning.sparsity` comes to, 0.3, got"
+        InputError, match=r"`LayerRedundancy.base` must be at most the mean sparsity of the blocks, 0.3, got"
     ):
         LayerRedundancy(base=0.4).check([1, 1], 0.3, [0, 0], 0.99)

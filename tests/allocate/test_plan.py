@@ -27,7 +27,7 @@ def test_plan_is_followed(tmp_path: Path) -> None:
         ("0: 0.95\n1: 0.05\n", r"the rate of block 0 must be between 0 .* and 0.9 .*got 0.95"),
         (
             "0: 0.2\n1: 0.6\n",
-            r"mean of 0.4, `pruning.sparsity` comes to 0.5; edit the plan, or pass `--pruning.sparsity 0.4 --prun",
+            r"must be the mean sparsity of the blocks, 0.5, got 0.4. Edit the plan, or pass `--pruning.sparsity 0.4",
         ),
     ],
 )

@@ -179,7 +179,7 @@ def test_a_state_is_asked_before_the_model_runs(
         (lambda: Search(offspring=0), "`Search.survivors` must be at least 1 and at most 0"),
         (lambda: Search(survivors=9), "`Search.survivors` must be at least 1 and at most 8, .*got 9"),
         (lambda: Search(survivors=0), "`Search.survivors` must be at least 1 and at most 8, .*got 0"),
-        (lambda: Search(first=3), "`Search.first` must be at least 1 and at most 2, of which they are some, got 3"),
+        (lambda: Search(first=3), "`Search.first` must be at least 1 and at most 2, as `Search.final`, got 3"),
         (lambda: Search(first=0, final=0), "`Search.first` must be at least 1"),
         (lambda: Search(minutes=0), "`Search.minutes` must be above 0, or null, got 0"),
         (lambda: Search(evaluations=15), "`Search.evaluations` must be at least 16, .* 8 .*got 15"),
@@ -193,7 +193,7 @@ def test_settings_out_of_range(make: Callable[[], Search], message: str) -> None
 def test_it_is_its_start_until_it_searches(batches: list[torch.Tensor], tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
     plan.write_text("0: 0.4\n1: 0.5\n2: 0.7\n")
-    with pytest.raises(InputError, match="`Plan.path`: the rates in .* have a mean of 0.533"):
+    with pytest.raises(InputError, match="`Plan.path`: the mean of the rates in .* must be .* got 0.533"):
         score(small_model(), batches, Recipe(Wanda(), 0.5, Search(Plan(str(plan)))))
     assert Search(OWL()).needs == OWL.needs
     assert Search().start == DLP()

@@ -241,7 +241,11 @@ def test_a_chat_needs_a_template(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("verb", "args", "told"),
     [
-        ("score", ["--tasks", "ends"], "`tasks` must be left out for score, which asks none: use `lit-prune evaluate`"),
+        (
+            "score",
+            ["--tasks", "ends"],
+            "`tasks` must be left out for score, which evaluates none: use `lit-prune evaluate`",
+        ),
         ("evaluate", [f"--tasks={SHIPPED}", "--lm_eval.chat=true"], "`lm_eval.chat` must be false for a tokenizer"),
         ("evaluate", [], "`tasks` must be given, such as `--tasks arc_easy,piqa`, got none"),
         ("fit", ["--tasks=no.yaml"], "`tasks` must be names or YAML files that exist, got no.yaml"),

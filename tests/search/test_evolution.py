@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lit_prune.allocate.base import weighted_mean
 from lit_prune.search import evolution
-from lit_prune.search.evolution import Evolution, Moved, Rounds, Space
+from lit_prune.search.evolution import Evolution, Point, Rounds, Space
 
 ROUNDS = Rounds(offspring=8, survivors=2, first=1, final=2)
 BEST = [0.3, 0.7, 0.5, 0.6, 0.4, 0.5, 0.8, 0.2]
@@ -30,7 +30,7 @@ def space(start: Sequence[float] = (0.5,) * 8, **fields: object) -> Space:
 def bowl(where: Space) -> evolution.Loss:
     """A loss that is least, 0, at BEST; each window weighs the blocks in another way."""
 
-    def loss(moved: Moved, windows: Sequence[int]) -> float:
+    def loss(moved: Point, windows: Sequence[int]) -> float:
         errors = [(rate - best) ** 2 for rate, best in zip(where.rates(moved), BEST, strict=True)]
         weighted = [
             (1 + 0.2 * math.sin(block + 3 * window)) * errors[block] for window in windows for block in range(8)
@@ -62,10 +62,10 @@ def test_what_it_learns_of_the_blocks_makes_it_faster(monkeypatch: pytest.Monkey
 
 
 def test_costs_by_hand() -> None:
-    children: list[Moved] = []
+    children: list[Point] = []
     rises = iter([0.4, math.inf])
 
-    def loss(moved: Moved, windows: Sequence[int]) -> float:
+    def loss(moved: Point, windows: Sequence[int]) -> float:
         if moved == (0, 0):
             return 0.0
         if not children or len(windows) == 1:
@@ -83,9 +83,9 @@ def test_costs_by_hand() -> None:
 
 
 def test_moves_go_from_costly_blocks_to_cheap_ones() -> None:
-    children: list[Moved] = []
+    children: list[Point] = []
 
-    def loss(moved: Moved, windows: Sequence[int]) -> float:
+    def loss(moved: Point, windows: Sequence[int]) -> float:
         if moved == space().origin:
             return 0.0
         if len(windows) == 1:
@@ -103,9 +103,9 @@ def test_moves_go_from_costly_blocks_to_cheap_ones() -> None:
 
 
 def test_the_parent_is_measured_on_the_windows_of_its_rivals() -> None:
-    seen: list[tuple[Moved, tuple[int, ...]]] = []
+    seen: list[tuple[Point, tuple[int, ...]]] = []
 
-    def loss(moved: Moved, windows: Sequence[int]) -> float:
+    def loss(moved: Point, windows: Sequence[int]) -> float:
         seen.append((moved, tuple(windows)))
         return float(sum(moved[:4]))
 
@@ -126,7 +126,7 @@ def test_the_parent_is_measured_on_the_windows_of_its_rivals() -> None:
 
 
 def test_what_is_worse_on_more_windows_does_not_survive() -> None:
-    def loss(moved: Moved, windows: Sequence[int]) -> float:
+    def loss(moved: Point, windows: Sequence[int]) -> float:
         return 0.0 if moved == space().origin else (-1.0 if len(windows) == 1 else 1.0)
 
     assert after(5, space(), loss).best == space().origin
@@ -176,9 +176,9 @@ def spaces(draw: st.DrawFn) -> Space:
 
 @given(where=spaces(), seed=st.integers(0, 9))
 def test_budget_granularity_and_bounds_are_kept(where: Space, seed: int) -> None:
-    drawn: list[Moved] = []
+    drawn: list[Point] = []
 
-    def loss(moved: Moved, windows: Sequence[int]) -> float:
+    def loss(moved: Point, windows: Sequence[int]) -> float:
         drawn.append(moved)
         return float(moved[0] - moved[-1])
 

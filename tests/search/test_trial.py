@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.evaluation.perplexity import measure
-from lit_prune.search.trial import Trial, moved
+from lit_prune.search.trial import Trial, model_on_device
 from tests.conftest import small_model
 
 
@@ -48,9 +48,9 @@ def test_a_loss_that_is_no_number_is_infinite(batches: list[torch.Tensor]) -> No
 def test_the_model_is_moved_and_comes_back_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     model, moves = small_model(), []
     monkeypatch.setattr(model, "to", lambda device: moves.append(str(device)))
-    with moved(model, torch.device("cpu")):
+    with model_on_device(model, torch.device("cpu")):
         assert moves == []
-    with suppress(RuntimeError), moved(model, torch.device("meta")):
+    with suppress(RuntimeError), model_on_device(model, torch.device("meta")):
         assert moves == ["meta"]
         raise RuntimeError
     assert moves == ["meta", "cpu"]

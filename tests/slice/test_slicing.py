@@ -200,7 +200,7 @@ def refused(model: PreTrainedModel, batches: list[torch.Tensor], recipe: Recipe,
         ),
         (
             Recipe(Slicing(), 0.25, LayerRedundancy(base=0.3)),
-            r"`LayerRedundancy.base` must be at most what `pruning.sparsity` comes to",
+            r"`LayerRedundancy.base` must be at most the mean sparsity of the blocks",
         ),
         (
             Recipe(Slicing(multiple=5), 0.25, Uniform()),
