@@ -1,1 +1,1 @@
-"""Pruned weights, which are exactly zero: counting them, and freezing them while the others are trained."""
+"""Masks: pruned weights are exactly zero; they are counted, and frozen while the other weights are trained."""

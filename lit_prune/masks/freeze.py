@@ -1,9 +1,9 @@
 """Gradient masks: zeros stay zero in training because the gradient of a pruned weight is zero.
 
-An optimizer that computes its step from gradients and weights then leaves a pruned weight at zero: its moments stay
-zero, and weight decay takes a share of zero. The optimizer need not know of the masks.
+The optimizer need not know of the masks: without a gradient the moments of a pruned weight stay zero, and weight decay
+of a zero is zero.
 
-Of a parameter that is sharded over processes (a DTensor) each process masks its own rows. FSDP writes the reduced
+For a parameter that is sharded over processes (a DTensor), each process masks its own rows. FSDP writes the reduced
 gradient of a shard directly into ``grad``, past the tensor hooks of autograd, so a post-accumulate hook masks it there.
 """
 
@@ -27,15 +27,17 @@ class GradientMask:
     """A gradient hook of one parameter that zeroes the gradient wherever the parameter is pruned.
 
     The mask is read from the weights when the first gradient comes, not when the hook is registered: until then a
-    checkpoint may still be loaded, or the model moved. It is not read again in later steps, since a weight that was not
+    checkpoint may be loaded, or the model moved. It is not read again in later steps, since a weight that was not
     pruned may pass through zero. It takes one byte a weight, an eighth of AdamW's moments in float32.
 
     Attributes:
-        zeros: True where the parameter is pruned; of a sharded one the rows of this process; None before a gradient.
+        zeros: True where the parameter is pruned, of a sharded one this process's rows; None before a gradient.
     """
 
     def __init__(self, parameter: Tensor) -> None:
-        self.parameter = weakref.ref(parameter)  # the parameter holds this hook: a strong reference would be a cycle
+        self.parameter = weakref.ref(
+            parameter
+        )  # the parameter refers to this hook: a strong reference would be a cycle
         self.zeros: Tensor | None = None
 
     def __call__(self, grad: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class GradientMask:
         return DTensor.from_local(self.zeros, mesh, placements, shape=shape, stride=stride).full_tensor()
 
     def set_zeros(self, zeros: Tensor) -> None:
-        """Sets the mask of the whole parameter, of which a sharded one takes this process's rows."""
+        """Sets the mask from that of the whole parameter, of which a sharded one keeps this process's rows."""
         parameter = self._parameter()
         if isinstance(parameter, DTensor):
             zeros = distribute_tensor(zeros, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
@@ -78,10 +80,10 @@ class GradientMask:
 
 
 def freeze_zeros(model: PreTrainedModel) -> None:
-    """Freezes all weights of the blocks' linears that are exactly zero; called again, it reads the zeros anew.
+    """Freezes all weights of the blocks' linears that are exactly zero; a second call reads the zeros again.
 
-    It covers all linears of the blocks, not only those of the latest cut, since an earlier cut may have had other
-    `targets`. In a linear that was never pruned it freezes the few weights that happen to be zero.
+    All linears of the blocks are covered, not only those of the latest cut, since an earlier cut may have had other
+    `targets`. In a linear that was never pruned this freezes the few weights that happen to be zero.
     """
     for parameter in _trained_linears(model):
         mask = _gradient_mask(parameter)
@@ -99,9 +101,10 @@ def freezes_zeros(model: nn.Module) -> bool:
 
 
 def gradient_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the frozen zeros by parameter, as bits, without parameters that have had no gradient yet.
+    """Returns the masks of frozen zeros by parameter, as bits; parameters without a gradient so far are omitted.
 
-    A resumed run must freeze the same weights: read again, the mask would include weights just passing through zero.
+    A resumed run needs them to freeze the same weights: masks read again would include weights just passing through
+    zero.
     """
     hooks = {name: _gradient_mask(parameter) for name, parameter in model.named_parameters()}
     masks = {name: hook.full_zeros() for name, hook in hooks.items() if hook is not None}
@@ -109,7 +112,7 @@ def gradient_masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_gradient_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Sets the masks that :func:`gradient_masks` returned on ``model``, whose zeros are frozen."""
+    """Restores ``masks`` from :func:`gradient_masks` on ``model``, whose zeros must be frozen."""
     for name, bits in masks.items():
         parameter = model.get_parameter(name)
         mask = _gradient_mask(parameter)

@@ -1,4 +1,4 @@
-"""Counts of zeros in tensors, and in the linears that were pruned according to a model's record."""
+"""Counts of zeros in tensors, and in the linears that a model's record lists as pruned."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def zeros(tensors: Iterable[Tensor]) -> tuple[int, int]:
 
 
 def pruned_blocks(model: PreTrainedModel) -> list[Block]:
-    """Returns the blocks of ``model``, which has no adapter, with the linears that its record lists as pruned."""
+    """Returns the blocks of ``model``, which must have no adapter, with the linears that its record lists as pruned."""
     recipe = structure.record(model).get("recipe") or {}
     chosen = {field: recipe[field] for field in ("targets", "ignore", "blocks") if recipe.get(field)}
     return find_blocks(model, **chosen, quantised=True)
 
 
 def zero_shares(model: PreTrainedModel) -> tuple[list[float], float]:
-    """Returns the share of zeros in the pruned linears of each block, and overall; ``model`` has no adapter."""
+    """Returns the share of zeros in the pruned linears of each block and of all; ``model`` must have no adapter."""
     blocks = pruned_blocks(model)
     return [block.pruned / block.size for block in blocks], share_of_zeros(blocks)
 

@@ -1,4 +1,4 @@
-"""Dynamic slicing: the residual stream becomes narrower, by a size of its own for every block."""
+"""Dynamic slicing: every block reads a residual stream of its own, reduced width."""
 
 from lit_prune.models.modeling_sliced import register
 from lit_prune.slice.sizes import sizes_from_rates, sliced_parameters, slices
@@ -6,6 +6,6 @@ from lit_prune.slice.slicing import Slicing
 
 __all__ = ["Slicing", "sizes_from_rates", "sliced_parameters", "slices"]
 
-# A model that was made in this process is sliced, and copied by ``AutoModelForCausalLM.from_config``, without ever
-# passing ``AutoConfig.from_pretrained``, which registers the classes for those who only open folders.
+# ``AutoConfig.from_pretrained`` registers the sliced classes when a folder is opened. A model that is sliced in this
+# process, and copied by ``AutoModelForCausalLM.from_config``, never passes there.
 register()

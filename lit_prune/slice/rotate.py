@@ -1,8 +1,8 @@
-"""Fusing norms and rotating weights: what SliceGPT does to a linear (ICLR 2024, arXiv 2401.15024, section 3).
+"""Fusing of norms and rotation of weights, as in SliceGPT (ICLR 2024, arXiv 2401.15024, section 3).
 
-All of it in float64, cast back once. A rotation is given by the columns that are kept: axes_DK, D the width of the
-stream, K of its principal axes, so that a token's x_D becomes x_D @ axes_DK.
-Suffixes: N words, O rows and I columns of a weight, P positions that count, D width, K axes kept.
+Everything is computed in float64 and cast back once. A rotation is given by the K principal axes of the stream that are
+kept, the columns of axes_DK: a token's x_D becomes x_D @ axes_DK.
+Suffixes: N vocabulary, O rows and I columns of a weight, P unmasked positions, D width of the stream, K axes kept.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lit_prune import distributed
 from lit_prune.models.modeling_sliced import NormWeights, set_weight
 
-ROWS_AT_ONCE = 8192  # so that an embedding or a head is not held in float64 as a whole
+ROWS_AT_ONCE = 8192  # to avoid a float64 copy of a whole embedding or head
 
 
 class Covariance:
@@ -25,7 +25,7 @@ class Covariance:
         self.sum_DD: Tensor | None = None
 
     def update(self, x_PD: Tensor) -> None:
-        """Adds positions."""
+        """Adds the positions of a batch."""
         wide_PD = precise(x_PD)
         sum_DD = wide_PD.T @ wide_PD
         self.sum_DD = sum_DD if self.sum_DD is None else self.sum_DD.add_(sum_DD)
@@ -33,8 +33,8 @@ class Covariance:
     def principal_axes(self) -> Tensor:
         """Returns the eigenvectors as columns, largest eigenvalue first, (D, D) float64, over all processes.
 
-        An eigenvector's sign is anybody's choice; here its largest entry is positive, so that the same covariance gives
-        the same axes. Positions [[3, 0], [0, -2]] give [[1, 0], [0, 1]].
+        The sign of an eigenvector is arbitrary; its largest entry is made positive, so that equal covariances give
+        equal axes. Positions [[3, 0], [0, -2]] give [[1, 0], [0, 1]].
         """
         assert self.sum_DD is not None
         axes_DD = torch.linalg.eigh(distributed.all_reduce_sum(self.sum_DD)).eigenvectors.flip(1)
@@ -43,31 +43,31 @@ class Covariance:
 
 
 def precise(x: Tensor) -> Tensor:
-    """Returns ``x`` in float64, where it is, or on the CPU where its device has no such numbers."""
+    """Returns ``x`` in float64, on the CPU if its device has no float64."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def centred(x: Tensor) -> Tensor:
-    """Returns ``x`` without the mean over its last dimension: what a LayerNorm takes off; [1, 3] gives [-1, 1]."""
+    """Returns ``x`` minus the mean over its last dimension, as in a LayerNorm; [1, 3] gives [-1, 1]."""
     return x - x.mean(-1, keepdim=True)
 
 
 def project(x_BTD: Tensor, axes_DK: Tensor) -> Tensor:
-    """Returns the stream in the axes it keeps, in its own data type; computed in float32 at least."""
+    """Returns the stream projected onto ``axes_DK`` in its own dtype, computed in at least float32."""
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     return (x_BTD.to(wide) @ axes_DK.to(x_BTD.device, wide)).to(x_BTD.dtype)
 
 
 @torch.no_grad()
 def read_along(linear: nn.Module, norm: NormWeights, axes_IK: Tensor | None) -> None:
-    """Makes ``linear`` read a stream of other axes, the norm before it fused in, in place.
+    """Makes ``linear`` read a stream along other axes, and fuses the preceding norm into it, in place.
 
     W (scale * n(x)) + W shift + b = (W diag(scale) axes) n(x axes) + (W shift + b), for x that lies within the axes.
 
     Args:
         linear: W (O, I) and b (O).
-        norm: Scale and shift of the norm that it reads behind.
-        axes_IK: The axes that the stream keeps; None leaves them as they are.
+        norm: Scale and shift of the norm in front of it.
+        axes_IK: The axes that the stream keeps; None keeps all.
     """
     shifts, weights = [], []
     for part_OI in linear.weight.detach().split(ROWS_AT_ONCE):  # type: ignore[operator]
@@ -88,12 +88,12 @@ def read_along(linear: nn.Module, norm: NormWeights, axes_IK: Tensor | None) -> 
 
 @torch.no_grad()
 def write_along(linear: nn.Module, axes_OK: Tensor | None, *, centre: bool) -> None:
-    """Makes ``linear`` write a stream of other axes, in place: axes^T W and axes^T b.
+    """Makes ``linear`` write a stream along other axes, in place: axes^T W and axes^T b.
 
     Args:
         linear: W (O, I) and b (O).
-        axes_OK: The axes that the stream keeps; None leaves them as they are.
-        centre: First take the mean off what is written, which the LayerNorm behind it did.
+        axes_OK: The axes that the stream keeps; None keeps all.
+        centre: First subtract the mean of the output, which the LayerNorm behind it did before it was fused.
     """
     weight_OI: Tensor = precise(linear.weight.detach())  # type: ignore[operator]
     bias_O: Tensor | None = None if linear.bias is None else precise(linear.bias.detach())  # type: ignore[operator]
@@ -108,7 +108,7 @@ def write_along(linear: nn.Module, axes_OK: Tensor | None, *, centre: bool) -> N
 
 @torch.no_grad()
 def embed_along(embedding: nn.Module, axes_DK: Tensor, *, centre: bool) -> None:
-    """Makes an embedding (N, D) write a stream of other axes, in place; see :func:`write_along`."""
+    """Makes an embedding (N, D) write a stream along other axes, in place; see :func:`write_along`."""
     weight_ND: Tensor = embedding.weight.detach()  # type: ignore[operator]
     axes_DK = axes_DK.to(precise(weight_ND[:0]).device)
     parts = (precise(part) for part in weight_ND.split(ROWS_AT_ONCE))

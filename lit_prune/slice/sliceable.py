@@ -1,4 +1,4 @@
-"""Which models can be sliced, and why the others cannot."""
+"""The check that a model can be sliced, with the reason if it cannot."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lit_prune.models import structure
 from lit_prune.models.modeling_sliced import SLICED, SlicedCausalLM
 
 POST_NORM = (
-    "it norms what attention and MLP give before that is added to the residual stream, and a norm with weights does "
-    "not commute with a rotation of the stream"
+    "it normalises the outputs of attention and MLP before they are added to the residual stream, and a norm with "
+    "weights does not commute with a rotation of the stream"
 )
-SHARED = "its blocks share weights, which would need one rotation for all"
+SHARED = "its blocks share weights, which would require the same rotation for all of them"
 REASONS: dict[str, str] = {
     **dict.fromkeys(
         ("gemma2", "gemma3", "gemma3_text", "gemma3n_text", "olmo2", "olmo3", "glm4", "exaone4"),
@@ -28,18 +28,19 @@ def check_sliceable(model: PreTrainedModel) -> None:
     """Raises InputError for a model that cannot be sliced, with the reason."""
     if isinstance(model, SlicedCausalLM):
         raise InputError(
-            "`model` must not be sliced already: slices are cut once; begin from the dense model, with the whole slice."
+            "`model` must not be sliced already, a model can be sliced only once. Start from the dense model, with the "
+            "final sparsity."
         )
     _check_family(model.config)
     _check_opt(model.config)
     if getattr(model.config, "quantization_config", None) is not None:
         raise InputError(
-            "`model` must be sliced in full precision, its weights are quantised; load it unquantised, slice, and "
-            "quantise after that."
+            "`model` must be sliced in full precision, its weights are quantised. Load it unquantised, slice it, then "
+            "quantise it."
         )
     if structure.masked(model):
         raise InputError(
-            "`model` must not have masks for Slicing, a rotation fills their zeros: slice the dense model, and prune "
+            "`model` must not have masks for Slicing, a rotation fills their zeros. Slice the dense model, then prune "
             "the sliced one."
         )
     _check_shared(model)
@@ -49,7 +50,7 @@ def _check_family(config: PreTrainedConfig) -> None:
     family = config.model_type
     if family in SLICED:
         return
-    reason = REASONS.get(family, "nobody has described its norms and linears in lit_prune.models.modeling_sliced yet")
+    reason = REASONS.get(family, "its norms and linears are not described in lit_prune.models.modeling_sliced yet")
     raise InputError(
         f"`pruning.method` Slicing cannot slice the family {family!r}: {reason}. It slices "
         f"{', '.join(sorted(SLICED))}; masks, such as Wanda, work for {family!r}."
@@ -57,17 +58,17 @@ def _check_family(config: PreTrainedConfig) -> None:
 
 
 def _check_opt(config: PreTrainedConfig) -> None:
-    """OPT's odd members; the fields are its alone."""
+    """Raises InputError for variants of OPT that cannot be sliced; only OPT has these config fields."""
     for field, needed, reason in (
         ("do_layer_norm_before", True, POST_NORM),
-        ("word_embed_proj_dim", config.hidden_size, "its embedding has another width than the residual stream"),
+        ("word_embed_proj_dim", config.hidden_size, "its embedding and its residual stream have different widths"),
         ("_remove_final_layer_norm", False, "its head reads the stream without a norm"),
-        ("layerdrop", 0.0, "a block that is left out in training would leave the stream at the wrong width"),
+        ("layerdrop", 0.0, "a block that is dropped in training would leave the stream at the wrong width"),
     ):
-        found = getattr(config, field, needed)
-        if found != needed:
+        value = getattr(config, field, needed)
+        if value != needed:
             raise InputError(
-                f"`pruning.method` Slicing cannot slice this {config.model_type} ({field} = {found}): {reason}."
+                f"`pruning.method` Slicing cannot slice this {config.model_type} ({field} = {value}): {reason}."
             )
 
 

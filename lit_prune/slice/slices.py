@@ -16,23 +16,23 @@ from lit_prune.slice.sizes import slices
 @final
 @dataclass(frozen=True)
 class Slices(Structure):
-    """The widths of the residual stream, which the sliced model's config has as `slice_sizes` too.
+    """The widths of the residual stream, which are also `slice_sizes` in the config of the sliced model.
 
     Attributes:
-        sizes: The width that each block reads, and at the end the one that the head reads.
-        untied_head: Whether the head was tied to the embedding before.
+        sizes: The width that each block reads, then the width that the head reads.
+        untied_head: Whether slicing untied the head from the embedding.
     """
 
     sizes: Sequence[int]
     untied_head: bool
 
     def rebuild(self, model: PreTrainedModel) -> None:
-        """Makes a dense model a sliced one of these widths."""
+        """Turns a dense model into a sliced one of these widths; a sliced model is left unchanged."""
         if not isinstance(model, SlicedCausalLM):
             take_shape(model, self.sizes)
 
     def describe(self, model: PreTrainedModel) -> Description:
-        """Returns the widths, and the parameters of the shortcut matrices."""
+        """Returns the widths, the achieved slice and the parameters of the shortcut matrices."""
         full, widths = model.config.hidden_size, list(self.sizes[:-1])
         removed = slices(widths, full)
         achieved = sum(removed) / len(removed)

@@ -45,16 +45,16 @@ from lit_prune.slice.trial import SlicedTrial
 @final
 @dataclass(frozen=True)
 class Slicing(Method):
-    """Rotates the residual stream onto its principal axes, block by block, and drops the last of them.
+    """Rotates the residual stream onto its principal axes, block by block, and drops the least of them.
 
-    A rate is a block's slice: the share of the stream's dimensions that it does not read. A slice of 0.25 is a cut of
+    The rate of a block is the share of the stream's dimensions that it does not read. A rate of 0.25 is a share of
     dimensions, not of parameters: every block gains one or two shortcut matrices, and a tied head becomes untied.
-    Calibration runs every block once: each half of it gives its output in full width, whose axes then are found, and
-    the projection of that output on them is what the next half is given.
+    Calibration runs every block once: the output of each half of a block is computed in full width, and its projection
+    onto its own principal axes is the input of the next half.
 
     Args:
-        multiple: Every width is a multiple of this; hardware likes 8 and more.
-        slice_head: Slice what the head reads too, by the mean slice.
+        multiple: Number of which every width is a multiple; 8 and more are fast on GPUs.
+        slice_head: Also slice the input of the head, by the mean rate.
 
     Raises:
         InputError: for a multiple below 1.
@@ -74,7 +74,7 @@ class Slicing(Method):
             raise InputError(f"`Slicing.multiple` must be at least 1, got {self.multiple}.")
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:
-        """Raises InputError for a model that cannot be sliced, and widths that cannot be."""
+        """Raises InputError if the model cannot be sliced, or not by ``sparsity`` or in multiples of ``multiple``."""
         check_sliceable(model)
         width = model.config.hidden_size
         check_multiple(self.multiple, width)
@@ -85,19 +85,19 @@ class Slicing(Method):
             )
 
     def repeats(self) -> bool:
-        """Returns False: a sliced model is not sliced again."""
+        """Returns False: a model can be sliced only once."""
         return False
 
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
-        """Returns the dimensions of each block."""
+        """Returns the width of the stream for each block."""
         return [model.config.hidden_size] * len(blocks)
 
     def max_rate(self, model: PreTrainedModel) -> float:
-        """Returns the slice that leaves one multiple."""
+        """Returns the rate that leaves one multiple."""
         return 1 - self.multiple / model.config.hidden_size
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
-        """Returns the slices that are whole multiples."""
+        """Returns the rates rounded so that every width is a multiple."""
         return slices(sizes_from_rates(rates, sizes[0], self.multiple), sizes[0])
 
     def apply(
@@ -110,12 +110,12 @@ class Slicing(Method):
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> list[float]:
-        """Slices block after block; see :meth:`Method.apply`."""
+        """Slices the blocks in order and returns their rates; see :meth:`Method.apply`."""
         full, before, tied = model.config.hidden_size, parameters(model), model.config.tie_word_embeddings
         widths = self._widths(rates, full)
         self._slice(model, blocks, stream(), widths, device, "Slicing blocks")
         add_structure(model, Slices(widths, untied_head=tied))
-        _tell(model, before, tied)
+        _log_changes(model, before, tied)
         return slices(widths[:-1], full)
 
     @contextmanager
@@ -128,7 +128,7 @@ class Slicing(Method):
         device: torch.device,
         batches: Sequence[Batch],
     ) -> Iterator[Trial]:
-        """Gives a copy of ``model``, rotated at full width, which takes its memory once more; see SlicedTrial."""
+        """Yields a trial on a copy of ``model``, rotated at full width, which doubles its memory; see SlicedTrial."""
         full, rotated = model.config.hidden_size, copy.deepcopy(model)
         copied = find_blocks(rotated)
         stream = Stream(rotated, copied, batches, device)
@@ -137,7 +137,7 @@ class Slicing(Method):
             yield SlicedTrial(rotated, batches, [self.multiple] * len(blocks), lambda rates: self._widths(rates, full))
 
     def _widths(self, rates: Sequence[float], full: int) -> list[int]:
-        """The width that each block reads, and at the end the head's."""
+        """The width that each block reads, then the width that the head reads."""
         head = sizes_from_rates([sum(rates) / len(rates)], full, self.multiple)[0] if self.slice_head else full
         return [*sizes_from_rates(rates, full, self.multiple), head]
 
@@ -151,19 +151,19 @@ class Slicing(Method):
         device: torch.device,
         label: str,
     ) -> None:
-        """Rotates and slices block after block, in place."""
-        walk = _Walk(model, stream)
-        walk.embed(widths[0])
+        """Rotates and slices the blocks in order, in place."""
+        slicing_pass = _SlicingPass(model, stream)
+        slicing_pass.slice_embeddings(widths[0])
         for block, width, following in zip(track(blocks, label), widths[:-1], widths[1:], strict=True):
             with on_device(block, device, changes=True):
-                whole = block is blocks[-1] and not self.slice_head
-                walk.through(block, width, None if whole else following)
-        walk.head()
+                keeps_width = block is blocks[-1] and not self.slice_head
+                slicing_pass.slice_block(block, width, None if keeps_width else following)
+        slicing_pass.fuse_final_norm()
         convert_to_sliced(model, widths)
 
 
-class _Walk:
-    """The way through a model that is being sliced: the calibration stream, and the axes that it keeps by now."""
+class _SlicingPass:
+    """One pass through a model that is being sliced, with the calibration stream and the axes that it keeps."""
 
     def __init__(self, model: PreTrainedModel, stream: Stream) -> None:
         self.model, self.stream = model, stream
@@ -173,73 +173,73 @@ class _Walk:
         self.centre = isinstance(model.get_submodule(self.layout.final_norm), nn.LayerNorm)
         self.axes_DK: Tensor | None = None
 
-    def embed(self, width: int) -> None:
-        """Rotates and slices the embeddings, and the stream behind them."""
+    def slice_embeddings(self, width: int) -> None:
+        """Rotates and slices the embeddings and their output."""
         covariance = Covariance()
 
-        def seen(index: int, x_BTD: Tensor) -> Tensor:
+        def add_to_covariance(index: int, x_BTD: Tensor) -> Tensor:
             x_BTD = centred(x_BTD) if self.centre else x_BTD
             covariance.update(self.stream.unmasked(index, x_BTD))
             return x_BTD
 
-        self.stream.map(seen)
+        self.stream.map(add_to_covariance)
         axes_DK = covariance.principal_axes()[:, :width]
         for name in self.layout.embeddings:
             embed_along(self.model.get_submodule(name), axes_DK, centre=self.centre)
-        self._keep(axes_DK)
+        self._project(axes_DK)
 
-    def through(self, block: Block, width: int, following: int | None) -> None:
-        """Takes the stream through ``block``, which becomes a sliced layer on the way.
+    def slice_block(self, block: Block, width: int, following: int | None) -> None:
+        """Turns ``block`` into a sliced layer, and advances the stream by it.
 
         Args:
-            block: The block that the stream stands before, on the stream's device.
-            width: What the block reads.
-            following: What it writes; None writes the whole width, along the axes that it always had.
+            block: The block that the stream is in front of, on the stream's device.
+            width: Width that the block reads.
+            following: Width that it writes; None is the full width, along the original axes.
         """
         block.module.__class__ = self.layer_class
         for step in self.layout.steps:
-            self._take(block, step, following if step is self.layout.steps[-1] else width)
+            self._slice_step(block, step, following if step is self.layout.steps[-1] else width)
 
-    def _take(self, block: Block, step: Step, width: int | None) -> None:
-        """Reads along the axes of the stream, finds those of what comes out, and writes along them."""
+    def _slice_step(self, block: Block, step: Step, width: int | None) -> None:
+        """Makes a step read along the axes of the stream and write along the principal axes of its own output."""
         layer, axes_DK = block.module, self.axes_DK
         assert isinstance(layer, SlicedLayer)
         assert axes_DK is not None
         norm = replace_norm(layer, step.norm, self.full)
         for name in step.readers:
             read_along(layer.get_submodule(name), norm, axes_DK)
-        layer.set_shortcut(step, axes_DK.T)  # back to the whole width, so that all that comes out is seen
+        layer.set_shortcut(step, axes_DK.T)  # to the full width, as the axes are those of the whole output
         covariance = Covariance()
 
-        def through(index: int, x_BTK: Tensor, **kwargs: Any) -> Tensor:
+        def run_step(index: int, x_BTK: Tensor, **kwargs: Any) -> Tensor:
             y_BTD = layer.take(step, x_BTK, **kwargs)
             y_BTD = centred(y_BTD) if self.centre else y_BTD
             if width is not None:
                 covariance.update(self.stream.unmasked(index, y_BTD))
             return y_BTD
 
-        self.stream.map(through, block)
+        self.stream.map(run_step, block)
         out_DK = None if width is None else covariance.principal_axes()[:, :width]
         for name in step.writers:
             write_along(layer.get_submodule(name), out_DK, centre=self.centre)
         if out_DK is not None:
             layer.set_shortcut(step, axes_DK.T @ out_DK)
-        self._keep(out_DK)
+        self._project(out_DK)
 
-    def _keep(self, axes_DK: Tensor | None) -> None:
-        """Keeps only these axes of the stream; None keeps it as it is."""
+    def _project(self, axes_DK: Tensor | None) -> None:
+        """Projects the stream onto ``axes_DK``; None leaves it unchanged."""
         self.axes_DK = axes_DK
         if axes_DK is not None:
             self.stream.map(lambda _index, x_BTD: project(x_BTD, axes_DK))
 
-    def head(self) -> None:
-        """Fuses the last norm into the head, which gets a weight of its own."""
+    def fuse_final_norm(self) -> None:
+        """Fuses the final norm into the head, whose weight is untied from the embedding."""
         head = untied_head(self.model)
         read_along(head, replace_norm(self.model, self.layout.final_norm, self.full), self.axes_DK)
 
 
-def _tell(model: PreTrainedModel, before: int, tied: bool) -> None:
-    """Says what became of the head, and whether the model grew."""
+def _log_changes(model: PreTrainedModel, before: int, tied: bool) -> None:
+    """Logs that the head was untied, and warns if the model has grown."""
     after, head = parameters(model), model.get_output_embeddings().weight.numel()
     if tied:
         log(f"The head was tied to the embedding; a sliced model has a head of its own, {head:,} parameters more.")

@@ -1,6 +1,6 @@
-"""Trial by slices: a copy of the model, rotated once at full width, of which any widths can be looked at.
+"""Trials of slices: a copy of the model that is rotated once at full width and then run at any widths.
 
-Suffixes: N words, O rows and I columns of a weight, D full width of the stream.
+Suffixes: N vocabulary, O rows and I columns of a weight, D full width of the stream.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Whole = tuple[nn.Module, Tensor, Tensor | None]
 
 
 class SlicedTrial(Trial):
-    """A rotated model that reads and writes the leading axes of the stream alone, as many as the rates leave.
+    """A rotated model that reads and writes only the leading axes of the stream, as many as the rates leave.
 
-    That is what a sliced model with these axes computes, and at its speed: every weight is a view of the whole one.
-    The cut itself is a little better, since its axes are found behind the slices before them.
+    It computes the same as a sliced model with these axes, at the same speed: every weight is a view of the full one.
+    The actual cut is slightly better, since it computes the axes of a block from the stream of already sliced ones.
 
     Args:
-        model: A sliced model of full width, whose weights are changed.
+        model: A sliced model of full width, whose weights are replaced.
         batches: The calibration batches.
-        granularity: Number of units by multiples of which each block can change.
-        widths: Returns, for rates, the width that each block reads, and at the end the head's.
+        granularity: For each block, the number of dimensions of which every change is a multiple.
+        widths: Function of the rates that returns the width that each block reads, then that of the head.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class SlicedTrial(Trial):
         self._head = _whole(model.get_output_embeddings())
 
     def take(self, rates: Sequence[float]) -> None:
-        """Gives every part of the model its width."""
+        """Sets the width of the embeddings, every block and the head."""
         widths = self.widths(rates)
         for embedding, weight_ND, _ in self._embeddings:
             set_weight(embedding, weight_ND[:, : widths[0]])
@@ -56,7 +56,7 @@ class SlicedTrial(Trial):
 
 
 class _WholeLayer:
-    """The weights of a layer at full width, of which the layer has a part."""
+    """The full-width weights of a layer, which itself uses a part of them."""
 
     def __init__(self, layer: nn.Module) -> None:
         assert isinstance(layer, SlicedLayer)
@@ -72,7 +72,7 @@ class _WholeLayer:
         ]
 
     def take(self, width: int, following: int) -> None:
-        """Reads ``width`` axes, and writes ``following`` behind the last step."""
+        """Makes the layer read ``width`` axes and its last step write ``following``."""
         for step, readers, writers, shortcut_DD in self.steps:
             out = following if step is self.layer.layout.steps[-1] else width
             for reader in readers:

@@ -32,10 +32,12 @@ def test_the_mean_is_as_near_as_a_multiple_allows(multiple: int) -> None:
 
 def test_a_multiple_that_does_not_divide_the_width() -> None:
     with pytest.raises(
-        InputError, match=r"`Slicing.multiple` must divide the model's width of 576, got 7; near it are "
+        InputError, match=r"`Slicing.multiple` must divide the model's width of 576, got 7. The nearest divisors are "
     ):
         check_multiple(7, 576)
-    with pytest.raises(InputError, match=r"must divide the model's width of 32, got 64; near it are 8, 16, 32"):
+    with pytest.raises(
+        InputError, match=r"must divide the model's width of 32, got 64. The nearest divisors are 8, 16, 32"
+    ):
         check_multiple(64, 32)
     check_multiple(8, 576)
 

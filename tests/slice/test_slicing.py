@@ -225,10 +225,10 @@ def test_settings_out_of_range() -> None:
 @pytest.mark.parametrize(
     ("family", "reason"),
     [
-        ("gemma2", "it norms what attention and MLP give before that is added to the residual stream"),
-        ("gemma3_text", "it norms what attention and MLP give"),
-        ("gpt2", "nobody has described its norms and linears"),
-        ("mixtral", "nobody has described"),
+        ("gemma2", "it normalises the outputs of attention and MLP before they are added"),
+        ("gemma3_text", "it normalises the outputs of attention and MLP"),
+        ("gpt2", "its norms and linears are not described"),
+        ("mixtral", "not described"),
     ],
 )
 def test_families_that_cannot_be_sliced(family: str, reason: str, batches: list[torch.Tensor]) -> None:
