@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.models.modeling_sliced import SlicedCausalLM, take_shape
 from lit_prune.models.structure import Description, Structure
-from lit_prune.slice.sizes import slices
+from lit_prune.slice.sizes import rates_from_sizes
 
 
 @final
@@ -34,7 +34,7 @@ class Slices(Structure):
     def describe(self, model: PreTrainedModel) -> Description:
         """Returns the widths, the achieved slice and the parameters of the shortcut matrices."""
         full, widths = model.config.hidden_size, list(self.sizes[:-1])
-        removed = slices(widths, full)
+        removed = rates_from_sizes(widths, full)
         achieved = sum(removed) / len(removed)
         shortcuts = sum(p.numel() for name, p in model.named_parameters() if "shortcut" in name)
         span = f"{min(widths)} to {max(widths)}"

@@ -36,7 +36,7 @@ from lit_prune.progress import log, track
 from lit_prune.prune.base import Method, Propagate
 from lit_prune.search.trial import Trial, model_on_device
 from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
-from lit_prune.slice.sizes import check_multiple, sizes_from_rates, slices
+from lit_prune.slice.sizes import check_multiple, rates_from_sizes, sizes_from_rates
 from lit_prune.slice.sliceable import check_sliceable
 from lit_prune.slice.slices import Slices
 from lit_prune.slice.trial import SlicedTrial
@@ -98,7 +98,7 @@ class Slicing(Method):
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates rounded so that every width is a multiple."""
-        return slices(sizes_from_rates(rates, sizes[0], self.multiple), sizes[0])
+        return rates_from_sizes(sizes_from_rates(rates, sizes[0], self.multiple), sizes[0])
 
     def apply(
         self,
@@ -116,7 +116,7 @@ class Slicing(Method):
         self._slice(model, blocks, stream(), widths, device, "Slicing blocks")
         add_structure(model, Slices(widths, untied_head=tied))
         _log_changes(model, before, tied)
-        return slices(widths[:-1], full)
+        return rates_from_sizes(widths[:-1], full)
 
     @contextmanager
     def trial(

@@ -5,7 +5,7 @@ import pytest
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.modeling_sliced import take_shape
-from lit_prune.slice import sizes_from_rates, sliced_parameters, slices
+from lit_prune.slice import rates_from_sizes, sizes_from_rates, sliced_parameters
 from lit_prune.slice.sizes import check_multiple
 from tests.conftest import small_model
 
@@ -14,7 +14,7 @@ def test_by_hand() -> None:
     assert sizes_from_rates([0.3, 0.4], 32, 8) == [24, 16]
     assert sizes_from_rates([0.0, 0.5], 32, 8) == [32, 16]
     assert sizes_from_rates([0.25, 0.25, 0.25], 576, 8) == [432, 432, 432]
-    assert slices([24, 16], 32) == [0.25, 0.5]
+    assert rates_from_sizes([24, 16], 32) == [0.25, 0.5]
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 8])
@@ -27,7 +27,7 @@ def test_the_mean_is_as_near_as_a_multiple_allows(multiple: int) -> None:
         assert all(size % multiple == 0 and multiple <= size <= width for size in sizes)
         assert abs(sum(sizes) - sum((1 - rate) * width for rate in rates)) <= multiple / 2 + 1e-6
         assert all(abs(size - (1 - rate) * width) <= multiple for size, rate in zip(sizes, rates, strict=True))
-        assert sizes_from_rates(slices(sizes, width), width, multiple) == sizes
+        assert sizes_from_rates(rates_from_sizes(sizes, width), width, multiple) == sizes
 
 
 def test_a_multiple_that_does_not_divide_the_width() -> None:
