@@ -1,4 +1,4 @@
-"""What a method is: how the blocks of a model become smaller, by masks or otherwise."""
+"""The interface of pruning methods, and the base classes of those that set weights to zero."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ Propagate = Literal["dense", "pruned"]
 
 
 class Method(ABC):
-    """How every block of a model gives the share that its rate says.
+    """A way to remove from every block of a model the share that its rate says, by masks or otherwise.
 
     Attributes:
-        needs: The statistics that the method reads, of those in ``lit_prune.calibration.statistics``.
-        needs_text: Whether it reads calibration text in other ways, by the stream that :meth:`apply` is given.
-        propagate: `dense`: the statistics of the one pass over the unpruned model serve for scoring and pruning alike.
-            `pruned`: each block sees what the pruned blocks before it give, which takes more passes.
-        chooses_linears: Whether `targets` and `ignore` mean anything to the method.
+        needs: The kinds of statistics that the method reads, see ``lit_prune.calibration.statistics``.
+        needs_text: Whether the method reads the calibration text beyond these, from the stream of :meth:`apply`.
+        propagate: `dense`: scoring and pruning both use the statistics of one pass over the unpruned model. `pruned`:
+            a block's statistics are collected behind the blocks that are already pruned, which takes more passes.
+        chooses_linears: Whether `targets` and `ignore` apply to the method.
         makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
-        changes_shapes: Whether weights become smaller, so that the model's parameters and its speed change; such a
-            method records a ``Structure``, which reports and checkpoints read.
-        keeps_values: Whether weights that are not removed stay what they were, to the bit.
-        supports_search: Whether there is a :meth:`trial`, which an allocation that searches needs.
+        changes_shapes: Whether the method changes the shapes of weights, and with them the model's parameter count and
+            speed. Such a method records a ``Structure``, which reports and checkpoints read.
+        keeps_values: Whether weights that are not removed keep their values, bit for bit.
+        supports_search: Whether the method implements :meth:`trial`, which an allocation that searches needs.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -53,12 +53,12 @@ class Method(ABC):
     propagate: Propagate = "dense"
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
-        """Raises InputError where the method cannot take ``sparsity`` from ``model``, before anything is done to it."""
+        """Raises InputError if the method cannot prune ``model`` to ``sparsity``; ``model`` is not changed."""
 
-    def check_rates(  # noqa: B027 (most can have any rates)
+    def check_rates(  # noqa: B027 (most support any rates)
         self, blocks: Sequence[Block], allocation: Allocation, sparsity: float
     ) -> None:
-        """Raises InputError where the method cannot have the rates that ``allocation`` spreads."""
+        """Raises InputError if the method does not support the rates that ``allocation`` gives."""
 
     def repeats(self) -> bool:
         """Returns whether a model that the method has cut can be cut again, to a higher sparsity."""
@@ -66,29 +66,29 @@ class Method(ABC):
 
     @abstractmethod
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
-        """Returns the size of each block in the unit that rates are a share of: weights, dimensions, channels, blocks.
+        """Returns the size of each block in the unit of its rate: weights, dimensions, channels or blocks.
 
         `sparsity` is the mean of the rates, weighted by these sizes.
         """
 
     def current_rate(self, block: Block) -> float:
-        """Returns the share that an earlier cut has removed from ``block`` already, which counts toward its rate."""
+        """Returns the share that earlier cuts have removed from ``block``, which counts toward its rate."""
         return 0.0
 
     def max_rate(self, model: PreTrainedModel) -> float:
-        """Returns the greatest rate that a block of ``model`` can have."""
+        """Returns the largest rate that a block of ``model`` can have."""
         return 1.0
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
-        """Returns the least and the greatest rate that a block can have, of those from ``least`` to ``most``."""
+        """Returns the smallest and the largest rate between ``least`` and ``most`` that the method supports."""
         return least, most
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
-        """Returns the rates that will be given, where the method cannot give just those that were allocated."""
+        """Returns the supported rates that are closest to the allocated ``rates``."""
         return list(rates)
 
     def rounding(self, blocks: Sequence[Block]) -> float:
-        """Returns the share by which a cut may exceed the sparsity, because only some rates are possible."""
+        """Returns how far a cut may exceed the sparsity because the method supports only some rates."""
         return 0.0
 
     @abstractmethod
@@ -102,15 +102,16 @@ class Method(ABC):
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> list[float]:
-        """Cuts every block of ``model``, in place; returns the share that each has given.
+        """Prunes every block of ``model`` in place, and returns the share that has been removed from each.
 
         Args:
             model: The causal LM, in eval mode.
             blocks: Its blocks.
-            rates: The share that each block is to give.
-            statistics: Those of each block of the unpruned model that ``needs`` names, where ``propagate`` is dense.
-            device: Where a block computes.
-            stream: Returns the calibration batches as they enter the first block.
+            rates: The share to remove from each block.
+            statistics: Statistics of each block of the unpruned model; if ``propagate`` is dense, all that ``needs``
+                names.
+            device: Device on which a block computes.
+            stream: Returns a stream of the calibration batches that begins at the first block's input.
         """
 
     def trial(
@@ -122,13 +123,13 @@ class Method(ABC):
         device: torch.device,
         batches: Sequence[Batch],
     ) -> AbstractContextManager[Trial]:
-        """Gives the trial by which an allocation measures rates, the whole model on ``device``; it changes nothing.
+        """Returns a context manager that gives a trial of rates, and restores ``model`` at its end.
 
         Args:
             model: The causal LM, in eval mode.
             blocks: Its blocks.
-            statistics: Those of each block of the unpruned model that ``needs`` names, whatever ``propagate`` is.
-            device: Where the trial runs.
+            statistics: Statistics of each block of the unpruned model, all that ``needs`` names.
+            device: Device on which the whole model runs meanwhile.
             batches: The calibration batches.
         """
         raise NotImplementedError(
@@ -137,15 +138,15 @@ class Method(ABC):
 
 
 class MaskMethod(Method):
-    """A method that sets weights to zero, in all linears of one input at a time.
+    """A method that sets weights to zero; linears that share an input are pruned together.
 
-    A leaf declares `pattern` and `propagate` as fields that may be null, and null becomes the default here:
-    jsonargparse takes no instance of a leaf as the default of an argument, and carries a default that is not null over
-    to another method with an argument of that name.
+    A subclass declares `pattern` and `propagate` as fields whose default is None, which is replaced here: jsonargparse
+    accepts no instance of a subclass as a default, and when a user switches to another method that has an argument of
+    the same name, it carries over every default but None.
 
     Attributes:
-        pattern: Which entries of a weight may be zero together.
-        default_propagate: What a null ``propagate`` means.
+        pattern: The sparsity pattern: which entries of a weight may be zero together.
+        default_propagate: The value that replaces a ``propagate`` of None.
     """
 
     makes_zeros: ClassVar[bool] = True
@@ -161,18 +162,18 @@ class MaskMethod(Method):
 
     @abstractmethod
     def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:
-        """Returns pruned copies of the weights, removed entries exactly 0.
+        """Returns copies of the weights in which the removed entries are exactly 0.
 
-        Each weight loses round(numel * rate) entries, or as many of each group as the pattern says.
+        round(numel * rate) entries of each weight are removed, or as many of each group as the pattern prescribes.
 
         Args:
-            weights: Of linears that share one input (q, k, v; gate, up), each (out, in), contiguous.
-            statistics: Of that input, those that ``needs`` names, on the weights' device.
+            weights: Weights of linears that share an input (q, k, v; gate, up), each (out, in), contiguous.
+            statistics: Statistics of that input, all that ``needs`` names, on the weights' device.
             rate: Share to remove, in [0, 1].
         """
 
     def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
-        """Raises InputError where the pattern cannot have such rates, or does not fit a linear."""
+        """Raises InputError if the pattern does not support such rates or does not fit a linear."""
         columns = {
             f"{name} of block {block.index}": linear.weight_OI.shape[1]
             for block in blocks
@@ -181,21 +182,21 @@ class MaskMethod(Method):
         self.pattern.check(allocation, sparsity, columns)
 
     def repeats(self) -> bool:
-        """Returns whether the pattern allows several rates."""
+        """Returns whether weights with the pattern can be pruned further in it."""
         return self.pattern.repeats
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
-        """Returns the bounds that the pattern can have."""
+        """Returns the smallest and the largest rate between ``least`` and ``most`` that the pattern supports."""
         return self.pattern.bounds(least, most)
 
     def rounding(self, blocks: Sequence[Block]) -> float:
-        """Returns half a step of the largest block, and half a weight of every linear, as a share of all weights."""
+        """Returns half the largest granularity plus half a weight per linear, as a share of all weights."""
         sizes = [block.size for block in blocks]
-        step = max(self.pattern.grain(size) for size in sizes)
-        return (step + sum(len(block.linears) for block in blocks)) / 2 / sum(sizes)
+        granularity = max(self.pattern.granularity(size) for size in sizes)
+        return (granularity + sum(len(block.linears) for block in blocks)) / 2 / sum(sizes)
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
-        """Returns the rates that the pattern can have."""
+        """Returns the rates closest to ``rates`` that the pattern supports."""
         return self.pattern.rates(rates, sizes)
 
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
@@ -218,16 +219,19 @@ class MaskMethod(Method):
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> list[float]:
-        """Prunes block after block; see :meth:`Method.apply`."""
-        walk = stream() if self.needs and self.propagate == "pruned" else None
+        """Prunes one block after the other; see :meth:`Method.apply`."""
+        pruned_stream = stream() if self.needs and self.propagate == "pruned" else None
         for block, rate in zip(track(blocks, "Pruning blocks"), rates, strict=True):
             with on_device(block, device, changes=True):
-                taken = observe(walk, block, self.needs, advance=False) if walk else statistics[block.index]
-                for group in groups_of(block, taken, self._rates_of_linears(block, rate)):
+                if pruned_stream is None:
+                    block_statistics = statistics[block.index]
+                else:
+                    block_statistics = observe(pruned_stream, block, self.needs, advance=False)
+                for group in groups_of(block, block_statistics, self._rates_of_linears(block, rate)):
                     group.write(self.prune(group.weights, group.statistics, group.rate))
-                del taken, group  # a block's Gram matrices go before those of the next are taken
-                if walk is not None and block is not blocks[-1]:
-                    walk.run(block)
+                del block_statistics, group  # frees the Gram matrices before those of the next block are allocated
+                if pruned_stream is not None and block is not blocks[-1]:
+                    pruned_stream.run(block)
         structure.write(model, masked=True)
         return [self.current_rate(block) for block in blocks]
 
@@ -241,10 +245,10 @@ class MaskMethod(Method):
         device: torch.device,
         batches: Sequence[Batch],
     ) -> Iterator[Trial]:
-        """Gives ``model`` itself, weights of its blocks swapped in and out; see :meth:`Method.trial`.
+        """Runs ``model`` itself, with pruned weights swapped into its blocks; see :meth:`Method.trial`.
 
-        They are made from the statistics of the unpruned model, also where the cut will take those behind pruned
-        blocks: SparseGPT then needs the Gram matrices of all blocks at once (see its `propagate`).
+        They are pruned by the statistics of the unpruned model even if ``propagate`` is pruned: SparseGPT then needs
+        the Gram matrices of all blocks at once (see its `propagate`).
         """
 
         def pruned(block: Block, rate: float) -> dict[str, Tensor]:
@@ -253,15 +257,19 @@ class MaskMethod(Method):
                 weights |= zip(group.names, self.prune(group.weights, group.statistics, group.rate), strict=True)
             return weights
 
-        granularity = [self.pattern.grain(block.size) for block in blocks]
+        granularity = [self.pattern.granularity(block.size) for block in blocks]
         with model_on_device(model, device), mask_cache(blocks, pruned) as cache:
             yield MaskedTrial(model, batches, cache, granularity)
 
     def _rates_of_linears(self, block: Block, rate: float) -> dict[str, float]:
-        """Returns the rate of each linear, with mean ``rate``: linears that are sparser already keep their zeros."""
+        """Returns the rate of each linear, with mean ``rate``: if one is sparser already, the others lose less.
+
+        A pattern with groups of columns gives every linear ``rate``: of an N per linear no mean could be met exactly.
+        A linear that is sparser already keeps its zeros, and the block then exceeds ``rate``.
+        """
         sizes = {name: linear.size for name, linear in block.linears.items()}
         current = {name: linear.pruned / linear.size for name, linear in block.linears.items()}
-        # within a weight's rounding of one another they keep the same rate; groups of columns have rates of their own
+        # a linear that exceeds the rate by the rounding of one weight is not sparser: all keep the same rate
         if self.pattern.columns is not None or all(current[name] <= rate + 1 / sizes[name] for name in sizes):
             return dict.fromkeys(sizes, rate)
         lower = list(current.values())
@@ -273,13 +281,13 @@ class MaskMethod(Method):
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """The linears of a block that share one input and one rate.
+    """The linears of a block that share an input and are pruned at the same rate.
 
     Attributes:
         block: The block.
-        names: Of the linears.
-        weights: Their matrices, each (out, in), contiguous.
-        statistics: Of their input.
+        names: Names of the linears.
+        weights: Their weights, each (out, in), contiguous.
+        statistics: Statistics of their input.
         rate: Share to remove from each.
     """
 
@@ -290,13 +298,13 @@ class LinearGroup:
     rate: float
 
     def write(self, weights: Iterable[Tensor]) -> None:
-        """Puts ``weights`` in the place of the matrices."""
+        """Replaces the weights of the linears by ``weights``."""
         for name, weight_OI in zip(self.names, weights, strict=True):
             self.block.linears[name].write(weight_OI)
 
 
 def groups_of(block: Block, statistics: BlockStatistics, rates: Mapping[str, float]) -> Iterator[LinearGroup]:
-    """Yields the linears of ``block`` by the input that they share, and by their rate."""
+    """Yields the linears of ``block`` in groups that share an input and a rate."""
     for shared in statistics.groups(block.linears):
         inputs = statistics.input_of(shared[0])
         for rate in sorted({rates[name] for name in shared}):
@@ -306,10 +314,10 @@ def groups_of(block: Block, statistics: BlockStatistics, rates: Mapping[str, flo
 
 
 class ScoredMethod(MaskMethod):
-    """A mask method that gives every weight a score by itself, and removes where scores are smallest.
+    """A mask method that scores every weight on its own, and removes those with the smallest scores.
 
     Attributes:
-        by_row: Compare scores within each output row, not over the whole matrix.
+        by_row: Whether scores are compared within each output row, not over the whole matrix.
     """
 
     keeps_values: ClassVar[bool] = True
@@ -317,10 +325,10 @@ class ScoredMethod(MaskMethod):
 
     @abstractmethod
     def score(self, weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
-        """Returns the score of every entry, at least 0, fp32; larger is kept."""
+        """Returns the score of every entry, float32, at least 0; larger scores are kept."""
 
     def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:
-        """Returns each weight with its smallest scores set to 0; what is gone already goes first."""
+        """Returns each weight with the entries of the smallest scores set to 0; pruned entries stay 0 and count."""
         pruned = []
         for weight_OI in weights:
             score_OI = self.score(weight_OI, statistics).masked_fill(weight_OI == 0, -1)

@@ -15,7 +15,7 @@ from lit_prune.prune.patterns import Pattern
 @final
 @dataclass(frozen=True)
 class Magnitude(ScoredMethod):
-    """Removes the smallest |W| of each whole matrix; uses no activations.
+    """Removes the smallest |W| of each matrix as a whole; uses no activations.
 
     Half of [[1, -2, 3], [4, -5, 6]] leaves [[0, 0, 0], [4, -5, 6]].
 

@@ -20,7 +20,7 @@ from lit_prune.errors import InputError
 from lit_prune.prune.patterns import Pattern
 
 TOLERANCE = 1e-6
-FITS = 1e-4  # of a sparsity that a user typed, such as 0.333 for 1 of 3
+SPARSITY_TOLERANCE = 1e-4  # for a sparsity that a user rounded, such as 0.3333 where 2 of 3 stay
 
 
 @final
@@ -29,15 +29,16 @@ class NofM(Pattern):
     """Keeps the ``n`` largest scores of every ``m`` consecutive input columns.
 
     2 of 4 of [[1, 2, 3, 4, 8, 7, 6, 5]] leaves [[0, 0, 3, 4, 8, 7, 0, 0]]; the sparsity is 1 - n / m everywhere.
-    A group with fewer than ``n`` unpruned weights keeps those.
+    A group that has fewer than ``n`` unpruned weights keeps all of them, so a weight that was pruned before in another
+    pattern can end up sparser than 1 - n / m.
 
     Args:
         n: Columns of each group that stay.
         m: Columns of a group.
 
     Raises:
-        InputError: if `m` is below 2, or `n` not in 1 to m; before the cut, for a sparsity other than 1 - n / m, for an
-            allocation that is not uniform, and for a linear whose columns `m` does not divide.
+        InputError: if `m` is below 2, or `n` is not in 1 to m; before the cut, for a sparsity other than 1 - n / m, for
+            an allocation that is not uniform, and for a linear whose number of columns is not a multiple of `m`.
     """
 
     n: int = 2
@@ -48,7 +49,9 @@ class NofM(Pattern):
     def __post_init__(self) -> None:
         _check_group("NofM", self.m)
         if not 1 <= self.n <= self.m:
-            raise InputError(f"`NofM.n` must be between 1 and m, {self.m}, the number that stays, got {self.n}.")
+            raise InputError(
+                f"`NofM.n` must be between 1 and m, {self.m}, the columns of a group that stay, got {self.n}."
+            )
 
     @property
     def columns(self) -> int:
@@ -69,18 +72,18 @@ class NofM(Pattern):
                 f"block, got {name}: pass `--pruning.allocation Uniform`, or `--pruning.method.pattern MixedNofM`, "
                 f"where {name} decides how many of every M each block keeps."
             )
-        if abs(sparsity - self.rate) > FITS:
+        if abs(sparsity - self.rate) > SPARSITY_TOLERANCE:
             raise InputError(
                 f"`pruning.sparsity` must be {self.rate:.6g} of the linears for the pattern NofM, which keeps "
                 f"{self.n} of every {self.m}, got {sparsity:.6g}: pass `--pruning.sparsity {self.rate:.6g}`"
-                f"{self._other(sparsity)}."
+                f"{self._hint(sparsity)}."
             )
         _check_columns("NofM", self.m, columns)
 
-    def _other(self, sparsity: float) -> str:
-        """Returns the hint of the n that gives the sparsity, if there is one."""
+    def _hint(self, sparsity: float) -> str:
+        """Returns a hint at the n that gives ``sparsity``; empty if none does."""
         n = round(self.m * (1 - sparsity))
-        fits = 1 <= n <= self.m and abs(1 - n / self.m - sparsity) <= FITS
+        fits = 1 <= n <= self.m and abs(1 - n / self.m - sparsity) <= SPARSITY_TOLERANCE
         return f", or `--pruning.method.pattern.n {n}`" if fits else ""
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
@@ -89,7 +92,7 @@ class NofM(Pattern):
 
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:
         """Returns the mask, see :class:`NofM`; ``by_row`` is ignored, as scores are compared within a group."""
-        if abs(rate - self.rate) > FITS:
+        if abs(rate - self.rate) > SPARSITY_TOLERANCE:
             raise InputError(f"`rate` must be {self.rate:.6g} for {self}, got {rate}.")
         return _largest_of_groups(score_OI, self.n, self.m)
 
@@ -100,13 +103,15 @@ class MixedNofM(Pattern):
     """Keeps N of every ``m`` consecutive input columns, N chosen for each block by its rate.
 
     Rates [0.3, 0.45, 0.75] with m = 8 remove 2.4, 3.6 and 6 of 8: rounded to [2, 4, 6] of 8, their sum is exact.
+    All linears of a block have the same N. A group that has fewer than N unpruned weights keeps all of them: a model
+    that was pruned before in another pattern ends up sparser than its rates, and the report shows by how much.
 
     Args:
         m: Columns of a group.
 
     Raises:
         InputError: if `m` is below 2; before the cut, if no N is within the bounds of the rates, and for a linear
-            whose columns `m` does not divide.
+            whose number of columns is not a multiple of `m`.
     """
 
     m: int = 8
@@ -154,8 +159,8 @@ class MixedNofM(Pattern):
                 missing -= sizes[block]
         return [count / self.m for count in removed]
 
-    def grain(self, size: int) -> int:
-        """Returns ``size`` / m, since N changes in all groups at once: for m = 8, 8 columns of 6 rows change by 6."""
+    def granularity(self, size: int) -> int:
+        """Returns ``size`` / m, as N changes in all groups at once: a weight of 6 x 8 has 6 groups of m = 8."""
         return size // self.m
 
     def keep(self, score_OI: Tensor, rate: float, *, by_row: bool) -> Tensor:

@@ -16,7 +16,7 @@ from lit_prune.allocate.base import Allocation
 
 
 class Pattern(ABC):
-    """The positions that zeros may have within a weight, and the rates that this allows.
+    """The positions at which a weight may be zero, and the rates that are possible with them.
 
     Attributes:
         repeats: Whether a weight with this pattern can be pruned further in the same pattern.
@@ -46,7 +46,7 @@ class Pattern(ABC):
         """
         return list(rates)
 
-    def grain(self, size: int) -> int:
+    def granularity(self, size: int) -> int:
         """Returns the granularity of a block of ``size`` weights: its removals are multiples of this number."""
         return 1
 
@@ -63,7 +63,7 @@ class Pattern(ABC):
             score_OI: Scores, the larger ones are kept; -1 marks weights that are pruned already, which are removed
                 first and count toward the rate.
             rate: Share to remove, in [0, 1].
-            by_row: Compare scores within each output row, not over the whole matrix.
+            by_row: Whether scores are compared within each output row, not over the whole matrix.
         """
 
 
@@ -84,45 +84,45 @@ class Unstructured(Pattern):
         if by_row and pruned and int((score_OI < 0).sum(1).max()) > remove // rows:
             return self._keep_in_uneven_rows(score_OI, remove)
         # a threshold is much faster than the indices of the smallest scores, and exact unless scores tie at it
-        keep_OI = score_OI > (_last_of_rows(score_OI, remove) if by_row else _last_of_all(score_OI, remove))
+        keep_OI = score_OI > (_row_thresholds(score_OI, remove) if by_row else _threshold(score_OI, remove))
         if score_OI.numel() - int(torch.count_nonzero(keep_OI)) == remove:
             return keep_OI
         return self._keep_with_ties(score_OI, remove, by_row)
 
     def _keep_with_ties(self, score_OI: Tensor, remove: int, by_row: bool) -> Tensor:
-        """Returns the mask by indices, for scores equal to the threshold of which only some are to be removed."""
+        """Returns the mask by sorting indices, for when only some of several equal scores are to be removed."""
         keep_OI = torch.ones_like(score_OI, dtype=torch.bool)
         if not by_row:
             removed = score_OI.flatten().topk(remove, largest=False, sorted=False).indices
             keep_OI.view(-1)[removed] = False
             return keep_OI
-        each, rest = divmod(remove, len(score_OI))
-        smallest = score_OI.topk(each + (rest > 0), largest=False)
-        keep_OI.scatter_(1, smallest.indices[:, :each], False)
-        if rest:
-            one_more = smallest.values[:, each].topk(rest, largest=False, sorted=False).indices
-            keep_OI[one_more, smallest.indices[one_more, each]] = False
+        per_row, remainder = divmod(remove, len(score_OI))
+        smallest = score_OI.topk(per_row + (remainder > 0), largest=False)
+        keep_OI.scatter_(1, smallest.indices[:, :per_row], False)
+        if remainder:
+            one_more = smallest.values[:, per_row].topk(remainder, largest=False, sorted=False).indices
+            keep_OI[one_more, smallest.indices[one_more, per_row]] = False
         return keep_OI
 
     def _keep_in_uneven_rows(self, score_OI: Tensor, remove: int) -> Tensor:
-        """Returns the mask if a row has lost more than its share already; the other rows lose the remainder evenly."""
+        """Returns the mask if a row has lost more than an equal share before; the others share the rest evenly."""
         pruned_O = (score_OI < 0).sum(1)
         low, high = 0, score_OI.shape[1]
-        while low < high:  # bisects the largest number per row that does not exceed the total
+        while low < high:  # bisects for the largest number per row with which the total is not exceeded
             middle = (low + high + 1) // 2
             low, high = (middle, high) if int(pruned_O.clamp(min=middle).sum()) <= remove else (low, middle - 1)
         count_O = pruned_O.clamp(min=low)
         order_OI = score_OI.argsort(1)
         open_rows = ((pruned_O <= low) & (count_O < score_OI.shape[1])).nonzero().squeeze(1)
-        following = score_OI[open_rows, order_OI[open_rows, count_O[open_rows]]]
-        one_more = open_rows[following.topk(remove - int(count_O.sum()), largest=False).indices]
+        next_scores = score_OI[open_rows, order_OI[open_rows, count_O[open_rows]]]
+        one_more = open_rows[next_scores.topk(remove - int(count_O.sum()), largest=False).indices]
         count_O[one_more] += 1
         rank_OI = order_OI.argsort(1)  # the inverse permutation
         return rank_OI >= count_O[:, None]
 
 
-def _last_of_all(score_OI: Tensor, remove: int) -> Tensor | float:
-    """Returns the largest of the ``remove`` smallest scores; below all scores if nothing is removed."""
+def _threshold(score_OI: Tensor, remove: int) -> Tensor | float:
+    """Returns the largest of the ``remove`` smallest scores; minus infinity if nothing is removed."""
     if remove == 0:
         return -math.inf
     flat = score_OI.flatten()
@@ -131,17 +131,17 @@ def _last_of_all(score_OI: Tensor, remove: int) -> Tensor | float:
     return float(np.partition(flat.numpy(), remove - 1)[remove - 1])  # several times as fast as kthvalue on a CPU
 
 
-def _last_of_rows(score_OI: Tensor, remove: int) -> Tensor:
-    """Returns the largest score removed in each row, (O, 1), if the same number is removed in all of them.
+def _row_thresholds(score_OI: Tensor, remove: int) -> Tensor:
+    """Returns the largest score that is removed from each row, (O, 1), if all rows lose the same number.
 
-    The remainder of ``remove`` by the rows is removed where the next score is smallest.
+    The remainder of ``remove`` / rows is removed from the rows whose next score is smallest.
     """
-    each, rest = divmod(remove, len(score_OI))
+    per_row, remainder = divmod(remove, len(score_OI))
     ranked_OI = _sorted_rows(score_OI)
-    last_O = ranked_OI[:, each - 1].clone() if each else torch.full_like(ranked_OI[:, 0], -math.inf)
-    if rest:
-        next_O = ranked_OI[:, each]
-        one_more = next_O.topk(rest, largest=False, sorted=False).indices
+    last_O = ranked_OI[:, per_row - 1].clone() if per_row else torch.full_like(ranked_OI[:, 0], -math.inf)
+    if remainder:
+        next_O = ranked_OI[:, per_row]
+        one_more = next_O.topk(remainder, largest=False, sorted=False).indices
         last_O[one_more] = next_O[one_more]
     return last_O[:, None]
 

@@ -18,14 +18,14 @@ from lit_prune.progress import log
 from lit_prune.prune.base import MaskMethod, Propagate
 from lit_prune.prune.patterns import Pattern
 
-DEAD = 1e-24  # factor of the costs in a dead column, so that they are below all others
+DEAD_COLUMN = 1e-24  # factor of the costs in dead columns, so that they are the smallest
 Decide = Callable[[Tensor, int], Tensor]
 
 
 @final
 @dataclass(frozen=True)
 class SparseGPT(MaskMethod):
-    """Removes the weights that cost the linear's output least, and updates the others to compensate (algorithm 1).
+    """Removes the weights that the linear's output misses least, and updates the others to compensate (algorithm 1).
 
     H = 2/n X X^T + damping * mean(diag) * identity; U upper triangular with U^T U = H^-1. Column by column, weights w
     of the smallest w^2 / U_jj^2 are removed, and the error w / U_jj times U_j is subtracted from the columns to the
@@ -105,29 +105,29 @@ class _Mask:
     def __init__(self, weight_OI: Tensor, dead_I: Tensor, rate: float, pattern: Pattern, width: int) -> None:
         self.pattern, self.width = pattern, width
         self.pruned_OI = weight_OI == 0
-        self.worth_I = torch.where(dead_I, DEAD, 1.0)
+        self.cost_factor_I = torch.where(dead_I, DEAD_COLUMN, 1.0)
         remove = round(weight_OI.numel() * rate)
-        free_OI = self.pruned_OI | dead_I
-        # a dead column costs nothing: if the rate allows it, all of it counts as pruned before the spans share the rest
-        if not pattern.columns and int(free_OI.sum()) <= remove:
-            self.pruned_OI = free_OI
+        costless_OI = self.pruned_OI | dead_I
+        # a dead column costs nothing: if the rate allows it, all count as pruned before the spans share the rest
+        if not pattern.columns and int(costless_OI.sum()) <= remove:
+            self.pruned_OI = costless_OI
         sizes = [len(weight_OI) * part.numel() for part in dead_I.split(width)]
         pruned = [int(part.sum()) for part in self.pruned_OI.sum(0).cpu().split(width)]
-        removals = shares(pruned, sizes, max(remove, sum(pruned)))
+        removals = removals_of_spans(pruned, sizes, max(remove, sum(pruned)))
         self.rates = [rate if pattern.columns else part / size for part, size in zip(removals, sizes, strict=True)]
 
     def decide(self, cost_OS: Tensor, begin: int) -> Tensor:
         """Returns the mask of the columns from ``begin``; pruned weights stay pruned."""
         columns = slice(begin, begin + cost_OS.shape[1])
         pruned_OS = self.pruned_OI[:, columns]
-        score_OS = (cost_OS * self.worth_I[columns]).masked_fill(pruned_OS, -1)
+        score_OS = (cost_OS * self.cost_factor_I[columns]).masked_fill(pruned_OS, -1)
         return self.pattern.keep(score_OS, self.rates[begin // self.width], by_row=False) & ~pruned_OS
 
 
-def shares(pruned: Sequence[int], sizes: Sequence[int], remove: int) -> list[int]:
-    """Returns the number of zeros of each span, ``remove`` in total: its pruned entries and an equal share of the rest.
+def removals_of_spans(pruned: Sequence[int], sizes: Sequence[int], remove: int) -> list[int]:
+    """Returns the zeros of each span, ``remove`` in total: its pruned entries, and an equal share of the rest.
 
-    Of spans of 8, 8 and 4 entries, with 4 of the second pruned and a total of 12: half of the rest, [4, 4 + 2, 2].
+    Spans of 8, 8 and 4 entries, 4 of the second one pruned, lose 12 in total as [4, 4 + 2, 2]: half of what is left.
     """
     new, unpruned, removals = remove - sum(pruned), sum(sizes) - sum(pruned), []
     for pruned_here, size in zip(pruned, sizes, strict=True):
@@ -140,17 +140,17 @@ def shares(pruned: Sequence[int], sizes: Sequence[int], remove: int) -> list[int
 
 
 def inverse_factor(hessian_II: Tensor, damping: float) -> Tensor:
-    """Returns U, upper triangular, with U^T U the inverse of the damped Hessian; of diag(4, 16), diag(1/2, 1/4).
+    """Returns U, upper triangular, with U^T U the inverse of the damped Hessian: diag(4, 16) gives diag(1/2, 1/4).
 
     H = R R^T with R upper triangular is a Cholesky factorisation from the last column to the first, and U = R^-1. The
-    authors' code inverts H and factorises the inverse, which takes one factorisation more and rounds more.
+    authors' code inverts H and factorises the inverse, which takes one more factorisation and rounds once more.
 
     Args:
-        hessian_II: Symmetric; a 0 on the diagonal, a dead column, counts as 1. It is changed in place.
-        damping: Share of the mean diagonal to add; raised until the factorisation succeeds.
+        hessian_II: H, symmetric, changed in place; a 0 on its diagonal, which is a dead column, counts as 1.
+        damping: Share of the mean diagonal that is added; raised until the factorisation succeeds.
 
     Raises:
-        InputError: if no damping is enough, because of NaN or infinity.
+        InputError: if no damping is enough, which NaN or infinity causes.
     """
     diagonal_I = hessian_II.diagonal()
     mean = diagonal_I.mean()
@@ -164,7 +164,8 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> Tensor:
         damping *= 10
         log(f"SparseGPT: X X^T of {len(base_I)} inputs cannot be factorised, damping raised to {damping:g}")
     raise InputError(
-        "`calibration`: the input of a linear holds NaN or infinity, or numbers whose squares are too large."
+        "`calibration` must give linears finite inputs, got NaN, infinity, or numbers whose squares overflow: the "
+        "weights are broken, or `model.dtype` is too small for them (try float32 or bfloat16)."
     )
 
 
@@ -174,9 +175,9 @@ def solve(weight_OI: Tensor, factor_II: Tensor, decide: Decide, *, width: int, s
     Args:
         weight_OI: float32.
         factor_II: U of :func:`inverse_factor`.
-        decide: Returns the mask of some columns, from their costs w^2 / U_jj^2 and the index of the first of them.
+        decide: Returns the mask of ``width`` columns, from their costs w^2 / U_jj^2 and the index of the first one.
         width: Columns that are masked together.
-        span: Columns whose errors are applied to the columns behind them in one product, a multiple of ``width``.
+        span: Columns whose errors are subtracted from all later columns in one product, a multiple of ``width``.
     """
     keep_OI = torch.ones_like(weight_OI, dtype=torch.bool)
     for begin in range(0, weight_OI.shape[1], span):
@@ -186,9 +187,9 @@ def solve(weight_OI: Tensor, factor_II: Tensor, decide: Decide, *, width: int, s
         error_SO = torch.empty_like(w_SO)
         for s in range(len(w_SO)):
             if s % width == 0:
-                these = slice(s, s + width)
-                cost_SO = (w_SO[these] / u_SS.diagonal()[these, None]).square()
-                keep_SO[these] = decide(cost_SO.T.contiguous(), begin + s).T
+                group = slice(s, s + width)
+                cost_SO = (w_SO[group] / u_SS.diagonal()[group, None]).square()
+                keep_SO[group] = decide(cost_SO.T.contiguous(), begin + s).T
             kept_O = torch.where(keep_SO[s], w_SO[s], 0)
             error_SO[s] = (w_SO[s] - kept_O) / u_SS[s, s]
             w_SO[s] = kept_O
@@ -199,7 +200,7 @@ def solve(weight_OI: Tensor, factor_II: Tensor, decide: Decide, *, width: int, s
 
 
 def _cast(weight_OI: Tensor, keep_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns ``weight_OI`` in ``dtype``, with kept weights that would round to 0 set to the smallest normal number."""
+    """Returns ``weight_OI`` in ``dtype``, kept weights that would round to 0 as the smallest normal number."""
     # every zero counts as pruned, in the sparsity as well as in the masks of later training
     cast_OI = weight_OI.to(dtype)
     return torch.where(keep_OI & (cast_OI == 0), torch.finfo(dtype).tiny, cast_OI)

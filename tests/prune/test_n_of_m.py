@@ -204,7 +204,7 @@ def test_a_plan_of_equal_rates_is_uniform(model: PreTrainedModel, tmp_path: obje
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: NofM(5, 4), "`NofM.n` must be between 1 and m, 4, the number that stays, got 5"),
+        (lambda: NofM(5, 4), "`NofM.n` must be between 1 and m, 4, the columns of a group that stay, got 5"),
         (lambda: NofM(0, 4), "`NofM.n` must be between 1 and m, 4, .* got 0"),
         (lambda: NofM(1, 1), "`NofM.m` must be at least 2, .* got 1"),
         (lambda: MixedNofM(1), "`MixedNofM.m` must be at least 2, .* got 1"),
