@@ -1,4 +1,4 @@
-"""The exception for mistakes of the user, and near misses of names."""
+"""The exception for mistakes of the user, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A mistake of the user. Its message names the field, the rule and the remedy; the command prints it alone."""
+    """A mistake of the user. Its message has the field, the rule and the remedy; the command prints no traceback."""
 
 
 def near_misses(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
@@ -20,8 +20,8 @@ def near_misses(word: str, choices: Iterable[str], count: int = 3) -> list[str]:
     return [by_lower[match] for match in difflib.get_close_matches(word.lower(), by_lower, n=count, cutoff=0.6)]
 
 
-def unknown(field: str, got: str, choices: Iterable[str]) -> InputError:
-    """Returns the error for a name that is not one of ``choices``, with the choices and near misses."""
+def unknown_choice(field: str, got: str, choices: Iterable[str]) -> InputError:
+    """Returns the error for a name that is not one of ``choices``; its message lists them and suggests near misses."""
     choices = sorted(choices)
     near = near_misses(got, choices)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""

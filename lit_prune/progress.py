@@ -1,4 +1,4 @@
-"""Progress bars on stderr for a terminal, and single lines without one; of several processes only the first prints."""
+"""Progress bars on stderr, or a single line each where stderr is no terminal; of several processes one prints."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def track(items: Iterable[Item], label: str) -> Iterator[Item]:
 
 @contextmanager
 def counted(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
-    """Yields a function that sets a progress bar to a number and a text; without a terminal prints one line.
+    """Gives a function that sets a progress bar to a count and a text; without a terminal prints one line.
 
     Args:
-        total: The number at which the bar is full.
+        total: The count at which the bar is full.
         label: Text of the bar, to which the function appends its own.
     """
     if not console.is_terminal:

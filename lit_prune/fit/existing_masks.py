@@ -71,7 +71,7 @@ def take_zeros(
 
 def _answer(share: float, keep: bool | None, recovery: Recovery | None, *, trains: bool) -> bool:
     """Returns whether zeros are kept where the user did not ask for it."""
-    keeps_zeros = recovery is not None and recovery.folds_under_masks
+    keeps_zeros = recovery is not None and recovery.merge_keeps_zeros
     if keep is False and keeps_zeros:
         raise InputError(f"`pruning.keep_zeros` must not be false with {recovery}, which keeps zeros; use LoRA.")
     if keep is False or share < NOTICEABLE or not trains:

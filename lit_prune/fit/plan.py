@@ -194,7 +194,7 @@ class FitPlan:
             )
 
     def _check_folds(self, recovery: Recovery | None, field: str, where: str) -> None:
-        if recovery is not None and not recovery.folds_under_masks:
+        if recovery is not None and not recovery.merge_keeps_zeros:
             raise InputError(
                 f"`pruning.{field}` must keep zeros when it is folded into the weights, for {where}, got {recovery}: "
                 "use MaskedLoRA, or make one cut."

@@ -1,4 +1,4 @@
-"""Recoveries: training after a cut, one file each; importing them here makes their short names resolve."""
+"""Recoveries: ways to train a model after a cut; importing them here makes their short names resolve."""
 
 from lit_prune.masks.freeze import freeze_zeros, freezes_zeros, gradient_masks, restore_gradient_masks
 from lit_prune.recover.adapter import adapter_config, merged_weight, train_adapter
@@ -7,7 +7,7 @@ from lit_prune.recover.full import FullFineTuning
 from lit_prune.recover.lora import LoRA
 from lit_prune.recover.masked_lora import MaskedLoRA
 from lit_prune.recover.qlora import QLoRA
-from lit_prune.recover.quantise import mark, quantise
+from lit_prune.recover.quantise import mark_quantised, quantise
 from lit_prune.recover.rebuild import Snapshot
 
 __all__ = [
@@ -21,7 +21,7 @@ __all__ = [
     "freeze_zeros",
     "freezes_zeros",
     "gradient_masks",
-    "mark",
+    "mark_quantised",
     "merged_weight",
     "quantise",
     "restore_gradient_masks",

@@ -1,4 +1,4 @@
-"""Low-rank adapters by peft: their settings, the linears that get one, adding and merging."""
+"""Low-rank adapters by peft: checks of their settings, the linears that can have one, adding and merging them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Settings(Protocol):
 
     @property
     def target_modules(self) -> list[str] | None:
-        """Name suffixes of the linears that get an adapter; None takes all that can have one."""
+        """Name suffixes of the linears that get an adapter; None selects all that can have one."""
 
 
 def check_settings(settings: Settings) -> None:
@@ -83,25 +83,25 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, masked: bool = Fa
 
     Args:
         model: A causal LM without an adapter.
-        config: peft's config; that of a LoRA for a masked adapter.
-        masked: Preserve the zeros; see ``masked_linear`` and, for quantised weights, ``masked_quantised``.
+        config: peft's config; a LoraConfig if ``masked``.
+        masked: Whether the adapter preserves zeros; see ``masked_linear``, and ``masked_quantised`` for quantised ones.
     """
     if masked:
         assert isinstance(config, LoraConfig)
-        # peft takes the first class that the module is an instance of: bitsandbytes' linears are nn.Linear too
+        # peft uses the first entry that matches by isinstance, and bitsandbytes' linears are instances of nn.Linear
         quantised = {Linear4bit: MaskedQuantised, Linear8bit: MaskedQuantised}
         config._register_custom_module({**quantised, nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
     model.add_adapter(config)
     _keep_float32(model)
-    config.base_model_name_or_path = None  # peft names the dense model, whose weights are others than the pruned ones
-    model.train(model.training)  # peft adds its dropout in training mode, whatever the mode of the model
+    config.base_model_name_or_path = None  # peft enters the dense model, whose weights are not the pruned ones
+    model.train(model.training)  # peft's new dropout layers are in training mode, whatever the mode of the model
 
 
 def _keep_float32(model: nn.Module) -> None:
-    """Puts the factors A and B of all adapters into float32, where they stay when the model is cast.
+    """Casts the factors A and B of all adapters to float32, in which they stay when the model is cast.
 
-    ``get_peft_model`` does the first (`autocast_adapter_dtype`), but ``add_adapter`` of transformers leaves them in the
-    type of the base layer: in half precision most updates of A and B round to nothing, and in float16 the second
+    ``get_peft_model`` casts them as well (`autocast_adapter_dtype`), but ``add_adapter`` of transformers leaves them in
+    the type of the base layer: in half precision most updates of A and B round to nothing, and in float16 the second
     moments of Adam underflow as well, so that its steps become infinite.
     """
     for layer in [module for module in model.modules() if isinstance(module, LoraLayer)]:
@@ -144,12 +144,12 @@ def merged_weight(layer: LoraLayer) -> Tensor:
     adapted: Any = layer
     base, delta = adapted.get_base_layer(), adapted.get_delta_weight("default")
     weight = dequantised(base) if is_quantised(base) else base.weight
-    wide = torch.promote_types(weight.dtype, torch.float32)  # in half precision the sum would round small updates away
-    return (weight.to(wide) + delta.to(weight.device, wide)).to(weight.dtype)
+    sum_dtype = torch.promote_types(weight.dtype, torch.float32)  # a sum in half precision would lose small updates
+    return (weight.to(sum_dtype) + delta.to(weight.device, sum_dtype)).to(weight.dtype)
 
 
 @torch.no_grad()
-def fold_adapter(model: PreTrainedModel) -> None:
+def merge_adapter(model: PreTrainedModel) -> None:
     """Merges the adapter of ``model`` into its weights and removes it, in place; does nothing without an adapter."""
     if adapter_config(model) is None:
         return
@@ -167,8 +167,8 @@ def _adaptable(model: PreTrainedModel) -> list[str]:
     linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
     if not has_fused_experts(model):
         return linears
-    # In a mixture peft maps the names gate_proj, up_proj and down_proj to the fused experts, even in blocks that have a
-    # plain MLP instead, and its adapter for experts computes the whole matrix B A of every expert in each step.
+    # In a mixture of experts peft applies the names gate_proj, up_proj and down_proj to the fused experts, even in
+    # blocks with a plain MLP, and its adapter for experts computes the full matrix B A of every expert in each step.
     return [name for name in linears if not name.endswith(("gate_proj", "up_proj", "down_proj", "lm_head"))]
 
 

@@ -7,22 +7,22 @@ from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
-from lit_prune.recover.adapter import fold_adapter
+from lit_prune.recover.adapter import merge_adapter
 
 # the forms of an export, see ``export.plan.form_of``
 ExportForm = Literal["full precision", "quantised", "merged", "requantised", "adapter"]
 
 
 class Recovery(ABC):
-    """A way to train a model after a cut (or before the first) under which pruned weights stay pruned.
+    """A way to train a model after a cut, or before the first one, in which pruned weights stay pruned.
 
     Attributes:
-        folds_under_masks: Whether :meth:`detach` keeps the zeros of a masked model.
-        quantises: Whether :meth:`attach` quantises the weights, so that the model cannot be pruned afterwards.
-        leaves_base: Whether no weight of the model changes, in value or type, before :meth:`detach`.
+        merge_keeps_zeros: Whether :meth:`detach` preserves the zeros of a masked model.
+        quantises: Whether :meth:`attach` quantises the weights, after which the model cannot be pruned.
+        leaves_base: Whether the model's own weights keep their values and type until :meth:`detach`.
     """
 
-    folds_under_masks: ClassVar[bool] = False
+    merge_keeps_zeros: ClassVar[bool] = False
     quantises: ClassVar[bool] = False
     leaves_base: ClassVar[bool] = False
 
@@ -42,8 +42,8 @@ class Recovery(ABC):
 
     @abstractmethod
     def attach(self, model: PreTrainedModel) -> None:
-        """Prepares ``model`` for training, in place: exactly the parameters that are trained require gradients."""
+        """Prepares ``model`` for training in place; exactly the parameters to train require gradients afterwards."""
 
     def detach(self, model: PreTrainedModel) -> None:
-        """Merges an adapter into the weights of ``model`` and removes it, in place, so that it can be cut again."""
-        fold_adapter(model)
+        """Merges the adapter, if there is one, into the weights of ``model``, in place, so that it can be cut again."""
+        merge_adapter(model)

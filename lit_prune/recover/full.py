@@ -15,23 +15,23 @@ from lit_prune.recover.base import ExportForm, Recovery
 @final
 @dataclass(frozen=True)
 class FullFineTuning(Recovery):
-    """Trains the whole model, except for parameters that are frozen; gradients of pruned weights are zero.
+    """Trains the whole model with the gradients of pruned weights set to zero.
 
     Any optimizer that computes its steps from gradients and weights (SGD, AdamW with weight decay, ...) then leaves
-    pruned weights, and their moments, at zero. Parameters that were frozen before stay frozen.
+    pruned weights, and their moments, at zero. Parameters that are already frozen stay frozen.
 
     Raises:
         InputError: if the whole model is frozen.
     """
 
-    folds_under_masks: ClassVar[bool] = True
+    merge_keeps_zeros: ClassVar[bool] = True
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises InputError if all parameters of ``model`` are frozen."""
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise InputError(
-                "`pruning.recovery` must be a recovery that has something to train: FullFineTuning trains what the LLM "
-                "leaves trainable, and all of it is frozen. Unfreeze it, or use MaskedLoRA."
+                "`pruning.recovery` must be a recovery that has something to train, got FullFineTuning for an LLM "
+                "whose parameters are all frozen: unfreeze some, or use MaskedLoRA, which adds parameters."
             )
 
     def export_form(self, masked: bool) -> ExportForm:

@@ -14,7 +14,7 @@ from lit_prune.recover.base import ExportForm, Recovery
 @final
 @dataclass(frozen=True)
 class LoRA(Recovery):
-    """Freezes the pruned weights and trains W + alpha / r * B A beside them.
+    """Freezes the pruned weights W and trains A and B of W + alpha / r * B A.
 
     For a masked model the adapter is exported beside the pruned weights, not merged: B A is dense, and adding it would
     fill every zero. MaskedLoRA can be merged.
@@ -23,8 +23,8 @@ class LoRA(Recovery):
         r: Rank.
         alpha: Numerator of the scale alpha / r.
         dropout: Dropout on the adapter's input, in [0, 1).
-        target_modules: Name suffixes of the linears that get an adapter; null takes all but the head, and in a mixture
-            of fused experts only those of the attention: the experts are not trained.
+        target_modules: Name suffixes of the linears that get an adapter; null selects all but the head, and in a
+            mixture of fused experts only those of the attention: the experts are not trained.
 
     Raises:
         InputError: for a rank below 1, a dropout outside [0, 1), or target modules that match no linear that can have

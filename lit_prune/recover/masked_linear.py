@@ -5,7 +5,7 @@ input is multiplied by it, so training uses exactly the weight that a merge give
 
     dx = dy W',    dA = scale B^T G,    dB = scale G A^T
 
-G is a third matrix product besides the two that plain LoRA on a frozen W has. W' and G are computed when needed
+G takes a third matrix product besides the two that plain LoRA on a frozen W takes. W' and G are computed when needed
 and freed at once: only x and the parameters are saved for the backward pass.
 Suffixes: O output channels, I input channels, R rank, P positions.
 """
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a float type, by bytes
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes, to view the bits of a float type
 
 
 def masked_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
@@ -36,15 +36,17 @@ def masked_sum(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> T
 def adapted_weight(weight_OI: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
     """Returns W + scale B A, computed in the wider type of W and A, and rounded once to that of W."""
     # A and B are in float32: rounded to a half-precision type first, small updates of them would have no effect
-    wide = torch.promote_types(weight_OI.dtype, a_RI.dtype)
+    sum_dtype = torch.promote_types(weight_OI.dtype, a_RI.dtype)
     with torch.autocast(weight_OI.device.type, enabled=False):
-        return torch.addmm(weight_OI.to(wide), b_OR.to(wide), a_RI.to(wide), alpha=scale).to(weight_OI.dtype)
+        return torch.addmm(weight_OI.to(sum_dtype), b_OR.to(sum_dtype), a_RI.to(sum_dtype), alpha=scale).to(
+            weight_OI.dtype
+        )
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns dy^T x, (out, in), in ``dtype``, over all positions."""
     dy_PO, x_PI = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-    if dy.dtype == torch.float16:  # sums below 6e-8 would be 0 in float16; bfloat16 has float32's exponents
+    if dy.dtype == torch.float16:  # sums below 6e-8 would be 0 in float16; bfloat16 has the range of float32
         dy_PO, x_PI = dy_PO.to(dtype), x_PI.to(dtype)
     return (dy_PO.T @ x_PI).to(dtype)
 
@@ -53,11 +55,11 @@ def zeroed(values_OI: Tensor, weight_OI: Tensor) -> Tensor:
     """Sets ``values_OI`` to +0 wherever ``weight_OI`` (or a mask) is 0, in place, and returns it."""
     if values_OI.device.type != "cpu":
         return values_OI.masked_fill_(weight_OI == 0, 0)
-    # On a CPU masked_fill_ branches on every element, and an irregular mask makes every other branch mispredicted. An
-    # AND of the bits with 0 or -1 (all ones) takes a tenth of the time. Unlike a product with the mask it also turns
-    # NaN, infinity and negative values, whose product with 0 is NaN or -0.0, into +0.
-    bits = BITS[values_OI.element_size()]
-    values_OI.view(bits).bitwise_and_((weight_OI != 0).to(bits).neg_())
+    # On a CPU masked_fill_ branches on every element, and an irregular mask makes half of the branches mispredicted.
+    # An AND of the bits with 0 or -1 (all ones) takes a tenth of the time. It also turns NaN, infinity and negative
+    # values into +0, where a product with the mask would give NaN or -0.0.
+    integer = INTEGERS[values_OI.element_size()]
+    values_OI.view(integer).bitwise_and_((weight_OI != 0).to(integer).neg_())
     return values_OI
 
 
@@ -90,9 +92,9 @@ class MaskedProduct(torch.autograd.Function):
 
 
 class MaskedLayer(LoraLinear):
-    """peft's LoRA layer over a linear of any kind, with a masked sum of weight and adapter.
+    """peft's LoRA layer over any kind of linear, with the sum of weight and adapter masked.
 
-    Dropout drops columns of A: one draw per input channel and forward pass, the same for all positions.
+    Dropout drops columns of A, that is input channels, the same ones for all positions of a forward pass.
     """
 
     @abstractmethod
@@ -109,24 +111,24 @@ class MaskedLayer(LoraLinear):
             return super().forward(x, *args, **kwargs)
         assert not kwargs, "masked adapters cannot be mixed within a batch"
         a_RI, b_OR, scale = self.adapter()
-        dropout, kind = self.lora_dropout[self._name], x.device.type
+        dropout, device_type = self.lora_dropout[self._name], x.device.type
         if isinstance(dropout, nn.Dropout):
             a_RI = a_RI * dropout(torch.ones_like(a_RI[0]))
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
         y = self.product(x, a_RI, b_OR, scale)
         base: Any = self.get_base_layer()
         return y if base.bias is None else y + base.bias.to(y.dtype)
 
     def adapter(self) -> tuple[Tensor, Tensor, float]:
         """Returns A (R, I), B (O, R) and the scale."""
-        name, pair = self._name, (self.lora_A, self.lora_B)
-        a_RI, b_OR = (part.get_parameter(f"{name}.weight") for part in pair)
+        name = self._name
+        a_RI, b_OR = (factors.get_parameter(f"{name}.weight") for factors in (self.lora_A, self.lora_B))
         return a_RI, b_OR, self.scaling[name]
 
     @property
     def _name(self) -> str:
-        """Name of the only active adapter."""
+        """Name of the active adapter, of which there is one."""
         assert len(self.active_adapters) == 1, "masked adapters cannot be mixed"
         return self.active_adapters[0]
 
@@ -136,7 +138,7 @@ class MaskedLinear(MaskedLayer):
     """The layer over an ``nn.Linear`` or a ``Conv1D``, masked by the zeros of the weight.
 
     The weight is frozen, so it serves as its own mask: where it is exactly zero it stays zero. In a linear that was not
-    pruned these are the few weights that happen to be zero.
+    pruned, that concerns only the few weights that happen to be zero.
     """
 
     def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:

@@ -14,26 +14,26 @@ from lit_prune.recover.base import ExportForm, Recovery
 @final
 @dataclass(frozen=True)
 class MaskedLoRA(Recovery):
-    """Freezes the pruned weights and trains (W + alpha / r * B A) * M, where M is 0 wherever W is.
+    """Freezes the pruned weights W and trains A and B of (W + alpha / r * B A) * M, where M is 0 wherever W is.
 
-    Training and validation use the merged weights, and the exported folder is merged: plain weights with all pruned
-    zeros, which need no peft. A step takes one matrix product per linear more than with LoRA, the gradient of the whole
-    weight.
+    Training and validation compute with the merged weights, and those are exported: plain weights with every pruned
+    zero, which load without peft. A step takes one matrix product per linear more than LoRA's, for the gradient of the
+    whole weight.
 
     Args:
         r: Rank.
         alpha: Numerator of the scale alpha / r.
         dropout: Share of A's columns (input channels) that a training step drops, in [0, 1). Dropout on the adapter's
             input, as in LoRA, would take one more matrix product.
-        target_modules: Name suffixes of the linears that get an adapter; null takes all but the head, and in a mixture
-            of fused experts only those of the attention: the experts are not trained.
+        target_modules: Name suffixes of the linears that get an adapter; null selects all but the head, and in a
+            mixture of fused experts only those of the attention: the experts are not trained.
 
     Raises:
         InputError: for a rank below 1, a dropout outside [0, 1), or target modules that match no linear that can have
             an adapter.
     """
 
-    folds_under_masks: ClassVar[bool] = True
+    merge_keeps_zeros: ClassVar[bool] = True
     leaves_base: ClassVar[bool] = True
 
     r: int = 8

@@ -1,8 +1,8 @@
 """A quantised linear with a masked adapter: y = x W'^T with W' = (Q + scale B A) * M.
 
-Q is the dequantised weight and M the mask stored beside it: Q has more zeros than were pruned, since small weights are
-rounded to zero, and those are trained. Q and W' are computed in the forward and again in the backward pass, one linear
-at a time; only x and the parameters are saved in between, the weight quantised. The gradients are as in masked_linear.
+Q is the dequantised weight and M the mask stored beside it. Q has more zeros than M, because quantisation rounds small
+weights to zero; these are trained. Q and W' are computed in the forward pass and again in the backward pass, one linear
+at a time; only x, A and B are saved in between, and the weight stays quantised. The gradients are as in masked_linear.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class QuantisedProduct(torch.autograd.Function):
 
 
 def quantised_sum(module: Any, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    """Returns (Q + scale B A) * M of a quantised linear, in the type that it was quantised from."""
+    """Returns (Q + scale B A) * M of a quantised linear, in the data type that it was quantised from."""
     return _masked(adapted_weight(dequantised(module), a_RI, b_OR, scale), module)
 
 
 def _masked(values_OI: Tensor, module: Any) -> Tensor:
-    """Sets the pruned weights of a quantised linear to 0 in ``values_OI``, in place."""
+    """Sets ``values_OI`` to 0 wherever a quantised linear is pruned, in place, and returns it."""
     keep_OI = mask(module)
     assert keep_OI is not None, "a masked adapter needs the mask of its base layer"
     return zeroed(values_OI, keep_OI)
@@ -59,7 +59,7 @@ def _masked(values_OI: Tensor, module: Any) -> Tensor:
 
 @final
 class MaskedQuantised(MaskedLayer):
-    """The layer over a quantised linear, masked by the mask that was stored when it was quantised."""
+    """The layer over a quantised linear, masked by the mask that it stores."""
 
     def product(self, x: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float) -> Tensor:
         """Returns x W'^T."""
@@ -67,9 +67,9 @@ class MaskedQuantised(MaskedLayer):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """Returns W' as the forward pass uses it, (out, in), in full precision."""
+        """Returns W' as the forward pass uses it, (out, in), not quantised."""
         return quantised_sum(self.get_base_layer(), *self.adapter())
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Raises TypeError: peft would add to the quantised data; the export merges."""
-        raise TypeError("a masked adapter over a quantised weight is merged by the export alone.")
+        """Raises TypeError: peft's merge would fill the zeros and quantise the sum again."""
+        raise TypeError("a masked adapter over a quantised weight can be merged by the export only.")

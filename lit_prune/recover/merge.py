@@ -1,4 +1,4 @@
-"""A model without its adapter: merged into the weights, or left out."""
+"""Copies of a model without its adapter, which is merged into the weights or left out."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lit_prune.models.quantised import (
     sharing_weight,
     unquantised,
 )
-from lit_prune.recover import adapter_config, mark, merged_weight
+from lit_prune.recover import adapter_config, mark_quantised, merged_weight
 
 
 @torch.no_grad()
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a model in full precision without the adapter, which is merged in; ``model`` is left as it is.
+    """Returns a copy of ``model`` in full precision with the adapter merged into its weights.
 
-    Weights without an adapter are shared, unless they are quantised.
+    Weights that have no adapter and are not quantised are shared with ``model``.
     """
     plain = without_adapter(model)
     for name, module in list(quantised_linears(plain)):
@@ -34,23 +34,23 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
             weight, linear = merged_weight(layer), plain.get_submodule(name)
-            turned = is_quantised(layer.get_base_layer()) and isinstance(linear, Conv1D)
-            linear.weight = nn.Parameter(weight.T.contiguous() if turned else weight)
+            transposed = is_quantised(layer.get_base_layer()) and isinstance(linear, Conv1D)
+            linear.weight = nn.Parameter(weight.T.contiguous() if transposed else weight)
     return plain
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a model of the same weights without the adapter; the weights are shared, not copied."""
+    """Returns a model without the adapter that shares the weights of ``model``; ``model`` itself if it has none."""
     if adapter_config(model) is None:
         return model
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(unquantised(model.config), dtype=model.dtype)
-    packed = {name.replace(".base_layer", ""): module for name, module in quantised_linears(model)}
-    for name, module in packed.items():
+    quantised = {name.replace(".base_layer", ""): module for name, module in quantised_linears(model)}
+    for name, module in quantised.items():
         plain.set_submodule(name, sharing_weight(module))
-    within = tuple(f"{name}." for name in packed)
-    told = plain.load_state_dict(base_weights(model, but=within), strict=False, assign=True)
-    assert all(name.startswith(within) for name in (*told.missing_keys, *told.unexpected_keys)), told
+    prefixes = tuple(f"{name}." for name in quantised)
+    keys = plain.load_state_dict(base_weights(model, exclude=prefixes), strict=False, assign=True)
+    assert all(name.startswith(prefixes) for name in (*keys.missing_keys, *keys.unexpected_keys)), keys
     share_buffers(model, plain)
     plain.tie_weights()
     plain.generation_config = model.generation_config
@@ -59,7 +59,7 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def share_buffers(model: PreTrainedModel, plain: PreTrainedModel) -> None:
-    """Gives ``plain`` the buffers of ``model`` that no state dict has, such as rotary frequencies, so that it runs."""
+    """Shares with ``plain`` the buffers of ``model`` that are in no state dict, such as rotary frequencies."""
     for name, buffer in model.named_buffers():
         path, _, last = name.replace(".base_layer.", ".").rpartition(".")
         module = plain.get_submodule(path)
@@ -68,14 +68,14 @@ def share_buffers(model: PreTrainedModel, plain: PreTrainedModel) -> None:
 
 
 def record_quantisation(model: PreTrainedModel) -> None:
-    """Has the config of ``model`` say how its linears are quantised, so that transformers opens them, or not."""
-    mark(model)
+    """Sets or removes ``quantization_config`` in the config of ``model``, by which transformers loads its linears."""
+    mark_quantised(model)
     model.config = unquantised(model.config)
     if quantisation(model) is not None:
         model.config.quantization_config = bitsandbytes_config(model)
 
 
-def base_weights(model: PreTrainedModel, but: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """Returns the state dict of ``model`` as it would be without its adapter, but for names that begin so."""
+def base_weights(model: PreTrainedModel, exclude: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Returns the state dict that ``model`` would have without its adapter, less names that begin with ``exclude``."""
     state = {name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name}
-    return {name: tensor for name, tensor in state.items() if not name.startswith(but)}
+    return {name: tensor for name, tensor in state.items() if not name.startswith(exclude)}

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, final, get_args
 
 from transformers import PreTrainedModel
 
-from lit_prune.errors import InputError, unknown
+from lit_prune.errors import InputError, unknown_choice
 from lit_prune.models import structure
 from lit_prune.models.linears import has_fused_experts, linears_of
 from lit_prune.models.quantised import MULTIPLES, Quantization
@@ -23,7 +23,7 @@ Form = Literal["adapter", "merged", "requantised"]
 class QLoRA(Recovery):
     """Quantises the linears of the blocks after the cut, and trains an adapter over them.
 
-    The form of the export determines what is trained, so that it is what is validated:
+    The form of the export also determines what is trained, so that validation runs what is exported:
 
     - `adapter`: Q + alpha / r * B A, exported as the quantised weights and, beside them, the adapter;
     - `merged`: (Q + alpha / r * B A) * M, M being the mask of the pruned weights, merged into plain weights of the
@@ -31,22 +31,22 @@ class QLoRA(Recovery):
     - `requantised`: the same, quantised again after the merge, which rounds once more; the report has the perplexity
       after that.
 
-    For slices, which have no masks, M is one everywhere.
+    A sliced model has no masks: M is one everywhere.
 
     Args:
         r: Rank.
         alpha: Numerator of the scale alpha / r.
         dropout: Dropout on the adapter's input, in [0, 1); if the adapter is masked, the share of A's columns that a
             training step drops.
-        target_modules: Name suffixes of the linears that get an adapter; null takes all but the head.
-        quantization: Type of the weights: `nf4` and `fp4`, 4 bits and a scale for every 64 weights, or `int8`, and a
+        target_modules: Name suffixes of the linears that get an adapter; null selects all but the head.
+        quantization: Type of the weights: `nf4` and `fp4`, 4 bits with a scale for every 64 weights, or `int8` with a
             scale for every row.
         double_quant: Quantise the scales of 4-bit weights too, which saves 0.37 bits per weight.
         form: Form of the exported model.
 
     Raises:
         InputError: for a rank below 1, a dropout outside [0, 1), an unknown quantization or form, target modules that
-            match nothing, fused experts, or linears of a size that bitsandbytes does not run in 4 bits on every CPU.
+            match nothing, fused experts, or linears whose size bitsandbytes does not support in 4 bits on every CPU.
     """
 
     quantises: ClassVar[bool] = True
@@ -63,7 +63,7 @@ class QLoRA(Recovery):
         check_settings(self)
         for field, choices in (("quantization", Quantization), ("form", Form)):
             if getattr(self, field) not in get_args(choices):
-                raise unknown(f"QLoRA.{field}", getattr(self, field), get_args(choices))
+                raise unknown_choice(f"QLoRA.{field}", getattr(self, field), get_args(choices))
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises InputError for target modules that match nothing, fused experts, and sizes unsupported in 4 bits."""
@@ -84,7 +84,7 @@ class QLoRA(Recovery):
             raise InputError(
                 f"`QLoRA.form` must be merged over slices, or `quantization` int8, got {self.form} in "
                 f"{self.quantization}: bitsandbytes runs 4-bit linears on every CPU only where out and in are "
-                f"multiples of {MULTIPLES[0]} and {MULTIPLES[1]}, and widths are not."
+                f"multiples of {MULTIPLES[0]} and {MULTIPLES[1]}, and the widths of slices need not be."
             )
 
     @property
@@ -105,7 +105,7 @@ class QLoRA(Recovery):
         return self.form
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Quantises ``model``, adds an adapter, masked unless it is exported as it is, and freezes everything else."""
+        """Quantises ``model``, adds an adapter, masked if it will be merged into masks, and freezes everything else."""
         quantise(model, self.quantization, self.double_quant)
         structure.write(model, form=self.form)
         add_adapter(model, lora_config(self, model), masked=self.form != "adapter" and structure.masked(model))

@@ -14,18 +14,18 @@ from lit_prune.models.quantised import Quantization, quantisation, quantised
 def quantise(model: PreTrainedModel, quantization: Quantization, double_quant: bool) -> None:
     """Quantises the linears of the blocks of ``model`` to 4 or 8 bits, in place; embeddings and head stay as they are.
 
-    In a masked model every linear stores its mask, which the quantised weight does not show: it has further zeros.
+    In a masked model every linear stores its mask, because quantisation rounds further weights to zero.
     """
     masked = structure.masked(model)
-    path = structure.record(model).get("recipe", {}).get("blocks")
-    for block in find_blocks(model, blocks=path):
+    blocks_path = structure.record(model).get("recipe", {}).get("blocks")
+    for block in find_blocks(model, blocks=blocks_path):
         for name, linear in block.linears.items():
             module: Any = linear.module
             model.set_submodule(f"{block.path}.{name}", quantised(module, quantization, double_quant, masked=masked))
-    mark(model)
+    mark_quantised(model)
 
 
-def mark(model: PreTrainedModel) -> None:
+def mark_quantised(model: PreTrainedModel) -> None:
     """Sets the attributes of ``model`` by which peft and transformers recognise quantised models."""
     kind = quantisation(model)
     model.is_loaded_in_8bit = kind is not None and kind["quantization"] == "int8"  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""The snapshot of a model that was pruned and prepared for recovery, from which a checkpoint's model is rebuilt."""
+"""Snapshot: the shapes and modules of a model, from which a checkpoint's model is rebuilt."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from lit_prune.recover.quantise import quantise
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a fresh copy of the dense model needs to take on the shape and the modules of another, without its weights.
+    """The shapes and modules of a model that was pruned and prepared for training, without its weights.
 
     Attributes:
-        record: What was done to the model, see ``models.structure``; its structures among it.
-        quantisation: How linears are quantised, as ``quantise`` takes it; None for full precision.
-        adapter: The adapter's peft config, as JSON can hold it; None without an adapter.
-        masked_adapter: Whether the adapter keeps the zeros of the weights under it.
-        trained: Names of the parameters that are trained.
-        freezes_zeros: Whether training keeps the zeros of whole weights.
+        record: The model's record of what was done to it, see ``models.structure``.
+        quantisation: The arguments of ``quantise``; None in full precision.
+        adapter: The adapter's peft config, JSON-serialisable; None without an adapter.
+        masked_adapter: Whether the adapter preserves the zeros of the weights under it.
+        trained: Names of the parameters that require gradients.
+        freezes_zeros: Whether gradient masks keep the zeros of the weights, see ``masks.freeze``.
     """
 
     record: dict[str, Any]
@@ -51,11 +51,11 @@ class Snapshot:
 
     @property
     def structures(self) -> tuple[Structure, ...]:
-        """What changed the shape of the model."""
+        """The changes of the model's shape."""
         return structures_in(self.record)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint stores, in types that JSON and ``weights_only`` can hold."""
+        """Returns the snapshot in types that JSON and ``torch.load(weights_only=True)`` support."""
         return {
             "record": self.record,
             "quantised": self.quantisation,
@@ -67,7 +67,7 @@ class Snapshot:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> Snapshot:
-        """Returns the snapshot in what a checkpoint stores, which may hold more beside it."""
+        """Returns the snapshot from the result of :meth:`to_dict`, which may have further entries."""
         return cls(
             record=stored["record"],
             quantisation=stored["quantised"],
@@ -78,12 +78,12 @@ class Snapshot:
         )
 
     def rebuild(self, model: PreTrainedModel) -> None:
-        """Makes a copy of the dense model, in place, one that the weights of the snapshot's model can be loaded into.
+        """Gives ``model``, a copy of the dense model, the shapes and modules of the snapshot, in place.
 
-        Nothing changes where ``model`` is rebuilt already.
+        The weights of the snapshot's model can be loaded into it afterwards. A second call changes nothing.
         """
-        for shape in self.structures:
-            shape.rebuild(model)
+        for change in self.structures:
+            change.rebuild(model)
         structure.write(model, **self.record)
         if self.quantisation is not None and quantisation(model) is None:
             quantise(model, **self.quantisation)
