@@ -1,4 +1,4 @@
-"""Distillation from the dense model, one file per teacher; importing them here makes their short names resolve."""
+"""Distillation from the dense model, and its teachers; importing them here makes their short names resolve."""
 
 from lit_prune.distill.base import DenseModel, Student, Teacher, TeacherOutput, TeacherState
 from lit_prune.distill.copies import Copy

@@ -1,4 +1,4 @@
-"""The interface of a teacher: a stored form of the dense model, its state during a run, its output for a batch.
+"""The interfaces of a teacher: its settings, its state during a run, and its output for a batch.
 
 Suffixes: N positions of a batch, flattened; R rows selected from them; V vocabulary.
 """
@@ -21,12 +21,12 @@ from lit_prune.recover import Recovery
 
 @dataclass(frozen=True)
 class Student:
-    """How the model that is taught is pruned and trained.
+    """The settings by which the student is pruned and trained.
 
     Args:
         recipe: The recipe of its cuts.
-        recovery: The recovery after the cut; None trains whatever was left trainable.
-        steps: The steps of its cuts.
+        recovery: The recovery after a cut; None trains the parameters that require gradients already.
+        steps: The steps at which it is cut.
     """
 
     recipe: Recipe
@@ -34,23 +34,23 @@ class Student:
     steps: tuple[int, ...] = (0,)
 
     @property
-    def trained_beside(self) -> bool:
-        """Whether all weights but those of the linears that are cut stay those of the dense model, to the bit."""
+    def keeps_uncut_weights(self) -> bool:
+        """Whether all weights outside the linears that are cut stay those of the dense model, bit for bit."""
         leaves_base = self.recovery is not None and self.recovery.leaves_base
         return leaves_base and self.recipe.method.makes_zeros and len(self.steps) == 1
 
 
 @dataclass(frozen=True)
 class DenseModel:
-    """The dense model, as it is right before the first cut.
+    """The model right before the first cut, from which a teacher is made.
 
     Args:
-        model: The model; it is not changed.
-        student: How it is pruned and trained.
+        model: The model; a teacher does not change it.
+        student: The settings of the student that it becomes.
         temperature: The temperature of the distillation.
         device: Device on which it may compute.
         windows: Returns the batches of the coming training.
-        weights: The result of :meth:`TeacherState.weights` in a run that is resumed, instead of the model's weights.
+        weights: The result of :meth:`TeacherState.weights` if the run is resumed; it replaces the model's weights.
     """
 
     model: PreTrainedModel
@@ -62,7 +62,7 @@ class DenseModel:
 
 
 class TeacherOutput(ABC):
-    """The teacher's distribution of the next token, at every position of one batch."""
+    """The teacher's distribution of the next token at every position of a batch."""
 
     @abstractmethod
     def log_q(self, rows_R: Tensor, log_p_RV: Tensor, temperature: float) -> Tensor:
@@ -70,17 +70,17 @@ class TeacherOutput(ABC):
 
         Args:
             rows_R: Indices into the batch's flattened positions.
-            log_p_RV: The student's log-probabilities, for a teacher that stores only some of its own.
+            log_p_RV: The student's log-probabilities, for a teacher that stores those of some tokens only.
             temperature: Divisor of the logits.
         """
 
 
 class TeacherState(ABC):
-    """A teacher during a run."""
+    """A teacher that is ready to run on batches."""
 
     @abstractmethod
     def output(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
-        """Returns the dense model's output for a batch.
+        """Returns the teacher's output for a batch.
 
         Args:
             inputs: The tensors that the student was called with, except labels.
@@ -88,27 +88,27 @@ class TeacherState(ABC):
 
     @abstractmethod
     def size_bytes(self) -> int:
-        """Returns the bytes that the teacher takes in addition to the student's weights."""
+        """Returns the bytes that the teacher takes beside the student's weights."""
 
     def weights(self) -> dict[str, Tensor]:
-        """Returns the weights from which the teacher can be restored, if that is possible; see ``Teacher.stores``."""
+        """Returns the weights from which the teacher can be restored, see ``Teacher.restorable``."""
         raise NotImplementedError(f"{type(self).__name__} cannot be restored from weights")
 
 
 class Teacher(ABC):
-    """A way to store the dense model as a teacher.
+    """A form in which the dense model is stored as a teacher.
 
     Attributes:
-        stores: Whether a checkpoint can hold the teacher, so that a resumed run does not need the model's source.
-        reads: Whether it reads the windows of the whole training before training begins.
+        restorable: Whether the teacher can be restored from weights in a checkpoint, without the dense model's source.
+        needs_windows: Whether the teacher reads all training windows before training begins.
     """
 
-    stores: ClassVar[bool] = False
-    reads: ClassVar[bool] = False
+    restorable: ClassVar[bool] = False
+    needs_windows: ClassVar[bool] = False
 
-    def check(self, student: Student) -> None:  # noqa: B027 (most can teach any student)
+    def check(self, student: Student) -> None:  # noqa: B027 (most suit any student)
         """Raises InputError if this teacher does not suit ``student``."""
 
     @abstractmethod
     def prepare(self, dense: DenseModel) -> TeacherState:
-        """Returns the teacher's state, made from a model that is about to be pruned."""
+        """Returns the state of the teacher, made from a model that is about to be pruned."""

@@ -22,20 +22,21 @@ Store = Literal["same", "bfloat16", "nf4"]
 class Copy(Teacher):
     """Keeps a frozen copy of the dense model, and runs it in every step.
 
-    If the recovery leaves the weights as they are (LoRA, MaskedLoRA) and there is a single cut by masks, only the
-    linears that are cut are copied: embedding, norms and head are shared with the student. Otherwise all weights are
+    If the recovery leaves the weights as they are (LoRA, MaskedLoRA) and there is a single cut, by masks, only the
+    linears that are cut are copied: embeddings, norms and head are shared with the student. Otherwise all weights are
     copied. A step takes an additional forward pass of the dense model.
 
     Args:
-        store: Data type of the copy: `same` as the student's weights, which is the dense model to the bit; `bfloat16`,
-            which also computes in it, and shares nothing with a student of another type; `nf4`, which stores the
-            linears that are cut in 4 bits, by bitsandbytes, and dequantises them one at a time in every pass.
+        store: Data type of the copy: `same` as the student's, which makes the copy the dense model bit for bit;
+            `bfloat16`, in which it also computes, and which shares nothing with a student of another type; `nf4`, which
+            stores the linears that are cut in 4 bits, by bitsandbytes, and dequantises them one at a time in every
+            pass.
 
     Raises:
         InputError: for an unknown data type.
     """
 
-    stores: ClassVar[bool] = True
+    restorable: ClassVar[bool] = True
 
     store: Store = "same"
 
@@ -44,37 +45,36 @@ class Copy(Teacher):
             raise InputError(f"`Copy.store` must be one of {', '.join(get_args(Store))}, got {self.store!r}.")
 
     def prepare(self, dense: DenseModel) -> TeacherState:
-        """Returns the copy."""
+        """Returns the copy, which runs as a model of its own."""
         cut, parameters = cut_weights(dense.model, dense.student.recipe), dict(dense.model.named_parameters())
-        half = self.store == "bfloat16" and dense.model.dtype != torch.bfloat16
-        shares = dense.student.trained_beside and not half  # converting the copy would convert what it shares
+        converts = self.store == "bfloat16" and dense.model.dtype != torch.bfloat16
+        shares = dense.student.keeps_uncut_weights and not converts  # a conversion would change the student's weights
         shared = {name: p for name, p in parameters.items() if shares and name not in cut}
         replacements, lazy_weights = dict(shared), {}
-        for name in [
-            name for name in parameters if name not in shared
-        ]:  # one by one: no second model in full precision
+        # one weight at a time: there is never a second model in full precision
+        for name in [name for name in parameters if name not in shared]:
             weight = _dense_weight(parameters[name], name, dense.weights)
             if self.store == "nf4" and name in cut:
                 lazy_weights[name] = NF4Weight(weight)
                 weight = weight[:0]
-            replacements[name] = nn.Parameter(weight.to(torch.bfloat16 if half else weight.dtype, copy=True), False)
+            replacements[name] = nn.Parameter(weight.to(torch.bfloat16 if converts else weight.dtype, copy=True), False)
         teacher: Any = teacher_model_of(dense.model, replacements)
-        return TeacherModel(teacher.to(torch.bfloat16) if half else teacher, shared, lazy_weights)
+        return TeacherModel(teacher.to(torch.bfloat16) if converts else teacher, shared, lazy_weights)
 
 
 class NF4Weight(LazyWeight):
-    """A weight in the 4 bits of NF4, with a scale in float32 for every 64 entries."""
+    """A weight quantised to NF4: 4 bits per entry, and a float32 scale for every 64 entries."""
 
     def __init__(self, weight: Tensor) -> None:
         from bitsandbytes.functional import quantize_4bit
 
         state: Any
-        # bitsandbytes reads the memory as it lies: a transposed view (Conv1D) must be contiguous first
+        # bitsandbytes ignores strides, so that a transposed view (Conv1D) has to be made contiguous first
         self.quantised, state = quantize_4bit(weight.detach().contiguous(), quant_type="nf4")
         self.state = state
 
     def materialise(self, device: torch.device) -> Tensor:
-        """Returns the dequantised weight, in the type that it was quantised from."""
+        """Returns the dequantised weight, in the data type that it was quantised from."""
         from bitsandbytes.functional import dequantize_4bit
 
         if self.quantised.device != device:

@@ -13,15 +13,15 @@ from lit_prune.errors import InputError
 @final
 @dataclass(frozen=True)
 class Distillation:
-    """Distillation from the model as it is right before the first cut into the pruned one: arXiv 1503.02531.
+    """Distillation of the model right before the first cut into the pruned one, arXiv 1503.02531.
 
-    loss = (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student), with the softmax of both taken of
-    logits / T, averaged over the positions that the cross entropy counts.
+    loss = (1 - weight) * cross entropy + weight * T^2 * KL(teacher || student), where both distributions are the
+    softmax of logits / T, and the divergence is averaged over the positions that the cross entropy counts.
 
     Args:
         temperature: T; above 0.
         weight: Weight of the divergence in the loss, in (0, 1].
-        teacher: How the dense model is stored: Copy, TopK or SparseDelta; null is Copy.
+        teacher: Form in which the dense model is stored: Copy, TopK or SparseDelta; null is Copy.
 
     Raises:
         InputError: for a number out of its range.

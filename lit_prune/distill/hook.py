@@ -1,4 +1,4 @@
-"""The forward hook that replaces a student's loss by that of a distillation."""
+"""The forward hook that replaces the student's loss by the loss of the distillation."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ IGNORED = -100
 
 
 class DistillationHook:
-    """A forward hook that replaces the student's `loss` by that of a distillation, if it carries gradients.
+    """A forward hook that replaces the student's `loss` by the loss of the distillation, if it requires gradients.
 
-    A hook on the LLM works with any LightningModule that trains on the `loss` which the LLM returns. Validation, which
-    runs without gradients, still sees the cross entropy.
+    A hook on the LLM works with any LightningModule that trains on the `loss` that the LLM returns. Validation, which
+    runs without gradients, still gets the cross entropy.
 
     Args:
         distillation: The settings.
@@ -51,7 +51,9 @@ class DistillationHook:
         inputs = {name: x for name, x in arguments.items() if isinstance(x, Tensor) and name not in LABELS}
         temperature, weight = self.distillation.temperature, self.distillation.weight
         total = divergence(output.logits.flatten(0, -2), counted_N, self.teacher.output(inputs), temperature)
-        count = arguments.get("num_items_in_batch")  # as transformers: the sum is divided by it, not by the positions
+        count = arguments.get(
+            "num_items_in_batch"
+        )  # as in transformers, it replaces the number of positions as the divisor of the sum
         mean = total / (counted_N.sum().clamp(min=1) if count is None else count)
         self.losses = {"cross_entropy": loss.detach(), "distillation": mean.detach()}
         output.loss = (1 - weight) * loss + weight * mean
@@ -59,7 +61,7 @@ class DistillationHook:
 
 
 def _counted_positions(arguments: dict[str, Any], output: Any) -> Tensor:
-    """Returns the mask of the flattened positions that the cross entropy counts; labels shift as in transformers."""
+    """Returns the mask of the flattened positions that count, with the labels shifted as in transformers."""
     shifted = arguments.get("shift_labels")
     if shifted is None:
         labels = arguments["labels"]
@@ -68,7 +70,7 @@ def _counted_positions(arguments: dict[str, Any], output: Any) -> Tensor:
     tokens = arguments.get("inputs_embeds") if tokens is None else tokens
     if logits is None or tokens is None or not logits.shape[:-1] == shifted.shape == tokens.shape[:2]:
         raise InputError(
-            "`pruning.distillation` must see the logits of all positions: the LightningModule must call the LLM "
-            "without `return_dict=False` and `logits_to_keep`."
+            "`pruning.distillation` must see the logits of all positions, got others: let the LightningModule call the "
+            "LLM without `return_dict=False` and `logits_to_keep`."
         )
     return (shifted != IGNORED).flatten()

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lit_prune.distill.base import TeacherOutput
 
-CHUNK_TOKENS = 256  # at a vocabulary of 150,000 each float32 temporary of a chunk takes 150 MB
+CHUNK_TOKENS = 256  # with a vocabulary of 150,000 every float32 temporary of a chunk takes 150 MB
 
 
 def divergence(logits_NV: Tensor, counted_N: Tensor, output: TeacherOutput, temperature: float) -> Tensor:
-    """Returns T^2 * sum over the counted positions of KL(q || p), in nats; p = softmax(logits / T), q the teacher.
+    """Returns T^2 * sum over the counted positions of KL(q || p), in nats, p = softmax(logits / T), q the teacher's.
 
     q = (1/2, 1/2) against p = (1/4, 3/4) at T = 1 gives log(2 / sqrt 3) = 0.1438.
 
@@ -30,8 +30,8 @@ def divergence(logits_NV: Tensor, counted_N: Tensor, output: TeacherOutput, temp
 
 
 class _Divergence(torch.autograd.Function):
-    # The gradient, T * (p - q), is computed in the forward pass, in float32, a chunk of positions at a time: besides
-    # the gradient itself, in the type of the logits, nothing of their size is allocated. Autograd would keep several.
+    # The gradient, T * (p - q), is computed in the forward pass, in float32, for a chunk of positions at a time. It is
+    # the only tensor as large as the logits, in their type; autograd would keep several for the backward pass.
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, counted_N: Tensor, output: TeacherOutput, temperature: float) -> Tensor:

@@ -18,12 +18,13 @@ from lit_prune.errors import InputError
 class SparseDelta(Teacher):
     """Stores only the weights that the cut removes, in CPU memory, and restores them for the teacher's forward pass.
 
-    It is the dense model to the bit, at the size of the removed weights. A step takes an additional forward pass of the
-    dense model, in which every linear that was cut is copied and its removed weights are moved to the device.
+    The teacher is bit for bit the dense model, and takes the memory of the removed weights. A step takes an additional
+    forward pass of the dense model, in which every linear that was cut is copied, and its removed weights are moved to
+    the device.
     """
 
     def check(self, student: Student) -> None:
-        """Raises InputError if weights change that were not removed."""
+        """Raises InputError if remaining weights may change, or for any cuts but a single one at step 0."""
         reason = None
         if not student.recipe.method.keeps_values:
             reason = f"{type(student.recipe.method).__name__} changes weights that it does not remove"
@@ -42,10 +43,10 @@ class SparseDelta(Teacher):
 
 
 class DeltaWeight(LazyWeight):
-    """A weight of the student, and the values that were removed from it.
+    """A weight of the student, and the values that the cut removes from it.
 
-    The dense weight is kept until the first use, when the cut is done (and a checkpoint, if any, is loaded) and the
-    removed entries are known.
+    Which entries are removed is known at the first use, after the cut and the loading of a checkpoint. Until then a
+    copy of the dense weight is stored.
 
     Args:
         weight: The student's weight, still dense.

@@ -1,4 +1,4 @@
-"""A dense model beside the pruned one, each weight of which is its own, shared with the student, or lazy."""
+"""The dense model as a teacher: each of its weights is copied, shared with the student, or lazy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lit_prune.recipe import Recipe
 @final
 @dataclass(frozen=True)
 class Logits(TeacherOutput):
-    """The teacher's output as its logits.
+    """The output of a teacher that computes all logits.
 
     Args:
         logits_NV: The logits.
@@ -34,7 +34,7 @@ class Logits(TeacherOutput):
 
 
 class LazyWeight(ABC):
-    """A weight of the dense model that is materialised for each forward pass."""
+    """A weight of the dense model that exists only during a forward pass."""
 
     @abstractmethod
     def materialise(self, device: torch.device) -> Tensor:
@@ -42,18 +42,18 @@ class LazyWeight(ABC):
 
     @abstractmethod
     def size_bytes(self) -> int:
-        """Returns the bytes that are stored for it."""
+        """Returns the bytes of what is stored in between."""
 
 
 class TeacherModel(TeacherState):
-    """A dense model that runs for every batch, in eval mode and without gradients.
+    """The dense model, which runs on every batch in eval mode and without gradients.
 
-    It is not a submodule of any LightningModule, so no optimizer and no checkpoint includes it.
+    It is not a submodule of the LightningModule, so that no optimizer and no checkpoint includes it.
 
     Args:
         model: The result of :func:`teacher_model_of`.
         shared: Names of the parameters that are shared with the student.
-        lazy_weights: Weights that are materialised for every pass, by name; ``model`` does not need to hold them.
+        lazy_weights: The lazy weights by parameter name; those parameters of ``model`` are ignored.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class TeacherModel(TeacherState):
     def output(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
         """Returns the logits of the dense model."""
         device = next(iter(inputs.values())).device
-        if self._device != device:  # Lightning moves submodules only, which the teacher is not
+        if self._device != device:  # Lightning moves submodules only, and the teacher is none
             self.model.to(device)  # type: ignore[arg-type]
             self._device = device
         return Logits(self.model(**inputs, use_cache=False).logits.flatten(0, -2))
@@ -108,8 +108,8 @@ def cut_weights(model: PreTrainedModel, recipe: Recipe) -> dict[str, nn.Paramete
 def teacher_model_of(model: PreTrainedModel, replacements: Mapping[str, nn.Parameter]) -> PreTrainedModel:
     """Returns a copy of ``model`` in eval mode, with ``replacements``, not copied, in place of its parameters."""
     parameters = dict(model.named_parameters())
-    # deepcopy's memo maps ids of originals to their copies: an entry keeps a parameter from being copied, so that tied
-    # weights stay tied and no second model is ever allocated
+    # deepcopy's memo maps ids of originals to their copies. With an entry for a parameter, deepcopy does not copy it:
+    # tied weights stay tied, and no second model is ever allocated
     memo = {id(parameters[name]): replacement for name, replacement in replacements.items()}
     teacher: PreTrainedModel = copy.deepcopy(model, memo)
     return teacher.eval()

@@ -20,7 +20,9 @@ from lit_prune.models.on_disk import placed
 from lit_prune.progress import track
 
 INPUTS = {"input_ids", "attention_mask", "position_ids"}
-LEAST = 1e-12  # lower bound of the remaining probability, which float16 may round to 0 or below, before its logarithm
+MIN_REST = (
+    1e-12  # lower bound of the remaining probability before its logarithm: by rounding in float16 it may be 0 or less
+)
 WindowTopK = tuple[Tensor, Tensor]  # of one window: tokens, int32, and their log-probabilities, float16, both (T, K)
 Window = tuple[bytes, Tensor]  # digest of a window, and the mask of a row's positions that are not padding, (T,)
 
@@ -28,17 +30,17 @@ Window = tuple[bytes, Tensor]  # digest of a window, and the mask of a row's pos
 @final
 @dataclass(frozen=True)
 class TopK(Teacher):
-    """Caches the k most likely tokens at every position of the coming training windows, and their log-probabilities.
+    """Caches the dense model's k most likely tokens at every position of the training windows, with log-probabilities.
 
-    They are computed once, before the cut, and kept in memory, at 6 k bytes a position: no dense model is needed during
-    training, and a step takes no second forward pass. The remaining probability is spread over the other tokens as the
-    student spreads it, so the divergence is that of k + 1 classes, the last one being all other tokens; it is at most
-    the full divergence, and equal to it if k is the size of the vocabulary. Probabilities are those at the temperature
-    of the distillation.
+    They are computed once, before the cut, and cached in memory at 6 k bytes per position: training needs no dense
+    model, and a step takes no second forward pass. The remaining probability is spread over the other tokens in the
+    student's proportions, so the divergence is that of k + 1 classes, of which the last one is all other tokens. It is
+    at most the full divergence, and equal to it if k is the size of the vocabulary. Probabilities are taken at the
+    temperature of the distillation.
 
-    A window is identified by its tokens and their positions, without padding, so order, epochs and the composition of
-    batches do not matter; but every epoch must have the same windows. If the order of the loader is not known, all of
-    its windows are cached. A resumed run computes all of them again, and must have the same length.
+    A window is identified by its tokens and their positions, without padding. Order, epochs and the composition of
+    batches do not matter, but every epoch must have the same windows. If the order of the dataloader is not known, all
+    of its windows are cached. A resumed run computes all of them again, and must have the same length.
 
     Args:
         k: Number of tokens.
@@ -47,7 +49,7 @@ class TopK(Teacher):
         InputError: for a k below 1.
     """
 
-    reads: ClassVar[bool] = True
+    needs_windows: ClassVar[bool] = True
 
     k: int = 64
 
@@ -76,8 +78,8 @@ class TopK(Teacher):
                 if all(digest in cache for digest, _ in windows):
                     continue
                 logits_BTV = model(**inputs, use_cache=False).logits
-                for (digest, own_T), logits_TV in zip(windows, logits_BTV, strict=True):
-                    logits_TV = logits_TV[own_T.to(logits_TV.device)]
+                for (digest, unpadded_T), logits_TV in zip(windows, logits_BTV, strict=True):
+                    logits_TV = logits_TV[unpadded_T.to(logits_TV.device)]
                     top = torch.log_softmax(logits_TV.float() / dense.temperature, dim=-1).topk(k, dim=-1)
                     cache.setdefault(digest, (top.indices.to(torch.int32).cpu(), top.values.to(torch.float16).cpu()))
         return CachedLogits(cache)
@@ -107,9 +109,9 @@ class CachedLogits(TeacherState):
                 "than it gave before the cut: use Copy."
             )
         tokens, log_q = zip(*(self.cache[digest] for digest, _ in windows), strict=True)
-        own_N, device = torch.cat([own_T for _, own_T in windows]), inputs["input_ids"].device
-        tokens_NK, log_q_NK = (_scatter_rows(torch.cat(rows), own_N).to(device) for rows in (tokens, log_q))
-        return TopKOutput(tokens_NK.long(), log_q_NK.float(), None if own_N.all() else own_N.to(device))
+        unpadded_N, device = torch.cat([unpadded_T for _, unpadded_T in windows]), inputs["input_ids"].device
+        tokens_NK, log_q_NK = (_scatter_rows(torch.cat(rows), unpadded_N).to(device) for rows in (tokens, log_q))
+        return TopKOutput(tokens_NK.long(), log_q_NK.float(), None if unpadded_N.all() else unpadded_N.to(device))
 
     def size_bytes(self) -> int:
         """Returns the bytes of tokens and log-probabilities."""
@@ -124,38 +126,38 @@ class TopKOutput(TeacherOutput):
     Args:
         tokens_NK: The tokens.
         log_q_NK: Their log-probabilities.
-        own_N: Mask of the positions that are not padding, which has no output; None if none is.
+        unpadded_N: Mask of the positions that are not padding, which alone have an output; None without padding.
     """
 
     tokens_NK: Tensor
     log_q_NK: Tensor
-    own_N: Tensor | None = None
+    unpadded_N: Tensor | None = None
 
     def log_q(self, rows_R: Tensor, log_p_RV: Tensor, temperature: float) -> Tensor:
-        """Returns log q of these tokens, and for the others log p, shifted so that all sum to a probability of 1."""
+        """Returns log q of the k tokens, and log p of the others, shifted so that all probabilities sum to 1."""
         tokens_RK, log_q_RK = self.tokens_NK[rows_R], self.log_q_NK[rows_R]
-        rest_of_q_R1 = (1 - log_q_RK.exp().sum(-1, keepdim=True)).clamp(min=LEAST).log()
+        rest_of_q_R1 = (1 - log_q_RK.exp().sum(-1, keepdim=True)).clamp(min=MIN_REST).log()
         rest_of_p_R1 = log_p_RV.scatter(-1, tokens_RK, -torch.inf).logsumexp(-1, keepdim=True)
         log_q_RV = (log_p_RV + (rest_of_q_R1 - rest_of_p_R1)).scatter(-1, tokens_RK, log_q_RK)
         # padding gets the student's own distribution, whose divergence and gradient are 0
-        return log_q_RV if self.own_N is None else torch.where(self.own_N[rows_R, None], log_q_RV, log_p_RV)
+        return log_q_RV if self.unpadded_N is None else torch.where(self.unpadded_N[rows_R, None], log_q_RV, log_p_RV)
 
 
 def _windows(inputs: Mapping[str, Tensor]) -> Iterator[Window]:
-    """Yields digest and mask of each row; the attention mask defaults to ones, positions to 0, 1, 2, ..."""
+    """Yields the digest and the mask of each row; the attention mask defaults to 1, positions to 0, 1, 2, ..."""
     ids_BT = inputs["input_ids"].cpu()
     mask_BT, positions_BT = inputs.get("attention_mask"), inputs.get("position_ids")
-    own_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.cpu() != 0
+    unpadded_BT = torch.ones_like(ids_BT, dtype=torch.bool) if mask_BT is None else mask_BT.cpu() != 0
     positions_BT = torch.arange(ids_BT.shape[1]) if positions_BT is None else positions_BT.cpu()
-    for ids_T, own_T, positions_T in zip(ids_BT, own_BT, positions_BT.expand_as(ids_BT), strict=True):
-        content = torch.stack([ids_T[own_T].long(), positions_T[own_T].long()])
-        yield hashlib.sha256(content.numpy().tobytes()).digest(), own_T
+    for ids_T, unpadded_T, positions_T in zip(ids_BT, unpadded_BT, positions_BT.expand_as(ids_BT), strict=True):
+        content = torch.stack([ids_T[unpadded_T].long(), positions_T[unpadded_T].long()])
+        yield hashlib.sha256(content.numpy().tobytes()).digest(), unpadded_T
 
 
-def _scatter_rows(rows: Tensor, own_N: Tensor) -> Tensor:
-    """Returns (N, K) with ``rows`` where ``own_N`` is True and zeros elsewhere."""
-    if own_N.all():
+def _scatter_rows(rows: Tensor, unpadded_N: Tensor) -> Tensor:
+    """Returns (N, K) with ``rows`` where ``unpadded_N`` is True and zeros elsewhere."""
+    if unpadded_N.all():
         return rows
-    scattered = rows.new_zeros(len(own_N), rows.shape[1])
-    scattered[own_N] = rows
+    scattered = rows.new_zeros(len(unpadded_N), rows.shape[1])
+    scattered[unpadded_N] = rows
     return scattered

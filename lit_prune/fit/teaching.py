@@ -48,7 +48,7 @@ class Teaching:
             stored: Whether checkpoints hold the teacher, if it can be stored, because the source cannot give it again.
             weights: The teacher's weights in a checkpoint; None takes those of ``model``.
         """
-        self._stored = stored and self.teacher.stores
+        self._stored = stored and self.teacher.restorable
         self._digest = None if self._stored else _digest(model)
         device, temperature = trainer.strategy.root_device, self.distillation.temperature
         dense = DenseModel(model, self.student, temperature, device, lambda: training_windows(trainer), weights)
