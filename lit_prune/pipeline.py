@@ -1,11 +1,11 @@
-"""Calibrate, allocate, prune: the whole of it, without Lightning. Read this file first.
+"""Pruning from end to end, without Lightning: calibrate, allocate, prune. Read this file first.
 
-scores = score(model, batches, recipe)     # changes nothing
-pruned = prune(model, batches, recipe)     # score, spread the budget over the blocks, remove weights in place
+scored = score(model, batches, recipe)     # does not change the model
+pruned = prune(model, batches, recipe)     # scores, spreads the budget over the blocks, removes weights in place
 
-In several processes (torch.distributed) each is given all batches, runs its share, and arrives at the same weights.
+With torch.distributed, every process gets all batches, runs its share of them, and arrives at the same weights.
 
-Calibrate once, and try many recipes on copies of the model:
+To calibrate once and try many recipes on copies of the model:
 
 scored, statistics = score_with_statistics(model, batches, recipe)
 pruned = prune(copy, batches, other_recipe, statistics=statistics)
@@ -39,21 +39,21 @@ from lit_prune.progress import log, track
 from lit_prune.recipe import Recipe, recipe_record
 
 DEFAULT = Recipe()
-LEAST_SPARSITY = 1e-3  # of a model that was pruned before; a few weights are exactly 0 by rounding
+MIN_SPARSITY_BEFORE = 1e-3  # below it a model counts as dense, in which a few weights are 0 by rounding
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What scoring the blocks gave.
+    """The result of scoring the blocks.
 
     Attributes:
-        scores: One score a block, as the allocation defines it.
-        rates: The share that each block is to give.
-        target: The mean that the rates were to have, weighted by ``sizes``.
-        sizes: Size of each block in the unit that rates are a share of: prunable weights, dimensions, ...
-        seconds: How long it took.
-        statistics: Of each block, as far as they were needed.
-        search: What a search for rates reports, see ``allocate.base.Refined``.
+        scores: One score per block, as the allocation defines it.
+        rates: The share to remove from each block.
+        target: The requested mean of the rates, weighted by ``sizes``.
+        sizes: Size of each block in the unit of its rate: prunable weights, dimensions, ...
+        seconds: Duration of the scoring.
+        statistics: Statistics of each block, as far as they were needed.
+        search: Details of a search for rates, see ``allocate.base.Refined``; empty without one.
         sparsity_before: The share that earlier cuts had removed, weighted by ``sizes``; 0 for a dense model.
     """
 
@@ -74,17 +74,17 @@ class Scored:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What pruning did.
+    """The result of pruning.
 
     Attributes:
-        scores: One score a block.
-        rates: The share that each block was to give.
-        target: The mean that the rates were to have, weighted by ``sizes``.
-        achieved: The share that each block has given: of weights that are exactly 0 now, of dimensions, ...
-        sparsity: The same over all blocks.
-        sizes: Size of each block before, in the unit that rates are a share of.
-        seconds: How long scoring and pruning took, by phase.
-        search: What a search for rates reports.
+        scores: One score per block.
+        rates: The share to remove from each block, as planned.
+        target: The requested mean of the rates, weighted by ``sizes``.
+        achieved: The share that each block has lost, by earlier cuts too: of weights that are exactly 0, ...
+        sparsity: The mean of ``achieved``, weighted by ``sizes``.
+        sizes: Size of each block before pruning, in the unit of its rate.
+        seconds: Duration of scoring and of pruning, by phase.
+        search: Details of a search for rates; empty without one.
         sparsity_before: The share that earlier cuts had removed; 0 for a dense model.
     """
 
@@ -107,19 +107,19 @@ def score(
     device: torch.device | str | None = None,
     statistics: CachedStatistics | None = None,
 ) -> Scored:
-    """Returns each block's score and the rate that it would give; the model is left as it is.
+    """Returns the score of each block and the rate at which it would be pruned; the model is not changed.
 
     Args:
         model: A Hugging Face causal LM.
-        batches: Token ids (batch, tokens), or dicts of `input_ids` and, where there is padding, `attention_mask`.
-        recipe: What is to be removed, and how.
-        device: Where blocks compute, one at a time; None means where the model is.
-        statistics: Those that :func:`score_with_statistics` took of this model over these batches, which are then not
-            run again.
+        batches: Token ids (batch, tokens), or dicts of `input_ids` and, if there is padding, `attention_mask`.
+        recipe: The settings of the cut.
+        device: Device on which the blocks compute, one at a time; None means the model's.
+        statistics: The result of :func:`score_with_statistics` for this model and these batches, which replaces the
+            pass over the batches.
 
     Raises:
         InputError: see :meth:`Recipe.check`; also for NaN or infinity in the activations, for no batches, and for
-            statistics that were taken of another model or other batches.
+            statistics of another model or of other batches.
     """
     return _score(model, list(batches), recipe, device, _needed_for_rates(recipe), statistics)
 
@@ -133,11 +133,11 @@ def score_with_statistics(
     settings: Mapping[str, Any] | None = None,
     statistics: CachedStatistics | None = None,
 ) -> tuple[Scored, CachedStatistics]:
-    """Returns what :func:`score` does, and the statistics, which serve other recipes and sparsities too.
+    """Returns the result of :func:`score`, and the statistics, which can be used for other recipes and sparsities.
 
-    Norms and cosines are taken whatever the recipe, so that they serve every allocation, and the Gram matrices where
-    the method reads those of the unpruned model. ``statistics`` that are given are returned with the new scores added.
-    Arguments and errors as in :func:`score`; ``settings`` as in ``cached_statistics.Key``.
+    Norms and cosines are collected for any recipe, so that they suit every allocation; Gram matrices if the method
+    reads those of the unpruned model. ``statistics`` that are passed in are returned with the new scores added.
+    Arguments and errors are those of :func:`score`; for ``settings`` see ``cached_statistics.Key``.
     """
     batches, needs = list(batches), frozenset({INPUTS, COSINE}) | _needs(recipe)
     scored = _score(model, batches, recipe, device, needs, statistics)
@@ -153,7 +153,7 @@ def prune(
     device: torch.device | str | None = None,
     statistics: CachedStatistics | None = None,
 ) -> Pruned:
-    """Prunes ``model`` in place, and returns what was done; arguments and errors as in :func:`score`."""
+    """Prunes ``model`` in place and returns the result; arguments and errors are those of :func:`score`."""
     check_offload_folder(model)
     batches = list(batches)
     scored = _score(model, batches, recipe, device, _needs(recipe), statistics)
@@ -184,7 +184,7 @@ def prune(
 
 
 def _check_same(blocks: Sequence[Block]) -> None:
-    """Raises RuntimeError where the processes have not arrived at the same weights, to the bit."""
+    """Raises RuntimeError unless all processes have the same weights, bit for bit."""
     if distributed.world_size() > 1:
         weights = [{name: digest(tensor) for name, tensor in block.module.state_dict().items()} for block in blocks]
         distributed.check_same("The pruned weights", weights)
@@ -197,24 +197,24 @@ def check_statistics(
     recipe: Recipe,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises InputError where ``statistics`` do not serve a cut of ``model`` by ``recipe``, saying what differs."""
+    """Raises InputError if ``statistics`` do not fit a cut of ``model`` by ``recipe``, with the difference."""
     statistics.check(key_of(model, batches, settings), recipe.find(model), _needs(recipe))
 
 
 def check_expected_statistics(
     statistics: CachedStatistics, model: PreTrainedModel, recipe: Recipe, settings: Mapping[str, Any]
 ) -> None:
-    """Raises InputError as :func:`check_statistics` does, as far as that needs no weights and no text."""
+    """Raises InputError as :func:`check_statistics` does, with those checks that need no weights and no text."""
     statistics.check(statistics.key.expected(settings), recipe.find(model), _needs(recipe))
 
 
 def _needs(recipe: Recipe) -> frozenset[str]:
-    """The statistics of the unpruned model that a cut reads."""
+    """Returns the kinds of statistics of the unpruned model that a cut reads."""
     return _needed_for_rates(recipe) | (recipe.method.needs if recipe.method.propagate == "dense" else frozenset())
 
 
 def _needed_for_rates(recipe: Recipe) -> frozenset[str]:
-    """The statistics of the unpruned model that the rates depend on."""
+    """Returns the kinds of statistics of the unpruned model that the rates depend on."""
     return recipe.allocation.needs | (recipe.method.needs if recipe.allocation.searches else frozenset())
 
 
@@ -226,7 +226,7 @@ def _score(
     needs: frozenset[str],
     cached: CachedStatistics | None = None,
 ) -> Scored:
-    """Scores the blocks; the statistics in ``needs`` stay where the model is."""
+    """Returns the scores and rates of the blocks, and their statistics named in ``needs``, on the model's device."""
     blocks, limits = recipe.bounded(model)
     key = key_of(model, batches) if cached is not None or recipe.allocation.searches else None
     if cached is not None:
@@ -235,10 +235,12 @@ def _score(
     begin = time.perf_counter()
     with evaluating(model):
         scores, statistics = _score_blocks(model, blocks, batches, recipe, device, needs, cached)
-    before = limits.current_sparsity if limits.current_sparsity >= LEAST_SPARSITY else 0.0
+    before = limits.current_sparsity if limits.current_sparsity >= MIN_SPARSITY_BEFORE else 0.0
     if before:
-        log(f"{before:.1%} of what is to be pruned is gone already: it stays so, and counts toward the sparsity.")
-    refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, taken=statistics, key=key)
+        log(f"{before:.1%} of the weights to prune are pruned already: they stay so, and count toward the sparsity.")
+    refined = _refine(
+        model, blocks, batches, recipe, device, limits=limits, scores=scores, statistics=statistics, key=key
+    )
     seconds = time.perf_counter() - begin
     return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, statistics, refined.details, before)
 
@@ -252,18 +254,21 @@ def _score_blocks(
     needs: frozenset[str],
     cached: CachedStatistics | None,
 ) -> tuple[list[float], list[BlockStatistics]]:
-    """The score and the statistics of every block, in one pass over the batches where nothing is cached."""
-    known = cached.scores_of(recipe.allocation, blocks) if cached else None
+    """Returns the score and the statistics of every block, by one pass over the batches unless they are cached."""
+    cached_scores = cached.scores_of(recipe.allocation, blocks) if cached else None
     stream = _stream(model, blocks, batches, device) if needs and not cached else None
     scores, statistics = [], []
     for block in track(blocks, "Scoring blocks"):
-        taken = cached.by_block[block.index] if cached else BlockStatistics()
+        block_statistics = cached.by_block[block.index] if cached else BlockStatistics()
         with on_device(block, torch.device(device or model.device)):
             if stream is not None:
-                taken = observe(stream, block, needs, advance=block is not blocks[-1])
-            taken = taken.to(next(block.module.parameters()).device)
-            scores.append(known[block.index] if known else recipe.allocation.score(_weights(block), taken))
-        statistics.append(taken.to(model.device))
+                block_statistics = observe(stream, block, needs, advance=block is not blocks[-1])
+            block_statistics = block_statistics.to(next(block.module.parameters()).device)
+            if cached_scores:
+                scores.append(cached_scores[block.index])
+            else:
+                scores.append(recipe.allocation.score(_weights(block), block_statistics))
+        statistics.append(block_statistics.to(model.device))
     return scores, statistics
 
 
@@ -276,17 +281,17 @@ def _refine(
     *,
     limits: Limits,
     scores: Sequence[float],
-    taken: Sequence[BlockStatistics],
+    statistics: Sequence[BlockStatistics],
     key: Key | None,
 ) -> Refined:
-    """Spreads the budget by the scores, and searches for better rates where the allocation does."""
+    """Returns the rates that follow from the scores, or better ones if the allocation searches."""
     rates = recipe.spread(limits, scores)
     if not recipe.allocation.searches:
         return Refined(rates)
     assert key is not None
     recorded = {name: value for name, value in recipe_record(recipe).items() if name != "allocation"}
-    place, dicts = torch.device(device or model.device), _dicts(model, batches)
-    trial = recipe.method.trial(model, blocks, statistics=taken, device=place, batches=dicts)
+    trial_device, dicts = torch.device(device or model.device), _dicts(model, batches)
+    trial = recipe.method.trial(model, blocks, statistics=statistics, device=trial_device, batches=dicts)
     with evaluating(model), trial as opened:
         return recipe.allocation.refine(rates, limits, trial=opened, key=vars(key) | recorded)
 
@@ -306,7 +311,7 @@ def _stream(
 
 
 def _dicts(model: PreTrainedModel, batches: Iterable[Batch | Tensor]) -> list[Batch]:
-    """The batches as dicts, none of them longer than the model can take."""
+    """Returns the batches as dicts; raises InputError if there are none, or one exceeds the model's length."""
     dicts = [{"input_ids": batch} if isinstance(batch, Tensor) else batch for batch in batches]
     if not dicts:
         raise InputError("`calibration` must have at least one batch, got none.")

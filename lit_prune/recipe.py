@@ -1,4 +1,4 @@
-"""What is removed from a model, and how."""
+"""Recipe: the settings of a cut, and the limits that they give the rates of a model."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ from lit_prune.prune import Method, Wanda
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is to be removed, and how.
+    """The settings of a cut.
 
     Args:
-        method: What makes the blocks smaller, such as masks or slices.
+        method: The pruning method, which sets weights to zero, slices the model, or makes it smaller in another way.
         sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights, of the dimensions, or of
             whatever else the method removes.
-        allocation: How blocks are scored, and how the sparsity is spread over them.
-        min_rate: Least share that any block gives.
-        max_rate: Greatest share that any block gives.
-        targets: Name suffixes or regular expressions of the linears to prune; None takes all in the blocks.
-        ignore: Suffixes or regular expressions of linears to leave alone.
-        blocks: Dotted path of the decoder layers, for a family that is not known.
-        budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
-            of the model, tied weights counted once. Embeddings are parameters that no mask is put on, so that the
-            linears give more than that share.
+        allocation: The rule that scores the blocks and spreads the sparsity over them.
+        min_rate: Smallest share that is removed from any block.
+        max_rate: Largest share that is removed from any block.
+        targets: Name suffixes or regular expressions of the linears to prune; None selects all in the blocks.
+        ignore: Name suffixes or regular expressions of linears to leave alone.
+        blocks: Dotted path of the decoder layers, for an unknown family.
+        budget: The weights that `sparsity` is a share of: `linears`, those to prune, or `parameters`, all parameters of
+            the model, tied weights counted once. Embeddings are never pruned, so the linears then lose a larger share.
 
     Raises:
-        InputError: for a number out of its range, linears chosen for a method that takes from all, a search by a
-            method that cannot try rates, or a budget that the method does not know.
+        InputError: for a number out of its range, `targets` or `ignore` for a method that prunes whole blocks, a search
+            for a method without a trial, or a budget that the method does not support.
     """
 
     method: Method = field(default_factory=Wanda)
@@ -61,8 +60,8 @@ class Recipe:
             )
         if not self.method.chooses_linears and (self.targets is not None or self.ignore):
             raise InputError(
-                f"`pruning.targets` and `pruning.ignore` must be left out for {type(self.method).__name__}: it takes "
-                "from all linears of a block together."
+                f"`pruning.targets` and `pruning.ignore` must be left out for {type(self.method).__name__}: it "
+                "prunes all linears of a block together."
             )
         if self.allocation.searches and not self.method.supports_search:
             raise InputError(
@@ -83,21 +82,22 @@ class Recipe:
         return bool(self.allocation.needs | self.method.needs) or self.method.needs_text
 
     def find(self, model: PreTrainedModel, *, quantised: bool = False) -> list[Block]:
-        """Returns the blocks of ``model`` with the linears that are to be pruned; see ``families.find_blocks``."""
+        """Returns the blocks of ``model`` with the linears to prune; see ``families.find_blocks``."""
         chosen: dict[str, Any] = {"targets": self.targets, "ignore": self.ignore, "blocks": self.blocks}
         return find_blocks(model, **chosen, quantised=quantised)
 
     def check(self, model: PreTrainedModel) -> list[Block]:
-        """Returns the blocks of ``model`` once all is checked that can be checked without running it.
+        """Returns the blocks of ``model``, after all checks that are possible without running it.
 
         Raises:
             InputError: for an unknown family, targets that match nothing, a plan that does not fit, a sparsity that
-                the bounds do not allow or that is below the current one, a search on a model that stays on disk.
+                the bounds do not allow or that is below the current one, and a search in several processes or on a
+                model that stays on disk.
         """
         return self.bounded(model)[0]
 
     def bounded(self, model: PreTrainedModel) -> tuple[list[Block], Limits]:
-        """Returns the blocks as :meth:`check` does, and what bounds their rates; errors as there."""
+        """Returns the blocks and the limits of their rates, with the checks and errors of :meth:`check`."""
         self.method.check(model, self.sparsity)
         if self.allocation.searches and distributed.world_size() > 1:
             raise InputError(
@@ -106,8 +106,8 @@ class Recipe:
             )
         if self.allocation.searches and on_disk(model) is not None:
             raise InputError(
-                f"`pruning.allocation` must not be {type(self.allocation).__name__} with `model.on_disk`, every try "
-                "runs the whole model: search in memory, and use the plan that `lit-prune score` writes."
+                f"`pruning.allocation` must not be {type(self.allocation).__name__} with `model.on_disk`, as every "
+                "trial runs the whole model: search in memory, and use the plan that `lit-prune score` writes."
             )
         blocks = self.find(model)
         limits = self.limits(model, blocks)
@@ -122,21 +122,21 @@ class Recipe:
         return blocks, limits
 
     def limits(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Limits:
-        """Returns the bounds of the blocks' rates, and the mean that makes the sparsity.
+        """Returns the bounds of the blocks' rates, and the mean rate that gives the sparsity.
 
         Raises:
-            InputError: if the budget is that of all parameters, and the linears cannot give it.
+            InputError: if the budget is a share of all parameters that the linears cannot give.
         """
         least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.max_rate(model)))
         current, sizes = [self.method.current_rate(block) for block in blocks], self.method.sizes(model, blocks)
         lower, target = [max(least, rate) for rate in current], self.sparsity
-        slack = self.method.rounding(blocks)  # an earlier cut may have exceeded its sparsity by so much
+        slack = self.method.rounding(blocks)  # by which an earlier cut may have exceeded its sparsity
         if self.budget == "parameters":
             target = sparsity_of_linears(self.sparsity, model, blocks, lower=lower, upper=upper, slack=slack)
         return Limits(sizes, lower, upper, target, weighted_mean(current, sizes), slack)
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
-        """Returns the rate of every block; with ``equal`` one rate for all, to check that any are allowed."""
+        """Returns the rate of every block; with ``equal`` the same for all, which shows if any are possible."""
         rates = allocate(
             Uniform() if equal else self.allocation,
             scores,
@@ -149,7 +149,7 @@ class Recipe:
 
 
 def recipe_record(recipe: Recipe) -> dict[str, object]:
-    """Returns ``recipe`` as JSON can hold it; method and allocation by their ``repr``."""
+    """Returns ``recipe`` as a JSON-serialisable dict, with method and allocation as their ``repr``."""
     return {
         "method": repr(recipe.method),
         "allocation": repr(recipe.allocation),

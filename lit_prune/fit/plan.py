@@ -137,7 +137,9 @@ class FitPlan:
         It must where a teacher reads the windows of the whole training before it begins.
         """
         teacher = None if self.distillation is None else self.distillation.teacher
-        fields = ("max_steps", "max_epochs", "limit_train_batches") if teacher is not None and teacher.needs_windows else ()
+        fields = (
+            ("max_steps", "max_epochs", "limit_train_batches") if teacher is not None and teacher.needs_windows else ()
+        )
         return {f"trainer.{field}": getattr(trainer, field) for field in fields}
 
     def take_zeros(self, model: PreTrainedModel, *, trains: bool = True) -> None:
