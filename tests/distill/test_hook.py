@@ -76,5 +76,7 @@ def test_only_a_loss_that_is_trained_on_is_another() -> None:
 @pytest.mark.parametrize("fields", [{"return_dict": False}, {"logits_to_keep": 4, "shift_labels": IDS[:, :4].clone()}])
 def test_logits_that_cannot_be_seen(fields: dict[str, Any]) -> None:
     model, *_ = student_and_teacher()
-    with pytest.raises(InputError, match="must see the logits of all positions: .* `return_dict=False` and `logits_to"):
+    with pytest.raises(
+        InputError, match="must see the logits of all positions, got others: .* `return_dict=False` and `logits_to"
+    ):
         model(IDS, labels=IDS, **fields)
