@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from lit_prune.checkpointing.weights import DroppedWeight, SourceWeights, restore_weights
 from lit_prune.errors import InputError
-from lit_prune.models.digest import digest
 from lit_prune.pipeline import prune
 from lit_prune.prune import MaskMethod, Method, Wanda
 from lit_prune.recipe import Recipe
@@ -106,9 +105,3 @@ def test_a_source_that_is_another_is_refused(model: PreTrainedModel) -> None:
         restore_weights(state, other, "model.", dropped)
     with pytest.raises(InputError, match=r"model.layers.3.* is another. .*`pruning.full_checkpoint`"):
         restore_weights(dict(other.state_dict()), small_model(num_hidden_layers=4), "", {})
-
-
-def test_the_digest_knows_type_and_shape() -> None:
-    zeros = torch.zeros(2, 3)
-    assert len({digest(t) for t in (zeros, zeros.T, zeros.bfloat16(), zeros + 1, torch.tensor(0.0))}) == 5
-    assert digest(zeros) == digest(torch.zeros(3, 2).T)

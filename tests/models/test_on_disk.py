@@ -286,13 +286,6 @@ def test_a_family_without_an_entry_is_measured_as_a_whole(batches: list[torch.Te
     assert measure(mapped, noise, "noise").perplexity == measure(loaded, noise, "noise").perplexity
 
 
-@pytest.mark.parametrize("family", sorted(STACKED))
-def test_what_is_converted_as_it_loads_is_refused(family: str, tmp_path: Path) -> None:
-    folder = stored(tmp_path, family)
-    with pytest.raises(InputError, match=r"`model.on_disk` must be false for .*experts.*transformers makes it from"):
-        load_model(folder, on_disk=True)
-
-
 def test_another_dtype_is_refused(tmp_path: Path) -> None:
     folder = stored(tmp_path)
     assert load_model(folder, "bfloat16", on_disk=True).dtype == torch.bfloat16
@@ -305,14 +298,6 @@ def test_another_dtype_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"`model.dtype` must be bfloat16.*got float16"):
         load_model(folder, on_disk=True)
     assert private_bytes(load_model(folder, "bfloat16", on_disk=True)) == 0
-
-
-def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
-    folder = stored(tmp_path)
-    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="has no safetensors: load it in memory once"):
-        load_model(folder, on_disk=True)
 
 
 def test_broken_safetensors_are_told_in_one_line(tmp_path: Path) -> None:
