@@ -43,8 +43,11 @@ def test_families_that_cannot_be_sliced(family: str, reason: str) -> None:
     ("fields", "message"),
     [
         ({"do_layer_norm_before": False}, r"this opt \(do_layer_norm_before = False\): it normalises"),
-        ({"word_embed_proj_dim": 16}, r"this opt \(word_embed_proj_dim = 16\): its embedding has another width"),
-        ({"layerdrop": 0.1}, r"this opt \(layerdrop = 0.1\): a block that is left out"),
+        (
+            {"word_embed_proj_dim": 16},
+            r"this opt \(word_embed_proj_dim = 16\): its embedding and its residual stream have different widths",
+        ),
+        ({"layerdrop": 0.1}, r"this opt \(layerdrop = 0.1\): a block that is dropped in training"),
     ],
 )
 def test_odd_members_of_opt(fields: dict[str, object], message: str) -> None:
