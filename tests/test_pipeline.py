@@ -157,17 +157,6 @@ def test_training_mode_and_dicts_with_padding(model: PreTrainedModel, batches: l
     assert model.training
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5])
-def test_sparsity_out_of_range(sparsity: float) -> None:
-    with pytest.raises(InputError, match=rf"`pruning.sparsity` must be in \[0, 1\).*got {sparsity}"):
-        Recipe(sparsity=sparsity)
-
-
-def test_bounds_out_of_range() -> None:
-    with pytest.raises(InputError, match="`pruning.min_rate` and `pruning.max_rate`"):
-        Recipe(min_rate=0.5, max_rate=0.4)
-
-
 def test_batches_that_cannot_be(model: PreTrainedModel) -> None:
     with pytest.raises(InputError, match="at least one batch"):
         prune(model, [], Recipe())

@@ -7,7 +7,6 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import Uniform
-from lit_prune.errors import InputError
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.prune import Magnitude, NofM, Wanda
@@ -145,17 +144,6 @@ def test_a_later_cut_is_held_once_attached_again() -> None:
     gone = zero_weights(model)
     train(model, OPTIMIZERS["AdamW"](model.parameters()))
     assert all(torch.equal(parameter == 0, zero) for parameter, zero in gone.items())
-
-
-def test_what_was_frozen_stays_frozen_and_all_of_it_is_refused() -> None:
-    model = small_model()
-    model.model.embed_tokens.requires_grad_(False)
-    FullFineTuning().check(model)
-    FullFineTuning().attach(model)
-    assert not model.model.embed_tokens.weight.requires_grad
-    model.requires_grad_(False)
-    with pytest.raises(InputError, match="`pruning.recovery` must be a recovery that has something to train"):
-        FullFineTuning().check(model)
 
 
 def test_a_run_that_goes_on_holds_the_same_zeros(batches: list[torch.Tensor]) -> None:

@@ -15,8 +15,7 @@ from lit_prune.models.quantised import compute_exactly, mask
 from lit_prune.pipeline import prune
 from lit_prune.prune import NofM, Wanda
 from lit_prune.recipe import Recipe
-from lit_prune.recover import LoRA, MaskedLoRA, Recovery, Snapshot, adapter_config
-from lit_prune.recover.masked_linear import MaskedLinear
+from lit_prune.recover import LoRA, MaskedLoRA, Recovery, Snapshot
 from lit_prune.recover.merge import without_adapter
 from tests.conftest import WIDE, export, small_model
 
@@ -112,52 +111,3 @@ def test_nothing_changes_before_it_is_trained(
     before = model(batches[0]).logits
     leaf().attach(model)
     torch.testing.assert_close(model(batches[0]).logits, before)
-
-
-@pytest.mark.parametrize(
-    ("family", "targets"),
-    [("llama", ["q_proj", "up_proj"]), ("llama", None), ("gpt2", None), ("mixtral", None), ("qwen3_moe", ["q_proj"])],
-)
-def test_snapshot_rebuilds_what_the_weights_need(
-    family: str, targets: list[str] | None, batches: list[torch.Tensor]
-) -> None:
-    model = small_model(family)
-    prune(model, batches, Recipe())
-    LoRA(r=3, alpha=5, dropout=0.1, target_modules=targets).attach(model)
-    for parameter in model.parameters():
-        parameter.data.add_(0.01)
-    fresh = small_model(family)
-    stored = json.loads(json.dumps(Snapshot.of(model).to_dict()))
-    Snapshot.from_dict(stored).rebuild(fresh)
-    Snapshot.from_dict(stored).rebuild(fresh)
-    fresh.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(fresh(batches[0]).logits, model.eval()(batches[0]).logits)
-    assert Snapshot.of(fresh).to_dict() == stored
-    assert adapter_config(small_model(family)) is None
-
-
-def test_a_rebuilt_adapter_is_of_the_same_kind() -> None:
-    for leaf in ADAPTERS:
-        model, fresh = small_model(), small_model()
-        leaf(target_modules=["q_proj"]).attach(model)
-        Snapshot.of(model).rebuild(fresh)
-        assert isinstance(fresh.model.layers[0].self_attn.q_proj, MaskedLinear) is (leaf is MaskedLoRA)
-        assert not isinstance(fresh.model.layers[0].self_attn.k_proj, MaskedLinear)
-
-
-@pytest.mark.parametrize("leaf", ADAPTERS)
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [({"r": 0}, "r` must be at least 1"), ({"dropout": 1.0}, r"dropout` must be in \[0, 1\)")],
-)
-def test_settings_out_of_range(leaf: type[LoRA], fields: dict[str, float], message: str) -> None:
-    with pytest.raises(InputError, match=f"`{leaf.__name__}.{message}"):
-        leaf(**fields)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("leaf", ADAPTERS)
-def test_target_modules_that_match_nothing(leaf: type[LoRA], model: PreTrainedModel) -> None:
-    told = rf"`{leaf.__name__}.target_modules` must match .*, got 'none'; there are .*q_proj"
-    with pytest.raises(InputError, match=told):
-        leaf(target_modules=["q_proj", "none"]).check(model)
-    leaf(target_modules=["q_proj"]).check(model)

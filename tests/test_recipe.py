@@ -1,0 +1,86 @@
+"""Recipes: settings out of range, the blocks that are selected, the limits of their rates, and the record."""
+
+import json
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.allocate import DLP, AlphaPruning, LayerRedundancy, Uniform
+from lit_prune.errors import InputError
+from lit_prune.pipeline import prune
+from lit_prune.prune import Magnitude, MixedNofM, Wanda
+from lit_prune.recipe import Recipe, recipe_record
+from lit_prune.slice import Slicing
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5])
+def test_sparsity_out_of_range(sparsity: float) -> None:
+    with pytest.raises(InputError, match=rf"`pruning.sparsity` must be in \[0, 1\).*got {sparsity}"):
+        Recipe(sparsity=sparsity)
+
+
+def test_bounds_out_of_range() -> None:
+    with pytest.raises(InputError, match="`pruning.min_rate` and `pruning.max_rate`"):
+        Recipe(min_rate=0.5, max_rate=0.4)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "needs"),
+    [
+        (Recipe(Wanda(), 0.5, Uniform()), True),
+        (Recipe(Magnitude(), 0.5, DLP()), True),
+        (Recipe(Magnitude(), 0.5, LayerRedundancy()), True),
+        (Recipe(Magnitude(), 0.5, AlphaPruning()), False),
+        (Recipe(Slicing(), 0.25, Uniform()), True),  # it reads the stream itself
+    ],
+)
+def test_text_is_needed_by_allocation_or_method(recipe: Recipe, needs: bool) -> None:
+    assert recipe.needs_text is needs
+
+
+def test_targets_and_ignore_select_linears(model: PreTrainedModel) -> None:
+    blocks = Recipe(targets=["mlp.up_proj", "q_proj", "v_proj"], ignore=["v_proj"]).find(model)
+    assert [list(block.linears) for block in blocks] == [["self_attn.q_proj", "mlp.up_proj"]] * 3
+
+
+def test_limits_by_hand(model: PreTrainedModel) -> None:
+    # of a block's 2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32 = 7680 weights a tenth is pruned in block 1 alone
+    model.model.layers[1].mlp.up_proj.weight.data.view(-1)[:768] = 0
+    recipe = Recipe(Wanda(), 0.4, Uniform(), min_rate=0.05, max_rate=0.8)
+    limits = recipe.limits(model, recipe.find(model))
+    assert limits.sizes == [7680] * 3
+    assert limits.lower == [0.05, 0.1, 0.05]
+    assert limits.upper == 0.8
+    assert limits.target == 0.4
+    assert limits.current_sparsity == pytest.approx(0.1 / 3)
+    assert recipe.spread(limits, [1.0, 2, 3]) == pytest.approx([0.4] * 3)
+
+
+def test_limits_are_rounded_into_the_pattern(model: PreTrainedModel) -> None:
+    recipe = Recipe(Wanda(MixedNofM(8)), 0.4, Uniform(), min_rate=0.2, max_rate=0.7)
+    limits = recipe.limits(model, recipe.find(model))
+    assert limits.lower == [2 / 8] * 3
+    assert limits.upper == 5 / 8
+
+
+def test_a_check_returns_the_blocks_and_refuses_what_the_bounds_exclude(model: PreTrainedModel) -> None:
+    assert [block.index for block in Recipe(sparsity=0.5).check(model)] == [0, 1, 2]
+    with pytest.raises(InputError, match=r"`pruning.sparsity` must be between 0 and 0.4"):
+        Recipe(sparsity=0.5, max_rate=0.4).check(model)
+
+
+def test_a_sparsity_below_the_current_one_is_refused(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    prune(model, batches, Recipe(sparsity=0.6))
+    Recipe(sparsity=0.6).check(model)
+    with pytest.raises(InputError, match=r"must be at least the current sparsity, 0.[56]\d* of the linears.*; got 0.5"):
+        Recipe(sparsity=0.5).check(model)
+
+
+def test_the_record_is_json_with_method_and_allocation_by_their_repr() -> None:
+    record = recipe_record(Recipe(Magnitude(), 0.25, Uniform(), targets=("q_proj",), blocks="model.layers"))
+    assert json.loads(json.dumps(record)) == record
+    assert record["method"] == "Magnitude(pattern=Unstructured())"
+    assert record["allocation"] == "Uniform()"
+    assert (record["sparsity"], record["targets"], record["ignore"]) == (0.25, ["q_proj"], [])
+    assert (record["blocks"], record["budget"]) == ("model.layers", "linears")
