@@ -44,7 +44,7 @@ def same(model: PreTrainedModel, before: dict[str, torch.Tensor]) -> bool:
 
 
 def cut_block(method: MaskMethod, block: Block, statistics: BlockStatistics, rate: float) -> None:
-    for group in groups_of(block, statistics):
+    for group in groups_of(block, statistics, dict.fromkeys(block.linears, rate)):
         group.write(method.prune(group.weights, group.statistics, rate))
 
 
