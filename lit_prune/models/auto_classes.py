@@ -1,8 +1,9 @@
 """Registers the sliced models with transformers' Auto classes, without importing transformers or torch to do so.
 
-transformers offers no entry point for models of other packages, so that they have to be registered by a call. The call
-has to wait: transformers imports its auto module in the middle of modeling_utils, which the sliced models need whole.
-The first ``AutoConfig.from_pretrained``, by which every Auto class begins, comes late enough.
+transformers has no entry point for models of other packages: they have to be registered by a call. That call cannot be
+made as soon as the auto module is imported, because transformers imports it halfway through modeling_utils, which the
+sliced models need complete. The first ``AutoConfig.from_pretrained``, which every Auto class begins with, is late
+enough.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 def register_on_first_use() -> None:
-    """Makes the first call of ``AutoConfig.from_pretrained`` register the sliced models."""
+    """Patches ``AutoConfig.from_pretrained`` so that its first call registers the sliced models."""
     if AUTO_CONFIG in sys.modules:
         _wrap(sys.modules[AUTO_CONFIG])
     else:
@@ -40,7 +41,7 @@ def _wrap(module: ModuleType) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the auto module in its usual place, once, to be wrapped as soon as it is executed."""
+    """Finder that lets the auto module be imported as usual, and patches it right after; used once."""
 
     def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != AUTO_CONFIG:

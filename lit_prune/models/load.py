@@ -1,7 +1,7 @@
 """Loads an LLM, its config and its tokenizer from a hub id, a folder, a .gguf file, or ``embedded``.
 
-A name that does not exist is refused at once: transformers alone would look for a mistyped folder on the hub for a
-minute, and end in several tracebacks.
+A name that does not exist is refused at once. transformers itself would look for a mistyped folder on the hub for a
+minute and end in several chained tracebacks.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load_config(pretrained: str) -> PreTrainedConfig:
-    """Returns the Hugging Face config of ``pretrained`` without loading weights (a .gguf file's weights are read).
+    """Returns the Hugging Face config of ``pretrained`` without loading weights, except those of a .gguf file.
 
     Raises:
-        InputError: if ``pretrained`` does not exist, is no model, or the hub cannot be reached.
+        InputError: if ``pretrained`` does not exist or is not a model, or if the hub cannot be reached.
     """
     source, extra = locate(pretrained)
     return _checked(AutoConfig.from_pretrained, source, "config.json", extra)
@@ -44,23 +44,23 @@ def load_model(
 
     Args:
         pretrained: A hub id, a folder, a .gguf file (dequantised, so that it can be trained and saved), or `embedded`.
-        dtype: Data type of the weights; `auto` takes the one they are stored in.
-        attn_implementation: `sdpa`, `eager`, ...; None takes transformers' choice.
-        on_disk: Leave the weights in their files, see ``lit_prune.models.on_disk``.
+        dtype: Data type of the weights; `auto` is the one they are stored in.
+        attn_implementation: `sdpa`, `eager`, ...; None is the default of transformers.
+        on_disk: Leave the weights in their files, see ``models.on_disk``.
 
     Raises:
-        InputError: if ``pretrained`` does not exist, is no model, or the hub cannot be reached; with ``on_disk``, if
-            the weights are not stored in the shapes and the type that the model needs.
+        InputError: if ``pretrained`` does not exist or is not a model, or if the hub cannot be reached; with
+            ``on_disk``, if the weights are not stored in the shapes and the data type that the model needs.
     """
     source, extra = locate(pretrained)
     if on_disk:
         _check_on_disk(pretrained, source, extra, dtype)
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if extra:
-        wanted = torch.float32 if dtype == "auto" else wanted
+        torch_dtype = torch.float32 if dtype == "auto" else torch_dtype
     if attn_implementation is not None:
         extra = {**extra, "attn_implementation": attn_implementation}
-    model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", {**extra, "dtype": wanted})
+    model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", {**extra, "dtype": torch_dtype})
     compute_exactly(model)
     if on_disk:
         return keep_on_disk(model)
@@ -84,7 +84,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer of ``name``: a hub id, a folder, a .gguf file, or `embedded`.
 
     Raises:
-        InputError: if there is none, or the hub cannot be reached.
+        InputError: if ``name`` has none, or if the hub cannot be reached.
     """
     source, extra = locate(name)
     return _checked(AutoTokenizer.from_pretrained, source, "tokenizer_config.json", extra)
@@ -94,19 +94,19 @@ def new_model(architecture: dict[str, Any], dtype: Dtype = "float32") -> PreTrai
     """Returns a freshly initialised causal LM from the fields of a Hugging Face config.
 
     Args:
-        architecture: `model_type` and whatever else of that model's config differs from its defaults.
+        architecture: `model_type`, and the fields of its config that differ from the defaults.
         dtype: Data type of the weights; `auto` is float32.
 
     Raises:
         InputError: if `model_type` is missing or unknown to transformers.
     """
     config = architecture_config(architecture)
-    wanted = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    return AutoModelForCausalLM.from_config(config, dtype=wanted)
+    torch_dtype = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    return AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
 
 
 def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """Returns the causal LM of a config on the meta device: modules and shapes without weights.
+    """Returns the causal LM of a config on the meta device, with modules and shapes but without weights.
 
     Raises:
         InputError: if transformers has no causal LM for it.
@@ -130,7 +130,7 @@ def architecture_config(architecture: dict[str, Any]) -> PreTrainedConfig:
 
 
 def locate(pretrained: str) -> tuple[str, dict[str, Any]]:
-    """Returns what ``from_pretrained`` takes for ``pretrained``: a folder or hub id, and extra keyword arguments.
+    """Returns the arguments of ``from_pretrained`` for ``pretrained``: a folder or hub id, and extra keyword arguments.
 
     Raises:
         InputError: if ``pretrained`` looks like a path and does not exist, or the hub cannot be reached.
@@ -145,7 +145,7 @@ def locate(pretrained: str) -> tuple[str, dict[str, Any]]:
     if path.exists():
         raise InputError(f"`model.pretrained` must be a folder, a .gguf file or a hub id, got the file {pretrained}.")
     if _looks_like_path(pretrained):
-        raise InputError(f"`model.pretrained` must be there, got {pretrained!r}: no such file or folder.")
+        raise InputError(f"`model.pretrained` must exist, got {pretrained!r}: no such file or folder.")
     _check_hub(pretrained)
     return pretrained, {}
 
@@ -160,7 +160,7 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _check_hub(repo: str) -> None:
-    """Raises InputError unless ``repo`` is in the local cache or on the hub, which is asked once."""
+    """Raises InputError unless ``repo`` is in the local cache or on the hub, with one request at most."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -196,7 +196,7 @@ def _check_hub(repo: str) -> None:
 
 
 def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any]) -> Any:
-    """Returns the result of a ``from_pretrained``, whose errors become one line."""
+    """Calls a ``from_pretrained`` and returns its result; its errors become InputErrors of one line."""
     if os.path.isdir(source) and not extra.get("gguf_file") and not os.path.exists(os.path.join(source, needed)):
         raise InputError(f"`model.pretrained` must be a Hugging Face model folder, got {source!r}: it has no {needed}.")
     try:
@@ -210,7 +210,7 @@ def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any]) -> An
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns ``model`` rebuilt without the .gguf file's marks, with which transformers refuses to save it."""
+    """Returns a copy of ``model`` without the .gguf file's quantization_config, which prevents saving it."""
     dropped = {"quantization_config", "transformers_version", "architectures", "model_type", "_name_or_path"}
     fields = {key: value for key, value in model.config.to_dict().items() if key not in dropped}
     plain = type(model)(type(model.config)(**fields)).to(model.dtype)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The headers of a model's safetensors, and whether its weights can be views of the mapped files."""
+"""Checks that the weights of a model can be views of its memory-mapped safetensors, by the files' headers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lit_prune.errors import InputError
 
 
 class Header(NamedTuple):
-    """Shape and data type of a tensor in a file."""
+    """Shape and data type of a stored tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def headers(source: str) -> dict[str, Header]:
-    """Returns the headers of all tensors in the safetensors of a folder or hub id, by name; empty without any."""
+    """Returns the headers of all tensors in the safetensors of a folder or hub id, by name; empty if it has none."""
     tensors = {}
     for file in _files(source):
         with safe_open(file, framework="pt") as opened:
@@ -36,7 +36,7 @@ def headers(source: str) -> dict[str, Header]:
 
 
 def _files(source: str) -> list[Path]:
-    """The files that transformers loads: one, or those that an index names."""
+    """Returns the files that transformers loads: a single one, or those of the index; empty if there are none."""
     single = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
     if single is not None:
         return [Path(single)]
@@ -45,17 +45,18 @@ def _files(source: str) -> list[Path]:
 
 
 def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
-    """Raises InputError unless every matrix of a model is stored as it is needed, so that it can be a view of the file.
+    """Checks that every matrix of a model is stored in the shape and data type in which the model computes.
 
-    Vectors (norms, biases) may have another type: they are small, and are converted in memory.
+    Only then can it be a view of the file. Vectors (norms, biases) may have another data type: they are small, so
+    converting them in memory costs nothing.
 
     Args:
         source: A folder or hub id.
         config: The model's config.
-        dtype: Requested type; None takes the config's, or else the stored one.
+        dtype: Requested data type; None is that of the config, or else the stored one.
 
     Raises:
-        InputError: if transformers would convert matrices while it loads them, which takes memory.
+        InputError: if transformers would have to convert a matrix in memory.
     """
     stored = headers(source)
     if not stored:
@@ -72,8 +73,8 @@ def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | N
         matching = [by_model_name[name] for name in names if name in by_model_name]
         if not matching or matching[0].shape != tuple(parameter.shape):
             raise InputError(
-                f"`model.on_disk` must be false for {source!r}: {names[0]} does not stand in its safetensors as it is, "
-                f"transformers makes it from what does ({config.model_type}), which takes memory."
+                f"`model.on_disk` must be false for {source!r}: its safetensors have no {names[0]} of that shape, "
+                f"transformers converts other tensors to it in memory ({config.model_type})."
             )
         if matching[0].dtype != wanted:
             actual = str(matching[0].dtype).removeprefix("torch.")
@@ -85,14 +86,14 @@ def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | N
 
 
 def _renamed(stored: dict[str, Header], model: PreTrainedModel) -> dict[str, Header]:
-    """The stored tensors by the names they have in the model, without those that transformers converts."""
+    """Returns the stored tensors by their names in the model, without those that transformers converts."""
     transforms, expected = get_model_conversion_mapping(model), model.state_dict()
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     renamed = {}
     for name, tensor in stored.items():
         new_name, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        if new_name not in expected and name in expected:  # a rule for another layout of the same family
+        if new_name not in expected and name in expected:  # the rule is for another layout of the family
             new_name, converted = name, None
         if converted is None:
             renamed[new_name] = tensor
@@ -100,7 +101,7 @@ def _renamed(stored: dict[str, Header], model: PreTrainedModel) -> dict[str, Hea
 
 
 def _matrices(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
-    """The parameters of two or more dimensions, each with all its names: tied weights have several."""
+    """Returns the parameters of two or more dimensions, each with all its names, of which tied weights have several."""
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim > 1:

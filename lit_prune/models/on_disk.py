@@ -1,19 +1,20 @@
-"""Models bigger than memory: the weights stay in files that are mapped, and one block at a time is in memory.
+"""Models larger than memory: the weights stay in memory-mapped files, and one block at a time is loaded.
 
 transformers maps a safetensors file whose tensors need no conversion: its pages are read on first access, and the
-operating system drops them when it needs memory. Writing to such a tensor would make a private copy of the page, in
-memory that cannot be dropped (anonymous memory, RssAnon on Linux). So a block that is to be changed is copied before,
-and afterwards written to a file of its own, which is mapped in turn; no tensor of a mapped file is ever written to.
+operating system drops them when it needs memory. Writing to such a tensor would make private copies of its pages, in
+memory that cannot be dropped (anonymous memory, RssAnon on Linux). So a block is copied before it is changed, and then
+saved to a file of its own, which is mapped in turn; no tensor of a mapped file is ever written to.
 
 Anonymous memory is at most
 
     constant + max(scoring, pruning) + activations
 
-constant: Python and its libraries, and what the measuring of perplexity takes: the logits of one window.
-scoring: one block in float32 (what DLP and OWL rank), beside its statistics.
-pruning: one block as it is stored, beside the work on the largest group of linears of one input: its result, and of
-its largest linear 16 bytes a weight, scores and their ranking (Wanda; Magnitude takes 28), or of the group 12 bytes a
-weight and of its input 28 bytes a channel squared, the Gram matrix and its factor (SparseGPT).
+constant: Python and its libraries, and the logits of one window, for measuring the perplexity.
+scoring: one block in float32, which DLP and OWL rank, and its statistics.
+pruning: one block as it is stored, the pruned weights of the largest group of linears that share an input, and the
+method's working memory. Wanda takes 16 bytes per weight of the largest linear, for scores and their ranking; Magnitude
+takes 28; SparseGPT takes 12 bytes per weight of the group and 28 bytes per channel squared of its input, for the Gram
+matrix and its factor.
 activations: calibration tokens * hidden size, as they are stored. 128 windows of 2048 tokens for a width of 4096 are
 2.1 GB in bfloat16.
 """
@@ -56,9 +57,9 @@ class Offload:
 
     @contextmanager
     def onloaded(self, path: str, module: nn.Module, device: torch.device, *, changes: bool) -> Iterator[None]:
-        """Loads the block at ``path`` onto ``device`` for the context; a changed block is written to a file at its end.
+        """Loads the block at ``path`` onto ``device`` for the context; saves it to a file at the end if it changes.
 
-        An exception leaves the weights as they were. Nothing is copied if the block neither changes nor moves.
+        An exception leaves the weights as they were. A block that neither changes nor moves is not copied.
         """
         mapped = {parameter: parameter.data for parameter in module.parameters()}
         try:
@@ -74,7 +75,7 @@ class Offload:
             module.to(CPU)
 
     def _rewritten(self, path: str, module: nn.Module) -> dict[nn.Parameter, Tensor]:
-        """Writes a block to a file of its own; returns its parameters as views of that file."""
+        """Saves a block to a file of its own; returns the file's tensors, mapped, by the parameter they replace."""
         assert self.folder is not None
         parameters = {f"{path}.{name}": parameter for name, parameter in module.named_parameters()}
         file = self.folder / f"{path}.safetensors"
@@ -92,23 +93,23 @@ def on_disk(model: PreTrainedModel) -> Offload | None:
 
 
 def keep_on_disk(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns ``model``, whose weights are views of mapped files, marked so that they stay there."""
+    """Marks ``model``, whose weights are views of mapped files, as one on disk, and returns it."""
     setattr(model, KEY, Offload())
     return model
 
 
 def placed(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Returns ``model`` on ``device``; one on disk stays where it is."""
+    """Moves ``model`` to ``device`` and returns it; a model on disk is not moved."""
     return model if on_disk(model) is not None else model.to(device)  # type: ignore[arg-type]
 
 
 @contextmanager
 def offload_folder(model: PreTrainedModel, target: Path) -> Iterator[None]:
-    """Makes a temporary folder beside ``target`` for the changed blocks of a model on disk, for the context.
+    """Creates a temporary folder beside ``target`` for the changed blocks of a model on disk, for the context.
 
-    Within the context, :func:`save` to ``target`` links the blocks' files instead of copying them. After it the model
-    still has its weights: they are mapped, so that the system keeps the deleted files. A model in memory needs no
-    folder, and gets none.
+    Being beside ``target``, it is on the same file system, so that :func:`save` can link the blocks' files instead of
+    copying them. The model keeps its weights after the context, since the system keeps deleted files while they are
+    mapped. Nothing is created for a model in memory.
     """
     offload = on_disk(model)
     if offload is None:
@@ -126,7 +127,7 @@ def offload_folder(model: PreTrainedModel, target: Path) -> Iterator[None]:
 
 
 def check_offload_folder(model: PreTrainedModel) -> None:
-    """Raises InputError for a model on disk that has no folder to write its changed blocks to."""
+    """Raises InputError for a model on disk without a folder for changed blocks."""
     offload = on_disk(model)
     if offload is not None and offload.folder is None:
         raise InputError(
@@ -136,10 +137,10 @@ def check_offload_folder(model: PreTrainedModel) -> None:
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Writes ``model`` into ``folder`` as ``save_pretrained`` does, the changed blocks of a model on disk included.
+    """Saves ``model`` to ``folder`` as ``save_pretrained`` does, including the changed blocks of a model on disk.
 
-    A changed block's file becomes a shard by a link, or a copy where the file system has no links. What belongs to no
-    changed block is the last shard.
+    Each changed block's file is linked as a shard (copied if the file system has no links); all other tensors are the
+    last shard.
     """
     offload = on_disk(model)
     if offload is None or not offload.files:
@@ -169,7 +170,7 @@ def _bytes_by_name(file: Path) -> dict[str, int]:
 
 
 def _link(file: Path, target: Path) -> None:
-    """Gives a file a second name; a copy where the file system cannot."""
+    """Links ``target`` to a file; copies the file if the file system has no links."""
     try:
         os.link(file, target)
     except OSError:

@@ -1,7 +1,8 @@
 """Linears that bitsandbytes quantises to 4 or 8 bits, with the masks of their pruned weights.
 
-Every type represents zero exactly, so that pruned weights stay zero; but small weights are rounded to zero as well.
-Which weights were pruned can therefore not be read from a quantised weight, and is stored beside it as bits.
+Every quantised type represents zero exactly, so pruned weights stay zero; but small weights are rounded to zero as
+well. The zeros of a quantised weight therefore do not tell which weights were pruned, and the mask is stored beside it
+as bits.
 Suffixes: O output channels, I input channels.
 """
 
@@ -22,16 +23,16 @@ from lit_prune.models.bits import pack_bits, unpack_bits
 
 Quantization = Literal["nf4", "fp4", "int8"]
 MASK = "mask_bits"
-MULTIPLES = (32, 64)  # of (out, in): what bitsandbytes asks of a 4-bit linear on a CPU that has AVX512-BF16
+MULTIPLES = (32, 64)  # (out, in) of a 4-bit linear must be divisible by these on a CPU that has AVX512-BF16
 THRESHOLD = 6.0  # of LLM.int8(): columns of activations above it stay in half precision; transformers' default
 
 
 @final
 class Linear4bit(bnb.nn.Linear4bit):
-    """bitsandbytes' 4-bit linear that a state dict can be loaded into, and that leaves its weights as they are.
+    """bitsandbytes' 4-bit linear, made to load a state dict and to leave its weights unchanged.
 
-    On a CPU with AVX512-BF16 the parent repacks its weights at the first forward without gradients, with scales rounded
-    to bfloat16, and never fully restores them.
+    On a CPU with AVX512-BF16 the parent class repacks its weights at the first forward pass without gradients, with
+    scales rounded to bfloat16, and never fully restores them.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -50,7 +51,7 @@ class Linear4bit(bnb.nn.Linear4bit):
 
 @final
 class Linear8bit(bnb.nn.Linear8bitLt):
-    """bitsandbytes' 8-bit linear whose scales move to another device together with its weights."""
+    """bitsandbytes' 8-bit linear, made to move its scales to another device together with its weights."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear8bit:
         super()._apply(fn, recurse)
@@ -62,22 +63,22 @@ class Linear8bit(bnb.nn.Linear8bitLt):
 
 
 def quantised(linear: nn.Linear | Conv1D, quantization: Quantization, double_quant: bool, *, masked: bool) -> nn.Linear:
-    """Returns a linear of the same matrix in 4 or 8 bits, on the same device.
+    """Returns a quantised copy of a linear, in 4 or 8 bits, on the same device.
 
     Args:
         linear: The linear in full precision, which is not changed.
         quantization: Type of the weights.
         double_quant: Quantise the scales of 4-bit weights too.
-        masked: Remember which weights are zero, see :func:`mask`.
+        masked: Store the mask of the weights that are not zero, see :func:`mask`.
 
     Raises:
-        RuntimeError: if a zero of a masked weight is lost.
+        RuntimeError: if a zero of a masked weight is not zero after quantisation.
     """
     weight_OI = linear.weight.detach().T if isinstance(linear, Conv1D) else linear.weight.detach()
     module = _empty(weight_OI, linear.bias is not None, quantization, double_quant)
-    module.weight = module.weight.to(weight_OI.device)  # which quantises
+    module.weight = module.weight.to(weight_OI.device)  # moving it to a device quantises it
     module.bias = linear.bias
-    module.source_cls = type(linear)  # as transformers calls it
+    module.source_cls = type(linear)  # the name of this attribute in transformers
     module.weight_dtype = weight_OI.dtype
     if masked:
         module.register_buffer(MASK, pack_bits(weight_OI != 0).to(weight_OI.device))
@@ -86,8 +87,8 @@ def quantised(linear: nn.Linear | Conv1D, quantization: Quantization, double_qua
 
 
 def _empty(weight_OI: Tensor, bias: bool, quantization: Quantization, double_quant: bool) -> Any:
-    """A module whose weight becomes ``weight_OI``, quantised, when it is moved to a device."""
-    (outs, ins), given = weight_OI.shape, weight_OI.contiguous()
+    """Returns a module with the weight ``weight_OI``, which bitsandbytes quantises when it is moved to a device."""
+    (outs, ins), contiguous = weight_OI.shape, weight_OI.contiguous()
     module: Any
     with torch.device("meta"):
         if quantization == "int8":
@@ -95,10 +96,10 @@ def _empty(weight_OI: Tensor, bias: bool, quantization: Quantization, double_qua
         else:
             module = Linear4bit(ins, outs, bias, weight_OI.dtype, double_quant, quantization)
     if quantization == "int8":
-        module.weight = bnb.nn.Int8Params(given, requires_grad=False, has_fp16_weights=False)
+        module.weight = bnb.nn.Int8Params(contiguous, requires_grad=False, has_fp16_weights=False)
     else:
         kind: dict[str, Any] = {"quant_type": quantization, "compress_statistics": double_quant}
-        module.weight = bnb.nn.Params4bit(given, requires_grad=False, module=module, **kind)
+        module.weight = bnb.nn.Params4bit(contiguous, requires_grad=False, module=module, **kind)
     return module
 
 
@@ -123,7 +124,7 @@ def quantisation(model: nn.Module) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def dequantised(module: Any) -> Tensor:
-    """Returns the matrix of a quantised linear, (out, in), in the type that it was quantised from."""
+    """Returns the matrix of a quantised linear, (out, in), in the data type that it was quantised from."""
     weight: Any = module.weight
     if isinstance(module, bnb.nn.Linear4bit):
         return dequantize_4bit(weight.data, weight.quant_state or module.quant_state)
@@ -138,21 +139,21 @@ def mask(module: nn.Module) -> Tensor | None:
 
 
 def pruned(module: Any) -> int:
-    """Returns the number of pruned weights of a quantised linear: by its mask, or else the zeros."""
+    """Returns the number of pruned weights of a quantised linear by its mask, or without one the number of zeros."""
     keep_OI = mask(module)
-    left = torch.count_nonzero(dequantised(module) if keep_OI is None else keep_OI)
-    return module.out_features * module.in_features - int(left)
+    remaining = torch.count_nonzero(dequantised(module) if keep_OI is None else keep_OI)
+    return module.out_features * module.in_features - int(remaining)
 
 
 def check_zeros(weight_OI: Tensor, module: Any, name: str) -> None:
-    """Raises RuntimeError unless ``weight_OI`` is zero wherever a quantised linear's mask says that it was pruned."""
+    """Raises RuntimeError unless ``weight_OI`` is zero wherever the mask of a quantised linear is False."""
     keep_OI = mask(module)
     if keep_OI is not None and bool((weight_OI[~keep_OI] != 0).any()):
         raise RuntimeError(f"weights that were pruned are not zero in the {name} weight.")
 
 
 def sharing_weight(module: Any) -> nn.Linear:
-    """Returns another quantised linear that shares the weight of ``module``, with its mask left out of state dicts."""
+    """Returns another quantised linear with the weight of ``module``, whose state dict does not have the mask."""
     weight, ins, outs, bias = module.weight, module.in_features, module.out_features, module.bias is not None
     other: Any
     with torch.device("meta"):
@@ -173,14 +174,14 @@ def sharing_weight(module: Any) -> nn.Linear:
 
 
 def make_loadable(model: nn.Module) -> None:
-    """Replaces the quantised linears of a model that transformers opened by ones that load a state dict."""
+    """Replaces bitsandbytes' own linears in ``model`` by the subclasses above, which can load a state dict."""
     for name, module in list(quantised_linears(model)):
         if not isinstance(module, (Linear4bit, Linear8bit)):
             model.set_submodule(name, sharing_weight(module))
 
 
 def dense(module: Any, weight_OI: Tensor) -> nn.Module:
-    """Returns a linear in full precision with the bias of a quantised one and the matrix ``weight_OI``."""
+    """Returns a linear in full precision with the matrix ``weight_OI`` and the bias of a quantised linear."""
     outs, ins = weight_OI.shape
     with torch.device("meta"):
         if module.source_cls is Conv1D:
@@ -193,25 +194,25 @@ def dense(module: Any, weight_OI: Tensor) -> nn.Module:
 
 
 def packed_bytes(module: Any) -> int:
-    """Returns the bytes that a quantised linear's matrix is stored in: packed weights, scales and tables."""
+    """Returns the bytes of a quantised linear's stored matrix: packed weights, scales and tables."""
     stored = module.state_dict()
     return sum(tensor.nbytes for name, tensor in stored.items() if name not in ("bias", MASK))
 
 
 def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
-    """Returns the quantisation config with which transformers opens ``model``, some of whose linears are quantised."""
+    """Returns the quantisation config that lets transformers load ``model``; linears in full precision are skipped."""
     kind = quantisation(model)
     assert kind is not None
     linears = {name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    rest = sorted(linears - {name for name, _ in quantised_linears(model)})
+    skipped = sorted(linears - {name for name, _ in quantised_linears(model)})
     if kind["quantization"] == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=THRESHOLD, llm_int8_skip_modules=rest)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=THRESHOLD, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=kind["quantization"],
         bnb_4bit_use_double_quant=kind["double_quant"],
         bnb_4bit_compute_dtype=next(module for _, module in quantised_linears(model)).compute_dtype,
-        llm_int8_skip_modules=rest,
+        llm_int8_skip_modules=skipped,
     )
 
 
@@ -224,6 +225,6 @@ def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def compute_exactly(model: nn.Module) -> None:
-    """Keeps the 4-bit linears of a model that transformers opened from repacking their weights, see Linear4bit."""
+    """Stops bitsandbytes' own 4-bit linears in ``model`` from repacking their weights, see :class:`Linear4bit`."""
     for _, module in quantised_linears(model):
         module.support_avx512bf16_for_cpu = False

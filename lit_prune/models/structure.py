@@ -1,9 +1,9 @@
-"""The record of what was done to a model, and the structures in it: changes of the model's shape.
+"""The record of what was done to a model, and the structures in that record, which are changes of the model's shape.
 
 The record is a small JSON-able dict under the key ``lit_prune`` of the Hugging Face config, so that it is in the
-config.json of an exported folder and in every checkpoint. Its fields: `recipe` (what was asked for), `rates` (share
-removed, by block), `masked` (weights were set to zero), `structures` (see :class:`Structure`), `recovery` (what was
-trained after that), `form` (of the export of quantised weights), `distillation` (how the dense model taught it).
+config.json of an exported folder and in every checkpoint. Its fields: `recipe` (of the last cut), `rates` (share
+removed from each block), `masked` (whether weights were set to zero), `structures` (see :class:`Structure`), `recovery`
+(after the cut), `form` (of the export of quantised weights), `distillation` (from the dense model).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KIND = "kind"
 
 
 def record(model: PreTrainedModel) -> dict[str, Any]:
-    """Returns what was done to ``model`` so far; empty for a model that was never pruned."""
+    """Returns the record of what was done to ``model``; empty for a model that was never pruned."""
     return dict(getattr(model.config, KEY, None) or {})
 
 
@@ -34,27 +34,27 @@ def write(model: PreTrainedModel, **fields: Any) -> None:
 
 
 def masked(model: PreTrainedModel) -> bool:
-    """Returns whether weights of ``model`` were set to zero, and are to stay so."""
+    """Returns whether weights of ``model`` were set to zero and must stay zero."""
     return bool(record(model).get("masked"))
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the table, the picture and the card of a report show of a structure.
+    """The description of a structure for the table, the picture and the model card.
 
     Attributes:
-        name: Key of the structure in report.json, and the first word of its row of what was requested: `slice`.
-        facts: What report.json has under that key, as JSON can hold it.
-        done: What was done to the model, as the card's first sentence begins: `Sliced`.
-        outcome: What that leaves, as the sentence ends.
-        rows: Rows of the table, label and text.
-        unit: What ``sizes`` count, as the picture labels its axis.
-        noun: What one size is called there: `width`.
-        sizes: What each block of the dense model keeps, 0 for a block that was removed.
-        full: What each had.
-        achieved: The share that was removed, mean over the blocks.
-        loading: Line of Python that has to come before ``from_pretrained``; empty where none has to.
-        added_parameters: Number of parameters that the model has only because of the structure.
+        name: Key of the structure in report.json and first word of the table's row of the requested share: `slice`.
+        facts: Contents of report.json under that key, in plain JSON types.
+        done: Beginning of the model card's first sentence: `Sliced`.
+        outcome: End of that sentence, about the resulting sizes.
+        rows: Texts of the table's rows, by label.
+        unit: Unit of ``sizes``, the label of the picture's axis: `dimensions of the residual stream`.
+        noun: Name of one size in the picture's legend: `width`.
+        sizes: Size of each block of the dense model now, 0 for a block that was removed.
+        full: Size of each block before.
+        achieved: Share that was removed, mean over the blocks.
+        loading: Line of Python that is needed before the model is opened; empty if there is none.
+        added_parameters: Number of parameters that the structure adds to the model.
     """
 
     name: str
@@ -72,36 +72,37 @@ class Description:
 
 
 class Structure(ABC):
-    """A change of a model's shape, so that the dense model's code and weights alone no longer make it.
+    """A change of a model's shape that the dense model has to be given before the weights can be loaded.
 
-    A leaf is a frozen dataclass whose fields JSON can hold (lists come back as lists), at the top of a module, which is
-    how its record finds it again. A model has at most one structure of a kind; a method that cuts a second time records
-    one that holds both cuts.
+    A subclass is a frozen dataclass whose fields are plain JSON types (a tuple would come back as a list). It is
+    defined at the top level of a module, so that it can be imported by the path in its record. A model has at most one
+    structure of each class; a method that cuts again records one that covers both cuts.
     """
 
     def record(self) -> dict[str, Any]:
-        """Returns the structure as JSON can hold it: its fields, and the path of its class as `kind`."""
+        """Returns the structure in plain JSON types: its fields, and the path of its class as `kind`."""
         return {KIND: _path(type(self)), **asdict(self)}  # type: ignore[call-overload]
 
     @abstractmethod
     def rebuild(self, model: PreTrainedModel) -> None:
-        """Gives a dense model this shape, in place, so that the weights of a model that has it can be loaded.
+        """Gives a dense model this shape, in place, so that weights of this shape can be loaded into it.
 
-        The values mean nothing yet, and may be on the meta device. Nothing happens to a model that has the shape.
+        The values of the weights are undefined until then, and may be on the meta device. A model that has the shape
+        already is not changed.
         """
 
     @abstractmethod
     def describe(self, model: PreTrainedModel) -> Description:
-        """Returns what a report shows of ``model``, which has the structure and no adapter."""
+        """Returns the description for the report of ``model``, which has the structure and no adapter."""
 
 
 def structures(model: PreTrainedModel) -> tuple[Structure, ...]:
-    """Returns the structures of ``model``, in the order in which it got them."""
+    """Returns the structures of ``model``, in the order in which they were added."""
     return structures_in(record(model))
 
 
 def structures_in(recorded: Mapping[str, Any]) -> tuple[Structure, ...]:
-    """Returns the structures that the record of a model names.
+    """Returns the structures in the record of a model.
 
     Raises:
         InputError: if the class of one cannot be imported.
@@ -110,13 +111,13 @@ def structures_in(recorded: Mapping[str, Any]) -> tuple[Structure, ...]:
 
 
 def add_structure(model: PreTrainedModel, structure: Structure) -> None:
-    """Records that ``model`` has ``structure`` now, in the place of an earlier one of the same kind."""
+    """Adds ``structure`` to the record of ``model``, replacing an earlier one of the same class."""
     by_kind = {type(present): present for present in structures(model)} | {type(structure): structure}
     write(model, **{STRUCTURES: [present.record() for present in by_kind.values()]})
 
 
 def describe(model: PreTrainedModel) -> list[Description]:
-    """Returns what a report shows of each structure of ``model``, which has no adapter."""
+    """Returns the description of each structure of ``model``, which has no adapter."""
     return [structure.describe(model) for structure in structures(model)]
 
 
@@ -126,7 +127,7 @@ def _structure(recorded: Mapping[str, Any]) -> Structure:
 
 
 def _class(path: str) -> type[Structure]:
-    """The subclass of Structure at a dotted path; its module is imported, so that it is known by then."""
+    """Returns the subclass of Structure at a dotted path, after importing its module."""
     module = path.rpartition(".")[0]
     try:
         importlib.import_module(module)

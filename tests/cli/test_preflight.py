@@ -65,7 +65,7 @@ MISTAKES = [
     (["--data.seq_length=513"], r"`data.seq_length` must be at most 512, the model's limit, got 513"),
     (["--data.train_files=none.txt"], r"`data.train_files` must name files that are there, got none.txt"),
     (["--data.val_files=null"], r"`data.val_files` must be given"),
-    (["--model.pretrained=./none"], r"`model.pretrained` must be there, got './none': no such file or folder"),
+    (["--model.pretrained=./none"], r"`model.pretrained` must exist, got './none': no such file or folder"),
     (["--model.pretrained=nobody/nothing"], r"`model.pretrained`: .*pass a local folder"),
     (
         ["--pruning.statistics=runs/none"],
