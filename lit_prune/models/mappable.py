@@ -73,8 +73,8 @@ def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | N
         matching = [by_model_name[name] for name in names if name in by_model_name]
         if not matching or matching[0].shape != tuple(parameter.shape):
             raise InputError(
-                f"`model.on_disk` must be false for {source!r}: its safetensors have no {names[0]} of the shape that the "
-                f"model needs, transformers converts other tensors to it in memory ({config.model_type})."
+                f"`model.on_disk` must be false for {source!r}: its safetensors have no {names[0]} of the shape that "
+                f"the model needs, transformers converts other tensors to it in memory ({config.model_type})."
             )
         if matching[0].dtype != wanted:
             actual = str(matching[0].dtype).removeprefix("torch.")
