@@ -1,4 +1,4 @@
-"""When it is done: Lightning hooks and their state, no maths."""
+"""Lightning callbacks: hooks that call the stages of lit_prune at the right time, and the state that they keep."""
 
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
 from lit_prune.callbacks.results import ResultsCallback

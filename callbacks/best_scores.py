@@ -1,4 +1,4 @@
-"""Best scores of other callbacks, which mean nothing once the model has been cut."""
+"""Reset of the best scores that other callbacks keep: after a cut they are of another model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 
 def reset_best_scores(trainer: Trainer) -> None:
-    """Lets every ModelCheckpoint and EarlyStopping of ``trainer`` begin anew; no file is deleted.
+    """Resets the best scores of every ModelCheckpoint and EarlyStopping of ``trainer``; deletes no file.
 
-    A ModelCheckpoint without a monitor has no score, and goes on replacing its last file.
+    A ModelCheckpoint without a monitor has no score, and is left as it is.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, ModelCheckpoint) and callback.monitor is not None:

@@ -1,4 +1,4 @@
-"""DynamicPruningCallback: at chosen steps it scores the blocks, allocates the sparsity, prunes, and starts recovery."""
+"""DynamicPruningCallback, which scores the blocks, allocates the sparsity, prunes and starts recovery during a fit."""
 
 from __future__ import annotations
 
@@ -34,56 +34,58 @@ from lit_prune.schedule import Schedule, cuts
 
 
 class DynamicPruningCallback(Callback):
-    """Prunes the Hugging Face LLM of a LightningModule before chosen steps, and prepares it for recovery.
+    """Prunes the Hugging Face LLM of a LightningModule during fit, and prepares it for recovery training.
 
-    The LLM is found as ``pl_module.model``. Calibration windows come from the data module's
+    The LLM must be ``pl_module.model``, or at the path ``target``. Calibration windows come from the data module's
     ``calibration_windows(num_samples, seq_length, seed)`` if it has that method, else from the first batches of the
     training dataloader (dicts of `input_ids` and, with padding, `attention_mask`).
 
-    At a cut an adapter is folded into the weights, the blocks are scored and pruned, and a fresh adapter, optimizer and
-    learning-rate schedule begin. Cuts at several steps reach rising targets.
+    At each cut the adapter is merged into the weights, the blocks are scored and pruned, and training goes on with a
+    fresh adapter, optimizer and learning-rate schedule. With several cuts the sparsity rises from cut to cut.
 
-    A run is resumed by ``trainer.ckpt_path = path`` before ``trainer.fit(...)``. A path that is passed to fit itself is
-    unknown in `setup`, where a cut at step 0 is then made once more before the checkpoint's weights load.
+    To resume a run, set ``trainer.ckpt_path = path`` before ``trainer.fit(...)``. A path that is passed to fit itself
+    is not known in `setup`, which would then make a cut at step 0 again before the checkpoint's weights are loaded.
 
     Args:
-        method: How the blocks become smaller: by masks, such as Wanda or SparseGPT, or by Slicing; null cuts
-            nothing: `recovery` then trains the LLM as it is, and weights that were pruned before stay pruned.
-        sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights (see `budget`); for Slicing,
-            of the dimensions of the residual stream. For several cuts the last one's, or a list with each one's.
-        allocation: How blocks are scored and the sparsity is spread over them: DLP, OWL, AlphaPruning, LayerRedundancy,
-            Uniform, a Plan from a file, or a Search that tries rates out; null is DLP.
-        at_step: Optimizer step before which the cut comes, or a list of steps; 0 is the start of fit. Slicing makes
-            one cut.
-        schedule: How sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for several.
-        before: What is trained before a first cut after step 0, such as LoRA; null trains what the LightningModule
-            leaves trainable (all of PrunableLM), which must not be weights under a mask.
-        recovery: What is trained after a cut, with a null `method` from the start: LoRA, MaskedLoRA, QLoRA (after the
-            one cut) or FullFineTuning; null trains what the LightningModule leaves trainable, which must not be weights
-            under a mask.
-        distillation: The LLM as it is right before the first cut teaches the pruned one, by its own probabilities: the
-            LLM must be called with `labels`, and trained on the `loss` that it returns. null trains on the text alone.
-        calibration: How much text the statistics are taken over, at every cut.
-        min_rate: Smallest share that is removed from any block.
-        max_rate: Greatest share that is removed from any block.
-        targets: Name suffixes or regular expressions of the linears to prune; null takes all in the blocks, and Slicing
-            can do nothing else.
-        ignore: Suffixes or regular expressions of linears to leave alone.
-        blocks: Dotted path of the decoder layers in the LLM, for an unknown family.
+        method: Pruning method: one that masks weights, such as Wanda or SparseGPT, or Slicing; null prunes nothing, and
+            `recovery` then trains the LLM as it is, with the weights that are already pruned kept at zero.
+        sparsity: Share to remove, in [0, 1), as the mean over the blocks: of the weights of the linears (see `budget`),
+            or for Slicing of the dimensions of the residual stream. With several cuts, the share after the last one,
+            or a list with one share per cut.
+        allocation: How the blocks are scored and the sparsity is distributed over them: DLP, OWL, AlphaPruning,
+            LayerRedundancy, Uniform, a Plan read from a file, or a Search over rates; null is DLP.
+        at_step: Optimizer step before which to prune, or a list of steps for several cuts; 0 is the start of fit.
+            Slicing allows one cut.
+        schedule: How the sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for
+            several.
+        before: Recovery that trains the LLM up to a first cut after step 0, such as LoRA; null trains the parameters
+            that the LightningModule leaves trainable (all, for PrunableLM), which must not include masked weights.
+        recovery: How the LLM is trained after a cut, or from the start without `method`: LoRA, MaskedLoRA, QLoRA (one
+            cut only) or FullFineTuning; null trains the parameters that the LightningModule leaves trainable, which
+            must not include masked weights.
+        distillation: Knowledge distillation with the LLM before its first cut as the teacher. The LightningModule must
+            call the LLM with `labels` and train on the `loss` that it returns. null trains on the text alone.
+        calibration: Calibration text of every cut.
+        min_rate: Smallest share to remove from a block.
+        max_rate: Largest share to remove from a block.
+        targets: Linears to prune, as name suffixes or regular expressions; null prunes all linears of the blocks, which
+            Slicing requires.
+        ignore: Linears not to prune, as name suffixes or regular expressions.
+        blocks: Dotted path of the decoder layers in the LLM, needed only for an unknown model family.
         budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
-            of the LLM, tied weights counted once; the linears' own sparsity is then higher.
-        statistics: Folder or file that `lit-prune score` wrote for the same model and calibration text: a cut at step 0
-            reads these statistics instead of running the model. Statistics of anything else are refused.
+            of the LLM with tied weights counted once, which takes a higher sparsity of the linears.
+        statistics: Folder or file of the statistics that `lit-prune score` wrote for the same model and calibration
+            text. A cut at step 0 reads them instead of running the model.
         target: Dotted path of the LLM in the LightningModule.
-        measure: Measure the perplexity on the validation data before and after each cut (as much of it as the Trainer's
-            `limit_val_batches` allows); for Slicing the tokens per second, too.
-        keep_zeros: Keep the zeros in the linears of an LLM that another tool pruned, as a mask; null refuses an LLM
-            with many zeros that training would fill.
-        full_checkpoint: Store all weights in every checkpoint; else frozen weights that the LLM's source has, unchanged
-            or under a mask, are left out.
+        measure: Measure perplexity before and after each cut, on the validation batches that the Trainer's
+            `limit_val_batches` allows; for Slicing also tokens per second.
+        keep_zeros: Whether zeros in the linears of an LLM that another tool pruned are a mask to keep; null raises an
+            error if there are many and training would fill them.
+        full_checkpoint: Store all weights in every checkpoint; otherwise frozen weights that can be restored from
+            the model's source are left out.
 
     Raises:
-        InputError: for settings that contradict each other, before any model is touched.
+        InputError: for settings that contradict each other.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class DynamicPruningCallback(Callback):
             recovery=recovery,
             distillation=distillation,
             calibration=calibration,
-            stored=None if statistics is None else read_statistics(statistics),
+            statistics=None if statistics is None else read_statistics(statistics),
             blocks=blocks,
             keep_zeros=keep_zeros,
             measure=measure,
@@ -144,7 +146,7 @@ class DynamicPruningCallback(Callback):
 
     @property
     def cut_steps(self) -> tuple[int, ...]:
-        """The optimizer steps before which cuts come; PrunableLM fits its warm-up to them."""
+        """The optimizer steps before which cuts are made; PrunableLM limits its warm-up by them."""
         return self.fit_plan.steps
 
     def find_model(self, pl_module: LightningModule) -> PreTrainedModel:
@@ -152,10 +154,11 @@ class DynamicPruningCallback(Callback):
         return find_model(pl_module, self.target)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes a cut that is due at the start of fit, or rebuilds the LLM before a checkpoint's weights load.
+        """Makes a cut that is due at step 0, or gives the LLM the structure of the checkpoint to resume from.
 
-        Both change parameters, and come before Lightning's `configure_model`, which may shard them, before it loads the
-        weights, and before `strategy.setup`, which wraps them for DDP and makes the optimizers.
+        Both replace parameters. Lightning calls, in this order, `setup`, `configure_model` (which may shard the
+        parameters), `load_state_dict` (which needs their final shapes) and `strategy.setup` (which wraps the module for
+        DDP and makes the optimizers), so `setup` is the only hook that is early enough.
         """
         if stage != "fit":
             self.resume = None
@@ -178,15 +181,18 @@ class DynamicPruningCallback(Callback):
         ignore_masks_in_ddp(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets a resumed run read on in its data; prepares a model that was sharded since it was cut."""
+        """Reloads the training data of a resumed run; prepares a model that was sharded after `setup` for training."""
         reload_training_data(trainer)
         model = attribute_at(pl_module, self.target)
         if shards_weights(trainer) and isinstance(model, PreTrainedModel):
             prepare_sharded(trainer, model, freezes=self._freezes_zeros)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts the random numbers of a checkpoint back, after everything that draws some; logs an earlier cut."""
-        self.resume = None  # a teacher's weights in it need not stay
+        """Restores the random states of a checkpoint, or logs the sparsity after a cut that `setup` made.
+
+        The states are restored here because everything before, such as making the dataloaders, draws random numbers.
+        """
+        self.resume = None  # frees the checkpoint, which may hold a teacher's weights
         if self._is_between_epochs:
             begin_epoch(trainer)
         self.run.check_teacher()
@@ -196,7 +202,7 @@ class DynamicPruningCallback(Callback):
             self.run.log_sparsity(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Makes the cut that is due: the step is reached at the first batch of its window of accumulated gradients."""
+        """Makes the cut that is due, at the first of the batches whose gradients its step accumulates."""
         if not self.run.is_due(trainer.global_step):
             return
         log(f"Step {trainer.global_step}: cutting to a sparsity of {self.run.next_sparsity:.4g}")
@@ -212,16 +218,16 @@ class DynamicPruningCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the parts of the loss under distillation."""
+        """Logs the terms of the distillation loss."""
         if self.run.teaching is not None:
             self.run.teaching.log(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warns where training ended before a cut."""
+        """Warns if training ended before a planned cut."""
         self.run.warn_of_missing_cuts(trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Stores the run's settings and what the LLM was made into; leaves out weights that its source has."""
+        """Adds the record of the run to the checkpoint, and drops the weights that the model's source has."""
         record = RunRecord(settings=self._settings)
         if not self.fit_plan.idle:
             model = self.find_model(pl_module)
@@ -229,17 +235,17 @@ class DynamicPruningCallback(Callback):
         record.write_to(checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restores the gradient masks; Lightning has loaded the weights by now, and loads its loops after this."""
+        """Restores the gradient masks, and corrects the epoch counters, which Lightning loads after this hook."""
         self._is_between_epochs = settle_epoch(checkpoint["loops"]["fit_loop"])
         masks = RunRecord.read_from(checkpoint).gradient_masks
         if masks:
             restore_gradient_masks(self.find_model(pl_module), masks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what was done, and the states of the random numbers of every process."""
+        """Returns the records of the cuts, and the random states of every process."""
         return {**self.run.state_dict(), "random_states": distributed.all_gather(random_states())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned; `setup` comes before this, so it knows no cuts."""
+        """Restores what :meth:`state_dict` returned; Lightning calls this after `setup`."""
         self.run.load_state_dict(state_dict)
         self._random_states = state_dict["random_states"][distributed.rank()]

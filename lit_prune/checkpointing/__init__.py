@@ -1,1 +1,1 @@
-"""Checkpoints of a run: their record, their weights, how they are written and how a run is resumed from one."""
+"""Checkpoints of a run: the record and the weights in them, atomic writing, and resuming."""

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, whenever the process is killed."""
+"""Atomic writing of checkpoints: a process that is killed never leaves half a file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lit_prune.files import atomic_write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a local checkpoint beside its place and renames it.
+    """A checkpoint plugin that writes a local checkpoint to a file in the same folder and renames that.
 
-    Lightning's own writes to the temporary folder and moves: across file systems that is a copy, which a kill cuts off.
+    Lightning's own moves the file from the system's temporary folder, which across file systems is a copy that a kill
+    can interrupt.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Saves ``checkpoint`` to ``path``; what stood there stands until the new one is on the disk."""
+        """Saves ``checkpoint`` to ``path``; an existing file is replaced once the new one is on the disk."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -1,4 +1,4 @@
-"""The record of a run that a checkpoint holds under our key, beside the weights and Lightning's own state."""
+"""The record of a run in a checkpoint, which holds what neither the weights nor Lightning's own state do."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ Settings = dict[str, Any]
 @final
 @dataclass(frozen=True)
 class TeacherRecord:
-    """The teacher of a run: its weights, or what it is made from again.
+    """The teacher of a run: its weights, or the digest of the model that it can be built from again.
 
     Args:
-        digest: SHA-256 of the dense model, where the source has it; None where `weights` are stored.
-        weights: The teacher's own weights, by name; None where the source has them.
+        digest: SHA-256 of the dense model, if that can be loaded from its source; None if `weights` are stored.
+        weights: The teacher's weights, by name; None if they can be loaded from the source.
     """
 
     digest: str | None
     weights: Mapping[str, Tensor] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it in types that a checkpoint can hold."""
+        """Returns the fields in types that a checkpoint can hold."""
         return {"digest": self.digest, "weights": None if self.weights is None else dict(self.weights)}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> TeacherRecord:
-        """Returns what :meth:`to_dict` wrote."""
+        """Returns the teacher's record from what :meth:`to_dict` returned."""
         return cls(stored["digest"], stored["weights"])
 
 
 @final
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run needs to go on, beside the weights and Lightning's own state.
+    """State that a run needs to resume, besides the weights and Lightning's own state.
 
     Args:
-        settings: What a resumed run must have in common, by field; None where no DynamicPruningCallback took part.
-        snapshot: The structure of the LLM; None where nothing was done to it.
-        dropped_weights: The weights that are not in the checkpoint, by name in the LLM; None where all are.
-        gradient_masks: Which weights training keeps at zero, by parameter, as bits.
-        teacher: The teacher; None without one, and before the first cut.
-        optimizer_step: The optimizer step at which PrunableLM made its optimizer; None for another module.
+        settings: Settings that a resumed run must share, by field; None without a DynamicPruningCallback.
+        snapshot: Structure of the LLM; None if that was not changed.
+        dropped_weights: Weights that the checkpoint leaves out, by their name in the LLM; None if it holds all.
+        gradient_masks: Masks of the weights that training keeps at zero, by parameter, packed as bits.
+        teacher: The teacher of the distillation; None without one, and before the first cut.
+        optimizer_step: Optimizer step at which PrunableLM made its optimizer; None for any other module.
     """
 
     settings: Settings | None = None
@@ -60,7 +60,7 @@ class RunRecord:
     optimizer_step: int | None = None
 
     def write_to(self, checkpoint: dict[str, Any]) -> None:
-        """Puts the record into ``checkpoint``, in types that ``torch.load(weights_only=True)`` reads."""
+        """Adds the record to ``checkpoint``, in types that ``torch.load(weights_only=True)`` can read."""
         dropped = self.dropped_weights
         checkpoint[KEY] = {
             "settings": self.settings,
@@ -73,7 +73,7 @@ class RunRecord:
 
     @classmethod
     def read_from(cls, checkpoint: Mapping[str, Any]) -> RunRecord:
-        """Returns the record in ``checkpoint``; an empty one where there is none."""
+        """Returns the record in ``checkpoint``, or an empty record if it has none."""
         stored = checkpoint.get(KEY)
         if stored is None:
             return cls()

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from, opened once and handed to everyone who needs a part of it."""
+"""The checkpoint that a run is resumed from, opened once and shared by all who read it."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from lit_prune.models.structure import KEY
 
 
 class Resume:
-    """A checkpoint that a run goes on from, or that is exported.
+    """A checkpoint that a run is resumed from, or that is exported.
 
-    The command opens it before anything is made, so that a checkpoint of another run is refused in a second, and hands
-    it to the callback, whose `setup` comes before Lightning opens the file on its own. The model is rebuilt from it
-    once: by the callback's `setup` in a fit, which makes the teacher of the dense model first and shards the rebuilt
-    one after it; by the module's `on_load_checkpoint` in validate, test and export, which have no such `setup`.
+    The command opens the file before it builds any object, so that a checkpoint of another run is refused at once, and
+    passes it to the DynamicPruningCallback, whose `setup` comes before Lightning opens the file itself.
+
+    The model is rebuilt once from the checkpoint. In a fit the callback's `setup` does that: a teacher has to be built
+    from the dense model before it, and the model may be sharded after it. For validate, test and export the module's
+    `on_load_checkpoint` does, since the callback's `setup` does nothing there.
 
     Args:
         checkpoint: Lightning's checkpoint, as a dict.
-        path: Where it lies.
+        path: Path of the file.
 
     Attributes:
-        record: What the run stored of itself.
+        record: The record of the run in the checkpoint.
     """
 
     def __init__(self, checkpoint: Mapping[str, Any], path: str | None = None) -> None:
@@ -42,42 +44,42 @@ class Resume:
 
     @classmethod
     def open(cls, path: str) -> Resume:
-        """Opens the checkpoint at ``path``; tensors are read when they are used.
+        """Opens the checkpoint at ``path``, memory-mapped.
 
         Raises:
-            InputError: if the file is no checkpoint of a fit with a DynamicPruningCallback.
+            InputError: if the file is not a checkpoint of a fit with a DynamicPruningCallback.
         """
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch raises a dozen kinds for a file that is not its own
+        except Exception as error:  # torch raises a dozen types for files of other formats
             raise InputError(f"`ckpt_path` must be a checkpoint of a fit, {path} cannot be read as one.") from error
         stored = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
         fields = {field.name for field in dataclasses.fields(RunRecord)}
-        # Lightning leaves callbacks out of a file with weights alone; another version may have stored other fields
+        # a file saved with `save_weights_only` has no record of the callback; another version's has other fields
         if not stored or stored.keys() != fields or stored["settings"] is None:
             raise InputError(
-                f"`ckpt_path` must be a whole checkpoint of a fit with a DynamicPruningCallback, {path} is none; one "
-                "that was saved with `save_weights_only` cannot be resumed."
+                f"`ckpt_path` must be a whole checkpoint of a fit with a DynamicPruningCallback, got {path}; one that "
+                "was saved with `save_weights_only` cannot be resumed."
             )
         return cls(checkpoint, path)
 
     @classmethod
     def at(cls, path: str | PathLike[str] | None, opened: Resume | None) -> Resume | None:
-        """Returns the checkpoint at ``path``, None without a path; it is not opened again if it is ``opened``."""
+        """Returns the checkpoint at ``path``, or ``opened`` if that is the same file; None without a path."""
         if not path:
             return None
         return opened if opened is not None and opened.path == str(path) else cls.open(str(path))
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """Raises InputError that names every setting that is not what the checkpoint was made with."""
+        """Raises InputError if ``settings`` differ from those that the checkpoint was saved with, and names them."""
         check_settings(settings, self.record.settings or {})
 
     def rebuild(self, model: PreTrainedModel, *, restores: bool = True) -> None:
-        """Gives ``model``, fresh from its source, the structure of the checkpoint; a second call does nothing.
+        """Gives ``model`` the structure of the checkpoint, in place; a second call does nothing.
 
         Args:
-            model: The LLM.
-            restores: Whether the weights that the checkpoint leaves out are put back when its weights are loaded.
+            model: The LLM, just loaded from its source.
+            restores: Whether to restore the weights that the checkpoint leaves out when its weights are loaded.
         """
         if self._is_rebuilt or self.record.snapshot is None:
             return
@@ -86,7 +88,8 @@ class Resume:
         if not restores:
             return
 
-        # `load_state_dict` of a foreign LightningModule offers no other place than a hook of the LLM inside it
+        # the state dict has to be completed before Lightning loads it, and with a LightningModule that we do not
+        # control, a hook of the LLM inside it is the only place for that
         def restore(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_args: Any) -> None:
             handle.remove()
             restore_weights(state_dict, module, prefix, self.record.dropped_weights or {})
@@ -94,7 +97,7 @@ class Resume:
         handle = model.register_load_state_dict_pre_hook(restore)
 
     def load(self, pl_module: LightningModule, callbacks: Sequence[Callback]) -> None:
-        """Loads the weights into ``pl_module``, and the states of ``callbacks``, outside Lightning's loops.
+        """Loads the weights into ``pl_module`` and the states of ``callbacks``, outside Lightning's loops.
 
         Raises:
             InputError: if the weights do not fit the model.
@@ -104,8 +107,8 @@ class Resume:
             pl_module.load_state_dict(self._checkpoint["state_dict"])
         except RuntimeError as error:
             raise InputError(
-                "`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit: "
-                f"{self.path}."
+                "`model.pretrained` must be the model that the checkpoint was made from; the weights do not fit those "
+                f"of {self.path}."
             ) from error
         for callback in callbacks:
             if callback.state_key in self._checkpoint["callbacks"]:

@@ -1,4 +1,4 @@
-"""The settings that a resumed run must have in common with the run that wrote its checkpoint."""
+"""The settings that a resumed run must share with the run that wrote its checkpoint."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ PROCESSES = "trainer.devices * trainer.num_nodes"
 
 
 def run_settings(trainer: Trainer, pl_module: LightningModule) -> Settings:
-    """Returns the settings of a training by field, in types that JSON can hold.
+    """Returns the settings of a training, by field, in types that JSON can hold.
 
-    A LightningModule and a data module add settings of their own by a method ``resume_settings()``.
+    A LightningModule or data module adds its own settings with a method ``resume_settings()``.
     """
     settings: Settings = {
         "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
@@ -32,14 +32,14 @@ def run_settings(trainer: Trainer, pl_module: LightningModule) -> Settings:
 
 
 def check_settings(settings: Mapping[str, Any], made_with: Mapping[str, Any]) -> None:
-    """Raises InputError that names every field of ``settings`` that differs in ``made_with``, the checkpoint's."""
+    """Raises InputError if ``settings`` differ from ``made_with``, those of the checkpoint; it names every field."""
     changed = {field: value for field, value in settings.items() if field in made_with and made_with[field] != value}
     if changed:
         raise InputError(_message(changed, made_with))
 
 
 def _message(changed: Settings, made_with: Mapping[str, Any]) -> str:
-    """Returns the message about what changed: the first field in full, the others after it."""
+    """Returns the message about the settings that changed: the first in full, then the others."""
     details = [(f"`{field}`", _difference(made_with[field], value)) for field, value in changed.items()]
     rest = "".join(f"; so must {field}, {values}" for field, values in details[1:])
     return (
@@ -49,7 +49,7 @@ def _message(changed: Settings, made_with: Mapping[str, Any]) -> str:
 
 
 def _difference(before: Any, now: Any) -> str:
-    """Returns both values as text, their numbers shortened unless they then read the same."""
+    """Returns both values as text, with long numbers rounded unless that makes them equal."""
     texts = [f"{before}", f"{now}"]
     short = [re.sub(r"\d+\.\d{7,}", lambda match: f"{float(match[0]):.6g}", text) for text in texts]
     before, now = short if short[0] != short[1] else texts

@@ -1,8 +1,8 @@
-"""The weights that a checkpoint leaves out because the model's source has them.
+"""The weights that a checkpoint leaves out because they can be restored from the model's source.
 
-A frozen weight that is bit for bit the source's is not stored; one that is the source's but for zeros is stored as the
-bits of its mask; every other weight is stored whole. The SHA-256 of each weight that is left out is stored too, so that
-a restored weight is the same to the bit, or the checkpoint is refused.
+A frozen weight that equals the source's bit for bit is not stored. One that differs from the source's only by zeros is
+stored as the bits of its mask. Every other weight is stored whole. The SHA-256 of each weight that is left out is
+stored too, so that a restored weight is either bit-identical or an error.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from lit_prune.models.digest import digest
 @final
 @dataclass(frozen=True)
 class DroppedWeight:
-    """What a checkpoint holds in the place of a weight.
+    """The replacement of a weight in a checkpoint.
 
     Args:
         digest: SHA-256 of the weight.
-        mask: Which of its values are not zero, a bit each; None where it is the source's weight unchanged.
+        mask: One bit per value, set if that is not zero; None if the weight equals the source's.
     """
 
     digest: str
     mask: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it in types that a checkpoint can hold."""
+        """Returns the fields in types that a checkpoint can hold."""
         return {"digest": self.digest, "mask": self.mask}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> DroppedWeight:
-        """Returns what :meth:`to_dict` wrote."""
+        """Returns the replacement from what :meth:`to_dict` returned."""
         return cls(stored["digest"], stored["mask"])
 
     def restored(self, tensor: Tensor, name: str) -> Tensor:
-        """Returns the weight, made from ``tensor``, the source's weight of that ``name``.
+        """Returns the weight, restored from ``tensor``, the source's weight of that ``name``.
 
         Raises:
-            InputError: if that is another weight.
+            InputError: if the result is not the weight that was left out.
         """
         if self.mask is not None:
             if self.mask.numel() != -(-tensor.numel() // 8):
@@ -58,12 +58,12 @@ class DroppedWeight:
 
 
 class SourceWeights:
-    """Which weights of a model its source has: what they were when they were loaded, by digest.
+    """The weights of a model that can be restored from its source, recognised by their digests.
 
     Args:
-        digests: SHA-256 of every weight that can be restored from the source, through its mask where it has one; by
-            its name in the state dict without the `base_layer` of adapters.
-        masked: Names of those that are restored through a mask.
+        digests: SHA-256 of every such weight, after masking if it is masked, by its name in the state dict without the
+            `base_layer` of adapters.
+        masked: Names of the weights that need a mask to be restored.
     """
 
     def __init__(self, digests: dict[str, str], masked: set[str] | None = None) -> None:
@@ -72,27 +72,29 @@ class SourceWeights:
 
     @classmethod
     def of(cls, model: nn.Module) -> SourceWeights:
-        """Returns those of a model that was just loaded; reads all weights once."""
+        """Returns the source weights of a model that was just loaded; reads all weights once."""
         return cls({_plain(name): digest(tensor) for name, tensor in model.state_dict().items()})
 
     @classmethod
     def resumed(cls, dropped: Mapping[str, DroppedWeight]) -> SourceWeights:
-        """Returns those of a model that is restored from a checkpoint."""
+        """Returns the source weights of a model that is restored from a checkpoint."""
         digests = {_plain(name): weight.digest for name, weight in dropped.items()}
         return cls(digests, {_plain(name) for name, weight in dropped.items() if weight.mask is not None})
 
     @contextmanager
     def through_cut(self, model: nn.Module, *, keeps_values: bool) -> Iterator[None]:
-        """Follows what a cut does to ``model`` while the context lasts.
+        """Updates the digests and masks for a cut of ``model`` that the body makes.
 
         Args:
             model: The model, without an adapter.
-            keeps_values: Whether the cut sets weights to zero and changes no other.
+            keeps_values: Whether the cut only sets weights to zero and changes no others.
         """
-        intact = {_plain(name) for name, tensor in model.state_dict().items() if self._is_recoverable(name, tensor)}
+        recoverable = {
+            _plain(name) for name, tensor in model.state_dict().items() if self._is_recoverable(name, tensor)
+        }
         yield
         after = {_plain(name): tensor for name, tensor in model.state_dict().items()}
-        digests = {name: digest(after[name]) for name in intact & after.keys()}
+        digests = {name: digest(after[name]) for name in recoverable & after.keys()}
         changed = {name for name, value in digests.items() if value != self.digests[name]}
         lost = changed if not keeps_values else {name for name in changed if _has_negative_zero(after[name])}
         self.masked = (self.masked & digests.keys() | changed) - lost
@@ -100,12 +102,12 @@ class SourceWeights:
         self._known = {}
 
     def drop_from(self, state_dict: dict[str, Tensor], model: nn.Module, prefix: str) -> dict[str, DroppedWeight]:
-        """Takes the weights that can be restored out of ``state_dict``; returns what is stored in their place.
+        """Removes the weights that can be restored from ``state_dict``; returns their replacements, by name.
 
         Args:
-            state_dict: Of the module that holds the model; changed in place.
-            model: The model whose weights they are.
-            prefix: What stands before the names of the model's weights.
+            state_dict: State dict of the module that holds the model; changed in place.
+            model: The model.
+            prefix: Prefix of the model's weights in ``state_dict``.
         """
         trained = {
             name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad
@@ -119,7 +121,7 @@ class SourceWeights:
         return dropped
 
     def _is_recoverable(self, name: str, tensor: Tensor) -> bool:
-        """Whether a weight is what the source and its mask give; one that was not written to is read only once."""
+        """Returns whether the source and the mask give this weight; hashes it again only after it was written to."""
         expected = self.digests.get(_plain(name))
         if expected is None:
             return False
@@ -132,13 +134,13 @@ class SourceWeights:
 def restore_weights(
     state_dict: dict[str, Tensor], model: nn.Module, prefix: str, dropped: Mapping[str, DroppedWeight]
 ) -> None:
-    """Puts the weights that a checkpoint leaves out back into ``state_dict``.
+    """Adds the weights that a checkpoint leaves out to ``state_dict``.
 
     Args:
-        state_dict: Of the module that holds the model; changed in place.
-        model: The model, of the checkpoint's structure, its other weights those of the source.
-        prefix: What stands before the names of the model's weights.
-        dropped: What :meth:`SourceWeights.drop_from` returned.
+        state_dict: State dict of the module that holds the model; changed in place.
+        model: The model with the weights of its source, in the structure of the checkpoint.
+        prefix: Prefix of the model's weights in ``state_dict``.
+        dropped: The replacements that :meth:`SourceWeights.drop_from` returned.
 
     Raises:
         InputError: if the model is not the one that the checkpoint was made from.
@@ -149,23 +151,23 @@ def restore_weights(
             state_dict[prefix + name] = weight.restored(source[name], name)
     stored = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     for name in sorted(source.keys() | stored.keys()):
-        is_text = ".quant_state." in name  # bitsandbytes' numbers as text, whose length differs
+        is_text = ".quant_state." in name  # bitsandbytes stores numbers as text, whose length varies
         if name not in source or name not in stored or (source[name].shape != stored[name].shape and not is_text):
             raise _another_model(name)
 
 
 def _another_model(name: str) -> InputError:
     return InputError(
-        f"`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit: {name} is "
-        "another. Checkpoints leave out what the source has, unless `pruning.full_checkpoint` is true."
+        f"`model.pretrained` must be the model that the checkpoint was made from; its weight {name} differs. "
+        "Checkpoints leave out the weights that the source has, unless `pruning.full_checkpoint` is true."
     )
 
 
 def _plain(name: str) -> str:
-    """The name of a weight without an adapter around it."""
+    """Returns the name that the weight has without an adapter."""
     return name.replace(".base_layer.", ".")
 
 
 def _has_negative_zero(tensor: Tensor) -> bool:
-    """Whether it holds -0.0, which a mask of what is not zero would not give back."""
+    """Returns whether ``tensor`` holds -0.0, which a mask restores as 0.0."""
     return bool((torch.signbit(tensor) & (tensor == 0)).any())

@@ -1,4 +1,4 @@
-"""Answers that need neither torch nor Lightning: the version, the list of verbs, and mistakes in names."""
+"""Replies that need neither torch nor Lightning: the version, the list of verbs, and errors in verbs and options."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def answer(args: Sequence[str]) -> str | None:
 
 
 def version() -> str:
-    """Returns the version of lit-prune, and those of the libraries that a report of a bug should name."""
-    others = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
-    return f"lit-prune {importlib.metadata.version('lit-prune')} ({others})"
+    """Returns the versions of lit-prune and of the libraries that a bug report should name."""
+    libraries = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS)
+    return f"lit-prune {importlib.metadata.version('lit-prune')} ({libraries})"
 
 
 def usage() -> str:
-    """Returns the help of the command: the verbs, each with its summary."""
+    """Returns the help of the command, which lists the verbs, each with its summary."""
     verbs = "\n".join(f"  {verb:<10} {summary(verb)}" for verb in VERBS)
     return (
         f"usage: lit-prune VERB [--config FILE] [options]\n\n{DESCRIPTION}\n\nverbs:\n{verbs}\n\n"
         "options:\n  --version  Print the versions of lit-prune and of the main libraries.\n"
-        "  --help     Print this; after a verb, its options: lit-prune fit --help."
+        "  --help     Print this message; `lit-prune fit --help` lists the options of fit."
     )
 
 
 def check_verb(args: Sequence[str]) -> None:
-    """Refuses a missing or unknown verb, options before the verb, and tasks for a verb that evaluates none."""
+    """Raises InputError for a missing or unknown verb, options before the verb, and `--tasks` where none are run."""
     verb = next((arg for arg in args if arg in VERBS), None)
     if verb is not None and args[0].startswith("-"):
-        before = " ".join(args[: args.index(verb)])
-        raise InputError(f"the verb must come first: lit-prune {verb} {before}")
+        options_before = " ".join(args[: args.index(verb)])
+        raise InputError(f"the verb must come first: lit-prune {verb} {options_before}")
     if args[:1] != [verb]:
         got = f", got {args[0]!r}" if args else ""
         near = near_misses(args[0], VERBS) if args else []
@@ -55,13 +55,13 @@ def check_verb(args: Sequence[str]) -> None:
         raise InputError(f"the verb must be one of {', '.join(VERBS)}{got}.{hint}")
     if verb not in (*WRITES, "evaluate") and "--tasks" in {_name(arg) for arg in args}:
         raise InputError(
-            f"`tasks` must be left out for {verb}, which evaluates none: use `lit-prune evaluate`, or fit, prune and "
+            f"`tasks` must be left out for {verb}, which runs no tasks: use `lit-prune evaluate`, or fit, prune and "
             "export."
         )
 
 
 def check_options(args: Sequence[str]) -> None:
-    """Refuses an unknown option; the options of a class given by its name are left to the full parser."""
+    """Raises InputError for an unknown option; the settings of a class given by name are left to the full parser."""
     try:
         known = options(args[0])
     except LookupError:  # a library whose source is laid out differently: the full parser finds the mistake
@@ -78,5 +78,5 @@ def check_options(args: Sequence[str]) -> None:
 
 
 def _name(arg: str) -> str:
-    """Returns the option that ``arg`` sets; ``--trainer.callbacks+=X`` appends to a list."""
+    """Returns the name of the option that ``arg`` sets; in ``--trainer.callbacks+=X`` the plus appends to a list."""
     return arg.partition("=")[0].removesuffix("+")

@@ -1,4 +1,4 @@
-"""Values that the command line leaves open: window lengths, the checkpoint ``last``, the settings of an export."""
+"""Fills in what the command line leaves out: window lengths, the path of the checkpoint ``last``, export's settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_prune.models.load import architecture_config, load_config
 
 
 def fill_lengths(config: Namespace) -> None:
-    """Sets window lengths that were not given to their defaults, or to the limit of the model if that is less."""
+    """Sets window lengths that were not given to their defaults, or to the model's maximum length if that is less."""
     defaults = {"data.seq_length": WINDOW_TOKENS, "pruning.calibration.seq_length": CALIBRATION_TOKENS}
     missing = [field for field in defaults if config[field] is None]
     if not missing:
@@ -26,7 +26,7 @@ def fill_lengths(config: Namespace) -> None:
 
 
 def export_arguments(args: Sequence[str], output: str) -> list[str]:
-    """Returns ``args`` with what ``export`` may leave out: the value of --merge, and the config.yaml of its run.
+    """Returns ``args``; for ``export`` with a value for a bare --merge, and --config with the config.yaml of the run.
 
     Args:
         args: The command line.
@@ -39,22 +39,23 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
         option, is_set, value = arg.partition("=")
         values[option] = value if is_set else following
     args = ["--merge=true" if arg == "--merge" and values[arg][:2] in ("", "--") else arg for arg in args]
-    last = values.get("--ckpt_path") == "last"
-    run = Path(values.get("--output", output)) if last else Path(values.get("--ckpt_path", "")).parent.parent
+    is_last = values.get("--ckpt_path") == "last"
+    run = Path(values.get("--output", output)) if is_last else Path(values.get("--ckpt_path", "")).parent.parent
     run = run.expanduser()
     if {"--config", "-c"} & values.keys() or not (run / "config.yaml").is_file():
         return args
-    here = [f"--output={run}"] if last else []  # the folder may have been moved since config.yaml was written
-    return ["export", f"--config={run / 'config.yaml'}", *here, *args[1:]]
+    # config.yaml names the folder that it was written to, which may have been moved since
+    output_option = [f"--output={run}"] if is_last else []
+    return ["export", f"--config={run / 'config.yaml'}", *output_option, *args[1:]]
 
 
 def find_checkpoint(path: str, output: Path) -> str:
-    """Returns the path of the checkpoint to resume from; ``last`` is the last one in the output folder.
+    """Returns the path of a checkpoint; ``last`` stands for the last one in the output folder.
 
     Raises:
-        InputError: if there is none. Lightning itself would start afresh.
+        InputError: if the file does not exist; Lightning would warn and start from scratch.
     """
     checkpoint = output / "checkpoints" / "last.ckpt" if path == "last" else Path(path).expanduser()
     if not checkpoint.is_file():
-        raise InputError(f"`ckpt_path` must be a checkpoint that is there, {checkpoint} is not.")
+        raise InputError(f"`ckpt_path` must be an existing checkpoint, or last, got {checkpoint}.")
     return str(checkpoint)

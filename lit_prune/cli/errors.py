@@ -1,7 +1,7 @@
-"""Error messages of jsonargparse in a line or two: what is wrong, near misses, the choices.
+"""jsonargparse's error messages, reduced to a line or two: what is wrong, close matches, and the choices.
 
-jsonargparse reports a wrong class name or option with every type that it tried and the whole value; the parts that
-matter are picked out by regular expressions. A message that none of them matches is shortened, not hidden.
+jsonargparse reports a wrong class name or option with every type that it tried and the whole value. Regular
+expressions extract the parts that matter; a message that none of them matches is shortened, not hidden.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ WORDS = {
 
 
 def one_line(error: Exception) -> str | None:
-    """Returns what to tell the user of an exception; None for one that is not a mistake of the user."""
+    """Returns a one-line message for an exception that the user can mend; None for any other."""
     if isinstance(error, MisconfigurationException):
         return str(error).splitlines()[0]
     if isinstance(error, ValueError) and "Union subtypes" in str(error):
@@ -51,7 +51,7 @@ def one_line(error: Exception) -> str | None:
         wrapped = re.search(r"^\s*- (`.+)$", str(error), re.MULTILINE)
         return wrapped and wrapped.group(1)
     if (reason := disk_error(error)) is not None:
-        return f"`output` must be where there is room: {reason}. Free some space, or choose another `--output DIR`."
+        return f"`output` must be on a disk with free space: {reason}. Free some, or choose another `--output DIR`."
     return None
 
 
@@ -60,7 +60,7 @@ def explain(message: str, parser: Any) -> str:
 
     Args:
         message: The message of jsonargparse.
-        parser: The parser that it comes from, whose options are the choices.
+        parser: The parser that raised it, whose options are the choices.
     """
     for pattern, describe in (
         (r"unrecognized arguments: (.*)", _option),
@@ -84,9 +84,9 @@ def explain(message: str, parser: Any) -> str:
 
 
 def _where(message: str, end: int | None = None) -> str:
-    """Returns the key that ``message`` is about at position ``end``, as the user types it.
+    """Returns the full key, as the user types it, that ``message`` is about right before position ``end``.
 
-    Messages about nested keys are nested by indentation: the less indented ones above are the key's parents.
+    jsonargparse indents the message about a nested key under those about its parents.
     """
     parents: list[tuple[int, str]] = []
     for match in re.finditer(r"[Pp]arser key \"([\w.]+)\"|argument (--[\w.]+)", message[:end]):
@@ -144,7 +144,7 @@ def _class(match: re.Match[str], message: str, parser: Any) -> str:
 
 
 def _as_n_of_m(word: str, where: str) -> str:
-    """Returns the options for a pattern written as 2:4; an empty string for another word."""
+    """Returns the options that mean a pattern written as 2:4; an empty string for any other word."""
     match = re.fullmatch(r"(\d+):(\d+)", word)
     if match is None or not where.endswith("pattern"):
         return ""
@@ -152,7 +152,7 @@ def _as_n_of_m(word: str, where: str) -> str:
 
 
 def _value(match: re.Match[str], message: str, parser: Any) -> str:
-    """Returns what kind of value a setting takes: the types that jsonargparse tried."""
+    """Returns the message about a value of the wrong type; the types that jsonargparse tried are the valid ones."""
     value, before = match.group(1).strip(), message[: match.start()]
     tried = before[before.rfind("Parser key") :]  # of the innermost key
     kinds = [WORDS[name] for name in re.findall(r"Expected an? <class '(?:[\w]+\.)*(\w+)'>", tried) if name in WORDS]
@@ -169,18 +169,18 @@ def _value(match: re.Match[str], message: str, parser: Any) -> str:
 
 def _abstract(match: re.Match[str], message: str, parser: Any) -> str:
     where = _where(message, match.start())
-    return f"`{where}` must be given before its settings are: one of {', '.join(_classes(where))}."
+    return f"`{where}` must be given along with its settings: one of {', '.join(_classes(where))}."
 
 
 def _classes(where: str) -> list[str]:
-    """Returns the short names of the classes of this project that the key takes."""
+    """Returns the short names of this project's classes that the key accepts."""
     base = BASES.get(where.rsplit(".", 1)[-1])
     leaves = [] if base is None else _leaves(base)
     return sorted(leaf.__name__ for leaf in leaves if leaf.__module__.startswith("lit_prune."))
 
 
 def _file(match: re.Match[str], message: str, parser: Any) -> str:
-    return f"`--{_where(message) or 'config'}` must be a file that is there, got {match.group(1)}."
+    return f"`--{_where(message) or 'config'}` must be an existing file, got {match.group(1)}."
 
 
 def _empty(match: re.Match[str], message: str, parser: Any) -> str:
@@ -205,14 +205,15 @@ def _verb(match: re.Match[str], message: str, parser: Any) -> str:
     return _not_known(f"the verb must be one of {', '.join(verbs)}" + (f", got {word!r}" if word else ""), word, verbs)
 
 
-def _not_known(what: str, word: str, choices: list[str], remedy: str = "") -> str:
+def _not_known(problem: str, word: str, choices: list[str], remedy: str = "") -> str:
+    """Returns ``problem`` with the choices that are spelt like ``word``, or with ``remedy`` if there are none."""
     near = near_misses(word, choices)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"{what}.{hint}" + (f" ({remedy})" if remedy and not near else "")
+    return f"{problem}.{hint}" + (f" ({remedy})" if remedy and not near else "")
 
 
 def _shortened(message: str) -> str:
-    """Returns the key, and the lines with the expected type and the value."""
+    """Returns the key and the lines of ``message`` that give the expected type and the value."""
     lines = [line.strip(" -") for line in message.splitlines()]
     details = [
         line

@@ -1,4 +1,4 @@
-"""Ends the command with one line for a mistake of the user."""
+"""The one line that the command prints before it exits for an error of the user."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 
 def rank() -> int:
-    """Returns which of several processes this is, from the environment: torch.distributed is not initialised yet."""
+    """Returns the rank of this process from the environment, since torch.distributed is not initialised yet."""
     variables = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # in Lightning's order
     return next((int(os.environ[name]) for name in variables if name in os.environ), 0)
 

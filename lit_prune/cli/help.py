@@ -1,4 +1,4 @@
-"""The ``--help`` of a verb: the groups of this project first, the Trainer's last, in plain text."""
+"""Formatting of a verb's ``--help``: plain text, this project's groups of options first, the Trainer's last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from lit_prune.cli.signatures import GROUPS
+from lit_prune.cli.signatures import GROUPS, summary
 
 
 class PlainHelp(DefaultHelpFormatter):
@@ -19,7 +19,7 @@ class PlainHelp(DefaultHelpFormatter):
 
 
 def plain(text: str) -> str:
-    """Returns ``text`` without Sphinx markup, and without defaults in prose: jsonargparse appends the real ones.
+    """Returns ``text`` without Sphinx markup, and without defaults in prose, since jsonargparse appends the real ones.
 
     >>> plain("A :class:`~datetime.timedelta` or ``None``. Default: ``None``. (default: null)")
     'A timedelta or None. (default: null)'
@@ -31,13 +31,16 @@ def plain(text: str) -> str:
 
 
 def arrange(parser: ArgumentParser, verb: str) -> None:
-    """Sorts the groups of options, the Trainer's last, and shortens the usage line."""
+    """Sorts the groups of options, the Trainer's last, shortens the usage line and titles the verb's own options."""
     parser.usage = f"lit-prune {verb} [--config FILE] [options]"
     groups: Any = parser._action_groups  # argparse prints them in this order; it has no public way to set it
     groups.sort(key=lambda group: _position([action.dest for action in group._group_actions]))
+    for group in groups:  # LightningCLI titles them with the verb's summary, which the help opens with already
+        if str(group.title).rstrip(".") == summary(verb).rstrip("."):
+            group.title = f"options of {verb}"
 
 
 def _position(names: list[str]) -> int:
-    """Returns where a group of options stands: general ones first, then in the order of GROUPS."""
+    """Returns the position of a group of options: general ones first, then in the order of GROUPS."""
     groups = {name.split(".")[0] for name in names if "." in name}
     return max((list(GROUPS).index(group) + 1 for group in groups if group in GROUPS), default=0)

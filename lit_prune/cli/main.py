@@ -11,7 +11,7 @@ from lit_prune.errors import InputError
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command; a mistake of the user ends in one line and exit code 2."""
+    """Runs the command; an error of the user ends it with one line and exit code 2."""
     args = sys.argv[1:] if args is None else list(args)
     try:
         text = answer(args)

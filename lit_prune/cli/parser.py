@@ -1,4 +1,4 @@
-"""LitPruneCLI: the arguments of the command, their defaults and links, and how its objects are made and run."""
+"""LitPruneCLI, the LightningCLI of the command: its arguments, their defaults, and the objects built from them."""
 
 from __future__ import annotations
 
@@ -41,31 +41,31 @@ from lit_prune.progress import log  # noqa: E402
 # Prefixes of Lightning's advice, and regular expressions of its warnings, that do not concern users of the command.
 ADVICE = ("Tip:", "Seed set to", "GPU available", "TPU available")
 WARNINGS = (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*Checkpoint directory.*")
-# Arguments of a single run, which its config.yaml leaves out.
-ONCE = ("ckpt_path", "weights_only", "verbose", "merge", "push_to_hub")
+# Arguments that hold for one call of the command only, and are not saved in config.yaml.
+NOT_SAVED = ("ckpt_path", "weights_only", "verbose", "merge", "push_to_hub")
 
 
-# A default such as Timer's `interval=Interval.step` is typed as str, so that jsonargparse hands it to YAML as it is.
+# Timer's default `interval=Interval.step` is typed as str, so jsonargparse hands the enum itself to YAML, which fails.
 yaml.SafeDumper.add_multi_representer(StrEnum, lambda dumper, value: dumper.represent_str(value.value))
 
 
 class Parser(LightningArgumentParser):
-    """Reports a mistake in a few lines: what is wrong, near misses, the choices."""
+    """An argument parser whose errors are a line or two: what is wrong, close matches, and the choices."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the explanation and exits with code 2."""
-        if not self.exit_on_error:  # the parser of one class; the outer parser reports its error
+        if not self.exit_on_error:  # the inner parser of one class, whose error the outer parser reports
             super().error(message, ex)
         fail(explain(message, getattr(ex, "subcommand_parser", None) or self))
 
 
 class LitPruneCLI(LightningCLI):
-    """LightningCLI with the groups `model`, `data`, `pruning`, `lm_eval` and `trainer`, and options for the results."""
+    """A LightningCLI with the groups `model`, `data`, `pruning`, `lm_eval` and `trainer`, and options of the output."""
 
     trainer: PruneTrainer
     model: PrunableLM
     datamodule: TextDataModule
-    resume: Resume | None = None  # the checkpoint that fit goes on from, or that is exported
+    resume: Resume | None = None  # the checkpoint that fit resumes from, or that export reads
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(
@@ -93,19 +93,19 @@ class LitPruneCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
-        """Parses the command line; an export takes the settings of the run that its checkpoint is from."""
+        """Parses the command line; export takes its settings from the run that wrote the checkpoint."""
         self.config = parser.parse_args(export_arguments(args, self._parser("export").get_default("output")))
 
     def _parse_ckpt_path(self) -> None:
-        """Does nothing: LightningCLI would put hyper-parameters of the checkpoint over the configuration."""
+        """Does nothing; LightningCLI would let the checkpoint's hyper-parameters override the configuration."""
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the seed."""
-        text = "Seed of Python's, NumPy's and torch's random numbers; true draws one."
+        text = "Seed of the random number generators of Python, NumPy and torch; true draws a seed at random."
         parser.add_argument("--seed_everything", type=bool | int, default=self.seed_everything_default, help=text)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the options of the results, and the groups `lm_eval` and `pruning`."""
+        """Adds the options of the output, and the groups `lm_eval` and `pruning`."""
         for option in OPTIONS:
             if option.type is bool:
                 parser.add_argument(f"--{option.name}", action="store_true", help=option.help)
@@ -149,7 +149,7 @@ class LitPruneCLI(LightningCLI):
         return ResultsCallback(
             config.output,
             config.overwrite,
-            self._saved(config),
+            self._config_yaml(config),
             csv_log=True,
             push_to_hub=config.push_to_hub,
             tasks=self._tasks(config),
@@ -167,34 +167,35 @@ class LitPruneCLI(LightningCLI):
         """Returns the Trainer.
 
         Raises:
-            InputError: for settings that Lightning refuses, with the first sentence of its message.
+            InputError: for settings that Lightning rejects, with the first sentence of its message.
         """
         try:
             return super().instantiate_trainer(**kwargs)
         except InputError:
             raise
         except ValueError as error:
-            hint = " One that is a class has settings, see docs/devices.md." if "strategy name" in str(error) else ""
-            raise InputError(f"`trainer` cannot be made: {str(error).partition('. ')[0]}.{hint}") from error
+            hint = " A strategy with settings is given by class_path." if "strategy name" in str(error) else ""
+            reason = str(error).partition(". ")[0]
+            raise InputError(f"`trainer` must have settings that Lightning accepts: {reason}.{hint}") from error
 
     def _tasks(self, config: Namespace) -> Tasks | None:
-        """Returns the tasks of lm-eval to evaluate at the end; None for verbs that evaluate none."""
+        """Returns the tasks of lm-eval that are run at the end; None for verbs that run none."""
         names = names_of(config.tasks)
         if not names or self.subcommand not in (*WRITES, "evaluate"):
             return None
         if config.model.on_disk:
-            raise InputError("`tasks` must be left out with `model.on_disk`, they need the whole model in memory.")
+            raise InputError("`tasks` must be left out with `model.on_disk`: lm-eval needs the whole model in memory.")
         return Tasks(names, HarnessSettings(**vars(config.lm_eval)))
 
-    def _saved(self, config: Namespace) -> str:
-        """Returns the configuration as YAML that every verb accepts, without the arguments of this one run."""
+    def _config_yaml(self, config: Namespace) -> str:
+        """Returns the configuration as YAML that every verb accepts, without the arguments of this one call."""
         saved = config.clone()
         saved.overwrite = False
         text = self._parser(self.subcommand).dump(saved, skip_unset=False)
-        return "".join(line for line in text.splitlines(keepends=True) if line.split(":")[0] not in ONCE)
+        return "".join(line for line in text.splitlines(keepends=True) if line.split(":")[0] not in NOT_SAVED)
 
     def after_instantiate_classes(self) -> None:
-        """Checks the objects against each other."""
+        """Checks that the objects go together."""
         assert self.subcommand is not None
         find_callback(self.trainer, DynamicPruningCallback).resume = self.resume
         results = find_callback(self.trainer, ResultsCallback)
@@ -208,17 +209,18 @@ class LitPruneCLI(LightningCLI):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Runs fit. Callbacks see ``trainer.ckpt_path`` in ``setup``, but ``Trainer.fit(ckpt_path=...)`` too late."""
+        """Runs ``Trainer.fit``."""
+        # callbacks need the path in `setup`; one that is passed to Trainer.fit is not set by then
         if ckpt_path is not None:
             self.trainer.ckpt_path = ckpt_path
         self.trainer.fit(model, datamodule=datamodule, weights_only=weights_only)
 
     def after_validate(self) -> None:
-        """Logs the text that the perplexity was measured on."""
+        """Logs the protocol of the perplexity: its text and windows."""
         self._log_protocol("val")
 
     def after_test(self) -> None:
-        """Logs the text that the perplexity was measured on."""
+        """Logs the protocol of the perplexity: its text and windows."""
         self._log_protocol("test")
 
     def _log_protocol(self, part: Literal["val", "test"]) -> None:
@@ -232,7 +234,7 @@ def run(args: Sequence[str]) -> None:
 
 
 def _quieten() -> None:
-    """Silences progress bars and advice of the libraries: the command has its own."""
+    """Silences the progress bars and advice of the libraries; the command prints its own."""
     import datasets
 
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Checks before any work: of the settings, of the output folder, and of the objects made from the settings."""
+"""Checks before any work: the settings, the output folder, and the objects built from the settings."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lit_prune.errors import InputError
 from lit_prune.fit.module import PrunableLM
 from lit_prune.fit.preflight import (
     check_one_process,
+    check_overfitting,
     check_processes,
     check_resumed,
     check_trainer,
@@ -31,14 +32,16 @@ ADAPTERS = (LoRA, MaskedLoRA, QLoRA)
 
 
 def check_settings(config: Namespace, verb: str) -> None:
-    """Checks settings of ``verb`` that need no object.
+    """Checks the settings of ``verb`` that can be checked before any object is built from them.
 
     Raises:
         InputError: for a second DynamicPruningCallback, a barebones Trainer, an accelerator that this machine does not
-            have, an upload without a model, and a fit without an end.
+            have, an upload by a verb that writes no model, and a fit without an end.
     """
     if DynamicPruningCallback.__name__ in str(config.trainer.callbacks):
-        raise InputError("`trainer.callbacks` must not hold a DynamicPruningCallback: `pruning` is one already.")
+        raise InputError(
+            "`trainer.callbacks` must not hold a DynamicPruningCallback: the group `pruning` configures it already."
+        )
     if config.trainer.barebones:
         raise InputError(
             "`trainer.barebones` must be false: it switches off the logging and the checkpoints that every run needs."
@@ -51,7 +54,7 @@ def check_settings(config: Namespace, verb: str) -> None:
 
 
 def _check_accelerator(name: object) -> None:
-    """Checks an accelerator given by its name."""
+    """Checks that this machine has the accelerator, if that is given by its name."""
     if not isinstance(name, str) or name == "auto":
         return
     registered = AcceleratorRegistry.available_accelerators()
@@ -64,24 +67,25 @@ def _check_accelerator(name: object) -> None:
 
 
 def _check_end(trainer: Namespace) -> None:
-    """Checks that training takes at least a step, and that it ends."""
+    """Checks that training makes at least one step, and that it ends."""
     if trainer.max_steps < -1 or trainer.max_steps == 0:
         raise InputError(
             f"`trainer.max_steps` must be at least 1, or -1 for as many as `trainer.max_epochs` take, got "
             f"{trainer.max_steps}; `lit-prune prune` prunes without training."
         )
-    # Without max_epochs and max_time Lightning would train for 1000 epochs.
-    no_end = trainer.max_epochs == -1 or (trainer.max_epochs is None and trainer.max_time is None)
-    if trainer.max_steps == -1 and no_end:
+    # Lightning would train for 1000 epochs if nothing was given; fast_dev_run sets max_steps itself
+    has_end = trainer.max_epochs not in (None, -1) or trainer.max_time is not None or trainer.fast_dev_run
+    if trainer.max_steps == -1 and not has_end:
         raise InputError(
-            "`trainer.max_steps` or `trainer.max_epochs` must be given: the cosine needs an end. `lit-prune prune` "
-            "prunes without training."
+            "`trainer.max_steps` or `trainer.max_epochs` must be given, or `trainer.max_time` for a learning rate that "
+            "does not decay. `lit-prune prune` prunes without training."
         )
 
 
 def check_output(results: ResultsCallback, config: Namespace, verb: str) -> None:
-    """Checks that the output folder can be written to, and that nothing in it would be lost."""
-    if verb not in (*WRITES, "score", "evaluate") or rank() != 0:  # the other processes start once the first runs
+    """Checks that the output folder is writable and that nothing in it would be overwritten."""
+    # Lightning launches the other processes while the first runs, which may have made the folder by then
+    if verb not in (*WRITES, "score", "evaluate") or rank() != 0:
         return
     results.folder.resume = results.folder.holds(config.get("ckpt_path"))
     results.folder.check()
@@ -94,14 +98,15 @@ def check_output(results: ResultsCallback, config: Namespace, verb: str) -> None
 
 
 def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: TextDataModule) -> None:
-    """Checks the model's config, the data and the recipe against each other, before weights and text are read.
+    """Checks that the model's config, the data and the recipe go together, before weights and text are read.
 
     Raises:
-        InputError: for settings that do not go together, or differ from those of the checkpoint.
+        InputError: for settings that contradict each other, or differ from those of the checkpoint.
     """
     pruning, results = find_callback(trainer, DynamicPruningCallback), find_callback(trainer, ResultsCallback)
     if verb == "fit":
         check_trainer(pruning.fit_plan, trainer)
+        check_overfitting(trainer, datamodule)
         if pruning.resume is not None:
             check_resumed(pruning.fit_plan, pruning.resume, trainer, model, datamodule)
     if verb in ("validate", "test") and shards_weights(trainer):
@@ -110,7 +115,7 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
         raise InputError("`tasks` must be given, such as `--tasks arc_easy,piqa`, got none.")
     if results.tasks is not None and rank() == 0:  # there is no other process yet
         results.check_tasks(datamodule.tokenizer, load=verb != "evaluate")
-    if verb == "evaluate":  # it does not read the data module's text
+    if verb == "evaluate":  # reads no text of the data module
         return
     datamodule.check_vocabulary(model.config)
     prunes = pruning.fit_plan.recipe is not None and verb in ("fit", "prune", "score")
@@ -139,7 +144,7 @@ def _check_random_start(model: PrunableLM, pruning: DynamicPruningCallback) -> N
     if isinstance(pruning.fit_plan.recovery, ADAPTERS) and model.architecture is not None:
         raise InputError(
             "`pruning.recovery` must be null if `model.architecture` starts from random weights and nothing is pruned, "
-            f"they would stay frozen; got {pruning.fit_plan.recovery}."
+            f"since an adapter leaves them frozen; got {pruning.fit_plan.recovery}."
         )
 
 

@@ -1,7 +1,7 @@
-"""The verbs and options of the command, without importing the classes that they are defined by.
+"""The verbs and options of the command, read without importing the classes that define them.
 
-Importing torch, Lightning and transformers takes seconds; a mistyped option or ``--help`` should not wait for them. The
-options of groups and the help of verbs are read from the source of the classes.
+Importing torch, Lightning and transformers takes seconds, and neither ``--help`` nor the error for a mistyped option
+should wait for them. The options of groups and the help of verbs are parsed from the source of the classes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# By verb, the parameters of the PruneTrainer's method that the command fills in itself.
+# By verb, the parameters of PruneTrainer's method that the command passes itself.
 VERBS: dict[str, set[str]] = {
     "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
     "validate": {"model", "dataloaders", "datamodule"},
@@ -45,13 +45,13 @@ class Option:
 
 
 OPTIONS = (
-    Option("output", str, "runs/lit_prune", "Folder to write the results to."),
+    Option("output", str, "runs/lit_prune", "Folder that the results are written to."),
     Option("overwrite", bool, False, "Replace the output folder if it exists."),
     Option(
         "checkpoint_every",
         int,
         50,
-        "Optimizer steps between two checkpoints. An interrupted run is resumed from the last one by --ckpt_path last.",
+        "Number of optimizer steps between checkpoints; `--ckpt_path last` resumes an interrupted run from the last.",
     ),
     Option(
         "push_to_hub",
@@ -63,13 +63,13 @@ OPTIONS = (
         "tasks",
         str | list[str] | None,
         None,
-        "Tasks of lm-eval to evaluate the model on (fit, prune, export, evaluate), such as arc_easy,piqa, or YAML "
-        "files.",
+        "Tasks of lm-eval to evaluate the model on, such as arc_easy,piqa, or YAML files (fit, prune, export, "
+        "evaluate).",
     ),
 )
 
 TRAINER = ("lit_prune.cli.trainer", "PruneTrainer")
-# By group of options, the module and the class whose signature they are.
+# By group of options, the module and class whose parameters they are.
 GROUPS = {
     "model": ("lit_prune.fit.module", "PrunableLM"),
     "data": ("lit_prune.data.datamodule", "TextDataModule"),
@@ -88,10 +88,10 @@ def summary(verb: str) -> str:
 
 
 def options(verb: str) -> set[str]:
-    """Returns the options of ``verb``, such as ``--output`` and ``--pruning.sparsity``; not those nested deeper.
+    """Returns the options of ``verb``, such as ``--output`` and ``--pruning.sparsity``, without those nested deeper.
 
     Raises:
-        LookupError: if a class is not where it is expected, as in a future release of Lightning.
+        LookupError: if a class is not where it is expected, as may happen with a future release of Lightning.
     """
     names = {f"--{option.name}" for option in OPTIONS} | {*BUILT_IN, *CLASS_OPTIONS}
     names |= {f"--{name}" for name in _parameters(_methods(*TRAINER)[verb]) if name not in VERBS[verb]}
@@ -101,7 +101,7 @@ def options(verb: str) -> set[str]:
 
 
 def _fields(module: str, name: str) -> list[str]:
-    """Returns the parameters of a class: of its ``__init__``, or of a dataclass."""
+    """Returns the parameters of a class: those of its ``__init__``, or the fields of a dataclass."""
     methods = _methods(module, name)
     if "__init__" in methods:
         return _parameters(methods["__init__"])
@@ -127,12 +127,12 @@ def _class(module: str, name: str) -> ast.ClassDef:
 
 
 def _path(module: str) -> Path:
-    """Returns the file of a module. ``importlib.util.find_spec`` would import the packages that it is in."""
+    """Returns the file of a module; ``importlib.util.find_spec`` would import its parent packages."""
     parts, locations, origin = module.split("."), None, None
     for depth in range(1, len(parts) + 1):
         name = ".".join(parts[:depth])
-        found = (finder.find_spec(name, locations) for finder in sys.meta_path)
-        spec = next((spec for spec in found if spec is not None), None)
+        specs = (finder.find_spec(name, locations) for finder in sys.meta_path)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is None:
             raise LookupError(f"{name} is not installed")
         locations, origin = spec.submodule_search_locations, spec.origin

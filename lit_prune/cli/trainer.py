@@ -1,4 +1,4 @@
-"""PruneTrainer: Lightning's Trainer with the command's verbs, which prune, look, export and ask without training."""
+"""PruneTrainer, a Lightning Trainer with the verbs of the command as methods."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lit_prune.report.write import write_scores
 
 
 class PruneTrainer(Trainer):
-    """A Lightning Trainer that can also prune without training, look without pruning, and export a checkpoint."""
+    """A Lightning Trainer that also prunes, scores, exports and evaluates models without training them."""
 
     def fit(  # type: ignore[override]
         self,
@@ -41,10 +41,10 @@ class PruneTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Prune, train and heal in one run; writes a Hugging Face folder, a report and a picture.
+        """Prune a model and train it to recover, in one run; writes a Hugging Face folder, a report and a figure.
 
         Args:
-            ckpt_path: A checkpoint to go on from, or `last`, the last one in the output folder.
+            ckpt_path: Checkpoint to resume from; `last` is the last one in the output folder.
             weights_only: Refuse a checkpoint that holds anything but weights and plain values.
         """
         super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
@@ -58,10 +58,10 @@ class PruneTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Measure the perplexity of the model, or of a checkpoint, on the validation text; writes nothing.
+        """Measure the perplexity of a model or a checkpoint on the validation text; writes nothing.
 
         Args:
-            ckpt_path: A checkpoint of a fit whose weights are measured; null measures the model.
+            ckpt_path: Checkpoint of a fit to measure; null measures the model itself.
             verbose: Print the perplexity.
             weights_only: Refuse a checkpoint that holds anything but weights and plain values.
         """
@@ -76,25 +76,25 @@ class PruneTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         weights_only: bool | None = None,
     ) -> Any:
-        """Measure the perplexity of the model, or of a checkpoint, on the test text; writes nothing.
+        """Measure the perplexity of a model or a checkpoint on the test text; writes nothing.
 
         Args:
-            ckpt_path: A checkpoint of a fit whose weights are measured; null measures the model.
+            ckpt_path: Checkpoint of a fit to measure; null measures the model itself.
             verbose: Print the perplexity.
             weights_only: Refuse a checkpoint that holds anything but weights and plain values.
         """
         return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
 
     def prune(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Prune in one shot, without training; writes the same folder as fit, with the pruned model."""
-        pruning, results = self._ready(model, datamodule)
+        """Prune a model in one shot, without training; writes the same folder as fit."""
+        pruning, results = self._prepared(model, datamodule)
         llm, device = pruning.find_model(model), self.strategy.root_device
         fit_plan = pruning.fit_plan
         validation = validation_data(self) if fit_plan.measure else None
         assert fit_plan.recipe is not None
         calibration = calibration_batches(self, fit_plan.calibration)
         check_cached_statistics(fit_plan, llm, *calibration)
-        measured, statistics = fit_plan.measure, fit_plan.stored
+        measured, statistics = fit_plan.measure, fit_plan.statistics
         inputs = CutInputs(fit_plan.recipe, *calibration, validation, device, measured=measured, statistics=statistics)
         with offload_folder(llm, results.folder.path), self._logging():
             with measured_cut(llm, inputs) as cut:
@@ -105,15 +105,15 @@ class PruneTrainer(Trainer):
                 results.write(self, model, plan, report, validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Look before you cut: table and picture of the scores and rates, a plan to edit, and statistics to reuse."""
-        pruning, results = self._ready(model, datamodule)
+        """Score the blocks without pruning; writes scores, rates, a figure, a plan to edit and statistics to reuse."""
+        pruning, results = self._prepared(model, datamodule)
         recipe = pruning.fit_plan.recipe
         assert recipe is not None
         llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.fit_plan.calibration)
         check_cached_statistics(pruning.fit_plan, llm, batches, settings)
         device, names = self.strategy.root_device, statistics_key(settings, llm)
-        scored, stored = score_with_statistics(
-            llm, batches, recipe, device=device, settings=names, statistics=pruning.fit_plan.stored
+        scored, cached = score_with_statistics(
+            llm, batches, recipe, device=device, settings=names, statistics=pruning.fit_plan.statistics
         )
         report = ScoreReport(
             sparsity=Sparsity(
@@ -128,20 +128,20 @@ class PruneTrainer(Trainer):
             versions=versions(),
         )
         with results.opened(), self._logging():
-            written = write_scores(results.folder.path, report, stored)
+            written = write_scores(results.folder.path, report, cached)
         results.folder.finish()
         print_tables([block_table(report)], written)
 
     def export(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str, merge: bool = False
     ) -> None:
-        """Make the Hugging Face folder, as fit leaves it, of a checkpoint of a fit.
+        """Export a checkpoint of a fit as a Hugging Face folder, with the report and the figure that fit writes.
 
         Args:
-            ckpt_path: The checkpoint, or `last`, the last one in the output folder. Settings come from the config.yaml
-                of the run that it lies in, unless `--config` is given.
-            merge: Refuse to leave an adapter beside the weights. MaskedLoRA is merged always, LoRA where nothing is
-                masked.
+            ckpt_path: Checkpoint to export; `last` is the last one in the output folder. Settings are read from the
+                config.yaml of its run, unless `--config` is given.
+            merge: Fail if the adapter cannot be merged into the weights. MaskedLoRA is always merged, LoRA if no
+                weights are masked.
         """
         pruning, results = find_callback(self, DynamicPruningCallback), find_callback(self, ResultsCallback)
         assert pruning.resume is not None  # the command has opened it
@@ -152,12 +152,12 @@ class PruneTrainer(Trainer):
         self._loaded(model, pruning)
         pruning.resume.load(model, [pruning, results])
         written = results.measure_model(self, model)
-        assert written is not None  # of one process
+        assert written is not None  # export runs in one process, which is the first
         with results.opened(), self._logging():
             results.write(self, model, *written)
 
     def evaluate(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Ask the model tasks of lm-eval, `--tasks arc_easy,piqa`; writes report.json, and no model."""
+        """Evaluate a model on tasks of lm-eval, such as `--tasks arc_easy,piqa`; writes report.json, but no model."""
         pruning, results = find_callback(self, DynamicPruningCallback), find_callback(self, ResultsCallback)
         assert results.tasks is not None
         llm = placed(self._loaded(model, pruning), self.strategy.root_device)
@@ -172,13 +172,13 @@ class PruneTrainer(Trainer):
         results.folder.finish()
         print_tables([task_table(report)], [results.folder.path / "report.json"])
 
-    def _ready(
+    def _prepared(
         self, model: LightningModule, datamodule: LightningDataModule
     ) -> tuple[DynamicPruningCallback, ResultsCallback]:
-        """Loads the LLM, attaches the data, and checks the recipe against the LLM."""
+        """Loads the LLM, attaches the data and checks that the recipe fits the LLM; returns our two callbacks."""
         pruning, results = find_callback(self, DynamicPruningCallback), find_callback(self, ResultsCallback)
         if pruning.fit_plan.recipe is None:
-            raise InputError("`pruning.method` must be a method for this, such as Wanda, got null.")
+            raise InputError("`pruning.method` must be given without training, such as Wanda, got null.")
         self._data_connector.attach_data(model, datamodule=datamodule)
         llm = self._loaded(model, pruning)
         pruning.fit_plan.take_zeros(llm, trains=False)
@@ -186,21 +186,21 @@ class PruneTrainer(Trainer):
         return pruning, results
 
     def _loaded(self, model: LightningModule, pruning: DynamicPruningCallback) -> PreTrainedModel:
-        """Loads the LLM, in the precision that fit would give it before a cut."""
+        """Returns the LLM, loaded in the precision that fit would convert it to before a cut."""
         model.configure_model()
         llm = pruning.find_model(model)
         if isinstance(self.precision_plugin, HalfPrecision):
             if on_disk(llm) is not None:
                 raise InputError(
-                    f"`trainer.precision` must be 32-true with `model.on_disk`, got {self.precision}: the weights are "
-                    "computed with as they are stored."
+                    f"`trainer.precision` must be 32-true with `model.on_disk`, got {self.precision}: weights on disk "
+                    "are used in the type that they are stored in."
                 )
             self.precision_plugin.convert_module(llm)
         return llm
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
-        """Lets every logger finish what it was given, as fit does."""
+        """Finalizes every logger when the body is done, as fit does."""
         status = "failed"
         try:
             yield

@@ -1,1 +1,1 @@
-"""A fit: its plan of cuts, the LightningModule, the teacher, the learning rate, sharded weights."""
+"""A fit: the plan of its cuts, the LightningModule, distillation, the learning rate, sharded weights."""

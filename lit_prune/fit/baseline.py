@@ -1,4 +1,4 @@
-"""The baseline of a training that cuts nothing."""
+"""The baseline of a training without cuts."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def measure_baseline(
     *,
     moves: bool = True,
 ) -> Baseline:
-    """Returns the structure record of ``model``, the zeros under its masks, by block, and its perplexity.
+    """Returns the structure record of ``model``, the sparsity of its masked blocks, and its perplexity.
 
     Args:
-        model: The causal LM, perhaps with an adapter.
-        validation: Batches whose perplexity is measured, and what they are.
-        device: Where the model is measured.
-        moves: Whether it is moved there; else it stays, and its blocks are moved in turn.
+        model: The causal LM, with or without an adapter.
+        validation: Validation batches and their description; None measures no perplexity.
+        device: Device that the perplexity is measured on.
+        moves: Whether to move the whole model to ``device``; otherwise its blocks are moved one at a time.
     """
     achieved, sparsity = zero_shares(without_adapter(model)) if structure.masked(model) else ([], 0.0)
     baseline = Baseline(0, structure.record(model), {}, {}, None, achieved, sparsity)

@@ -1,4 +1,4 @@
-"""The batches of a Trainer's dataloaders, read before its loops have set them up."""
+"""Batches of a Trainer's dataloaders, read before its loops have set those up."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lit_prune.data.loaders import ResumableLoader
 from lit_prune.errors import InputError
 from lit_prune.random_states import random_states, restore_random_states
 
-ValidationData = tuple[Iterable[Batch], str]  # batches, and what they are
+ValidationData = tuple[Iterable[Batch], str]  # batches, and their description
 
 
 def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[list[Batch], dict[str, Any]]:
-    """Returns windows of the data module's training text, or the first batches of the training dataloader.
+    """Returns calibration batches and their description.
 
-    The second value describes them for the report: the settings, the text, the tokenizer, and where in the text the
-    windows begin.
+    The batches are windows of the data module's training text, or the first batches of the training dataloader. The
+    description is for the report: the settings, the text, the tokenizer, and the positions of the windows in the text.
     """
     datamodule = getattr(trainer, "datamodule", None)
     settings = calibration_settings(datamodule, calibration)
@@ -33,84 +33,85 @@ def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[lis
         windows = datamodule.calibration_windows(calibration.num_samples, calibration.tokens, calibration.seed)
         return batches_of(windows, calibration.batch_size), settings | {"positions": windows.positions}
     loader = _first_loader(trainer.fit_loop._data_source)
-    with _aside(loader):
+    with _position_preserved(loader):
         return first_batches(loader, calibration), settings
 
 
 def calibration_settings(datamodule: Any, calibration: Calibration) -> dict[str, Any]:
-    """Returns the description of calibration windows as far as it is known before any text is read."""
-    described = getattr(datamodule, "describe", lambda _part: "training dataloader")("train")
-    text = {"text": described, "tokenizer": getattr(datamodule, "tokenizer_name", None), "positions": None}
+    """Returns the description of the calibration batches, without the positions, before any text is read."""
+    description = getattr(datamodule, "describe", lambda _part: "training dataloader")("train")
+    text = {"text": description, "tokenizer": getattr(datamodule, "tokenizer_name", None), "positions": None}
     return asdict(calibration) | {"seq_length": calibration.tokens} | text
 
 
 def statistics_key(settings: dict[str, Any], model: PreTrainedModel) -> dict[str, Any]:
-    """Returns the names of the model and of the windows in ``settings``, which cached statistics are known by."""
+    """Returns the key of cached statistics: the name of the model and the ``settings`` that the windows depend on."""
     windows = {name: value for name, value in settings.items() if name not in ("positions", "batch_size")}
     return {"model": model.name_or_path} | {f"calibration.{name}": value for name, value in windows.items()}
 
 
 def validation_data(trainer: Trainer) -> ValidationData | None:
-    """Returns the validation batches that the Trainer's `limit_val_batches` leaves, and what they are; None without."""
+    """Returns the validation batches that `limit_val_batches` allows, and their description; None without any."""
     source = trainer.fit_loop.epoch_loop.val_loop._data_source
     if not source.is_defined() or trainer.limit_val_batches == 0:
         return None
-    with distributed.single_process():  # all batches: the measurement shares them out itself
+    with distributed.single_process():  # a loader of all batches, which `measure` distributes over the processes
         loader, limit = _first_loader(source), trainer.limit_val_batches
-    described = getattr(getattr(trainer, "datamodule", None), "describe", lambda _part: "validation dataloader")("val")
+    describe = getattr(getattr(trainer, "datamodule", None), "describe", lambda _part: "validation dataloader")
+    description = describe("val")
     if isinstance(limit, float):
         if limit == 1.0:
-            return loader, described
+            return loader, description
         limit = int(limit * len(loader))
     if limit < 1:
         raise InputError(
             f"`trainer.limit_val_batches` must leave at least one batch, {trainer.limit_val_batches} of {len(loader)} "
             "does not; 0 switches validation off."
         )
-    return list(itertools.islice(loader, limit)), described
+    return list(itertools.islice(loader, limit)), description
 
 
 def training_windows(trainer: Trainer) -> Iterator[Batch]:
-    """Yields the batches that the training will see, and leaves the order of the training as it is.
+    """Yields the batches that the training will read, without changing their order in the training.
 
-    Where the order is not known ahead, all batches of one epoch.
+    If the order cannot be known beforehand, all batches of one epoch are yielded.
 
     Raises:
-        InputError: for a loader without an end, and for a `limit_train_batches` that leaves none of its batches.
+        InputError: for a loader without a length, and for a `limit_train_batches` that leaves no batch.
     """
     loader = _first_loader(trainer.fit_loop._data_source)
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         raise InputError(
-            f"`pruning.distillation.teacher` must not be TopK for a training loader that is no DataLoader of a data "
+            f"`pruning.distillation.teacher` must not be TopK unless the training loader is a DataLoader of a data "
             f"set with a length, got {type(loader).__name__}: use Copy."
         )
     limit, steps = trainer.limit_train_batches, trainer.max_steps * trainer.accumulate_grad_batches
-    with _undrawn(loader):
+    with _random_states_preserved(loader):
         if not isinstance(loader, ResumableLoader) or trainer.max_steps == trainer.max_epochs == -1:
             yield from loader
             return
-        each = int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
-        if each < 1:
+        per_epoch = int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
+        if per_epoch < 1:
             raise InputError(
                 f"`trainer.limit_train_batches` must leave at least one batch, {limit} of {len(loader)} does not."
             )
-        left = steps if trainer.max_steps != -1 else each * (trainer.max_epochs or 1)
+        remaining = steps if trainer.max_steps != -1 else per_epoch * (trainer.max_epochs or 1)
         for epoch in itertools.count():
             loader.ordered.set_epoch(epoch)
-            yield from itertools.islice(loader, min(each, left))
-            left -= each
-            has_all = each == len(loader) and loader.ordered.num_replicas == 1
-            if left <= 0 or has_all:  # no other window comes in a later epoch
+            yield from itertools.islice(loader, min(per_epoch, remaining))
+            remaining -= per_epoch
+            covers_data = per_epoch == len(loader) and loader.ordered.num_replicas == 1
+            if remaining <= 0 or covers_data:  # later epochs have the same windows
                 return
 
 
 @contextmanager
-def _undrawn(loader: DataLoader) -> Iterator[None]:
-    """Puts every random generator that ``loader`` draws from back where it was."""
+def _random_states_preserved(loader: DataLoader) -> Iterator[None]:
+    """Restores the state of every random generator that ``loader`` draws from."""
     generators = {id(g): g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
     states, before = {key: generator.get_state() for key, generator in generators.items()}, random_states()
     try:
-        with _aside(loader):
+        with _position_preserved(loader):
             yield
     finally:
         restore_random_states(before)
@@ -118,11 +119,11 @@ def _undrawn(loader: DataLoader) -> Iterator[None]:
             generator.set_state(states[key])
 
 
-def _aside(loader: Any) -> AbstractContextManager[None]:
+def _position_preserved(loader: Any) -> AbstractContextManager[None]:
     return loader.position_preserved() if isinstance(loader, ResumableLoader) else nullcontext()
 
 
 def _first_loader(source: Any) -> Any:
-    """Returns the dataloader, of several the first; this early Lightning has no public way to it."""
+    """Returns the first dataloader of a Trainer's data source, to which Lightning has no public access in `setup`."""
     loader = source.dataloader()
     return loader[0] if isinstance(loader, (list, tuple)) else loader

@@ -1,4 +1,4 @@
-"""One cut of a model, with the measurements before and after it."""
+"""One cut of a model, and the measurements before and after it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lit_prune.report.records import CutRecord, ModelSize, SearchRecord
 
 
 class _State(NamedTuple):
-    """A model right before or right after a cut: its perplexity, and its size where the cut changes that."""
+    """Measurements of a model before or after a cut: its perplexity, and its size if the cut changes shapes."""
 
     perplexity: Measurement | None
     size: ModelSize | None
@@ -30,18 +30,19 @@ class _State(NamedTuple):
 
 @dataclass(frozen=True)
 class CutInputs:
-    """All that a cut is made of, beside the model.
+    """The inputs of a cut, besides the model.
 
     Args:
-        recipe: What is to be removed.
+        recipe: The pruning recipe.
         batches: Calibration batches.
-        calibration: The description of them in the report.
-        validation: Batches whose perplexity is measured before and after, and what they are.
-        device: Where blocks compute, and where the model is measured.
-        measured: Whether to measure at all.
-        moves: Whether the model is moved to ``device`` to be measured; else it stays, and its blocks are moved in turn.
-        step: The optimizer step before which the cut comes.
-        statistics: Cached statistics of the model and the batches, which are read in place of a pass.
+        calibration: Description of the batches, for the report.
+        validation: Validation batches and their description; None measures no perplexity.
+        device: Device that blocks are pruned and the model is measured on.
+        measured: Whether to measure perplexity and speed.
+        moves: Whether to move the whole model to ``device`` to measure it; otherwise its blocks are moved one at a
+            time.
+        step: Optimizer step before which the cut is made.
+        statistics: Cached statistics of the model and the batches, used instead of running the model.
     """
 
     recipe: Recipe
@@ -56,10 +57,14 @@ class CutInputs:
 
 
 class MeasuredCut:
-    """A cut that is being made: its inputs, the result of ``pipeline.prune``, and then its record.
+    """A cut in progress.
 
     Args:
-        inputs: What the cut is made of.
+        inputs: The inputs of the cut.
+
+    Attributes:
+        pruned: The result of ``pipeline.prune``, assigned in the body of :func:`measured_cut`.
+        record: The record of the cut, available after that body.
     """
 
     pruned: Pruned
@@ -71,10 +76,10 @@ class MeasuredCut:
 
 @contextmanager
 def measured_cut(model: PreTrainedModel, inputs: CutInputs) -> Iterator[MeasuredCut]:
-    """Measures ``model``, a causal LM without an adapter, before and after its body, which prunes it.
+    """Measures ``model``, a causal LM without an adapter, before and after the body, which prunes it.
 
-    The body assigns what ``pipeline.prune`` returns to ``pruned``; ``record`` is there after it. The call stands in
-    the body, not here, so that the way from a Trainer's hook to the score of a weight is short:
+    The body assigns the result of ``pipeline.prune`` to ``pruned``; afterwards ``record`` is set. The call is left to
+    the body to keep the call stack from a Trainer's hook to the score of a weight short:
 
         with measured_cut(model, inputs) as cut:
             cut.pruned = prune(model, inputs.batches, inputs.recipe)
@@ -107,7 +112,7 @@ def _record(inputs: CutInputs, before: _State, pruned: Pruned, after: _State) ->
 
 
 def _measure(model: PreTrainedModel, when: str, inputs: CutInputs) -> _State:
-    """The state of the model now, as far as it is to be measured."""
+    """Returns the measurements of the model that ``inputs`` ask for."""
     model = placed(model, inputs.device) if inputs.moves else model
     perplexity = size = None
     if inputs.measured and inputs.validation is not None:

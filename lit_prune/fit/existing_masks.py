@@ -1,6 +1,6 @@
-"""The masks of a model that was pruned before this run, by its record or by its zeros, and how training keeps them.
+"""Masks of a model that was pruned before this run, and the checks that training keeps them.
 
-A record says that weights were pruned; zeros without one may be the mask of another tool, which writes no record.
+The masks are known from the model's record; without one, zeros may be the mask of another tool, which writes none.
 """
 
 from __future__ import annotations
@@ -27,50 +27,50 @@ NOTICEABLE = 0.05  # share of zeros in the linears that no dense model has
 def take_zeros(
     model: PreTrainedModel, keep: bool | None, recovery: Recovery | None, *, blocks: str | None = None
 ) -> None:
-    """Takes the zeros of a model without a record as its mask where ``keep`` says so, and writes that into the record.
+    """Records the zeros of a model without a record as its mask, if ``keep`` is true or the recovery keeps zeros.
 
-    Training that would fill them is refused unless ``keep`` is False: nobody can restore them after hours of training,
-    and an answer costs one word before the first step. A recovery that keeps zeros anyway needs no answer.
+    If training would fill many zeros and ``keep`` is None, an error asks the user, since they could not be restored
+    after training.
 
     Args:
-        model: A causal LM, perhaps with an adapter.
-        keep: Whether its zeros are a mask; None refuses where there are many.
-        recovery: What is trained before anything is cut; None trains what is trainable.
-        blocks: Dotted path of the blocks, for a family that is not known.
+        model: A causal LM, with or without an adapter.
+        keep: Whether the zeros are a mask; None raises an error if there are many and training would fill them.
+        recovery: Recovery that trains the model before the first cut; None trains the parameters that are trainable.
+        blocks: Dotted path of the blocks, for an unknown family.
 
     Raises:
-        InputError: if training would fill zeros that nobody has answered for, if ``keep`` contradicts the record or the
+        InputError: if training would fill zeros and ``keep`` is None, if ``keep`` contradicts the record or the
             recovery, or if there are no zeros to keep.
     """
     if structure.masked(model):
         if keep is False:
             raise InputError(
-                "`pruning.keep_zeros` must not be false for a model whose record says that its weights are masked: its "
-                "zeros are kept."
+                "`pruning.keep_zeros` must not be false for a model whose record says that its weights are masked: "
+                "masked weights stay zero."
             )
         return
     if quantisation(model) is not None:
         if keep:
             raise InputError(
-                "`pruning.keep_zeros` must be null for a model whose linears are quantised and that has no record: "
-                "rounding made zeros too, and nothing says which were pruned. LoRA leaves all of them as they are."
+                "`pruning.keep_zeros` must be null for a quantised model without a record: rounding makes zeros too, "
+                "which cannot be told from pruned weights. LoRA leaves all of them unchanged."
             )
         return
     share = _zero_share(model, blocks)
     if keep is None or (keep is False and share >= NOTICEABLE):
-        keep = _answer(share, keep, recovery, trains=_trains(model, recovery))
+        keep = _keeps_zeros(share, keep, recovery, trains=_trains(model, recovery))
     if not keep:
         return
-    blocks_path(model.config, blocks)  # raises for an unknown family: the export counts zeros in its blocks
+    blocks_path(model.config, blocks)  # raises for an unknown family, whose zeros the export could not count
     if share == 0:
         raise InputError("`pruning.keep_zeros` must be null for a model that has no zeros in its linears.")
-    log(f"{share:.1%} of the weights of the linears are zero, and no record says why: they are kept as a mask.")
+    log(f"{share:.1%} of the weights of the linears are zero, without a record of pruning: they are kept as a mask.")
     recipe = {"blocks": blocks} if blocks else {}
     structure.write(model, masked=True, **({"recipe": recipe} if recipe else {}))
 
 
-def _answer(share: float, keep: bool | None, recovery: Recovery | None, *, trains: bool) -> bool:
-    """Returns whether zeros are kept where the user did not ask for it."""
+def _keeps_zeros(share: float, keep: bool | None, recovery: Recovery | None, *, trains: bool) -> bool:
+    """Returns whether zeros are kept if the user did not ask for it; raises InputError if the user has to decide."""
     keeps_zeros = recovery is not None and recovery.merge_keeps_zeros
     if keep is False and keeps_zeros:
         raise InputError(f"`pruning.keep_zeros` must not be false with {recovery}, which keeps zeros; use LoRA.")
@@ -78,8 +78,8 @@ def _answer(share: float, keep: bool | None, recovery: Recovery | None, *, train
         return False
     if not keeps_zeros:
         raise InputError(
-            f"`pruning.keep_zeros` must be given: {share:.1%} of the weights of the linears are zero, no record says "
-            "why, and training or merging would fill them. true keeps them as a mask, false lets them be filled."
+            f"`pruning.keep_zeros` must be given: {share:.1%} of the weights of the linears are zero, without a record "
+            "of pruning, and training or merging would fill them. true keeps them as a mask, false does not."
         )
     return True
 
@@ -89,7 +89,7 @@ def _trains(model: PreTrainedModel, recovery: Recovery | None) -> bool:
 
 
 def _zero_share(model: PreTrainedModel, blocks: str | None) -> float:
-    """Returns the share of zeros in the linears of the blocks; in all but the head where the blocks are not known."""
+    """Returns the share of zeros in the linears of the blocks, or for an unknown family in all linears but the head."""
     if blocks is None and not is_known(model.config):
         zero, size = zeros(_linears(model))
         return zero / max(1, size)
@@ -104,10 +104,10 @@ def _linears(model: PreTrainedModel) -> Iterator[Tensor]:
 
 
 def check_kept(model: PreTrainedModel, recovery: Recovery | None) -> None:
-    """Checks that ``recovery`` can train ``model`` as it is.
+    """Checks that ``recovery`` can train ``model`` without a cut.
 
     Raises:
-        InputError: if it does not fit, if training would fill a mask, or if the model has another adapter.
+        InputError: if the recovery does not fit the model, would fill its masks, or differs from its adapter.
     """
     adapter = adapter_config(model)
     if (
@@ -117,8 +117,8 @@ def check_kept(model: PreTrainedModel, recovery: Recovery | None) -> None:
         and not isinstance(recovery, LoRA)
     ):
         raise InputError(
-            f"`pruning.recovery` must be LoRA for a model whose linears are quantised, which is trained beside them, "
-            f"got {recovery or 'null'}; for another begin with the folder in full precision."
+            f"`pruning.recovery` must be LoRA for a model whose linears are quantised, got {recovery or 'null'}; for "
+            "another recovery, start from the model in full precision."
         )
     if recovery is None:
         check_unfilled(model, "recovery", "MaskedLoRA, FullFineTuning or LoRA")
@@ -128,34 +128,34 @@ def check_kept(model: PreTrainedModel, recovery: Recovery | None) -> None:
         recovery.check(model)
     if adapter is not None and not _same_adapter(adapter, recovery):
         raise InputError(
-            f"`pruning.recovery` must be the adapter that lies in `model.pretrained`, LoRA(r={adapter['r']}, "
-            f"alpha={adapter['lora_alpha']}, dropout={adapter['lora_dropout']}), which is trained on then, got "
-            f"{'null' if recovery is None else recovery}: over masks it cannot be merged to make room for another."
+            f"`pruning.recovery` must be the adapter in the folder `model.pretrained`, LoRA(r={adapter['r']}, "
+            f"alpha={adapter['lora_alpha']}, dropout={adapter['lora_dropout']}), whose training continues, got "
+            f"{'null' if recovery is None else recovery}: merging it first would fill masked weights."
         )
 
 
 def check_unfilled(model: PreTrainedModel, field: str, others: str) -> None:
-    """Checks that masks last where the parameters are trained that the LightningModule leaves trainable.
+    """Checks that training without a recovery, of whatever the LightningModule leaves trainable, fills no mask.
 
     Args:
         model: The causal LM.
-        field: The field that is null: `recovery` or `before`.
-        others: The recoveries that may be given instead.
+        field: The field that is null, `recovery` or `before`.
+        others: The recoveries to suggest in the message.
 
     Raises:
-        InputError: if training would fill them.
+        InputError: if training would fill masked weights.
     """
     if structure.masked(model) and _fills(model):
         raise InputError(
             f"`pruning.{field}` must be given for a model with masks, or training fills their zeros: use {others}, or "
-            "freeze the LLM yourself."
+            "freeze the LLM in your LightningModule."
         )
 
 
 def _fills(model: PreTrainedModel) -> bool:
-    """Returns whether a linear with zeros is trained.
+    """Returns whether a linear with masked weights is trainable.
 
-    An earlier cut may have had other `targets` than the record has: its linears are known by their many zeros.
+    The record lists the targets of the last cut only; linears of earlier cuts are recognised by their many zeros.
     """
     if adapter_config(model) is not None:
         return False
@@ -170,7 +170,7 @@ def _fills(model: PreTrainedModel) -> bool:
 
 
 def _same_adapter(adapter: dict[str, Any], recovery: Recovery | None) -> bool:
-    """Returns whether ``recovery`` would attach the same adapter; null `target_modules` match any."""
+    """Returns whether ``recovery`` would attach the same adapter; if its `target_modules` is None, any matches."""
     if not isinstance(recovery, LoRA):
         return False
     existing = {field: adapter[field] for field in ("r", "lora_alpha", "lora_dropout")}
@@ -180,9 +180,9 @@ def _same_adapter(adapter: dict[str, Any], recovery: Recovery | None) -> bool:
 
 
 def attach(model: PreTrainedModel, recovery: Recovery | None) -> None:
-    """Prepares ``model`` to be trained by ``recovery``; an adapter that the model already has is trained further.
+    """Prepares ``model`` for training by ``recovery``, in place; an adapter that it already has is trained further.
 
-    Beside weights that came quantised the adapter is exported unmerged, since merging would change their type.
+    With a quantised base the adapter is exported unmerged, since merging would change the type of the weights.
     """
     if recovery is None:
         return

@@ -1,7 +1,6 @@
-"""Weights sharded over processes (FSDP2): each keeps its rows of every parameter, and a block is whole while it runs.
+"""Weights sharded over processes with FSDP2: each holds its rows of every parameter; a block is gathered while it runs.
 
-Sharding replaces parameters by DTensors. What needs whole weights comes before it, as a cut does, or gathers them, as
-an export does.
+Sharding replaces parameters by DTensors. A cut, which needs whole weights, is made before it; the export gathers them.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     """Shards every block of ``model`` over ``mesh``, then the rest of it, in place; all its parameters are replaced.
 
     Raises:
-        InputError: for a family whose blocks are not known.
+        InputError: for an unknown family.
     """
     path = structure.record(model).get("recipe", {}).get("blocks")
     for block in model.get_submodule(blocks_path(model.config, path)).children():
@@ -43,11 +42,11 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def begin_states(model: nn.Module, optimizer: Optimizer) -> None:
-    """Initialises the states of ``optimizer``, over a sharded ``model``, to what they are before its first step.
+def initialise_states(model: nn.Module, optimizer: Optimizer) -> None:
+    """Initialises the states of ``optimizer``, of a sharded ``model``, with a step count of 0.
 
-    torch's `get_optimizer_state_dict` makes a step with zero gradients where no step was made, and counts it: a
-    checkpoint of step 0 would shift Adam's bias correction by one.
+    torch's `get_optimizer_state_dict` initialises empty states by a step with zero gradients, and counts it: resuming
+    from a checkpoint of step 0 would shift Adam's bias correction by one.
     """
     if optimizer.state:
         return
@@ -57,43 +56,44 @@ def begin_states(model: nn.Module, optimizer: Optimizer) -> None:
             state["step"] = torch.zeros_like(state["step"]) if isinstance(state["step"], torch.Tensor) else 0
 
 
-def check_whole(model: PreTrainedModel) -> None:
+def check_unsharded(model: PreTrainedModel) -> None:
     """Raises InputError for a model that was sharded before it is cut."""
     if is_sharded(model):
         raise InputError(
-            "`model` must be whole when it is cut, and was sharded already: in your LightningModule shard it only in "
-            "the call of `configure_model` that comes after `setup`, as PrunableLM does."
+            "`model` must not be sharded before it is cut, got DTensors: in your LightningModule shard it only in the "
+            "call of `configure_model` that comes after `setup`, as PrunableLM does."
         )
 
 
 def prepare_sharded(trainer: Trainer, model: PreTrainedModel, *, freezes: bool) -> None:
-    """Prepares a model that was sharded since it was cut for training, in `on_fit_start`.
+    """Prepares a model for training that was sharded after its cut; call it in `on_fit_start`.
 
-    Lightning calls `configure_model`, which shards, between the callback's `setup` and this.
+    Lightning calls `configure_model`, which shards the model, after the callback's `setup`, which cuts it, and makes
+    the optimizers right before `on_fit_start`.
 
     Args:
-        trainer: Its optimizers were just made.
+        trainer: The Trainer, whose optimizers are made.
         model: The LLM.
-        freezes: Whether training keeps zeros, which the hooks of the former parameters did.
+        freezes: Whether training keeps zeros. Its gradient hooks were lost with the parameters that sharding replaced.
 
     Raises:
-        InputError: if the model was not sharded, so that nobody would average its gradients.
+        InputError: if the model was not sharded, so that its gradients would not be averaged over the processes.
     """
     if not is_sharded(model):
         raise InputError(
-            "`model` must be sharded in `configure_model` under ModelParallelStrategy, and was not: do so in the call "
-            "that comes after `setup`, by `lit_prune.fit.fsdp.shard(self.model, self.device_mesh['data_parallel'])`."
+            "`model` must be sharded in `configure_model` under ModelParallelStrategy, got whole weights: in the call "
+            "after `setup` run `lit_prune.fit.fsdp.shard(self.model, self.device_mesh['data_parallel'])`."
         )
     if freezes:
         freeze_zeros(model)
     for optimizer in trainer.optimizers:
-        begin_states(trainer.lightning_module, optimizer)
+        initialise_states(trainer.lightning_module, optimizer)
 
 
 def gathered(model: PreTrainedModel) -> PreTrainedModel | None:
-    """Returns a whole copy of a sharded model on the CPU of the first process, None in the others.
+    """Returns an unsharded copy of a sharded model, on the CPU of the first process; None in the other processes.
 
-    All processes must take part. A whole model is returned as it is.
+    All processes must call it. A model that is not sharded is returned itself.
     """
     if not is_sharded(model):
         return model

@@ -1,4 +1,4 @@
-"""The plan of a fit: which cuts are made of the LLM, and what is trained before, between and after them."""
+"""The plan of a fit: the cuts of the LLM, and the recoveries that train it before, between and after them."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ from lit_prune.schedule import Cut
 @final
 @dataclass(frozen=True)
 class FitPlan:
-    """The cuts, in order, and the recoveries around them; refuses what does not go together.
+    """The cuts, in order, and the recoveries around them.
 
     Args:
-        recipe: What a cut does, with the last one's sparsity; null where nothing is cut.
-        cuts: The step of each cut and the sparsity after it; empty where `recipe` is null.
-        before: What is trained before the first cut.
-        recovery: What is trained after a cut, or from the start where nothing is cut.
-        distillation: How the dense LLM teaches the pruned one.
-        calibration: How much text the statistics are taken over.
-        stored: Cached statistics for a cut at step 0.
-        blocks: Dotted path of the decoder layers in an LLM of a family that is not known.
-        keep_zeros: Whether zeros of an LLM without a record are a mask; null asks where training would fill them.
-        measure: Whether the perplexity is measured before and after each cut.
+        recipe: Recipe of the cuts, with the sparsity of the last one; None without cuts.
+        cuts: Step of each cut and the sparsity after it; empty without a recipe.
+        before: Recovery that trains the LLM before the first cut.
+        recovery: Recovery that trains the LLM after each cut, or from the start without cuts.
+        distillation: Knowledge distillation from the dense LLM.
+        calibration: Calibration text of every cut.
+        statistics: Cached statistics for a cut at step 0.
+        blocks: Dotted path of the decoder layers in the LLM, for an unknown family.
+        keep_zeros: Whether zeros of an LLM without a record are a mask; None raises an error if training would fill
+            many.
+        measure: Whether perplexity is measured before and after each cut.
         full_checkpoint: Whether every checkpoint holds all weights.
 
     Raises:
-        InputError: for several cuts where the parts allow one, and for adapters that would be lost at a cut.
+        InputError: for several cuts if one of the parts allows only one, and for settings that contradict each other.
     """
 
     recipe: Recipe | None
@@ -50,7 +51,7 @@ class FitPlan:
     recovery: Recovery | None
     distillation: Distillation | None
     calibration: Calibration
-    stored: CachedStatistics | None
+    statistics: CachedStatistics | None
     blocks: str | None
     keep_zeros: bool | None
     measure: bool = True
@@ -60,20 +61,21 @@ class FitPlan:
         if self.recipe is None:
             if self.before is not None:
                 raise InputError(
-                    f"`pruning.before` must be null where nothing is cut, use `recovery`; got {self.before}."
+                    f"`pruning.before` must be null without `pruning.method`, got {self.before}: use "
+                    "`pruning.recovery`."
                 )
             return
         method, count = self.recipe.method, len(self.cuts)
         self._check_full(self.before, "before")
         if self.before is not None and self.cuts[0].step == 0:
             raise InputError(
-                "`pruning.before` must be null where the first cut comes at step 0, nothing is trained before it, got "
-                f"{self.before}; give a later `pruning.at_step`, or use `pruning.recovery`."
+                "`pruning.before` must be null if the first cut comes at step 0, since nothing is trained before it, "
+                f"got {self.before}; give a later `pruning.at_step`, or use `pruning.recovery`."
             )
-        if self.stored is not None and self.cuts[-1].step > 0:
+        if self.statistics is not None and self.cuts[-1].step > 0:
             raise InputError(
-                "`pruning.statistics` must be null for cuts after step 0, the model is another by then, got cuts at "
-                f"{', '.join(str(step) for step, _ in self.cuts)}."
+                "`pruning.statistics` must be null for cuts after step 0, since training changes the model, got cuts "
+                f"at {', '.join(str(step) for step, _ in self.cuts)}."
             )
         if count == 1:
             if method.changes_shapes and self.recovery is not None:
@@ -81,60 +83,60 @@ class FitPlan:
             return
         if not method.repeats():
             raise InputError(
-                f"`pruning.at_step` must be one step for {method}, which cannot cut again what it has cut, got "
-                f"{count}: give one, or use masks that can be cut again, Unstructured or MixedNofM."
+                f"`pruning.at_step` must be one step for {method}, which cannot prune a model twice, got {count}: give "
+                "one, or a method with the pattern Unstructured or MixedNofM."
             )
         if isinstance(self.recipe.allocation, Plan):
             raise InputError(
-                f"`pruning.allocation` must not be a Plan for {count} cuts, it has the rates of one; give one "
-                "`pruning.at_step`, or an allocation that scores."
+                f"`pruning.allocation` must not be a Plan for {count} cuts, since it has the rates of one; give one "
+                "`pruning.at_step`, or an allocation that scores the blocks."
             )
         self._check_full(self.recovery, "recovery")
-        self._check_folds(self.recovery, "recovery", f"{count} cuts of masks")
+        self._check_merge(self.recovery, "recovery", f"{count} cuts of masks")
 
     @property
     def idle(self) -> bool:
-        """Whether the LLM is left as it is: nothing is cut, and no recovery is attached."""
+        """Whether the plan changes nothing: no cut is made, and no recovery is attached."""
         return self.recipe is None and self.recovery is None
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """The optimizer steps before which cuts come."""
+        """The optimizer steps before which cuts are made."""
         return tuple(cut.step for cut in self.cuts)
 
     @property
     def last_step(self) -> int:
-        """The step of the last cut; 0 where nothing is cut."""
+        """The step of the last cut; 0 without cuts."""
         return self.cuts[-1].step if self.cuts else 0
 
     def student(self) -> Student:
-        """Returns what the teacher must know of the student.
+        """Returns the description of the student that the teacher needs.
 
         Raises:
-            InputError: where nothing is cut.
+            InputError: without cuts.
         """
         if self.recipe is None:
             raise InputError(
-                f"`pruning.distillation` must be null where `pruning.method` is, a model does not teach itself, got "
-                f"{self.distillation}."
+                f"`pruning.distillation` must be null without `pruning.method`, since teacher and student would be the "
+                f"same model, got {self.distillation}."
             )
         return Student(self.recipe, self.recovery, self.steps)
 
     def settings(self) -> dict[str, Any]:
-        """Returns what a resumed run must have in common with the first, by the names that the user gives."""
+        """Returns the settings that a resumed run must share with the first, by field."""
         recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
-        made: dict[str, Any] = {"at_step": list(self.steps), "sparsity": [share for _, share in self.cuts]}
+        cuts: dict[str, Any] = {"at_step": list(self.steps), "sparsity": [share for _, share in self.cuts]}
         objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
         if self.recipe is None:
             objects["calibration"] = None
-        shown = {name: None if value is None else repr(value) for name, value in objects.items()}
-        fields = recipe | {name: _unwrapped(value) for name, value in made.items()} | shown
+        texts = {name: None if value is None else repr(value) for name, value in objects.items()}
+        fields = recipe | {name: _unwrapped(value) for name, value in cuts.items()} | texts
         return {f"pruning.{field}": value for field, value in fields.items()}
 
     def length_settings(self, trainer: Trainer) -> dict[str, Any]:
-        """Returns the length of the training where a resumed run must have that in common, too.
+        """Returns the settings of the training's length that a resumed run must share, by field.
 
-        It must where a teacher reads the windows of the whole training before it begins.
+        They matter only to a teacher that reads the windows of the whole training before it begins.
         """
         teacher = None if self.distillation is None else self.distillation.teacher
         fields = (
@@ -143,11 +145,14 @@ class FitPlan:
         return {f"trainer.{field}": getattr(trainer, field) for field in fields}
 
     def take_zeros(self, model: PreTrainedModel, *, trains: bool = True) -> None:
-        """Takes the zeros of an LLM that somebody else pruned as its mask; refuses a fit that would fill them.
+        """Records the zeros of an LLM that another tool pruned as its mask, if they are to be kept.
 
         Args:
-            model: The LLM, before anything is done to it.
-            trains: Whether it is trained up to the first cut; else that comes at once, whatever its step.
+            model: The LLM, before any change to it.
+            trains: Whether the LLM is trained before a cut after step 0; if not, that cut is made at once.
+
+        Raises:
+            InputError: if training would fill the zeros, or `keep_zeros` contradicts the plan or the LLM.
         """
         if self.recipe is None or (trains and self.cuts[0].step > 0):
             first = self.recovery if self.recipe is None else self.before
@@ -161,7 +166,7 @@ class FitPlan:
             take_zeros(model, True, None, blocks=self.blocks)
 
     def check_end(self, steps: float) -> None:
-        """Raises InputError for cuts that a training of so many steps would end before."""
+        """Raises InputError if a training of ``steps`` optimizer steps would end before the last cut."""
         last = self.last_step
         if 0 < last >= steps:
             raise InputError(
@@ -170,7 +175,7 @@ class FitPlan:
             )
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises InputError where ``model`` does not allow one of the cuts, or what is trained around them."""
+        """Raises InputError if one of the cuts or of the recoveries around them does not fit ``model``."""
         if self.recipe is None:
             check_kept(model, self.recovery)
             return
@@ -178,7 +183,7 @@ class FitPlan:
             blocks = replace(self.recipe, sparsity=sparsity).check(model)
         self._check_trained(blocks)
         if structure.masked(model):
-            self._check_folds(self.before, "before", "a model that is masked already")
+            self._check_merge(self.before, "before", "a model that is masked already")
             if self.before is None and self.cuts[0].step > 0:
                 check_unfilled(model, "before", "MaskedLoRA or FullFineTuning")
             if self.recovery is None:
@@ -188,34 +193,34 @@ class FitPlan:
                 recovery.check(model)
 
     def _check_full(self, recovery: Recovery | None, field: str) -> None:
-        """Refuses a recovery that quantises where a cut comes after it."""
+        """Raises InputError for a recovery that quantises the weights although a cut comes after it."""
         if recovery is not None and recovery.quantises:
             raise InputError(
-                f"`pruning.{field}` must leave the weights in full precision where a cut comes after it, got "
+                f"`pruning.{field}` must leave the weights in full precision if a cut comes after it, got "
                 f"{recovery}: use MaskedLoRA, or LoRA before the first cut, and QLoRA as `pruning.recovery` of one cut."
             )
 
-    def _check_folds(self, recovery: Recovery | None, field: str, where: str) -> None:
+    def _check_merge(self, recovery: Recovery | None, field: str, where: str) -> None:
         if recovery is not None and not recovery.merge_keeps_zeros:
             raise InputError(
-                f"`pruning.{field}` must keep zeros when it is folded into the weights, for {where}, got {recovery}: "
-                "use MaskedLoRA, or make one cut."
+                f"`pruning.{field}` must keep zeros when its adapter is merged, for {where}, got {recovery}: use "
+                "MaskedLoRA, or make one cut."
             )
 
     def _check_trained(self, blocks: Sequence[Block]) -> None:
-        """Refuses a fit that would train pruned weights away from zero."""
+        """Raises InputError if training would change pruned weights from zero."""
         assert self.recipe is not None
         if not self.recipe.method.makes_zeros:
             return
         trained = any(linear.parameter.requires_grad for block in blocks for linear in block.linears.values())
         if self.recovery is None and trained:
             raise InputError(
-                "`pruning.recovery` must be given where pruned weights are trained, or training fills the zeros: use "
-                "MaskedLoRA, FullFineTuning or LoRA, freeze the LLM yourself, or prune without training by `lit-prune "
-                "prune`."
+                "`pruning.recovery` must be given if pruned weights are trained, or training fills the zeros: use "
+                "MaskedLoRA, FullFineTuning or LoRA, freeze the LLM in your LightningModule, or prune without training "
+                "with `lit-prune prune`."
             )
 
 
 def _unwrapped(values: list[Any]) -> Any:
-    """Returns the value of a list of one, as users write it; a longer list as it is."""
+    """Returns the only value of a list of one, as users write it, or else the list."""
     return values[0] if len(values) == 1 else values

@@ -1,10 +1,11 @@
-"""What is checked of a fit before its first batch: the Trainer, the checkpoint, the model without its weights."""
+"""Checks of a fit before any work: the Trainer, the data, the checkpoint, and the model without its weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from lit_prune import distributed
 from lit_prune.calibration.windows import Batch
 from lit_prune.checkpointing.resume import Resume
 from lit_prune.checkpointing.settings import PROCESSES, Settings, run_settings
+from lit_prune.data.datamodule import TextDataModule
 from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.fit.batches import calibration_settings, statistics_key
@@ -20,7 +22,10 @@ from lit_prune.pipeline import check_expected_statistics, check_statistics
 
 
 def check_fit(plan: FitPlan, trainer: Trainer) -> None:
-    """Raises InputError for a Trainer, with its data, that cannot carry out ``plan``; lets processes compute alike."""
+    """Raises InputError if ``trainer`` and its data cannot carry out ``plan``.
+
+    If they can, all processes set the same number of threads, on which the order of sums depends.
+    """
     check_trainer(plan, trainer)
     check_data(plan, trainer)
     if not plan.idle:
@@ -28,10 +33,11 @@ def check_fit(plan: FitPlan, trainer: Trainer) -> None:
 
 
 def check_trainer(plan: FitPlan, trainer: Trainer) -> None:
-    """Raises InputError for a Trainer that cannot carry out ``plan``, as far as it is known before any text is read."""
+    """Raises InputError if ``trainer`` cannot carry out ``plan``, as far as that is known before any text is read."""
     _check_sharding(trainer)
     if plan.idle:
         return
+    _check_averaging(trainer)
     check_processes(trainer)
     if trainer.max_steps != -1:
         plan.check_end(trainer.max_steps)
@@ -39,7 +45,9 @@ def check_trainer(plan: FitPlan, trainer: Trainer) -> None:
 
 
 def check_data(plan: FitPlan, trainer: Trainer) -> None:
-    """Raises InputError for cuts that come after the end of the training data, and for too little to calibrate on."""
+    """Raises InputError if the training data end before the last cut, or do not suffice for calibration."""
+    check_overfitting(trainer, _datamodule(trainer))
+    _check_validation_interval(trainer)
     if not plan.idle and trainer.max_steps == -1:
         plan.check_end(trainer.estimated_stepping_batches)
     if plan.recipe is not None and plan.recipe.needs_text and hasattr(_datamodule(trainer), "calibration_windows"):
@@ -47,42 +55,42 @@ def check_data(plan: FitPlan, trainer: Trainer) -> None:
 
 
 def check_resumed(plan: FitPlan, resume: Resume, trainer: Trainer, pl_module: LightningModule, datamodule: Any) -> None:
-    """Raises InputError for a checkpoint of another run, as far as that is known before any text is read."""
+    """Raises InputError if ``resume`` is of another run, as far as that is known before any text is read."""
     settings = resume_settings(plan, trainer, pl_module) | getattr(datamodule, "expected_settings", dict)()
-    settings.pop(PROCESSES)  # they do not know each other yet
+    settings.pop(PROCESSES)  # Lightning has not launched the other processes yet
     resume.check_settings(settings)
 
 
 def resume_settings(plan: FitPlan, trainer: Trainer, pl_module: LightningModule) -> Settings:
-    """Returns the settings that a resumed run must have in common with the first, by field."""
+    """Returns the settings that a resumed run must share with the first, by field."""
     return plan.settings() | run_settings(trainer, pl_module) | plan.length_settings(trainer)
 
 
 def check_without_weights(plan: FitPlan, model: PreTrainedModel, datamodule: Any, *, trains: bool) -> None:
-    """Raises InputError for what does not fit ``model``, whose weights are not loaded yet.
+    """Raises InputError if the plan does not fit ``model``, whose weights are not loaded yet.
 
-    These are names of linears, adapters, and cached statistics of another text or other versions.
+    Checked are names of linears, settings of adapters, and the text and versions of cached statistics.
     """
     if plan.recipe is not None:
         plan.recipe.find(model)
     for recovery in (plan.before, plan.recovery) if trains else ():
         if recovery is not None:
             recovery.check(model)
-    if plan.stored is not None and plan.recipe is not None:
+    if plan.statistics is not None and plan.recipe is not None:
         key = statistics_key(calibration_settings(datamodule, plan.calibration), model)
-        check_expected_statistics(plan.stored, model, plan.recipe, key)
+        check_expected_statistics(plan.statistics, model, plan.recipe, key)
 
 
 def check_cached_statistics(
     plan: FitPlan, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]
 ) -> None:
-    """Raises InputError where the cached statistics are of another model or another text."""
-    if plan.stored is not None and plan.recipe is not None:
-        check_statistics(plan.stored, model, batches, plan.recipe, statistics_key(settings, model))
+    """Raises InputError if the plan's cached statistics are of another model or another text."""
+    if plan.statistics is not None and plan.recipe is not None:
+        check_statistics(plan.statistics, model, batches, plan.recipe, statistics_key(settings, model))
 
 
 def check_processes(trainer: Trainer) -> None:
-    """Raises InputError for a strategy that cuts are not made under."""
+    """Raises InputError for a strategy that does not support cuts."""
     if not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)):
         raise InputError(
             "`trainer.strategy` must be ddp or ModelParallelStrategy for pruning on several devices, got "
@@ -91,13 +99,46 @@ def check_processes(trainer: Trainer) -> None:
 
 
 def check_one_process(trainer: Trainer, verb: str) -> None:
-    """Raises InputError on more than one process."""
+    """Raises InputError if there is more than one process."""
     if trainer.world_size > 1:
         raise InputError(f"`trainer.devices` must be 1 for {verb}, which trains nothing, got {trainer.world_size}.")
 
 
+def check_overfitting(trainer: Trainer, datamodule: Any) -> None:
+    """Raises InputError for `overfit_batches` with our data module, whose loader takes no other sampler."""
+    batches = getattr(trainer, "overfit_batches", 0)  # Lightning sets it without declaring it
+    if batches and isinstance(datamodule, TextDataModule):
+        raise InputError(
+            f"`trainer.overfit_batches` must be 0 with TextDataModule, got {batches}: train on a short text, or give "
+            "`trainer.limit_train_batches`."
+        )
+
+
+def _check_averaging(trainer: Trainer) -> None:
+    """Raises InputError for callbacks that keep a copy of the weights, which a cut or an adapter makes useless."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+            raise InputError(
+                f"`trainer.callbacks` must not hold {type(callback).__name__} beside pruning or recovery: its copy of "
+                "the weights does not follow their changes."
+            )
+
+
+def _check_validation_interval(trainer: Trainer) -> None:
+    """Raises InputError for a `val_check_interval` longer than an epoch; Lightning checks it only after `setup`."""
+    if type(trainer.val_check_interval) is not int or trainer.check_val_every_n_epoch is None:
+        return
+    try:
+        trainer.fit_loop.setup_data()
+    except ValueError as error:
+        raise InputError(
+            f"`trainer.val_check_interval` must be at most the number of batches of an epoch, got "
+            f"{trainer.val_check_interval}; with `trainer.check_val_every_n_epoch=null` it counts batches over epochs."
+        ) from error
+
+
 def _check_sharding(trainer: Trainer) -> None:
-    """Refuses tensor parallelism, and checkpoints in many files, where weights are sharded."""
+    """Raises InputError for tensor parallelism and distributed checkpoints."""
     if not shards_weights(trainer):
         return
     strategy: Any = trainer.strategy
@@ -106,23 +147,23 @@ def _check_sharding(trainer: Trainer) -> None:
         if size != rule:
             raise InputError(
                 f"`trainer.strategy.init_args.{name}` must be {rule}, got {size}: weights are sharded over all "
-                "processes, and no product is."
+                "processes, without tensor parallelism."
             )
     if strategy._save_distributed_checkpoint:
         raise InputError(
             "`trainer.strategy.init_args.save_distributed_checkpoint` must be false, got true: a checkpoint is one "
-            "file, which is there whole or not at all."
+            "file, which is written atomically."
         )
 
 
 def _check_sharded_plan(plan: FitPlan, trainer: Trainer) -> None:
-    """Refuses what cannot be done to weights that are sharded: a later cut, quantising, and distillation."""
+    """Raises InputError for what sharded weights do not allow: cuts after step 0, quantisation and distillation."""
     if not shards_weights(trainer):
         return
     if plan.last_step > 0:
         raise InputError(
-            f"`pruning.at_step` must be 0 under ModelParallelStrategy, which shards the weights after that, got "
-            f"{plan.last_step}: cut at the start, or use ddp."
+            f"`pruning.at_step` must be 0 under ModelParallelStrategy, since later the weights are sharded, got "
+            f"{plan.last_step}: prune at the start, or use ddp."
         )
     if plan.recovery is not None and plan.recovery.quantises:
         raise InputError(

@@ -1,4 +1,4 @@
-"""A fit plan while it is carried out: what was done so far, and what the next cut is made of."""
+"""The execution of a fit plan: the cuts made so far, and the preparation of the next one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lit_prune.fit.baseline import measure_baseline
 from lit_prune.fit.batches import ValidationData, calibration_batches, validation_data
 from lit_prune.fit.cut import CutInputs, MeasuredCut, measured_cut
 from lit_prune.fit.existing_masks import attach
-from lit_prune.fit.fsdp import check_whole
+from lit_prune.fit.fsdp import check_unsharded
 from lit_prune.fit.plan import FitPlan
 from lit_prune.fit.preflight import check_cached_statistics
 from lit_prune.fit.teaching import Teaching
@@ -35,16 +35,16 @@ from lit_prune.schedule import Cut
 
 
 class PruningRun:
-    """The cuts of a fit plan on one LLM, and what is trained around them.
+    """Carries out the cuts and recoveries of a fit plan on one LLM.
 
     Args:
-        plan: What is to be done.
+        plan: The fit plan.
 
     Attributes:
-        done: The cuts that were made, in order.
-        baseline: What the LLM was before a training that cuts nothing; None where cuts are planned.
-        source_weights: Which weights checkpoints can leave out; None where they hold all.
-        teaching: The distillation; None without.
+        done: Records of the cuts made so far, in order.
+        baseline: Record of the LLM before a training without cuts; None if cuts are planned.
+        source_weights: The weights that checkpoints can leave out; None if they hold all.
+        teaching: The distillation; None without one.
     """
 
     def __init__(self, plan: FitPlan) -> None:
@@ -57,7 +57,7 @@ class PruningRun:
 
     @property
     def next_cut(self) -> Cut | None:
-        """The cut that comes next; None when all are made."""
+        """The next cut; None once all are made."""
         return self.plan.cuts[len(self.done)] if len(self.done) < len(self.plan.cuts) else None
 
     @property
@@ -67,21 +67,21 @@ class PruningRun:
         return self.next_cut.sparsity
 
     def is_due(self, step: int) -> bool:
-        """Returns whether the next cut comes before the optimizer step ``step``."""
+        """Returns whether the next cut has to be made before the optimizer step ``step``."""
         return self.next_cut is not None and step >= self.next_cut.step
 
     def start(self, trainer: Trainer, model: PreTrainedModel, resume: Resume | None) -> None:
-        """Prepares the LLM for training up to the first cut, or as a checkpoint has it.
+        """Prepares the LLM for training up to the first cut, or gives it the structure of a checkpoint.
 
         Args:
-            trainer: Its strategy has not moved or wrapped anything yet.
-            model: The LLM, fresh from its source.
-            resume: The checkpoint whose weights are loaded after this; None begins a new run.
+            trainer: The Trainer, in the callbacks' `setup`, before its strategy moves or wraps the module.
+            model: The LLM, just loaded from its source.
+            resume: The checkpoint whose weights are loaded afterwards; None starts a new run.
         """
-        check_whole(model)
-        if isinstance(trainer.precision_plugin, HalfPrecision):  # Lightning converts only after `setup`
+        check_unsharded(model)
+        if isinstance(trainer.precision_plugin, HalfPrecision):  # Lightning converts the module only after `setup`
             trainer.precision_plugin.convert_module(model)
-        # a recovery that is folded away gives back what the LightningModule leaves trainable
+        # parameters that the LightningModule leaves trainable, and that become trainable again without an adapter
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if resume is None:
             self._begin(trainer, model)
@@ -93,7 +93,7 @@ class PruningRun:
         self.plan.check(model)
         if self.plan.idle:
             return
-        # a model that was made on the spot has no source, and of one that is sharded no process has all weights
+        # a model with random weights has no source, and no process has all weights of a sharded one
         if not self.plan.full_checkpoint and model.name_or_path and not shards_weights(trainer):
             self.source_weights = SourceWeights.of(model)
         if self.plan.recipe is None:
@@ -105,28 +105,28 @@ class PruningRun:
             self.plan.before.attach(model)
 
     def _resume(self, trainer: Trainer, model: PreTrainedModel, resume: Resume) -> None:
-        if self.teaching is not None:  # it is made of the dense model, so before the rebuild
+        if self.teaching is not None:  # the teacher is the dense model, which the rebuild changes
             self.teaching.resume(trainer, model, resume.record.teacher)
         resume.rebuild(model, restores=not shards_weights(trainer))
         dropped = resume.record.dropped_weights
         self.source_weights = None if dropped is None else SourceWeights.resumed(dropped)
 
     def check_teacher(self) -> None:
-        """Raises InputError where a run goes on after its first cut without the teacher that it had."""
+        """Raises InputError if a run is resumed after its first cut without its teacher."""
         if self.teaching is not None and self.done:
-            self.teaching.check_begun()
+            self.teaching.check_restored()
 
     @contextmanager
     def cutting(self, trainer: Trainer, model: PreTrainedModel) -> Iterator[MeasuredCut]:
-        """Prepares the LLM for the next cut, which the body makes, and for its recovery after it; records the cut.
+        """Prepares the LLM for the next cut, which the body makes, then records it and attaches the recovery.
 
-        The body prunes, as :func:`measured_cut` says.
+        The body must assign the result of ``pipeline.prune``, see :func:`measured_cut`.
         """
         assert self.plan.recipe is not None
         assert self.next_cut is not None
         step, sparsity = self.next_cut
         is_first = not self.done
-        self._fold(model, step)
+        self._detach(model, step)
         recipe = replace(self.plan.recipe, sparsity=sparsity)
         batches, settings = calibration_batches(trainer, self.plan.calibration)
         check_cached_statistics(self.plan, model, batches, settings)
@@ -144,7 +144,7 @@ class PruningRun:
             measured=self.plan.measure,
             moves=not shards_weights(trainer),
             step=step,
-            statistics=self.plan.stored,
+            statistics=self.plan.statistics,
         )
         source = self.source_weights
         with source.through_cut(model, keeps_values=recipe.method.keeps_values) if source else nullcontext():
@@ -153,8 +153,8 @@ class PruningRun:
             self.done.append(cut.record)
         self._recover(trainer, model, validation)
 
-    def _fold(self, model: PreTrainedModel, step: int) -> None:
-        """Folds an adapter into the weights, and lets train again what could be trained before it."""
+    def _detach(self, model: PreTrainedModel, step: int) -> None:
+        """Merges an adapter into the weights, and makes the parameters trainable that were so before it."""
         attached = self.plan.recovery if self.done else (self.plan.before if step > 0 else None)
         if attached is None:
             return
@@ -163,19 +163,19 @@ class PruningRun:
             parameter.requires_grad_(name in self._trainable)
 
     def _recover(self, trainer: Trainer, model: PreTrainedModel, validation: ValidationData | None) -> None:
-        """Attaches the recovery and the teacher to a model that was just cut."""
+        """Attaches the recovery and the distillation to a model that was just cut."""
         if self.plan.recovery is not None:
             self.plan.recovery.attach(model)
             structure.write(model, recovery=repr(self.plan.recovery))
         self.done[-1] = self._with_quantised(self.done[-1], trainer, model, validation)
         if self.teaching is not None:
-            self.teaching.put_on(model)
+            self.teaching.attach(model)
             structure.write(model, distillation=repr(self.plan.distillation))
 
     def _with_quantised(
         self, record: Record, trainer: Trainer, model: PreTrainedModel, validation: ValidationData | None
     ) -> Record:
-        """Returns ``record`` with the perplexity of a model that was just quantised, its adapter still untrained."""
+        """Returns ``record`` with the perplexity after quantisation and before training, if the recovery quantises."""
         recovery, device = self.plan.recovery, trainer.strategy.root_device
         if not self.plan.measure or validation is None or recovery is None or not recovery.quantises:
             return record
@@ -183,7 +183,7 @@ class PruningRun:
         return with_perplexity(record, "quantised", measured)
 
     def record(self, settings: Settings, model: PreTrainedModel, state_dict: dict[str, Any], prefix: str) -> RunRecord:
-        """Returns what a checkpoint must hold; takes the weights that can be restored out of ``state_dict``."""
+        """Returns the record for a checkpoint; removes the weights that can be restored from ``state_dict``."""
         source = self.source_weights
         return RunRecord(
             settings=settings,
@@ -194,7 +194,7 @@ class PruningRun:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the cuts that were made and the baseline, in types that a checkpoint can hold."""
+        """Returns the records of the cuts and the baseline, in types that a checkpoint can hold."""
         return {"done": to_plain(self.done), "baseline": to_plain(self.baseline)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ class PruningRun:
         self.baseline = None if baseline is None else Baseline.from_dict(baseline)
 
     def warn_of_missing_cuts(self, step: int) -> None:
-        """Warns where the training ended at ``step``, before a cut."""
+        """Warns if a cut was still due when training ended at ``step``."""
         if self.next_cut is not None:
             log(
                 f"Warning: training ended at step {step}, before the cut at step {self.next_cut.step}: "
@@ -212,7 +212,7 @@ class PruningRun:
             )
 
     def log_sparsity(self, trainer: Trainer) -> None:
-        """Logs the sparsity that the last cut has reached, and every block's; nothing before the first cut."""
+        """Logs the sparsity after the last cut, of the model and of every block; logs nothing before the first cut."""
         last = self.done[-1] if self.done else self.baseline
         if last is None:
             return
@@ -222,7 +222,7 @@ class PruningRun:
 
 
 def attribute_at(pl_module: LightningModule, path: str) -> Any:
-    """Returns the attribute at a dotted path of a module; None where there is none."""
+    """Returns the attribute at a dotted path of a module; None if there is no such attribute."""
     value: Any = pl_module
     for name in path.split("."):
         value = getattr(value, name, None)
@@ -233,12 +233,12 @@ def find_model(pl_module: LightningModule, target: str) -> PreTrainedModel:
     """Returns the LLM at the dotted path ``target`` of a LightningModule.
 
     Raises:
-        InputError: if there is none.
+        InputError: if no Hugging Face model is there.
     """
     value = attribute_at(pl_module, target)
     if not isinstance(value, PreTrainedModel):
         raise InputError(
             f"`pruning.target` must be the attribute of {type(pl_module).__name__} that holds a Hugging Face "
-            f"model, `{target}` is {type(value).__name__}. It must be there once `configure_model` was called."
+            f"model, `{target}` is {type(value).__name__}. It must be set after `configure_model`."
         )
     return value

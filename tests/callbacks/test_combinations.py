@@ -41,8 +41,8 @@ RECOVERIES: dict[str, Recovery | None] = {
 }
 TIMES: dict[str, Any] = {"step 0": 0, "later": 1, "gradual": [0, 1]}
 
-FILLS = "`pruning.recovery` must be given where pruned weights are trained, .*use MaskedLoRA, FullFineTuning or LoRA"
-FOLDS = "`pruning.recovery` must keep zeros when it is folded .* 2 cuts of masks, got LoRA.*use MaskedLoRA, or make one"
+FILLS = "`pruning.recovery` must be given if pruned weights are trained, .*use MaskedLoRA, FullFineTuning or LoRA"
+FOLDS = "`pruning.recovery` must keep zeros when its adapter is merged, .* 2 cuts of masks, got LoRA.*, or make one"
 FULL = "`pruning.recovery` must leave the weights in full precision .* a cut comes after it, got QLoRA.*use MaskedLoRA"
 ONCE = (
     "`pruning.at_step` must be one step for .*, which cannot cut again .* give one, or use masks that can be cut again"
@@ -151,6 +151,6 @@ def assert_zeros(cut: str, gone: dict[str, Tensor], after: dict[str, Tensor], *,
 
 
 def test_qlora_before_the_cut_is_refused(tmp_path: Path) -> None:
-    told = "`pruning.before` must leave the weights in full precision where a cut comes after it, got QLoRA"
+    told = "`pruning.before` must leave the weights in full precision if a cut comes after it, got QLoRA"
     with pytest.raises(InputError, match=told):
         DynamicPruningCallback(Wanda(), at_step=1, before=QLoRA(), recovery=LoRA())

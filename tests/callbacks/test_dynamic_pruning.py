@@ -143,7 +143,7 @@ def test_without_a_method_the_recovery_trains_the_model_as_it_is() -> None:
 
 def test_pruned_weights_that_would_be_trained_are_refused_before_anything_is_done() -> None:
     module = Foreign()
-    with pytest.raises(InputError, match="`pruning.recovery` must be given where .*: use MaskedLoRA, FullFine"):
+    with pytest.raises(InputError, match="`pruning.recovery` must be given if .*: use MaskedLoRA, FullFine"):
         fit(module, callback(recovery=None))
     assert sparsity(module) == 0
 

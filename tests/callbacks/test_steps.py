@@ -68,7 +68,7 @@ def test_all_is_trained_before_the_cut_and_the_adapter_after_it() -> None:
     assert [done.step for done in pruning.run.done] == [2]
 
 
-def test_an_adapter_before_the_cut_is_folded_and_a_fresh_one_comes() -> None:
+def test_an_adapter_before_the_cut_is_merged_and_a_fresh_one_comes() -> None:
     pruning = callback(at_step=2, before=LoRA(r=3), recovery=LoRA(r=5))
     module, watch = watched(pruning, max_steps=3)
     assert watch.of("rank") == [3, 3, 5]
@@ -221,7 +221,7 @@ def test_a_foreign_module_loads_what_its_checkpoint_leaves_out(tmp_path: Path) -
         ({"at_step": [0, 2], "method": Slicing()}, r"`pruning.at_step` must be one step for Slicing\("),
         ({"at_step": 4}, r"`pruning.at_step` must be below the number of optimizer steps, 4 .*, got 4"),
         ({"at_step": 3, "max_steps": -1, "max_epochs": 1, "limit_train_batches": 3}, "optimizer steps, 3 .*, got 3"),
-        ({"at_step": 1, "recovery": None}, "`pruning.recovery` must be given where pruned weights are trained"),
+        ({"at_step": 1, "recovery": None}, "`pruning.recovery` must be given if pruned weights are trained"),
         (
             {"at_step": [1, 2], "sparsity": [0.2, 0.9], "max_rate": 0.8, "recovery": MaskedLoRA()},
             "`pruning.sparsity` must be between 0 and 0.8",

@@ -224,5 +224,5 @@ def test_what_is_no_checkpoint_of_a_fit(tmp_path: Path) -> None:
         Resume.open(path)
     for content in ({"state_dict": {}}, [1]):
         torch.save(content, path)
-        with pytest.raises(InputError, match=r"must be a whole checkpoint of a fit .*, .*x.ckpt is none; one that was"):
+        with pytest.raises(InputError, match=r"must be a whole checkpoint of a fit .*, got .*x.ckpt; one that was"):
             Resume.open(path)

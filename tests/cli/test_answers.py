@@ -56,7 +56,7 @@ def test_the_version_names_the_main_libraries() -> None:
         ([], "the verb must be one of fit, validate, test, prune, score, export, evaluate."),
         (["prone"], r"must be one of fit, .*, got 'prone'. Did you mean prune\?"),
         (["--config=x", "fit"], "the verb must come first: lit-prune fit --config=x"),
-        (["score", "--tasks=piqa"], "`tasks` must be left out for score, which evaluates none"),
+        (["score", "--tasks=piqa"], "`tasks` must be left out for score, which runs no tasks"),
     ],
 )
 def test_a_verb_that_cannot_run(args: list[str], message: str) -> None:

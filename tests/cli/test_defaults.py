@@ -46,7 +46,7 @@ def test_an_export_has_the_settings_of_the_run_that_its_checkpoint_lies_in(
 
 def test_the_checkpoint_to_resume_from(tmp_path: Path) -> None:
     last = tmp_path / "checkpoints" / "last.ckpt"
-    with pytest.raises(InputError, match="`ckpt_path` must be a checkpoint that is there, .*last.ckpt is not"):
+    with pytest.raises(InputError, match="`ckpt_path` must be an existing checkpoint, or last, got .*last.ckpt"):
         find_checkpoint("last", tmp_path)
     last.parent.mkdir()
     last.touch()

@@ -50,8 +50,8 @@ MISTAKES = [
         ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=two"],
         r"`pruning.method.pattern.n` must be a whole number, got two\.$",
     ),
-    (["--pruning.method.pattern.n=2"], r"`pruning.method.pattern` must be given before .*: one of MixedNofM, NofM, Un"),
-    (["--config=none.yaml"], r"`--config` must be a file that is there, got .*none.yaml"),
+    (["--pruning.method.pattern.n=2"], r"`pruning.method.pattern` must be given along with its settings: one of Mix"),
+    (["--config=none.yaml"], r"`--config` must be an existing file, got .*none.yaml"),
     (["--config=empty.yaml"], r"`--config` must be a YAML file of settings, got an empty one"),
     (
         ["--config=prunning.yaml"],

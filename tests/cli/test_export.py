@@ -101,12 +101,15 @@ def test_export_in_half_precision_and_of_slices() -> None:
     ("args", "message"),
     [
         ([], "arguments are required: export.ckpt_path"),
-        (["--ckpt_path=last"], "`ckpt_path` must be a checkpoint that is there, runs/lit_prune/checkpoints/last.ckpt"),
+        (
+            ["--ckpt_path=last"],
+            "`ckpt_path` must be an existing checkpoint, or last, got runs/lit_prune/checkpoints/last",
+        ),
         (["--ckpt_path=train.txt"], "`ckpt_path` must be a checkpoint of a fit, train.txt cannot be read"),
         (["--ckpt_path=runs/x/checkpoints/last.ckpt", "--pruning.sparsity=0.3"], "`pruning.sparsity` must be what"),
         (
             ["--ckpt_path=runs/x/checkpoints/last.ckpt", "--model.pretrained=other"],
-            "`model.pretrained` must be the model that the checkpoint was made from, its weights do not fit",
+            "`model.pretrained` must be the model that the checkpoint was made from; the weights do not fit",
         ),
     ],
 )

@@ -42,7 +42,7 @@ def test_print_config_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for option in ("--pruning.sparsity", "--data.train_files", "--model.pretrained", "--output", "--overwrite"):
         assert option in printed
-    assert "A checkpoint to go on from, or `last`" in printed
+    assert "Checkpoint to resume from; `last`" in printed
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "on the test text; writes nothing" in " ".join(capsys.readouterr().out.split())

@@ -71,7 +71,7 @@ def test_another_adapter_than_the_folders_is_refused(model: PreTrainedModel) -> 
     ):
         if other is None:
             model.requires_grad_(False)  # as a folder with an adapter is loaded
-        with pytest.raises(InputError, match=r"must be the adapter that lies in `model.pretrained`, LoRA\(r=4"):
+        with pytest.raises(InputError, match=r"must be the adapter in the folder `model.pretrained`, LoRA\(r=4"):
             check_kept(model, other)
 
 

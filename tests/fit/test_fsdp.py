@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
-from lit_prune.fit.fsdp import begin_states, gathered, is_sharded, shard
+from lit_prune.fit.fsdp import gathered, initialise_states, is_sharded, shard
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.recover import (
@@ -136,7 +136,7 @@ def test_states_that_are_read_before_the_first_step_change_nothing(mesh: DeviceM
         shard(model, mesh)
         optimizer = kind(model.parameters(), lr=1e-2, weight_decay=0.1)
         if asked:
-            begin_states(model, optimizer)
+            initialise_states(model, optimizer)
             get_optimizer_state_dict(model, optimizer)  # as a checkpoint does
         train(model, optimizer, steps=2)
     one, other = (list(model.parameters()) for model in models)

@@ -160,5 +160,5 @@ def test_settings_that_cannot_be(fields: dict[str, object], message: str) -> Non
 
 
 def test_a_checkpoint_and_weights_on_disk_are_refused_together() -> None:
-    with pytest.raises(InputError, match="`model.on_disk` must be false where a checkpoint is loaded"):
+    with pytest.raises(InputError, match="`model.on_disk` must be false with a checkpoint"):
         PrunableLM(on_disk=True).on_load_checkpoint({})

@@ -20,20 +20,23 @@ ONE, TWO = (Cut(0, 0.5),), (Cut(0, 0.25), Cut(4, 0.5))
 
 
 def course(cuts: tuple[Cut, ...] = ONE, recipe: Recipe | None = Recipe(Wanda(), 0.5, DLP()), **fields: Any) -> FitPlan:  # noqa: B008 (frozen)
-    parts = dict.fromkeys(("before", "recovery", "distillation", "stored", "blocks", "keep_zeros"))
+    parts = dict.fromkeys(("before", "recovery", "distillation", "statistics", "blocks", "keep_zeros"))
     return FitPlan(recipe=recipe, cuts=cuts, **parts | {"calibration": Calibration()} | fields)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"recipe": None, "cuts": (), "before": LoRA()}, "`pruning.before` must be null where nothing is cut"),
-        ({"before": LoRA()}, "`pruning.before` must be null where the first cut comes at step 0"),
+        ({"recipe": None, "cuts": (), "before": LoRA()}, "`pruning.before` must be null without `pruning.method`"),
+        ({"before": LoRA()}, "`pruning.before` must be null if the first cut comes at step 0"),
         ({"cuts": (Cut(2, 0.5),), "before": QLoRA()}, "`pruning.before` must leave the weights in full precision"),
         ({"cuts": TWO, "recovery": QLoRA()}, "`pruning.recovery` must leave the weights in full precision"),
-        ({"cuts": TWO, "recovery": LoRA()}, "`pruning.recovery` must keep zeros when it is folded into the weights"),
+        (
+            {"cuts": TWO, "recovery": LoRA()},
+            "`pruning.recovery` must keep zeros when its adapter is merged",
+        ),
         ({"cuts": TWO, "recipe": Recipe(Wanda(NofM(2, 4)), 0.5, DLP())}, "`pruning.at_step` must be one step for"),
-        ({"cuts": (Cut(3, 0.5),), "stored": object()}, "`pruning.statistics` must be null for cuts after step 0"),
+        ({"cuts": (Cut(3, 0.5),), "statistics": object()}, "`pruning.statistics` must be null for cuts after step 0"),
     ],
 )
 def test_what_does_not_go_together(given: dict[str, Any], message: str) -> None:
@@ -54,7 +57,7 @@ def test_what_it_is_asked() -> None:
     assert made.student().recovery == MaskedLoRA()
     nothing = course((), None)
     assert (nothing.steps, nothing.last_step, nothing.idle) == ((), 0, True)
-    with pytest.raises(InputError, match="`pruning.distillation` must be null where `pruning.method` is"):
+    with pytest.raises(InputError, match="`pruning.distillation` must be null without `pruning.method`"):
         nothing.student()
 
 
@@ -75,7 +78,7 @@ def test_settings_bear_the_users_names_and_one_of_a_kind_stands_alone() -> None:
 
 
 def test_trained_weights_must_be_held() -> None:
-    with pytest.raises(InputError, match="`pruning.recovery` must be given where pruned weights are trained"):
+    with pytest.raises(InputError, match="`pruning.recovery` must be given if pruned weights are trained"):
         course().check(small_model())
     course(recovery=MaskedLoRA()).check(small_model())
     course().check(small_model().requires_grad_(False))

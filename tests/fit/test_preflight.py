@@ -4,7 +4,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lit_prune.checkpointing.record import RunRecord
@@ -51,7 +52,7 @@ def test_other_forms_of_the_strategy(fields: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"at_step": 3}, "`pruning.at_step` must be 0 under ModelParallelStrategy, .* got 3: cut at the start"),
+        ({"at_step": 3}, "`pruning.at_step` must be 0 under ModelParallelStrategy, .* got 3: prune at the start"),
         ({"recovery": QLoRA()}, r"`pruning.recovery` must leave the weights in full precision .* got QLoRA\("),
         ({"distillation": Distillation()}, "`pruning.distillation` must be null under ModelParallelStrategy"),
     ],
@@ -69,9 +70,16 @@ def test_a_cut_after_the_end() -> None:
     check_trainer(plan, trainer(max_steps=5))
     with pytest.raises(InputError, match=r"`pruning.at_step` must be below the number of optimizer steps, 4 .*, got 4"):
         check_trainer(plan, trainer(max_steps=4))
-    by_epochs: Any = SimpleNamespace(max_steps=-1, estimated_stepping_batches=3)
+    by_epochs: Any = SimpleNamespace(max_steps=-1, estimated_stepping_batches=3, val_check_interval=1.0)
     with pytest.raises(InputError, match=r"`pruning.at_step` must be below the number of optimizer steps, 3 .*, got 4"):
         check_data(plan, by_epochs)
+
+
+@pytest.mark.parametrize("average", [WeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-3)])
+def test_callbacks_with_a_copy_of_the_weights(average: Callback) -> None:
+    check_trainer(callback(method=None, recovery=None).fit_plan, trainer(callbacks=[average]))
+    with pytest.raises(InputError, match=f"`trainer.callbacks` must not hold {type(average).__name__} beside pruning"):
+        check_trainer(callback().fit_plan, trainer(callbacks=[average]))
 
 
 def test_processes() -> None:

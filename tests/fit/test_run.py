@@ -40,7 +40,7 @@ def test_a_cut_is_due_from_its_step_on_until_it_is_made() -> None:
     assert not run.is_due(100)
 
 
-def test_around_a_cut_the_adapter_before_it_is_folded_and_the_recovery_attached() -> None:
+def test_around_a_cut_the_adapter_before_it_is_merged_and_the_recovery_attached() -> None:
     run, model, trainer = plan(at_step=1, before=LoRA(r=2), recovery=LoRA(r=3)), small_model(), trainer_of(loader())
     run.start(trainer, model, None)
     assert adapter_config(model)["r"] == 2  # type: ignore[index]
