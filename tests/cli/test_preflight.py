@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import Namespace
 
 from lit_prune.checkpointing.record import RunRecord
+from lit_prune.cli.preflight import check_settings
 from tests.cli.conftest import check_refused, run
 
 MISTAKES = [
@@ -153,7 +155,7 @@ def test_an_output_that_exists_is_refused_before_any_work(capsys: pytest.Capture
 
 def test_on_disk_is_refused_where_it_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     for verb, args, told in (
-        ("fit", ["--model.dtype=auto"], "`model.on_disk` must be false for fit, training keeps all weights in memory"),
+        ("fit", ["--model.dtype=auto"], "`model.on_disk` must be false for fit, which keeps all weights in memory"),
         ("prune", [], "`model.dtype` must be bfloat16 with `model.on_disk`"),
         ("prune", ["--model.dtype=auto", "--trainer.precision=bf16-true"], "`trainer.precision` must be 32-true with"),
         ("prune", ["--model.architecture={'model_type': 'llama'}"], "`model.on_disk` must be false with `model.arch"),
@@ -163,3 +165,10 @@ def test_on_disk_is_refused_where_it_cannot_be(capsys: pytest.CaptureFixture[str
         assert told in (message := capsys.readouterr().err)
         assert len(message.strip().splitlines()) == 1
         assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("end", [{"max_time": "00:00:01:00"}, {"fast_dev_run": True}, {"max_epochs": 1}])
+def test_what_ends_a_training_without_a_number_of_steps(end: dict[str, Any]) -> None:
+    unset = {"max_steps": -1, "max_epochs": None, "max_time": None, "fast_dev_run": False}
+    others = {"callbacks": None, "barebones": False, "accelerator": "auto"}
+    check_settings(Namespace(trainer=Namespace(**{**unset, **others, **end}), push_to_hub=None), "fit")

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -32,3 +34,8 @@ def test_a_step_beyond_the_last_keeps_the_least_rate() -> None:
     for least in (0.1, 0.0):
         for step in (3, 9):
             assert share_of_peak(step, warmup=2, steps=4, least=least) == least
+
+
+def test_without_a_known_end_the_rate_stays_at_its_peak() -> None:
+    assert warm_up_steps(math.inf) == 10
+    assert [share_of_peak(step, warmup=2, steps=math.inf, least=0.1) for step in (0, 1, 10**6)] == [0.5, 1, 1]
