@@ -315,7 +315,7 @@ def _dicts(model: PreTrainedModel, batches: Iterable[Batch | Tensor]) -> list[Ba
     dicts = [{"input_ids": batch} if isinstance(batch, Tensor) else batch for batch in batches]
     if not dicts:
         raise InputError("`calibration` must have at least one batch, got none.")
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(batch["input_ids"].shape[-1] for batch in dicts)
     if limit is not None and longest > limit:
         raise InputError(f"`calibration.seq_length` must be at most {limit}, the model's limit, got {longest}.")

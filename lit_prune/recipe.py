@@ -13,7 +13,7 @@ from lit_prune.allocate import DLP, Allocation, Uniform, allocate
 from lit_prune.allocate.base import TOLERANCE, weighted_mean
 from lit_prune.allocate.budget import Budget, Limits, sparsity_of_linears
 from lit_prune.errors import InputError
-from lit_prune.models.families import Block, find_blocks
+from lit_prune.models.families import Block, check_experts_of, find_blocks
 from lit_prune.models.on_disk import on_disk
 from lit_prune.prune import Method, Wanda
 
@@ -84,7 +84,9 @@ class Recipe:
     def find(self, model: PreTrainedModel, *, quantised: bool = False) -> list[Block]:
         """Returns the blocks of ``model`` with the linears to prune; see ``families.find_blocks``."""
         chosen: dict[str, Any] = {"targets": self.targets, "ignore": self.ignore, "blocks": self.blocks}
-        return find_blocks(model, **chosen, quantised=quantised)
+        blocks = find_blocks(model, **chosen, quantised=quantised)
+        check_experts_of(blocks, self.ignore)
+        return blocks
 
     def check(self, model: PreTrainedModel) -> list[Block]:
         """Returns the blocks of ``model``, after all checks that are possible without running it.

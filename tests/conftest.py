@@ -84,16 +84,106 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [1],
     },
 }
+LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+BY_TURNS: dict[str, Any] = {
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+DELTA_NET: dict[str, Any] = {
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+# The same for families without an entry in lit_prune.models.families, whose blocks are found by themselves.
+WITHOUT_ENTRY: dict[str, dict[str, Any]] = {
+    "bloom": {"n_head": 4, "n_layer": 3},
+    "cohere2": BY_TURNS,
+    "deepseek_v2": {**LATENT, **ROUTED, "q_lora_rank": None, "first_k_dense_replace": 1},
+    "deepseek_v3": {**LATENT, **ROUTED, "q_lora_rank": 16, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+    "falcon_h1": {  # attention and Mamba-2 in parallel
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+        "head_dim": 8,
+    },
+    "gemma": {"head_dim": 8},
+    "gemma3n_text": {  # several copies of the stream: (copies, batch, tokens, hidden)
+        **BY_TURNS,
+        "head_dim": 8,
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0] * 3,
+        "intermediate_size": [48] * 3,
+    },
+    "gemma4_text": {
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "head_dim": 8,
+        "global_head_dim": 8,
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+    },
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "gpt_bigcode": {"n_inner": 48},
+    "gpt_oss": {"head_dim": 8, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},  # biases
+    "gptj": {"rotary_dim": 4, "n_inner": 48},
+    "granite": {},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "llama4_text": {  # every expert is given all tokens
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 48,
+        "interleave_moe_layer_step": 1,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "ministral": {"head_dim": 8, "sliding_window": 8},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64},
+    "olmo2": {},
+    "olmo3": BY_TURNS,
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # a router that is an nn.Linear
+    "qwen2_moe": {**MIXTURE, "shared_expert_intermediate_size": 24},
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_next": {**MIXTURE, **DELTA_NET, "shared_expert_intermediate_size": 24},
+    "smollm3": {},
+    "stablelm": {},
+    "starcoder2": {},
+}
 
 
 def small_model(family: str = "llama", **fields: object) -> PreTrainedModel:
     """A fresh model of three blocks whose weights differ from block to block."""
     torch.manual_seed(0)
-    model = new_model({"model_type": family, **SMALL, **FAMILIES[family], **fields}).eval()
+    described = FAMILIES.get(family) or WITHOUT_ENTRY.get(family) or {}
+    model = new_model({"model_type": family, **SMALL, **described, **fields}).eval()
     for index, layer in enumerate(blocks_of(model)):
         for parameter in layer.parameters():
             parameter.data.mul_(1 + index)
     return model
+
+
+def multimodal_model(**vision: object) -> PreTrainedModel:
+    """A Gemma 3 with a vision tower of as many blocks as the language model has, which has no mixture of experts."""
+    torch.manual_seed(0)
+    tower = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48, **vision}
+    fields: dict[str, Any] = {
+        "text_config": {**SMALL, **FAMILIES["gemma3_text"]},
+        "vision_config": {"image_size": 28, "patch_size": 14, **tower},
+        "mm_tokens_per_image": 4,
+    }
+    return new_model({"model_type": "gemma3", **fields}).eval()
 
 
 def lively_model(family: str, **fields: object) -> PreTrainedModel:
@@ -110,7 +200,7 @@ def lively_model(family: str, **fields: object) -> PreTrainedModel:
 
 
 def blocks_of(model: PreTrainedModel) -> Iterable[nn.Module]:
-    return model.get_submodule(blocks_path(model.config)).children()
+    return model.get_submodule(blocks_path(model)).children()
 
 
 def export(model: PreTrainedModel, folder: Path) -> ExportPlan:

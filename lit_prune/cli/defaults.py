@@ -21,8 +21,9 @@ def fill_lengths(config: Namespace) -> None:
         return
     model = config.model
     llm = load_config(model.pretrained) if model.architecture is None else architecture_config(model.architecture)
+    limit = getattr(llm.get_text_config(), "max_position_embeddings", None)
     for field in missing:
-        config[field] = min(defaults[field], getattr(llm, "max_position_embeddings", None) or defaults[field])
+        config[field] = min(defaults[field], limit or defaults[field])
 
 
 def export_arguments(args: Sequence[str], output: str) -> list[str]:

@@ -24,7 +24,7 @@ from lit_prune.fit.preflight import (
     check_trainer,
     check_without_weights,
 )
-from lit_prune.models.families import blocks_path, supports_packing
+from lit_prune.models.families import supports_packing
 from lit_prune.models.load import skeleton
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
 
@@ -120,7 +120,7 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
     datamodule.check_vocabulary(model.config)
     prunes = pruning.fit_plan.recipe is not None and verb in ("fit", "prune", "score")
     if prunes:
-        _check_pruning(verb, trainer, model, pruning)
+        _check_pruning(verb, trainer)
     elif verb == "fit":
         _check_random_start(model, pruning)
     _check_packing(model, datamodule)
@@ -132,9 +132,7 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
     _check_lengths(model, datamodule, pruning.fit_plan.calibration.seq_length if prunes else None)
 
 
-def _check_pruning(verb: str, trainer: Trainer, model: PrunableLM, pruning: DynamicPruningCallback) -> None:
-    assert pruning.fit_plan.recipe is not None
-    blocks_path(model.config, pruning.fit_plan.recipe.blocks)
+def _check_pruning(verb: str, trainer: Trainer) -> None:
     check_processes(trainer)
     if verb != "fit":
         check_one_process(trainer, verb)
@@ -158,7 +156,7 @@ def _check_packing(model: PrunableLM, datamodule: TextDataModule) -> None:
 
 
 def _check_lengths(model: PrunableLM, datamodule: TextDataModule, calibration: int | None) -> None:
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     lengths = {
         "data.seq_length": datamodule.seq_length,
         "data.val_seq_length": datamodule.val_seq_length,

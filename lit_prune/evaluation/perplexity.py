@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from lit_prune import distributed
 from lit_prune.calibration.windows import inputs_of
 from lit_prune.evaluation.streamed import streamed_logits
-from lit_prune.models.families import is_known
+from lit_prune.models.families import has_blocks
 from lit_prune.models.on_disk import on_disk
 from lit_prune.progress import track
 
@@ -197,7 +197,7 @@ def _logits(
     model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], device: torch.device, label: str, streamed: bool
 ) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
     """Yields every batch of this process and its logits, on the model's device."""
-    if (streamed or on_disk(model) is not None) and is_known(model.config):
+    if (streamed or on_disk(model) is not None) and has_blocks(model):
         shard = [dict(batch) for batch, counts in distributed.equal_batches(batches) if counts]
         yield from zip(shard, streamed_logits(model, shard, device, label), strict=True)
         return

@@ -30,9 +30,10 @@ def tokens_per_second(model: PreTrainedModel) -> Speed:
     Prefill is one forward pass over 512 tokens (or half of the model's limit, if that is less); decode is the 32
     forward passes of one token that follow it, with a KV cache. The token ids are arbitrary.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or 2 * PREFILL_TOKENS
+    text = model.config.get_text_config()  # of a multimodal model; else the config itself
+    limit = getattr(text, "max_position_embeddings", None) or 2 * PREFILL_TOKENS
     prefill, decode = min(PREFILL_TOKENS, limit // 2), min(DECODE_TOKENS, limit // 2)
-    prompt_BT = torch.arange(prefill, device=model.device)[None] % model.config.vocab_size
+    prompt_BT = torch.arange(prefill, device=model.device)[None] % text.vocab_size
     with evaluating(model):
         runs = [_run(model, prompt_BT, decode) for _ in range(REPEATS + 1)][1:]
     return Speed(

@@ -214,8 +214,9 @@ def _window(model: PreTrainedModel, validation: Validation | None) -> Tensor:
     batch = None if validation is None else next(iter(validation[0]), None)
     if batch is not None:
         return batch["input_ids"][:1, :WINDOW_TOKENS].to(model.device)
-    limit = getattr(model.config, "max_position_embeddings", None) or WINDOW_TOKENS
-    return torch.arange(min(WINDOW_TOKENS, limit), device=model.device)[None] % model.config.vocab_size
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or WINDOW_TOKENS
+    return torch.arange(min(WINDOW_TOKENS, limit), device=model.device)[None] % text.vocab_size
 
 
 def _compare_perplexity(

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_prune.errors import InputError
 from lit_prune.masks.zeros import pruned_blocks, share_of_zeros, zeros
 from lit_prune.models import structure
-from lit_prune.models.families import blocks_path, find_blocks, is_known
+from lit_prune.models.families import blocks_path, find_blocks, has_blocks
 from lit_prune.models.quantised import quantisation
 from lit_prune.progress import log
 from lit_prune.recover import LoRA, Recovery, adapter_config, train_adapter
@@ -36,7 +36,7 @@ def take_zeros(
         model: A causal LM, with or without an adapter.
         keep: Whether the zeros are a mask; None raises an error if there are many and training would fill them.
         recovery: Recovery that trains the model before the first cut; None trains the parameters that are trainable.
-        blocks: Dotted path of the blocks, for an unknown family.
+        blocks: Dotted path of the blocks, where they are not found by themselves.
 
     Raises:
         InputError: if training would fill zeros and ``keep`` is None, if ``keep`` contradicts the record or the
@@ -61,7 +61,7 @@ def take_zeros(
         keep = _keeps_zeros(share, keep, recovery, trains=_trains(model, recovery))
     if not keep:
         return
-    blocks_path(model.config, blocks)  # raises for an unknown family, whose zeros the export could not count
+    blocks_path(model, blocks)  # raises for an unknown family, whose zeros the export could not count
     if share == 0:
         raise InputError("`pruning.keep_zeros` must be null for a model that has no zeros in its linears.")
     log(f"{share:.1%} of the weights of the linears are zero, without a record of pruning: they are kept as a mask.")
@@ -90,7 +90,7 @@ def _trains(model: PreTrainedModel, recovery: Recovery | None) -> bool:
 
 def _zero_share(model: PreTrainedModel, blocks: str | None) -> float:
     """Returns the share of zeros in the linears of the blocks, or for an unknown family in all linears but the head."""
-    if blocks is None and not is_known(model.config):
+    if blocks is None and not has_blocks(model):
         zero, size = zeros(_linears(model))
         return zero / max(1, size)
     return share_of_zeros(find_blocks(without_adapter(model), blocks=blocks, quantised=True))

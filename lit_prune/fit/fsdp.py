@@ -32,7 +32,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         InputError: for an unknown family.
     """
     path = structure.record(model).get("recipe", {}).get("blocks")
-    for block in model.get_submodule(blocks_path(model.config, path)).children():
+    for block in model.get_submodule(blocks_path(model, path)).children():
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 

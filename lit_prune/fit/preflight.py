@@ -69,9 +69,11 @@ def resume_settings(plan: FitPlan, trainer: Trainer, pl_module: LightningModule)
 def check_without_weights(plan: FitPlan, model: PreTrainedModel, datamodule: Any, *, trains: bool) -> None:
     """Raises InputError if the plan does not fit ``model``, whose weights are not loaded yet.
 
-    Checked are names of linears, settings of adapters, and the text and versions of cached statistics.
+    Checked are the family and the rates that the method supports, names of linears, settings of
+    adapters, and the text and versions of cached statistics.
     """
     if plan.recipe is not None:
+        plan.recipe.method.check(model, plan.recipe.sparsity)
         plan.recipe.find(model)
     for recovery in (plan.before, plan.recovery) if trains else ():
         if recovery is not None:

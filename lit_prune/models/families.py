@@ -1,7 +1,7 @@
-"""The Hugging Face families: where each has its decoder layers. ``linears.py`` finds the linears in them by itself.
+"""The decoder layers of Hugging Face causal LMs. ``linears.py`` finds the linears in them by itself.
 
-A family is one entry of ``FAMILIES``. Masks need only the path of the blocks, so that a family without an entry can be
-pruned by giving that path.
+Families whose attention was tested with packed conversations have an entry in ``FAMILIES``. In any other family the
+blocks are the only list of modules as long as the text config says; their path is asked for where that is ambiguous.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_prune.errors import InputError
 from lit_prune.models import structure
-from lit_prune.models.linears import PrunableLinear, linears_of
+from lit_prune.models.linears import ExpertSlice, PrunableLinear, check_experts, has_fused_experts, linears_of
 from lit_prune.models.on_disk import Offload, on_disk
 
 
@@ -86,30 +86,58 @@ def _family_name(config: PreTrainedConfig) -> str:
     return config.model_type.removeprefix("sliced_")
 
 
-def is_known(config: PreTrainedConfig) -> bool:
-    """Returns whether the family of a model with this config has an entry."""
-    return _family_name(config) in FAMILIES
-
-
 def supports_packing(config: PreTrainedConfig) -> bool:
-    """Returns whether a model with this config keeps packed conversations apart; False for an unknown family."""
-    return is_known(config) and FAMILIES[_family_name(config)].supports_packing
+    """Returns whether models with this config keep packed conversations apart; False for families without an entry."""
+    family = FAMILIES.get(_family_name(config))
+    return family is not None and family.supports_packing
 
 
-def blocks_path(config: PreTrainedConfig, blocks: str | None = None) -> str:
-    """Returns the dotted path of the blocks of a model with this config, or ``blocks`` where that is given.
+def has_blocks(model: PreTrainedModel) -> bool:
+    """Returns whether the blocks of ``model`` are found without their path."""
+    return _family_name(model.config) in FAMILIES or len(_candidates(model)) == 1
+
+
+def blocks_path(model: PreTrainedModel, blocks: str | None = None) -> str:
+    """Returns the dotted path of the blocks of ``model``, or ``blocks`` where that is given.
+
+    Args:
+        model: A causal LM; one on the meta device serves as well.
+        blocks: The path that the user gave.
 
     Raises:
-        InputError: for a family without an entry, naming those that have one.
+        InputError: if the family has no entry and the model not exactly one list of as many modules as it has layers.
     """
     if blocks is not None:
         return blocks
-    if is_known(config):
-        return FAMILIES[_family_name(config)].blocks
+    family = FAMILIES.get(_family_name(model.config))
+    if family is not None:
+        return family.blocks
+    paths = _candidates(model)
+    if len(paths) == 1:
+        return paths[0]
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = f"{', '.join(paths)} all have" if paths else "none has"
     raise InputError(
-        f"`pruning.blocks` must be given for the family {config.model_type!r}, which is not one of "
-        f"{', '.join(sorted(FAMILIES))}: masks need only the dotted path of the decoder layers, such as model.layers."
+        f"`pruning.blocks` must be given for the family {model.config.model_type!r}: of the model's lists of modules "
+        f"{lists} {layers} with linears, the number of its layers. It is the dotted path of the decoder layers, such "
+        "as model.layers."
     )
+
+
+def _candidates(model: PreTrainedModel) -> list[str]:
+    """The paths of the lists that may be the decoder layers; of several, those in the text decoder."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    paths = [path for path, module in model.named_modules() if _is_list_of_layers(module, layers)]
+    paths = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]  # experts of a layer
+    if len(paths) > 1:
+        decoder = model.get_decoder()
+        prefix = next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
+        paths = [path for path in paths if path.startswith(prefix)] or paths
+    return paths
+
+
+def _is_list_of_layers(module: nn.Module, layers: int | None) -> bool:
+    return isinstance(module, nn.ModuleList) and len(module) == layers and all(linears_of(layer) for layer in module)
 
 
 def find_blocks(
@@ -125,15 +153,15 @@ def find_blocks(
     Args:
         model: A Hugging Face causal LM.
         targets: Name suffixes or regular expressions of the linears to prune; None takes all.
-        ignore: Suffixes or regular expressions of linears to leave alone.
-        blocks: Dotted path of the blocks, for a family without an entry.
+        ignore: Suffixes or regular expressions of linears, or modules of fused experts, to leave alone.
+        blocks: Dotted path of the blocks, where they are not found by themselves.
         quantised: Include linears in 4 or 8 bits, which can be read but not pruned.
 
     Raises:
-        InputError: for an unknown family, a path that is no list of blocks, names that match nothing or leave a block
-            without any, weights that are quantised, hidden under an adapter, or fused in an unknown way.
+        InputError: for blocks that are not found, a path that is no list of blocks, names that match nothing or leave a
+            block without any, weights that are quantised or hidden under an adapter.
     """
-    path = blocks_path(model.config, blocks)
+    path = blocks_path(model, blocks)
     try:
         layers = model.get_submodule(path)
     except AttributeError as error:
@@ -145,7 +173,8 @@ def find_blocks(
     every = [linears_of(layer) for layer in layers]
     _check_linears(model, every, layers, quantised)
     names = dict.fromkeys(name for linears in every for name in linears)  # blocks differ where some have no experts
-    _check_patterns(names, {"targets": targets or [], "ignore": ignore})
+    _check_patterns("targets", targets or [], names)
+    _check_patterns("ignore", ignore, names, _paths_of_experts(layers))
     return [
         Block(index, layer, _chosen(index, every[index], targets, ignore), f"{path}.{index}", on_disk(model))
         for index, layer in enumerate(layers)
@@ -187,17 +216,26 @@ def _adapted(name: str, *, masked: bool) -> str:
     return f"{rule}: merge it by peft's `merge_and_unload`, save that as a folder of its own, and prune it."
 
 
-def _check_patterns(names: Collection[str], chosen_by: Mapping[str, Sequence[str]]) -> None:
-    for field, patterns in chosen_by.items():
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise InputError(
-                    f"`pruning.{field}` must be suffixes or regular expressions, {pattern!r}: {error}."
-                ) from error
-            if not any(matches(name, pattern) for name in names):
-                raise InputError(f"`pruning.{field}` must match a linear, got {pattern!r}; there are {_some(names)}.")
+def _check_patterns(field: str, patterns: Sequence[str], names: Collection[str], modules: Collection[str] = ()) -> None:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(
+                f"`pruning.{field}` must be suffixes or regular expressions, {pattern!r}: {error}."
+            ) from error
+        if not any(matches(name, pattern) for name in (*names, *modules)):
+            raise InputError(f"`pruning.{field}` must match a linear, got {pattern!r}; there are {_some(names)}.")
+
+
+def _paths_of_experts(layers: nn.ModuleList) -> set[str]:
+    return {path for layer in layers for path, module in layer.named_modules() if has_fused_experts([module])}
+
+
+def check_experts_of(blocks: Sequence[Block], ignore: Sequence[str]) -> None:
+    """Raises InputError for fused experts of an unsupported layout that ``ignore`` does not match."""
+    for block in blocks:
+        check_experts(block.module, lambda path: any(matches(path, pattern) for pattern in ignore))
 
 
 def _chosen(
@@ -207,13 +245,18 @@ def _chosen(
         name: linear
         for name, linear in every.items()
         if (targets is None or any(matches(name, pattern) for pattern in targets))
-        and not any(matches(name, pattern) for pattern in ignore)
+        and not any(matches(name, pattern) or matches(_parent(linear), pattern) for pattern in ignore)
     }
     if not chosen:
         raise InputError(
             f"`pruning.targets` and `pruning.ignore` leave nothing to prune in block {index} of {_some(every)}."
         )
     return chosen
+
+
+def _parent(linear: PrunableLinear) -> str:
+    """The path of the module of fused experts that ``linear`` is a slice of; its own name for any other."""
+    return linear.name.rsplit(".", 2)[0] if isinstance(linear, ExpertSlice) else linear.name
 
 
 def _some(names: Collection[str]) -> str:

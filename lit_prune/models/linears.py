@@ -1,8 +1,8 @@
 """The linears of a block: matrices that multiply activations, whatever module holds them.
 
 Three kinds can be pruned: ``nn.Linear``; GPT-2's ``Conv1D``, which stores its matrix transposed; and each expert of a
-fused mixture, a slice of a three-dimensional parameter. Routers are not linears. A fourth kind is a linear that
-bitsandbytes quantised, which is read and counted, but not pruned.
+fused mixture, a slice of a three-dimensional parameter. Routers are left out, see :func:`routers`. A fourth kind is a
+linear that bitsandbytes quantised, which is read and counted, but not pruned.
 Suffixes: O output channels, I input channels, P positions of a batch, S those of them that an expert is given.
 """
 
@@ -103,7 +103,7 @@ class TransposedLinear(PrunableLinear):
 @final
 @dataclass(frozen=True)
 class ExpertSlice(PrunableLinear):
-    """One expert's slice of a fused parameter, which is (expert, out, in)."""
+    """One expert's slice of a fused parameter, which is (expert, out, in), or transposed in gpt-oss and Llama 4."""
 
     name: str
     module: nn.Module
@@ -118,7 +118,8 @@ class ExpertSlice(PrunableLinear):
     @property
     def weight_OI(self) -> Tensor:
         """The slice of this expert."""
-        return self.parameter.detach()[self.expert]
+        matrix = self.parameter.detach()[self.expert]
+        return matrix.T if _is_transposed(self.module) else matrix
 
 
 @final
@@ -157,18 +158,20 @@ class QuantisedLinear(PrunableLinear):
 def linears_of(layer: nn.Module) -> dict[str, PrunableLinear]:
     """Returns all linears of a block by name; an expert's are named `<path of the experts>.<expert>.<parameter>`.
 
-    Raises:
-        InputError: for fused experts that are laid out in another way.
+    Routers are left out, and so are fused experts of an unsupported layout, see :func:`check_experts`.
     """
     linears: list[PrunableLinear] = []
+    left_out = routers(layer)
     for path, module in layer.named_modules():
+        if path in left_out:
+            continue
         if is_quantised(module):
             linears.append(QuantisedLinear(path, module))
         elif isinstance(module, nn.Linear):
             linears.append(DenseLinear(path, module))
         elif isinstance(module, Conv1D):
             linears.append(TransposedLinear(path, module))
-        elif _is_fused(path, module):
+        elif _is_supported(module):
             linears += [
                 ExpertSlice(f"{path}.{expert}.{part}", module, part, expert)
                 for expert in range(len(getattr(module, EXPERT_PARTS[0])))
@@ -177,9 +180,58 @@ def linears_of(layer: nn.Module) -> dict[str, PrunableLinear]:
     return {linear.name: linear for linear in linears}
 
 
-def has_fused_experts(model: nn.Module) -> bool:
-    """Returns whether ``model`` has experts in three-dimensional parameters, of whatever layout."""
-    return any(_stacked(module) for module in model.modules())
+def routers(layer: nn.Module) -> set[str]:
+    """Returns the names of the linears of ``layer`` that route tokens to experts.
+
+    A router is the only linear of a module beside the experts and has one output for each of them, or a single one: the
+    gate of a shared expert. Its class says nothing: routers of some families are subclasses of ``nn.Linear``.
+    """
+    names = set()
+    for path, module in layer.named_modules():
+        children = dict(module.named_children())
+        experts = {name: count for name, child in children.items() if (count := _number_of_experts(name, child))}
+        for name, child in children.items():
+            linears = [below for below, part in child.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+            if experts and name not in experts and len(linears) == 1:
+                linear: Any = child.get_submodule(linears[0])
+                outputs = linear.nf if isinstance(linear, Conv1D) else linear.out_features
+                if outputs in {1, *experts.values()}:
+                    names.add(".".join(part for part in (path, name, linears[0]) if part))
+    return names
+
+
+def _number_of_experts(name: str, module: nn.Module) -> int:
+    """The number of experts that ``module`` holds, fused or as a list of modules; 0 for any other module."""
+    if _stacked(module):
+        return len(getattr(module, sorted(_stacked(module))[0]))
+    if isinstance(module, nn.ModuleList) and "expert" in name:
+        return len(module)
+    return 0
+
+
+def has_fused_experts(blocks: Iterable[nn.Module]) -> bool:
+    """Returns whether ``blocks``, or other modules, have experts in 3-D parameters, of whatever layout."""
+    return any(_stacked(module) for block in blocks for module in block.modules())
+
+
+def check_experts(layer: nn.Module, ignored: Callable[[str], bool]) -> None:
+    """Checks the layout of the fused experts of a block.
+
+    Args:
+        layer: The block.
+        ignored: Whether the user leaves the module of this name alone.
+
+    Raises:
+        InputError: for fused experts of an unsupported layout that are not ignored.
+    """
+    for path, module in layer.named_modules():
+        if _stacked(module) and not _is_supported(module) and not ignored(path):
+            raise InputError(
+                f"`model` must have experts of two fused parameters, {' and '.join(EXPERT_PARTS)}, as Mixtral, gpt-oss "
+                f"and Llama 4 have; {path} ({type(module).__name__}) has {', '.join(sorted(_stacked(module)))} of "
+                "another layout. To leave them alone and prune the rest, which may be a small part of the model: "
+                f"`--pruning.ignore '[{path}]'`."
+            )
 
 
 def _stacked(module: nn.Module) -> set[str]:
@@ -189,19 +241,21 @@ def _stacked(module: nn.Module) -> set[str]:
     return {name for name, parameter in module.named_parameters(recurse=False) if parameter.ndim == 3}
 
 
-def _is_fused(path: str, module: nn.Module) -> bool:
-    """Whether ``module`` holds fused experts, each down(act(gate x) * (up x)) without biases, weights (out, in)."""
-    stacked = _stacked(module)
-    if not stacked:
+def _is_supported(module: nn.Module) -> bool:
+    """Whether ``module`` holds fused experts, each down(gate(gate_up x)), whose inputs :func:`watching` can show."""
+    if _stacked(module) != set(EXPERT_PARTS):
         return False
-    traits = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
-    if stacked == set(EXPERT_PARTS) and all(getattr(module, name, None) is value for name, value in traits.items()):
-        return True
-    raise InputError(
-        f"`model` must have experts of two fused parameters, {' and '.join(EXPERT_PARTS)}, (expert, out, in), without "
-        f"biases, as Mixtral and Qwen3-MoE have; {path} ({type(module).__name__}) has {', '.join(sorted(stacked))} of "
-        "another layout, and pruning the rest alone would miss most of the model."
-    )
+    traits = {"has_gate": True, "has_post_expert_norm": False}
+    return _is_llama4(module) or all(getattr(module, name, None) is value for name, value in traits.items())
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    return _is_llama4(experts) or bool(getattr(experts, "is_transposed", False))
+
+
+def _is_llama4(experts: nn.Module) -> bool:
+    """Whether every expert is given all tokens, those of other experts as zeros; only Llama 4 computes them so."""
+    return type(experts).__name__ == "Llama4TextExperts"
 
 
 @contextmanager
@@ -231,20 +285,43 @@ def watching(linears: Iterable[PrunableLinear], see: See) -> Iterator[None]:
 def _one_by_one(experts: Any, names: dict[tuple[str, int], str], see: See) -> Iterator[None]:
     """Runs fused experts one after the other, because a fused kernel shows no expert's own input to a hook."""
 
+    biased = bool(getattr(experts, "has_bias", False))
+
+    def show(part: str, expert: int, x_SI: Tensor, rows_S: Tensor) -> None:
+        if (part, expert) in names:
+            see(names[part, expert], x_SI, rows_S)
+
+    def apply(part: str, expert: int, x_SI: Tensor) -> Tensor:
+        matrix = getattr(experts, part)[expert]
+        bias = getattr(experts, f"{part}_bias")[expert] if biased else None
+        return F.linear(x_SI, matrix.T if _is_transposed(experts) else matrix, bias)
+
     def forward(x_PI: Tensor, experts_PK: Tensor, weights_PK: Tensor) -> Tensor:
         y_PO = torch.zeros_like(x_PI, dtype=torch.float32)
-        for expert, (gate_up_OI, down_OI) in enumerate(zip(experts.gate_up_proj, experts.down_proj, strict=True)):
+        for expert in range(len(experts.gate_up_proj)):
             rows_S, choice_S = torch.where(experts_PK == expert)
             x_SI = x_PI[rows_S]
-            inner_SI = experts._apply_gate(F.linear(x_SI, gate_up_OI))
-            for part, given_SI in zip(EXPERT_PARTS, (x_SI, inner_SI), strict=True):
-                if (part, expert) in names:
-                    see(names[part, expert], given_SI, rows_S)
-            weighted_SO = F.linear(inner_SI, down_OI) * weights_PK[rows_S, choice_S, None]
+            show("gate_up_proj", expert, x_SI, rows_S)
+            inner_SI = experts._apply_gate(apply("gate_up_proj", expert, x_SI))
+            show("down_proj", expert, inner_SI, rows_S)
+            weighted_SO = apply("down_proj", expert, inner_SI) * weights_PK[rows_S, choice_S, None]
             y_PO.index_add_(0, rows_S, weighted_SO.float())
         return y_PO.to(x_PI.dtype)
 
-    with patched_forward([experts], forward):
+    def forward_llama4(x_PI: Tensor) -> Tensor:
+        """The router's weights are in the input already: (experts * tokens, in), zeros where it chose others."""
+        outputs = []
+        for expert, given_PI in enumerate(x_PI.view(len(experts.gate_up_proj), -1, x_PI.shape[-1])):
+            rows_S = torch.where(given_PI.any(-1))[0]
+            x_SI = given_PI[rows_S]
+            show("gate_up_proj", expert, x_SI, rows_S)
+            gate_SI, up_SI = apply("gate_up_proj", expert, x_SI).chunk(2, dim=-1)
+            inner_SI = up_SI * experts.act_fn(gate_SI)
+            show("down_proj", expert, inner_SI, rows_S)
+            outputs.append(torch.zeros_like(given_PI).index_copy(0, rows_S, apply("down_proj", expert, inner_SI)))
+        return torch.cat(outputs)
+
+    with patched_forward([experts], forward_llama4 if _is_llama4(experts) else forward):
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,11 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import InputError
 from lit_prune.models import structure
-from lit_prune.models.linears import has_fused_experts
+from lit_prune.models.families import blocks_path, has_blocks
+from lit_prune.models.linears import has_fused_experts, linears_of
 from lit_prune.models.quantised import Linear4bit, Linear8bit, dequantised, is_quantised
 from lit_prune.recover.float32 import Float32Linear
 from lit_prune.recover.masked_linear import MaskedLayer, MaskedLinear
 from lit_prune.recover.masked_quantised import MaskedQuantised
+
+# Families whose kernels multiply by the weight of out_proj without calling the module, so that peft refuses an adapter
+MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 
 
 class Settings(Protocol):
@@ -55,24 +59,45 @@ def check_targets(settings: Settings, model: PreTrainedModel) -> None:
     """Raises InputError for target modules that match no linear that can have an adapter."""
     linears = _adaptable(model)
     for target in settings.target_modules or []:
-        if not any(name == target or name.endswith(f".{target}") for name in linears):
-            fused = "; fused experts, and linears of their names, get no adapter" if has_fused_experts(model) else ""
+        if not any(_is_target(name, [target]) for name in linears):
             raise InputError(
                 f"`{type(settings).__name__}.target_modules` must match linears of the model, got {target!r}; there "
-                f"are {', '.join(sorted(_last_names(linears)))}{fused}."
+                f"are {', '.join(sorted(_last_names(linears)))}{_without_adapter(model, target)}."
             )
 
 
+def _without_adapter(model: PreTrainedModel, target: str) -> str:
+    """The reason why linears called ``target`` get no adapter, if there is one."""
+    if model.config.model_type in MAMBA and target.endswith("out_proj"):
+        return "; the kernels of Mamba read the weight of out_proj themselves, past an adapter"
+    if has_fused_experts(decoder_blocks(model).values()):
+        return "; fused experts, and linears of their names, get no adapter"
+    return ""
+
+
+def decoder_blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Returns the decoder layers by their path; the whole model, by an empty one, if its blocks are not found."""
+    given = structure.record(model).get("recipe", {}).get("blocks")
+    if given is None and not has_blocks(model):
+        return {"": model}
+    path = blocks_path(model, given)
+    return {f"{path}.{name}": block for name, block in model.get_submodule(path).named_children()}
+
+
 def lora_config(settings: Settings, model: PreTrainedModel) -> LoraConfig:
-    """Returns peft's config of the adapter for ``model``."""
-    targets: str | list[str] | None = settings.target_modules
+    """Returns peft's config of the adapter for ``model``; without target modules, the linears of the blocks get one."""
+    linears, head = _adaptable(model), _name_of_head(model)
+    targets = settings.target_modules
     if targets is None:
-        targets = sorted(_last_names(_adaptable(model))) if has_fused_experts(model) else "all-linear"
+        targets = sorted(_last_names([name for name in linears if name != head]))
+    every = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    others = [name for name in every if name not in linears and _is_target(name, targets)]
     return LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
+        exclude_modules=others or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
@@ -162,15 +187,37 @@ def merge_adapter(model: PreTrainedModel) -> None:
     del model.peft_config
 
 
-def _adaptable(model: PreTrainedModel) -> list[str]:
-    """Returns the names of the linears that can have an adapter."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    if not has_fused_experts(model):
+def _adaptable(model: PreTrainedModel) -> set[str]:
+    """Returns the names of the linears that can have an adapter: those of the blocks, but for routers, and the head.
+
+    Linears of a vision tower are none of them.
+    """
+    blocks, head = decoder_blocks(model), _name_of_head(model)
+    linears = {
+        ".".join(part for part in (path, name) if part)
+        for path, block in blocks.items()
+        for name, linear in linears_of(block).items()
+        if isinstance(linear.module, (nn.Linear, Conv1D))
+    }
+    linears |= {head} if head else set()
+    if model.config.model_type in MAMBA:
+        linears = {name for name in linears if not name.endswith("out_proj")}
+    if not has_fused_experts(blocks.values()):
         return linears
     # In a mixture of experts peft applies the names gate_proj, up_proj and down_proj to the fused experts, even in
     # blocks with a plain MLP, and its adapter for experts computes the full matrix B A of every expert in each step.
-    return [name for name in linears if not name.endswith(("gate_proj", "up_proj", "down_proj", "lm_head"))]
+    return {name for name in linears if not name.endswith(("gate_proj", "up_proj", "down_proj")) and name != head}
 
 
-def _last_names(names: Sequence[str]) -> set[str]:
+def _name_of_head(model: PreTrainedModel) -> str | None:
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _is_target(name: str, targets: Sequence[str]) -> bool:
+    """Whether peft gives the module ``name`` an adapter."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def _last_names(names: Iterable[str]) -> set[str]:
     return {name.rsplit(".", 1)[-1] for name in names}

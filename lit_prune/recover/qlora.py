@@ -11,7 +11,7 @@ from lit_prune.errors import InputError, unknown_choice
 from lit_prune.models import structure
 from lit_prune.models.linears import has_fused_experts, linears_of
 from lit_prune.models.quantised import MULTIPLES, Quantization
-from lit_prune.recover.adapter import add_adapter, check_settings, check_targets, lora_config
+from lit_prune.recover.adapter import add_adapter, check_settings, check_targets, decoder_blocks, lora_config
 from lit_prune.recover.base import ExportForm, Recovery
 from lit_prune.recover.quantise import quantise
 
@@ -67,16 +67,22 @@ class QLoRA(Recovery):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises InputError for target modules that match nothing, fused experts, and sizes unsupported in 4 bits."""
-        if has_fused_experts(model):
+        blocks = decoder_blocks(model)
+        if has_fused_experts(blocks.values()):
             raise InputError(
                 "`pruning.recovery` must not be QLoRA for a mixture of fused experts, which bitsandbytes does not "
                 "quantise, and which are most of its weights: use LoRA or MaskedLoRA."
             )
         check_targets(self, model)
-        head = model.get_output_embeddings()
         if self._writes_4_bits:
-            linears = [linear for linear in linears_of(model).values() if linear.module is not head]
-            self._check_sizes({linear.name: tuple(linear.weight_OI.shape) for linear in linears})
+            head = model.get_output_embeddings()
+            shapes = {
+                f"{path}.{name}": tuple(linear.weight_OI.shape)
+                for path, block in blocks.items()
+                for name, linear in linears_of(block).items()
+                if linear.module is not head
+            }
+            self._check_sizes(shapes)
 
     def check_sliced(self) -> None:
         """Raises InputError for an export in 4 bits, since slices may have any width."""

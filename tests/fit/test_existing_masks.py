@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
@@ -37,8 +38,10 @@ def test_the_zeros_of_a_family_that_is_not_known_are_asked_for(
 ) -> None:
     dense, model = small_model(), pruned(batches)
     monkeypatch.delitem(FAMILIES, "llama")
+    for ambiguous in (dense, model):
+        ambiguous.model.others = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
     take_zeros(dense, None, LoRA())
-    with pytest.raises(InputError, match="`pruning.keep_zeros` must be given: 50.0%"):
+    with pytest.raises(InputError, match="`pruning.keep_zeros` must be given: 49.9%"):
         take_zeros(model, None, LoRA())
     for keep, recovery in ((True, LoRA()), (None, MaskedLoRA())):
         with pytest.raises(InputError, match="`pruning.blocks` must be given for the family 'llama'"):

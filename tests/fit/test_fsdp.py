@@ -89,6 +89,7 @@ def test_a_whole_model_is_itself() -> None:
 def test_an_unknown_family_is_refused(mesh: DeviceMesh) -> None:
     model = small_model()
     model.config.model_type = "strange"
+    model.config.num_hidden_layers = 7
     with pytest.raises(InputError, match="`pruning.blocks` must be given for the family 'strange'"):
         shard(model, mesh)
 

@@ -4,7 +4,6 @@ from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
 from lit_prune.models.families import FAMILIES, find_blocks
-from lit_prune.models.load import new_model
 from tests import conftest
 
 
@@ -69,14 +68,15 @@ def test_blocks_without_linears(model: PreTrainedModel) -> None:
         find_blocks(model)
 
 
-def test_a_family_without_an_entry_needs_only_its_blocks() -> None:
-    stranger = new_model(
-        {"model_type": "stablelm", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-        | {"num_attention_heads": 4, "num_key_value_heads": 4}
-    )
-    with pytest.raises(InputError, match=r"'stablelm', which is not one of falcon, .*, qwen3_moe: masks need only"):
+def test_a_list_of_the_right_length_that_is_not_alone_is_asked_for() -> None:
+    stranger = conftest.small_model("stablelm")
+    stranger.model.others = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(3)])
+    with pytest.raises(InputError, match=r"`pruning.blocks` must be given for .*'stablelm': .*model.layers, model.oth"):
         find_blocks(stranger)
-    assert len(find_blocks(stranger, blocks="model.layers")) == 2
+    assert len(find_blocks(stranger, blocks="model.layers")) == 3
+    del stranger.model.layers[2], stranger.model.others
+    with pytest.raises(InputError, match="of the model's lists of modules none has 3 with linears"):
+        find_blocks(stranger)
 
 
 @pytest.mark.parametrize(("path", "message"), [("model.leyers", "must be a path"), ("model.norm", "LlamaRMSNorm")])

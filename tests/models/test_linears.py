@@ -4,6 +4,7 @@ from torch import nn
 
 from lit_prune.errors import InputError
 from lit_prune.models.linears import linears_of, watching
+from lit_prune.recipe import Recipe
 from tests.conftest import small_model
 
 SEEN = list[tuple[str, torch.Tensor, torch.Tensor | None]]
@@ -76,11 +77,17 @@ def test_modules_are_as_before_afterwards() -> None:
     assert not any(module._forward_pre_hooks for module in layer.modules())
 
 
-def test_experts_of_another_layout_are_refused() -> None:
-    experts = block("mixtral").mlp.experts
-    experts.is_transposed = True
-    with pytest.raises(InputError, match=r"`model` must have experts of two fused parameters, .*MixtralExperts"):
-        linears_of(experts)
+def test_experts_of_another_layout_are_refused_unless_they_are_left_alone() -> None:
+    model = small_model("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.has_post_expert_norm = True
+    told = r"`model` must have experts of two fused parameters, .*MixtralExperts.*`--pruning.ignore '\[mlp.experts\]'`"
+    with pytest.raises(InputError, match=told):
+        Recipe().find(model)
+    for pattern in ("experts", "mlp.experts"):
+        linears = Recipe(ignore=[pattern]).find(model)[0].linears
+        assert set(linears) == {f"self_attn.{name}_proj" for name in "qkvo"}
+    assert set(Recipe(ignore=["experts"]).find(small_model("mixtral"))[0].linears) == set(linears)
 
 
 def test_convolutions_are_no_experts() -> None:

@@ -53,7 +53,7 @@ def test_training_lowers_the_loss_and_keeps_every_zero_to_the_reopened_folder(
     leaf: type[Recovery], family: str, dtype: torch.dtype, batches: list[torch.Tensor], tmp_path: Path
 ) -> None:
     model = small_model(family, **(WIDE if leaf.quantises else {})).to(dtype)  # type: ignore[arg-type]
-    if leaf.quantises and has_fused_experts(model):
+    if leaf.quantises and has_fused_experts(model.modules()):
         with pytest.raises(InputError, match=f"must not be {leaf.__name__} for a mixture of fused experts"):
             leaf().check(model)
         return
