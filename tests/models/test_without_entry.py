@@ -46,7 +46,7 @@ def test_masks_and_adapters(family: str) -> None:
         adapted(IDS[:1], labels=IDS[:1], use_cache=False).loss.backward()
         trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
         assert sum(bool(p.grad is not None and p.grad.any()) for p in trained.values()) >= len(blocks)
-        if leaf.folds_under_masks:
+        if isinstance(leaf, MaskedLoRA):
             for name, parameter in trained.items():
                 parameter.data += 0.01 * (".lora_B." in name)
             adapted = merged(adapted)

@@ -37,3 +37,14 @@ def test_lora_takes_the_matrices_of_gpt2() -> None:
     LoRA(target_modules=["c_attn"]).check(small_model("gpt2"))
     with pytest.raises(InputError, match="there are c_attn, c_fc, c_proj, lm_head"):
         LoRA(target_modules=["q_proj"]).check(small_model("gpt2"))
+
+
+@pytest.mark.parametrize("family", ["mamba2", "falcon_h1"])
+def test_lora_leaves_the_out_proj_of_mamba_alone(family: str) -> None:
+    model = small_model(family)
+    with pytest.raises(InputError, match="got 'out_proj'; .*; the kernels of Mamba read the weight of out_proj"):
+        LoRA(target_modules=["out_proj"]).check(model)
+    LoRA().attach(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("in_proj" in name for name in trained)
+    assert not any("out_proj" in name for name in trained)
