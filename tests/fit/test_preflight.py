@@ -7,7 +7,9 @@ import pytest
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
+from lit_prune.allocate import LayerRedundancy
 from lit_prune.checkpointing.record import RunRecord
 from lit_prune.checkpointing.resume import Resume
 from lit_prune.distill import Distillation, TopK
@@ -22,7 +24,9 @@ from lit_prune.fit.preflight import (
     check_without_weights,
     resume_settings,
 )
+from lit_prune.models.load import skeleton
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
+from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import Foreign, callback
 from tests.conftest import small_model
 
@@ -114,6 +118,14 @@ def test_names_and_adapters_are_checked_without_weights() -> None:
     with pytest.raises(InputError, match="target_modules"):
         check_without_weights(wrong, model, None, trains=True)
     check_without_weights(wrong, model, None, trains=False)
+
+
+def test_a_family_that_cannot_be_sliced_is_refused_before_its_blocks_are_asked_for() -> None:
+    ambiguous = skeleton(small_model("stablelm").config)
+    ambiguous.model.others = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+    plan = callback(method=Slicing(), sparsity=0.25, allocation=LayerRedundancy()).fit_plan
+    with pytest.raises(InputError, match="`pruning.method` Slicing cannot slice the family 'stablelm'"):
+        check_without_weights(plan, ambiguous, None, trains=True)
 
 
 def test_a_training_that_a_teacher_reads_ahead_has_its_length_among_the_settings() -> None:
