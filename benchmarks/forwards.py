@@ -37,7 +37,7 @@ from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.families import find_blocks
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import prune
-from lit_prune.prune import Magnitude, SparseGPT, Wanda
+from lit_prune.pruning import Magnitude, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
 

@@ -21,7 +21,7 @@ from lit_prune.calibration.cached_statistics import CachedStatistics, read_stati
 from lit_prune.files import atomic_write
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import score_with_statistics
-from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
+from lit_prune.pruning import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 
 Method = Magnitude | Wanda | SparseGPT

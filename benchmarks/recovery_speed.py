@@ -17,7 +17,7 @@ from jsonargparse import auto_cli
 from lit_prune.allocate import Uniform
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import prune
-from lit_prune.prune import Magnitude
+from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA
 

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser
 from resumable import Protocol, Results, Row
 
 from lit_prune.allocate import DLP, Allocation, Search, Uniform
-from lit_prune.prune import Wanda
+from lit_prune.pruning import Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.search import evolution
 

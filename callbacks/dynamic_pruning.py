@@ -26,7 +26,7 @@ from lit_prune.fit.rewire import ignore_masks_in_ddp, rewire
 from lit_prune.fit.run import PruningRun, attribute_at, find_model
 from lit_prune.pipeline import prune
 from lit_prune.progress import log
-from lit_prune.prune import Method
+from lit_prune.pruning import Method
 from lit_prune.random_states import random_states, restore_random_states
 from lit_prune.recipe import Recipe
 from lit_prune.recover import Recovery, freezes_zeros, restore_gradient_masks

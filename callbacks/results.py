@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
+from lit_prune.callbacks.loggers import log_results
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune import distributed
+from lit_prune.data.batches import validation_data
 from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import Measurement, measure
@@ -28,11 +30,9 @@ from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.export.run_folder import RunFolder
 from lit_prune.export.verify import check_trained
 from lit_prune.files import write_text
-from lit_prune.fit.batches import validation_data
 from lit_prune.fit.fsdp import gathered, is_sharded
 from lit_prune.fit.run import attribute_at
 from lit_prune.progress import log
-from lit_prune.report.loggers import log_results
 from lit_prune.report.report import Report
 from lit_prune.report.summary import summary
 from lit_prune.report.table import table

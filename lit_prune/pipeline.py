@@ -32,9 +32,9 @@ from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import evaluating
 from lit_prune.models import structure
-from lit_prune.models.digest import digest
 from lit_prune.models.families import Block
 from lit_prune.models.on_disk import check_offload_folder
+from lit_prune.models.tensors import digest
 from lit_prune.progress import log, track
 from lit_prune.recipe import Recipe, recipe_record
 

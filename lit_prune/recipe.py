@@ -15,7 +15,7 @@ from lit_prune.allocate.budget import Budget, Limits, sparsity_of_linears
 from lit_prune.errors import InputError
 from lit_prune.models.families import Block, check_experts_of, find_blocks
 from lit_prune.models.on_disk import on_disk
-from lit_prune.prune import Method, Wanda
+from lit_prune.pruning import Method, Wanda
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
-from lit_prune.prune import SparseGPT, Wanda
+from lit_prune.pruning import SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
 from tests.conftest import lively_model, small_model

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from lit_prune.callbacks.loggers import PICTURE, TABLE
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from lit_prune.masks.zeros import zeros
-from lit_prune.report.loggers import PICTURE, TABLE
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SMALL = ["--data.windows=48", "--data.tokens=32", "--data.batch_size=2", "--trainer.max_steps=24"]

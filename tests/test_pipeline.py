@@ -11,7 +11,7 @@ from lit_prune.errors import InputError
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune, score
-from lit_prune.prune import (
+from lit_prune.pruning import (
     Magnitude,
     MaskMethod,
     MixedNofM,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import lit_prune
-from lit_prune.prune import Wanda
+from lit_prune.pruning import Wanda
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
 
@@ -53,6 +53,8 @@ NAMES = [
     "Unstructured",
     "Wanda",
     "pipeline",
+    "prune",
+    "score",
 ]
 
 

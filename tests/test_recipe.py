@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import DLP, AlphaPruning, LayerRedundancy, Uniform
 from lit_prune.errors import InputError
 from lit_prune.pipeline import prune
-from lit_prune.prune import Magnitude, MixedNofM, Wanda
+from lit_prune.pruning import Magnitude, MixedNofM, Wanda
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.slice import Slicing
 

@@ -7,7 +7,7 @@ from benchmarks import reference
 from lit_prune.allocate import DLP, Uniform
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
-from lit_prune.prune import Magnitude, MaskMethod, SparseGPT, Wanda
+from lit_prune.pruning import Magnitude, MaskMethod, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from tests.conftest import small_model
 

@@ -30,7 +30,7 @@ from lit_prune.calibration.windows import Calibration
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.quantised import compute_exactly
-from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Unstructured, Wanda
+from lit_prune.pruning import Magnitude, MixedNofM, NofM, SparseGPT, Unstructured, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
 from lit_prune.schedule import Cubic, Linear
 from lit_prune.slice import Slicing

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from lit_prune.calibration.statistics import GRAM, INPUTS, BlockStatistics
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
-from lit_prune.models.digest import digest
 from lit_prune.models.families import Block
+from lit_prune.models.tensors import digest
 
 FILE = "statistics.safetensors"
 PACKAGES = ("lit_prune", "torch", "transformers")

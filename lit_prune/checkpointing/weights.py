@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune.errors import InputError
-from lit_prune.models.bits import pack_bits, unpack_bits
-from lit_prune.models.digest import digest
+from lit_prune.models.tensors import digest, pack_bits, unpack_bits
 
 
 @final

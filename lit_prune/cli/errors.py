@@ -17,7 +17,7 @@ from lit_prune.allocate import Allocation
 from lit_prune.errors import near_misses
 from lit_prune.export.formats import ExportFormat
 from lit_prune.files import disk_error
-from lit_prune.prune import Method, Pattern
+from lit_prune.pruning import Method, Pattern
 from lit_prune.recover import Recovery
 from lit_prune.schedule import Schedule
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import pkgutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning_utilities.core.enums import StrEnum  # noqa: E402
 
-import lit_prune.cli.plugins  # noqa: E402, F401 (short names)
+import lit_prune  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, find_callback  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
@@ -121,7 +123,7 @@ class LitPruneCLI(LightningCLI):
         parser.add_lightning_class_args(DynamicPruningCallback, "pruning")
         parser.set_defaults(
             {
-                "pruning.method": {"class_path": "lit_prune.prune.Wanda"},
+                "pruning.method": {"class_path": "lit_prune.pruning.Wanda"},
                 "pruning.allocation": {"class_path": "lit_prune.allocate.DLP"},
                 "pruning.recovery": {"class_path": "lit_prune.recover.LoRA"},
             }
@@ -244,3 +246,13 @@ def _quieten() -> None:
         logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in ADVICE))
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message)
+
+
+def import_subpackages() -> None:
+    """Imports all subpackages of lit_prune, whose ``__init__`` import the classes that have short names."""
+    for module in pkgutil.iter_modules(lit_prune.__path__, "lit_prune."):
+        if module.ispkg and module.name != "lit_prune.cli":
+            importlib.import_module(module.name)
+
+
+import_subpackages()  # jsonargparse resolves the short name of a class that has been imported

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
 from lit_prune.callbacks.results import ResultsCallback, find_callback, print_tables
+from lit_prune.data.batches import calibration_batches, statistics_key, validation_data
 from lit_prune.errors import InputError
 from lit_prune.export.plan import check_merge
 from lit_prune.files import write_text
-from lit_prune.fit.batches import calibration_batches, statistics_key, validation_data
 from lit_prune.fit.cut import CutInputs, measured_cut
 from lit_prune.fit.preflight import check_cached_statistics
 from lit_prune.models.on_disk import offload_folder, on_disk, placed

@@ -1,7 +1,7 @@
 """Text and conversations as token windows, and the loaders that a resumed run continues."""
 
 from lit_prune.data.base import DatasetKind, Source
-from lit_prune.data.conversations import ConversationData, Instructions
+from lit_prune.data.chat.conversations import ConversationData, Instructions
 from lit_prune.data.sources import HubDataset, LocalFiles, PythonDocs
 from lit_prune.data.text import TextData
 

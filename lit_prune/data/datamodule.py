@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig
 from lit_prune import distributed
 from lit_prune.calibration.windows import Windows
 from lit_prune.data.base import DatasetKind, Items, Part, Source, WindowSizes
-from lit_prune.data.chat_template import set_chat_template
-from lit_prune.data.conversations import ConversationData, Instructions
+from lit_prune.data.chat.conversations import ConversationData, Instructions
+from lit_prune.data.chat.template import set_chat_template
 from lit_prune.data.files import FileList, check_encoding_name
 from lit_prune.data.loaders import PaddedDataset, ResumableLoader, ShardedSampler
 from lit_prune.data.sources import HubDataset, LocalFiles, PythonDocs

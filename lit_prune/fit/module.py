@@ -24,7 +24,7 @@ from lit_prune.fit.learning_rate import warm_up_and_cosine, warm_up_steps
 from lit_prune.models.load import Dtype, architecture_config, load_config, load_model, new_model
 from lit_prune.progress import log
 from lit_prune.recover import Snapshot
-from lit_prune.recover.float32 import adamw
+from lit_prune.recover.layers.float32 import adamw
 
 Batch = dict[str, Tensor]
 

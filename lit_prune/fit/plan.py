@@ -14,11 +14,11 @@ from lit_prune.calibration.cached_statistics import CachedStatistics
 from lit_prune.calibration.windows import Calibration
 from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
-from lit_prune.fit.existing_masks import check_kept, check_unfilled, take_zeros
 from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.recover import Recovery
+from lit_prune.recover.existing_masks import check_kept, check_unfilled, take_zeros
 from lit_prune.schedule import Cut
 
 

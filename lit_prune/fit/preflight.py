@@ -13,10 +13,10 @@ from lit_prune import distributed
 from lit_prune.calibration.windows import Batch
 from lit_prune.checkpointing.resume import Resume
 from lit_prune.checkpointing.settings import PROCESSES, Settings, run_settings
+from lit_prune.data.batches import calibration_settings, statistics_key
 from lit_prune.data.datamodule import TextDataModule
 from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
-from lit_prune.fit.batches import calibration_settings, statistics_key
 from lit_prune.fit.plan import FitPlan
 from lit_prune.pipeline import check_expected_statistics, check_statistics
 

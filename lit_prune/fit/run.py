@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 from lit_prune.checkpointing.record import RunRecord, Settings
 from lit_prune.checkpointing.resume import Resume
 from lit_prune.checkpointing.weights import SourceWeights
+from lit_prune.data.batches import ValidationData, calibration_batches, validation_data
 from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.fit.baseline import measure_baseline
-from lit_prune.fit.batches import ValidationData, calibration_batches, validation_data
 from lit_prune.fit.cut import CutInputs, MeasuredCut, measured_cut
-from lit_prune.fit.existing_masks import attach
 from lit_prune.fit.fsdp import check_unsharded
 from lit_prune.fit.plan import FitPlan
 from lit_prune.fit.preflight import check_cached_statistics
@@ -29,6 +28,7 @@ from lit_prune.models import structure
 from lit_prune.models.on_disk import placed
 from lit_prune.progress import log
 from lit_prune.recover import Snapshot, gradient_masks
+from lit_prune.recover.existing_masks import attach
 from lit_prune.report.plain import to_plain
 from lit_prune.report.records import Baseline, CutRecord, Record, with_perplexity
 from lit_prune.schedule import Cut

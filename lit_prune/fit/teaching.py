@@ -11,10 +11,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lit_prune.checkpointing.record import TeacherRecord
+from lit_prune.data.batches import training_windows
 from lit_prune.distill import DenseModel, Distillation, DistillationHook, Student
 from lit_prune.errors import InputError
-from lit_prune.fit.batches import training_windows
-from lit_prune.models.digest import digest
+from lit_prune.models.tensors import digest
 
 
 class Teaching:

@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from lit_prune.models import structure
-from lit_prune.models.bits import pack_bits, unpack_bits
 from lit_prune.models.families import find_blocks
+from lit_prune.models.tensors import pack_bits, unpack_bits
 
 
 class GradientMask:

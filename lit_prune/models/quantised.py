@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.models.bits import pack_bits, unpack_bits
+from lit_prune.models.tensors import pack_bits, unpack_bits
 
 Quantization = Literal["nf4", "fp4", "int8"]
 MASK = "mask_bits"

@@ -18,9 +18,9 @@ from lit_prune.models import structure
 from lit_prune.models.families import blocks_path, has_blocks
 from lit_prune.models.linears import has_fused_experts, linears_of
 from lit_prune.models.quantised import Linear4bit, Linear8bit, dequantised, is_quantised
-from lit_prune.recover.float32 import Float32Linear
-from lit_prune.recover.masked_linear import MaskedLayer, MaskedLinear
-from lit_prune.recover.masked_quantised import MaskedQuantised
+from lit_prune.recover.layers.float32 import Float32Linear
+from lit_prune.recover.layers.masked_linear import MaskedLayer, MaskedLinear
+from lit_prune.recover.layers.masked_quantised import MaskedQuantised
 
 # Families whose kernels multiply by the weight of out_proj without calling the module, so that peft refuses an adapter
 MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})

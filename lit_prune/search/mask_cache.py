@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.calibration.windows import Batch
-from lit_prune.models.bits import pack_bits, unpack_bits
 from lit_prune.models.families import Block
+from lit_prune.models.tensors import pack_bits, unpack_bits
 from lit_prune.search.trial import Trial
 
 Weights = dict[str, Tensor]

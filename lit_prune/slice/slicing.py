@@ -33,7 +33,7 @@ from lit_prune.models.modeling_sliced import (
 )
 from lit_prune.models.structure import add_structure
 from lit_prune.progress import log, track
-from lit_prune.prune.base import Method, Propagate
+from lit_prune.pruning.base import Method, Propagate
 from lit_prune.search.trial import Trial, model_on_device
 from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
 from lit_prune.slice.sizes import check_multiple, rates_from_sizes, sizes_from_rates

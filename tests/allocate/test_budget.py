@@ -12,7 +12,7 @@ from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
-from lit_prune.prune import Magnitude
+from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
 from tests.conftest import small_model

@@ -20,7 +20,7 @@ from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import prune, score
-from lit_prune.prune import Magnitude, Method, MixedNofM, NofM, SparseGPT, Wanda
+from lit_prune.pruning import Magnitude, Method, MixedNofM, NofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
 from tests.conftest import lively_model, small_model

@@ -13,7 +13,7 @@ from lit_prune.calibration.cached_statistics import FILE, CachedStatistics, key_
 from lit_prune.calibration.statistics import COSINE, GRAM, INPUTS
 from lit_prune.errors import InputError
 from lit_prune.pipeline import check_expected_statistics, check_statistics, prune, score, score_with_statistics
-from lit_prune.prune import Magnitude, SparseGPT, Wanda
+from lit_prune.pruning import Magnitude, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
 from tests.conftest import FAMILIES, small_model

@@ -17,7 +17,7 @@ from lit_prune.calibration.windows import Calibration
 from lit_prune.errors import InputError
 from lit_prune.models.families import find_blocks
 from lit_prune.models.quantised import compute_exactly, is_quantised, mask
-from lit_prune.prune import NofM, Wanda
+from lit_prune.pruning import NofM, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Recovery, adapter_config
 from lit_prune.recover.merge import without_adapter
 from lit_prune.slice import Slicing

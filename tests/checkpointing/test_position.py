@@ -13,7 +13,7 @@ from lit_prune.callbacks import DynamicPruningCallback, RunCheckpoint
 from lit_prune.calibration.windows import Calibration
 from lit_prune.data.loaders import ResumableLoader
 from lit_prune.fit.module import PrunableLM
-from lit_prune.prune import Wanda
+from lit_prune.pruning import Wanda
 from lit_prune.recover import MaskedLoRA
 from tests.checkpointing.test_resume import Kill, Killed, assert_same, ended
 from tests.conftest import SMALL

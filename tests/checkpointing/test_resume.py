@@ -15,7 +15,7 @@ from lit_prune.cli.main import main
 from lit_prune.data.datamodule import TextDataModule
 from lit_prune.errors import InputError
 from lit_prune.fit.module import PrunableLM
-from lit_prune.prune import Magnitude, SparseGPT, Wanda
+from lit_prune.pruning import Magnitude, SparseGPT, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Snapshot
 from lit_prune.slice import Slicing
 

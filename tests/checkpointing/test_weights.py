@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from lit_prune.checkpointing.weights import DroppedWeight, SourceWeights, restore_weights
 from lit_prune.errors import InputError
 from lit_prune.pipeline import prune
-from lit_prune.prune import MaskMethod, Method, Wanda
+from lit_prune.pruning import MaskMethod, Method, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, Snapshot
 from tests.conftest import small_model

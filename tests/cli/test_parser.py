@@ -1,12 +1,14 @@
 """The arguments, their defaults, and the configuration that a run writes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lit_prune.cli.main import main
-from lit_prune.prune import SparseGPT
+from lit_prune.pruning import SparseGPT
 from tests.cli.conftest import report, run
 
 
@@ -119,3 +121,13 @@ def test_a_callback_with_an_enum_as_default_is_written_to_the_configuration() ->
     with pytest.raises(SystemExit) as ended:
         main(["fit", "--config=runs/x/config.yaml", "--print_config"])
     assert ended.value.code == 0
+
+
+def test_short_names_of_every_room_are_known() -> None:
+    program = (
+        "import lit_prune.cli.parser\n"
+        "from lit_prune.pruning.base import Method\n"
+        "print(*sorted(kind.__name__ for kind in Method.__subclasses__()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Slicing" in done.stdout.split()

@@ -277,7 +277,7 @@ def test_a_prune_on_disk_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPat
     def broken(*args: object) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("lit_prune.prune.Wanda.score", broken)
+    monkeypatch.setattr("lit_prune.pruning.Wanda.score", broken)
     with pytest.raises(RuntimeError, match="out of luck"):
         run("prune", "--output=runs/x", "--model.dtype=auto", "--model.on_disk=true")
     assert sorted(path.name for path in Path().iterdir()) == ["empty.yaml", "prunning.yaml", "train.txt", "val.txt"]

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import Uniform
 from lit_prune.distill import DenseModel, Student, Teacher, TeacherState
 from lit_prune.pipeline import prune
-from lit_prune.prune import SparseGPT
+from lit_prune.pruning import SparseGPT
 from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
 from lit_prune.slice import Slicing

@@ -7,7 +7,7 @@ import torch
 
 from lit_prune.allocate import Uniform
 from lit_prune.distill import Copy, SparseDelta, Student
-from lit_prune.prune import Magnitude
+from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA
 from tests.conftest import small_model

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from lit_prune.distill import Copy, Distillation, DistillationHook
 from lit_prune.errors import InputError
 from lit_prune.pipeline import prune
-from lit_prune.prune import Wanda
+from lit_prune.pruning import Wanda
 from lit_prune.recipe import Recipe
 from tests.conftest import small_model
 from tests.distill.cases import IDS, STUDENTS, kept

@@ -19,7 +19,7 @@ from lit_prune.evaluation.tasks import HarnessSettings, Tasks, describe, names_o
 from lit_prune.models.load import load_model, load_tokenizer
 from lit_prune.models.quantised import quantisation
 from lit_prune.pipeline import prune
-from lit_prune.prune import Wanda
+from lit_prune.pruning import Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA, adapter_config
 from lit_prune.slice import Slicing

@@ -18,7 +18,7 @@ from lit_prune.export.formats import HuggingFace
 from lit_prune.export.plan import ExportPlan
 from lit_prune.export.verify import Verification, check_trained, verify
 from lit_prune.pipeline import prune
-from lit_prune.prune import Magnitude
+from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Recovery
 from lit_prune.slice import Slicing

@@ -7,7 +7,7 @@ from lit_prune.evaluation.perplexity import measure
 from lit_prune.fit.baseline import measure_baseline
 from lit_prune.models import structure
 from lit_prune.pipeline import prune
-from lit_prune.prune import Magnitude
+from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA
 from tests.conftest import small_model

@@ -10,7 +10,7 @@ from lit_prune.evaluation.sizes import parameters
 from lit_prune.fit.cut import CutInputs
 from lit_prune.masks.zeros import zeros
 from lit_prune.pipeline import score_with_statistics
-from lit_prune.prune import Magnitude, Wanda
+from lit_prune.pruning import Magnitude, Wanda
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.slice import Slicing
 from tests.conftest import small_model

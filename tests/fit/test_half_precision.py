@@ -10,9 +10,9 @@ from lit_prune.calibration.windows import Calibration
 from lit_prune.data.datamodule import TextDataModule
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.fit.module import PrunableLM
-from lit_prune.prune import Wanda
+from lit_prune.pruning import Wanda
 from lit_prune.recover import FullFineTuning
-from lit_prune.recover.float32 import MasterAdamW
+from lit_prune.recover.layers.float32 import MasterAdamW
 from tests.conftest import SMALL
 
 ARCHITECTURE = {"model_type": "llama", **SMALL, "vocab_size": 4096}

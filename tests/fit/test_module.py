@@ -10,7 +10,7 @@ from lit_prune.data.datamodule import TextDataModule
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.fit.module import PrunableLM
-from lit_prune.prune import Wanda
+from lit_prune.pruning import Wanda
 from lit_prune.recover import MaskedLoRA
 from tests.conftest import SMALL
 

@@ -10,7 +10,7 @@ from lit_prune.calibration.windows import Calibration
 from lit_prune.errors import InputError
 from lit_prune.fit.plan import FitPlan
 from lit_prune.models import structure
-from lit_prune.prune import NofM, Wanda
+from lit_prune.pruning import NofM, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
 from lit_prune.schedule import Cut

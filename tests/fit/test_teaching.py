@@ -12,13 +12,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks import DynamicPruningCallback
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
+from lit_prune.data.batches import training_windows
 from lit_prune.data.loaders import ResumableLoader
 from lit_prune.data.text import PackedWindows
 from lit_prune.distill import Copy, Distillation, SparseDelta, TopK
 from lit_prune.errors import InputError
-from lit_prune.fit.batches import training_windows
 from lit_prune.models import structure
-from lit_prune.prune import SparseGPT, Wanda
+from lit_prune.pruning import SparseGPT, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader

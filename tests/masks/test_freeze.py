@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import Uniform
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
-from lit_prune.prune import Magnitude, NofM, Wanda
+from lit_prune.pruning import Magnitude, NofM, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, Snapshot, gradient_masks, restore_gradient_masks
 from tests.conftest import small_model

@@ -19,7 +19,7 @@ from lit_prune.models.families import find_blocks
 from lit_prune.models.load import load_model
 from lit_prune.models.on_disk import offload_folder, on_disk
 from lit_prune.pipeline import prune, score
-from lit_prune.prune import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
+from lit_prune.pruning import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
 from tests.conftest import FAMILIES, export, lively_model

@@ -13,7 +13,7 @@ from lit_prune.models.families import find_blocks
 from lit_prune.models.linears import has_fused_experts
 from lit_prune.models.quantised import compute_exactly, mask
 from lit_prune.pipeline import prune
-from lit_prune.prune import NofM, Wanda
+from lit_prune.pruning import NofM, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA, Recovery, Snapshot
 from lit_prune.recover.merge import without_adapter

@@ -18,7 +18,6 @@ from lit_prune.evaluation.sizes import full_bytes, parameters, pruned, size_byte
 from lit_prune.export.formats import HuggingFace
 from lit_prune.export.plan import ExportPlan, check_merge, form_of
 from lit_prune.export.verify import verify
-from lit_prune.fit.existing_masks import attach, check_kept, take_zeros
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
@@ -26,7 +25,8 @@ from lit_prune.models.quantised import compute_exactly, dequantised, mask, quant
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Snapshot, adapter_config
-from lit_prune.recover.masked_quantised import MaskedQuantised
+from lit_prune.recover.existing_masks import attach, check_kept, take_zeros
+from lit_prune.recover.layers.masked_quantised import MaskedQuantised
 from lit_prune.recover.merge import without_adapter
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import callback, fit

@@ -8,7 +8,7 @@ import torch
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, Snapshot, adapter_config
-from lit_prune.recover.masked_linear import MaskedLinear
+from lit_prune.recover.layers.masked_linear import MaskedLinear
 from tests.conftest import small_model
 
 ADAPTERS: list[type[LoRA] | type[MaskedLoRA]] = [LoRA, MaskedLoRA]

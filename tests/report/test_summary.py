@@ -10,7 +10,7 @@ from lit_prune.evaluation.sizes import parameters
 from lit_prune.export.plan import ExportPlan
 from lit_prune.fit.baseline import measure_baseline
 from lit_prune.fit.cut import CutInputs
-from lit_prune.prune import Magnitude
+from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.recover import LoRA, MaskedLoRA
 from lit_prune.report.records import CutRecord

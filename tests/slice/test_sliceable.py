@@ -8,7 +8,7 @@ from lit_prune.allocate import Uniform
 from lit_prune.errors import InputError
 from lit_prune.models.modeling_sliced import SLICED
 from lit_prune.pipeline import prune
-from lit_prune.prune import Wanda
+from lit_prune.pruning import Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
 from lit_prune.slice.sliceable import check_sliceable

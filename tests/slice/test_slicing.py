@@ -13,7 +13,7 @@ from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
 from lit_prune.models.modeling_sliced import SLICED, SlicedCausalLM, SlicedNorm
 from lit_prune.pipeline import prune, score
-from lit_prune.prune import Wanda
+from lit_prune.pruning import Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA
 from lit_prune.slice import Slicing

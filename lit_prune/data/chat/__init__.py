@@ -1,0 +1,1 @@
+"""Conversations as training data: their layouts, chat templates, labels of the answers, packing."""

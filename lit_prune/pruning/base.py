@@ -1,0 +1,336 @@
+"""The interface of pruning methods, and the base classes of those that set weights to zero."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_prune.allocate.base import Allocation, meet_budget
+from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
+from lit_prune.calibration.stream import Stream, observe, on_device
+from lit_prune.calibration.windows import Batch
+from lit_prune.masks.zeros import zeros
+from lit_prune.models import structure
+from lit_prune.models.families import Block
+from lit_prune.progress import track
+from lit_prune.pruning.patterns import Pattern, Unstructured
+from lit_prune.search.mask_cache import MaskedTrial, mask_cache
+from lit_prune.search.trial import Trial, model_on_device
+
+Propagate = Literal["dense", "pruned"]
+
+
+class Method(ABC):
+    """A way to remove from every block of a model the share that its rate says, by masks or otherwise.
+
+    Attributes:
+        needs: The kinds of statistics that the method reads, see ``lit_prune.calibration.statistics``.
+        needs_text: Whether the method reads the calibration text beyond these, from the stream of :meth:`apply`.
+        propagate: `dense`: scoring and pruning both use the statistics of one pass over the unpruned model. `pruned`:
+            a block's statistics are collected behind the blocks that are already pruned, which takes more passes.
+        chooses_linears: Whether `targets` and `ignore` apply to the method.
+        makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
+        changes_shapes: Whether the method changes the shapes of weights, and with them the model's parameter count and
+            speed. Such a method records a ``Structure``, which reports and checkpoints read.
+        keeps_values: Whether weights that are not removed keep their values, bit for bit.
+        supports_search: Whether the method implements :meth:`trial`, which an allocation that searches needs.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    needs_text: ClassVar[bool] = False
+    chooses_linears: ClassVar[bool] = True
+    makes_zeros: ClassVar[bool] = False
+    changes_shapes: ClassVar[bool] = False
+    keeps_values: ClassVar[bool] = False
+    supports_search: ClassVar[bool] = False
+    propagate: Propagate = "dense"
+
+    def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
+        """Raises InputError if the method cannot prune ``model`` to ``sparsity``; ``model`` is not changed."""
+
+    def check_rates(  # noqa: B027 (most support any rates)
+        self, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
+        """Raises InputError if the method does not support the rates that ``allocation`` gives."""
+
+    def repeats(self) -> bool:
+        """Returns whether a model that the method has cut can be cut again, to a higher sparsity."""
+        return True
+
+    @abstractmethod
+    def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        """Returns the size of each block in the unit of its rate: weights, dimensions, channels or blocks.
+
+        `sparsity` is the mean of the rates, weighted by these sizes.
+        """
+
+    def current_rate(self, block: Block) -> float:
+        """Returns the share that earlier cuts have removed from ``block``, which counts toward its rate."""
+        return 0.0
+
+    def max_rate(self, model: PreTrainedModel) -> float:
+        """Returns the largest rate that a block of ``model`` can have."""
+        return 1.0
+
+    def bounds(self, least: float, most: float) -> tuple[float, float]:
+        """Returns the smallest and the largest rate between ``least`` and ``most`` that the method supports."""
+        return least, most
+
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns the supported rates that are closest to the allocated ``rates``."""
+        return list(rates)
+
+    def rounding(self, blocks: Sequence[Block]) -> float:
+        """Returns how far a cut may exceed the sparsity because the method supports only some rates."""
+        return 0.0
+
+    @abstractmethod
+    def apply(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        rates: Sequence[float],
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        stream: Callable[[], Stream],
+    ) -> list[float]:
+        """Prunes every block of ``model`` in place, and returns the share that has been removed from each.
+
+        Args:
+            model: The causal LM, in eval mode.
+            blocks: Its blocks.
+            rates: The share to remove from each block.
+            statistics: Statistics of each block of the unpruned model; if ``propagate`` is dense, all that ``needs``
+                names.
+            device: Device on which a block computes.
+            stream: Returns a stream of the calibration batches that begins at the first block's input.
+        """
+
+    def trial(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        batches: Sequence[Batch],
+    ) -> AbstractContextManager[Trial]:
+        """Returns a context manager that gives a trial of rates, and restores ``model`` at its end.
+
+        Args:
+            model: The causal LM, in eval mode.
+            blocks: Its blocks.
+            statistics: Statistics of each block of the unpruned model, all that ``needs`` names.
+            device: Device on which the whole model runs meanwhile.
+            batches: The calibration batches.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no trial, and `supports_search` is {self.supports_search}"
+        )
+
+
+class MaskMethod(Method):
+    """A method that sets weights to zero; linears that share an input are pruned together.
+
+    A subclass declares `pattern` and `propagate` as fields whose default is None, which is replaced here: jsonargparse
+    accepts no instance of a subclass as a default, and when a user switches to another method that has an argument of
+    the same name, it carries over every default but None.
+
+    Attributes:
+        pattern: The sparsity pattern: which entries of a weight may be zero together.
+        default_propagate: The value that replaces a ``propagate`` of None.
+    """
+
+    makes_zeros: ClassVar[bool] = True
+    supports_search: ClassVar[bool] = True
+    pattern: Pattern = Unstructured()
+    default_propagate: ClassVar[Propagate] = "dense"
+
+    def __post_init__(self) -> None:
+        if self.pattern is None:
+            object.__setattr__(self, "pattern", Unstructured())
+        if self.propagate is None:
+            object.__setattr__(self, "propagate", self.default_propagate)
+
+    @abstractmethod
+    def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:
+        """Returns copies of the weights in which the removed entries are exactly 0.
+
+        round(numel * rate) entries of each weight are removed, or as many of each group as the pattern prescribes.
+
+        Args:
+            weights: Weights of linears that share an input (q, k, v; gate, up), each (out, in), contiguous.
+            statistics: Statistics of that input, all that ``needs`` names, on the weights' device.
+            rate: Share to remove, in [0, 1].
+        """
+
+    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+        """Raises InputError if the pattern does not support such rates or does not fit a linear."""
+        columns = {
+            f"{name} of block {block.index}": linear.weight_OI.shape[1]
+            for block in blocks
+            for name, linear in block.linears.items()
+        }
+        self.pattern.check(allocation, sparsity, columns)
+
+    def repeats(self) -> bool:
+        """Returns whether weights with the pattern can be pruned further in it."""
+        return self.pattern.repeats
+
+    def bounds(self, least: float, most: float) -> tuple[float, float]:
+        """Returns the smallest and the largest rate between ``least`` and ``most`` that the pattern supports."""
+        return self.pattern.bounds(least, most)
+
+    def rounding(self, blocks: Sequence[Block]) -> float:
+        """Returns half the largest granularity plus half a weight per linear, as a share of all weights."""
+        sizes = [block.size for block in blocks]
+        granularity = max(self.pattern.granularity(size) for size in sizes)
+        return (granularity + sum(len(block.linears) for block in blocks)) / 2 / sum(sizes)
+
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns the rates closest to ``rates`` that the pattern supports."""
+        return self.pattern.rates(rates, sizes)
+
+    def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        """Returns the number of prunable weights of each block."""
+        return [block.size for block in blocks]
+
+    def current_rate(self, block: Block) -> float:
+        """Returns the share of the block's prunable weights that is exactly zero."""
+        zero, total = zeros(linear.weight_OI for linear in block.linears.values())
+        return zero / total
+
+    @torch.no_grad()
+    def apply(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        rates: Sequence[float],
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        stream: Callable[[], Stream],
+    ) -> list[float]:
+        """Prunes one block after the other; see :meth:`Method.apply`."""
+        pruned_stream = stream() if self.needs and self.propagate == "pruned" else None
+        for block, rate in zip(track(blocks, "Pruning blocks"), rates, strict=True):
+            with on_device(block, device, changes=True):
+                if pruned_stream is None:
+                    block_statistics = statistics[block.index]
+                else:
+                    block_statistics = observe(pruned_stream, block, self.needs, advance=False)
+                for group in groups_of(block, block_statistics, self._rates_of_linears(block, rate)):
+                    group.write(self.prune(group.weights, group.statistics, group.rate))
+                del block_statistics, group  # frees the Gram matrices before those of the next block are allocated
+                if pruned_stream is not None and block is not blocks[-1]:
+                    pruned_stream.run(block)
+        structure.write(model, masked=True)
+        return [self.current_rate(block) for block in blocks]
+
+    @contextmanager
+    def trial(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        batches: Sequence[Batch],
+    ) -> Iterator[Trial]:
+        """Runs ``model`` itself, with pruned weights swapped into its blocks; see :meth:`Method.trial`.
+
+        They are pruned by the statistics of the unpruned model even if ``propagate`` is pruned: SparseGPT then needs
+        the Gram matrices of all blocks at once (see its `propagate`).
+        """
+
+        def pruned(block: Block, rate: float) -> dict[str, Tensor]:
+            weights: dict[str, Tensor] = {}
+            for group in groups_of(block, statistics[block.index], self._rates_of_linears(block, rate)):
+                weights |= zip(group.names, self.prune(group.weights, group.statistics, group.rate), strict=True)
+            return weights
+
+        granularity = [self.pattern.granularity(block.size) for block in blocks]
+        with model_on_device(model, device), mask_cache(blocks, pruned) as cache:
+            yield MaskedTrial(model, batches, cache, granularity)
+
+    def _rates_of_linears(self, block: Block, rate: float) -> dict[str, float]:
+        """Returns the rate of each linear, with mean ``rate``: if one is sparser already, the others lose less.
+
+        A pattern with groups of columns gives every linear ``rate``: of an N per linear no mean could be met exactly.
+        A linear that is sparser already keeps its zeros, and the block then exceeds ``rate``.
+        """
+        sizes = {name: linear.size for name, linear in block.linears.items()}
+        current = {name: linear.pruned / linear.size for name, linear in block.linears.items()}
+        # a linear that exceeds the rate by the rounding of one weight is not sparser: all keep the same rate
+        if self.pattern.columns is not None or all(current[name] <= rate + 1 / sizes[name] for name in sizes):
+            return dict.fromkeys(sizes, rate)
+        lower = list(current.values())
+        rates = meet_budget(
+            lambda amount: [amount] * len(sizes), rate, sizes=list(sizes.values()), lower=lower, upper=1.0
+        )
+        return dict(zip(sizes, rates, strict=True))
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """The linears of a block that share an input and are pruned at the same rate.
+
+    Attributes:
+        block: The block.
+        names: Names of the linears.
+        weights: Their weights, each (out, in), contiguous.
+        statistics: Statistics of their input.
+        rate: Share to remove from each.
+    """
+
+    block: Block
+    names: Sequence[str]
+    weights: Sequence[Tensor]
+    statistics: InputStatistics
+    rate: float
+
+    def write(self, weights: Iterable[Tensor]) -> None:
+        """Replaces the weights of the linears by ``weights``."""
+        for name, weight_OI in zip(self.names, weights, strict=True):
+            self.block.linears[name].write(weight_OI)
+
+
+def groups_of(block: Block, statistics: BlockStatistics, rates: Mapping[str, float]) -> Iterator[LinearGroup]:
+    """Yields the linears of ``block`` in groups that share an input and a rate."""
+    for shared in statistics.groups(block.linears):
+        inputs = statistics.input_of(shared[0])
+        for rate in sorted({rates[name] for name in shared}):
+            names = [name for name in shared if rates[name] == rate]
+            weights = [block.linears[name].weight_OI.contiguous() for name in names]
+            yield LinearGroup(block, names, weights, inputs.to(weights[0].device), rate)
+
+
+class ScoredMethod(MaskMethod):
+    """A mask method that scores every weight on its own, and removes those with the smallest scores.
+
+    Attributes:
+        by_row: Whether scores are compared within each output row, not over the whole matrix.
+    """
+
+    keeps_values: ClassVar[bool] = True
+    by_row: ClassVar[bool]
+
+    @abstractmethod
+    def score(self, weight_OI: Tensor, statistics: InputStatistics) -> Tensor:
+        """Returns the score of every entry, float32, at least 0; larger scores are kept."""
+
+    def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:
+        """Returns each weight with the entries of the smallest scores set to 0; pruned entries stay 0 and count."""
+        pruned = []
+        for weight_OI in weights:
+            score_OI = self.score(weight_OI, statistics).masked_fill(weight_OI == 0, -1)
+            pruned.append(torch.where(self.pattern.keep(score_OI, rate, by_row=self.by_row), weight_OI, 0))
+        return pruned
