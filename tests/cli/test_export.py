@@ -109,7 +109,7 @@ def test_export_in_half_precision_and_of_slices() -> None:
         (["--ckpt_path=runs/x/checkpoints/last.ckpt", "--pruning.sparsity=0.3"], "`pruning.sparsity` must be what"),
         (
             ["--ckpt_path=runs/x/checkpoints/last.ckpt", "--model.pretrained=other"],
-            "`model.pretrained` must be the model that the checkpoint was made from; the weights do not fit",
+            "`model.pretrained` must be the model that the checkpoint was made from; its weight",
         ),
     ],
 )
