@@ -31,6 +31,7 @@ from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import evaluating
+from lit_prune.masks.zeros import MASK_SHARE
 from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.models.on_disk import check_offload_folder
@@ -235,7 +236,8 @@ def _score(
     begin = time.perf_counter()
     with evaluating(model):
         scores, statistics = _score_blocks(model, blocks, batches, recipe, device, needs, cached)
-    before = limits.current_sparsity if limits.current_sparsity >= MIN_SPARSITY_BEFORE else 0.0
+    threshold = MIN_SPARSITY_BEFORE if structure.record(model) else MASK_SHARE
+    before = limits.current_sparsity if limits.current_sparsity >= threshold else 0.0
     if before:
         log(f"{before:.1%} of the weights to prune are pruned already: they stay so, and count toward the sparsity.")
     refined = _refine(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import InputError
-from lit_prune.masks.zeros import pruned_blocks, share_of_zeros, zeros
+from lit_prune.masks.zeros import MASK_SHARE, pruned_blocks, share_of_zeros, zeros
 from lit_prune.models import structure
 from lit_prune.models.families import blocks_path, find_blocks, has_blocks
 from lit_prune.models.quantised import quantisation
@@ -21,7 +21,7 @@ from lit_prune.progress import log
 from lit_prune.recover import LoRA, Recovery, adapter_config, train_adapter
 from lit_prune.recover.merge import without_adapter
 
-NOTICEABLE = 0.05  # share of zeros in the linears that no dense model has
+EARLIER_CUT_SHARE = 0.05  # share of zeros of a linear above which an earlier cut of a masked model may have made them
 
 
 def take_zeros(
@@ -57,7 +57,7 @@ def take_zeros(
             )
         return
     share = _zero_share(model, blocks)
-    if keep is None or (keep is False and share >= NOTICEABLE):
+    if keep is None or (keep is False and share >= MASK_SHARE):
         keep = _keeps_zeros(share, keep, recovery, trains=_trains(model, recovery))
     if not keep:
         return
@@ -74,7 +74,7 @@ def _keeps_zeros(share: float, keep: bool | None, recovery: Recovery | None, *, 
     keeps_zeros = recovery is not None and recovery.merge_keeps_zeros
     if keep is False and keeps_zeros:
         raise InputError(f"`pruning.keep_zeros` must not be false with {recovery}, which keeps zeros; use LoRA.")
-    if keep is False or share < NOTICEABLE or not trains:
+    if keep is False or share < MASK_SHARE or not trains:
         return False
     if not keeps_zeros:
         raise InputError(
@@ -163,7 +163,7 @@ def _fills(model: PreTrainedModel) -> bool:
     blocks = find_blocks(model, blocks=(structure.record(model).get("recipe") or {}).get("blocks"), quantised=True)
     return any(
         linear.parameter.requires_grad
-        and (id(linear.parameter) in recorded or linear.pruned >= NOTICEABLE * linear.size)
+        and (id(linear.parameter) in recorded or linear.pruned >= EARLIER_CUT_SHARE * linear.size)
         for block in blocks
         for linear in block.linears.values()
     )
