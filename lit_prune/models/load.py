@@ -6,15 +6,17 @@ minute and end in several chained tracebacks.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lit_prune.errors import InputError, near_misses
 from lit_prune.models.mappable import check_mappable
@@ -34,7 +36,15 @@ def load_config(pretrained: str) -> PreTrainedConfig:
         InputError: if ``pretrained`` does not exist or is not a model, or if the hub cannot be reached.
     """
     source, extra = locate(pretrained)
-    return _checked(AutoConfig.from_pretrained, source, "config.json", extra)
+    config = _checked(AutoConfig.from_pretrained, source, "config.json", extra)
+    method = str((getattr(config, "quantization_config", None) or {}).get("quant_method"))
+    if "fp8" in method:
+        raise InputError(
+            f"`model.pretrained` must not be stored in FP8 ({method}), which can neither be pruned nor trained, got "
+            f"{pretrained!r}: load it once with transformers' `FineGrainedFP8Config(dequantize=True)`, and write it by "
+            "`save_pretrained`."
+        )
+    return config
 
 
 def load_model(
@@ -53,6 +63,8 @@ def load_model(
             ``on_disk``, if the weights are not stored in the shapes and the data type that the model needs.
     """
     source, extra = locate(pretrained)
+    if not extra:
+        load_config(pretrained)  # refuses what can be loaded but not run
     if on_disk:
         _check_on_disk(pretrained, source, extra, dtype)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -202,11 +214,32 @@ def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any]) -> An
     try:
         return loader(source, **extra)
     except ImportError as error:
-        raise InputError(
-            f"`model.pretrained`: {_first_line(error)} For .gguf: pip install 'lit-prune[gguf]'."
-        ) from error
+        remedy = " Install it by: pip install 'lit-prune[gguf]'." if extra.get("gguf_file") else ""
+        raise InputError(f"`model.pretrained`: {_first_line(error)}{remedy}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        damaged = _damaged_file(Path(source))
+        if damaged is not None:
+            raise InputError(
+                f"`model.pretrained` {source!r} cannot be loaded: {damaged}: download or copy that file again."
+            ) from error
         raise InputError(f"`model.pretrained` {source!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """The first file of weights in ``folder`` that is missing or cannot be opened, and which of both it is."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    names = {file.name for file in folder.glob("*.safetensors")} if folder.is_dir() else set()
+    if index.is_file():
+        names |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for name in sorted(names):
+        if not (folder / name).exists():
+            return f"{name} is missing"
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except SafetensorError as error:
+            return f"{name} is damaged ({_first_line(error)})"
+    return None
 
 
 def _plain(model: PreTrainedModel) -> PreTrainedModel:

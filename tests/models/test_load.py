@@ -1,4 +1,6 @@
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -70,8 +72,36 @@ def test_a_name_that_no_hub_has(name: str) -> None:
 def test_broken_weights(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(InputError, match="cannot be loaded"):
+    told = r"cannot be loaded: model.safetensors is damaged \(.*\): download or copy that file again"
+    with pytest.raises(InputError, match=told):
         load_model(str(tmp_path))
+
+
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path, max_shard_size="20kB")
+    lost = sorted(tmp_path.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(InputError, match=f"cannot be loaded: {lost.name} is missing: download or copy that file again"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("load", [load_config, load_model])
+def test_weights_in_fp8_are_refused(load: Callable[[str], object], tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"must not be stored in FP8 \(fp8\).*dequantize=True"):
+        load(str(tmp_path))
+
+
+def test_a_package_that_is_missing_is_named_without_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_fields: object) -> None:
+        raise ImportError("Loading an AWQ model needs the package x.")
+
+    monkeypatch.setattr("lit_prune.models.load.AutoModelForCausalLM.from_pretrained", refuse)
+    with pytest.raises(InputError, match=r"`model.pretrained`: Loading an AWQ model needs the package x\.$"):
+        load_model("embedded")
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
