@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from lit_prune.allocate import Uniform
-from lit_prune.fit.existing_masks import take_zeros
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import score
-from lit_prune.prune import Magnitude
+from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe
 from lit_prune.recover import MaskedLoRA
+from lit_prune.recover.existing_masks import take_zeros
 from tests.conftest import small_model
 
 
