@@ -244,7 +244,7 @@ def test_a_chat_needs_a_template(folder: Path) -> None:
         (
             "score",
             ["--tasks", "ends"],
-            "`tasks` must be left out for score, which evaluates none: use `lit-prune evaluate`",
+            "`tasks` must be left out for score, which runs no tasks: use `lit-prune evaluate`",
         ),
         ("evaluate", [f"--tasks={SHIPPED}", "--lm_eval.chat=true"], "`lm_eval.chat` must be false for a tokenizer"),
         ("evaluate", [], "`tasks` must be given, such as `--tasks arc_easy,piqa`, got none"),

@@ -130,7 +130,7 @@ def test_a_checkpoint_resumes(alone: None, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("when", "message"),
     [
-        ("at once", "`model` must be whole when it is cut, and was sharded already"),
+        ("at once", "`model` must not be sharded before it is cut, got DTensors"),
         ("never", "`model` must be sharded in `configure_model` under ModelParallelStrategy, and was not"),
     ],
 )
