@@ -212,11 +212,16 @@ def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any]) -> An
     if os.path.isdir(source) and not extra.get("gguf_file") and not os.path.exists(os.path.join(source, needed)):
         raise InputError(f"`model.pretrained` must be a Hugging Face model folder, got {source!r}: it has no {needed}.")
     try:
-        return loader(source, **extra)
+        return loader(source, trust_remote_code=False, **extra)  # None would ask on a terminal
     except ImportError as error:
         remedy = " Install it by: pip install 'lit-prune[gguf]'." if extra.get("gguf_file") else ""
         raise InputError(f"`model.pretrained`: {_first_line(error)}{remedy}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"`model.pretrained` {source!r} cannot be loaded: it needs code of its own, which is never run. Use a "
+                "model of a family that transformers has."
+            ) from error
         damaged = _damaged_file(Path(source))
         if damaged is not None:
             raise InputError(
