@@ -101,7 +101,7 @@ def test_a_source_that_is_another_is_refused(model: PreTrainedModel) -> None:
     other = small_model()
     other.model.norm.weight.data[3] += 1e-6
     message = (
-        "`model.pretrained` must be the model that the checkpoint was made from, its weight model.norm.weight differs"
+        "`model.pretrained` must be the model that the checkpoint was made from; its weight model.norm.weight differs"
     )
     with pytest.raises(InputError, match=message):
         restore_weights(state, other, "model.", dropped)

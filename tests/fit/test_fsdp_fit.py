@@ -131,7 +131,7 @@ def test_a_checkpoint_resumes(alone: None, tmp_path: Path, monkeypatch: pytest.M
     ("when", "message"),
     [
         ("at once", "`model` must not be sharded before it is cut, got DTensors"),
-        ("never", "`model` must be sharded in `configure_model` under ModelParallelStrategy, and was not"),
+        ("never", "`model` must be sharded in `configure_model` under ModelParallelStrategy, got whole weights"),
     ],
 )
 def test_sharding_at_another_time_is_refused(alone: None, when: str, message: str) -> None:
