@@ -212,7 +212,7 @@ def export(model: PreTrainedModel, folder: Path) -> ExportPlan:
 
 @torch.no_grad()
 def inputs_by_linear(model: PreTrainedModel, block: Block, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What every linear of a block is given in plain forwards, (tokens, in); of experts worked out token by token."""
+    """The inputs of every linear of a block in plain forwards, (tokens, in); those of experts token by token."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in block.linears}
 
     def see_experts(experts: nn.Module, args: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What small runs of the command leave, held against what they left before: the files of tests/behaviour/.
+"""The output of small runs of the command, compared with earlier output: the files of tests/behaviour/.
 
 A golden file tells of one run: the values of report.json, config.yaml and plan.yaml, the names and types in the
 checkpoint, and the exported folder. What a clock measures, and versions, are there by name and type alone. A change

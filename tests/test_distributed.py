@@ -67,7 +67,7 @@ def everything() -> dict[str, Any]:
 
 
 def work(rank: int, number: int, port: int, folder: str) -> None:
-    """What one process does; it fails by an exception."""
+    """The work of one process; it fails by an exception."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(rank + 1)
     dist.init_process_group("gloo", rank=rank, world_size=number)
@@ -103,7 +103,7 @@ def orders() -> dict[str, Any]:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process found."""
+    """The results of each process."""
     folder, number = tmp_path_factory.mktemp("processes"), request.param
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -94,7 +94,7 @@ def test_commands_run_one_after_the_other(page: str, project: Path) -> None:
 
 
 def _quick(arguments: list[str]) -> list[str]:
-    """What makes a command short; each may be given again, since a page's commands build upon each other."""
+    """Options that make a command short; they may be repeated, since the commands of a page build on each other."""
     if arguments[0] == "export":
         return ["--overwrite"]
     if arguments[0] in ("validate", "test"):

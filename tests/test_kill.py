@@ -110,7 +110,7 @@ def due(checkpoint: Path, moment: int | str, said: list[str]) -> bool:
 
 
 def left(folder: str) -> dict[str, Any]:
-    """What a run leaves: the bytes of its model, the tensors of its last checkpoint, the rates of every cut."""
+    """The output of a run: the bytes of its model, the tensors of its last checkpoint, the rates of every cut."""
     model = {path.name: path.read_bytes() for path in Path(folder, "model").glob("*.safetensors")}
     stored = torch.load(Path(folder, "checkpoints", "last.ckpt"), weights_only=True)
     optimizer = stored["optimizer_states"][0]["state"]

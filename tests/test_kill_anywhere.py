@@ -110,7 +110,7 @@ def wait(run: Run, begun: Callable[[], bool]) -> None:
 
 
 def partial(folder: Path) -> list[Path]:
-    """What is being written in a folder, or was when its run was killed."""
+    """The file that is being written in a folder, or was when the run was killed."""
     return list(folder.glob(".*.partial-*"))
 
 
@@ -143,7 +143,7 @@ def assert_whole(folder: Path, model: dict[str, bytes]) -> None:
 
 
 def lengths(context: ForkServerContext, args: list[str], folder: Path) -> dict[str, float]:
-    """How many seconds each phase of a run takes, which is let end; of a checkpoint the mean."""
+    """The seconds of each phase of an uninterrupted run; the mean for checkpoints."""
     run, times, writing, polls = Run(context, args, folder), dict[str, float](), 0.0, time.monotonic()
     checkpoint = folder / "checkpoints" / "last.ckpt"
     while run.process.is_alive():

@@ -10,7 +10,7 @@ from lit_prune import progress
 
 @pytest.fixture
 def printed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> io.StringIO:
-    """What the console prints, of a terminal or not."""
+    """The output of the console, with and without a terminal."""
     text = io.StringIO()
     monkeypatch.setattr(progress, "console", Console(file=text, force_terminal=request.param, width=100))
     return text

@@ -1,4 +1,4 @@
-"""What lit_prune removes against the methods by the book, which benchmarks/reference.py has."""
+"""The weights that lit_prune removes, compared with the reference implementations in benchmarks/reference.py."""
 
 import pytest
 import torch

@@ -122,7 +122,7 @@ def assert_kept(settings: dict[str, Any], model: PreTrainedModel, gone: dict[str
 
 
 def assert_zeros(gone: dict[str, Tensor], after: dict[str, Tensor]) -> None:
-    """What the last cut made zero is zero in the folder."""
+    """Asserts that the zeros of the last cut are in the folder."""
     assert gone.keys() == after.keys()
     assert any(zero.any() for zero in gone.values())
     for name, zero in gone.items():

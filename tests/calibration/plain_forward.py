@@ -1,4 +1,4 @@
-"""What a plain forward has between the blocks."""
+"""The activations between the blocks of a plain forward."""
 
 import torch
 from transformers import PreTrainedModel

@@ -139,7 +139,7 @@ def test_it_runs_and_keeps_its_promises(cut: str, recovery: str, time: str, tmp_
 
 
 def assert_zeros(cut: str, gone: dict[str, Tensor], after: dict[str, Tensor], *, rounds: bool) -> None:
-    """What the last cut made zero is zero in the folder, in the pattern that was asked for."""
+    """Asserts that the zeros of the last cut are in the folder, in the requested pattern."""
     assert gone.keys() == after.keys()
     for name, zero in gone.items():
         assert after[name][zero].all(), name

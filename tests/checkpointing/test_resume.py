@@ -167,7 +167,7 @@ def test_a_run_of_so_many_epochs_goes_on_in_the_middle_of_one(text: Path) -> Non
 
 
 class Counts:
-    """How often lit_prune, and not Lightning, opens a checkpoint, and how often a model is rebuilt."""
+    """Counts the checkpoints that lit_prune, not Lightning, opens, and the models that it rebuilds."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.loads, self.rebuilds = 0, 0

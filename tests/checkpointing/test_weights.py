@@ -1,4 +1,4 @@
-"""What a checkpoint leaves out, and how it comes back."""
+"""Weights that a checkpoint leaves out, and their restoration."""
 
 import io
 from typing import Any

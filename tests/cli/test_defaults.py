@@ -1,4 +1,4 @@
-"""What the command line leaves open."""
+"""Defaults that depend on the model or on the run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Which windows begin with BOS."""
+"""Windows that begin with BOS, and those that do not."""
 
 from pathlib import Path
 

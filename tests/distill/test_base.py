@@ -1,4 +1,4 @@
-"""What a student shares with its teacher, and states that cannot be restored."""
+"""Weights that a student shares with its teacher, and states that cannot be restored."""
 
 from collections.abc import Mapping
 from typing import Any

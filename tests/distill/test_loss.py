@@ -25,7 +25,7 @@ def test_by_hand() -> None:
 
 
 def plain(student_NV: torch.Tensor, teacher_NV: torch.Tensor, counted_N: torch.Tensor, t: float) -> torch.Tensor:
-    """What torch makes of all positions at once."""
+    """The loss by torch, all positions at once."""
     log_p, log_q = F.log_softmax(student_NV / t, -1), F.log_softmax(teacher_NV / t, -1)
     return t**2 * F.kl_div(log_p[counted_N], log_q[counted_N], reduction="sum", log_target=True)
 

@@ -10,7 +10,7 @@ from lit_prune.export import hub
 
 
 class StandIn:
-    """What HfApi would do, noted."""
+    """Records the calls that HfApi would get."""
 
     done: ClassVar[list[tuple[object, ...]]] = []
     error: ClassVar[Exception | None] = None

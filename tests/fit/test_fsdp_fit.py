@@ -65,7 +65,7 @@ def strategy(**fields: Any) -> ModelParallelStrategy:
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What Lightning leaves behind of a group of one process is put away."""
+    """Destroys the process group of one that Lightning leaves behind."""
     before = dict(os.environ)
     yield
     if dist.is_initialized():

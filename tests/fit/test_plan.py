@@ -1,4 +1,4 @@
-"""What a fit does to the LLM, and what does not go together, asked without a Trainer."""
+"""The plan of a fit, and settings that exclude each other, without a Trainer."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is refused before the first batch."""
+"""Settings that are refused before the first batch."""
 
 from types import SimpleNamespace
 from typing import Any

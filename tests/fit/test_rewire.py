@@ -1,4 +1,4 @@
-"""What the Trainer knows of a model whose parameters were replaced."""
+"""The Trainer's optimizers and wrapper after parameters were replaced."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What of a plan was done, and what comes next; the cuts themselves are in tests/callbacks."""
+"""Progress through a plan: cuts made, the next cut; the cuts themselves are in tests/callbacks."""
 
 from types import SimpleNamespace
 from typing import Any

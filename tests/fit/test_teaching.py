@@ -30,7 +30,7 @@ IDS = torch.arange(1, 17)[None]
 
 
 def dense_of(pruning: DynamicPruningCallback) -> torch.Tensor:
-    """What the teacher of a run says."""
+    """The output of a run's teacher."""
     assert pruning.run.teaching is not None
     assert pruning.run.teaching.distilled is not None
     output: Any = pruning.run.teaching.distilled.teacher.output({"input_ids": IDS})

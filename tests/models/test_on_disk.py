@@ -57,7 +57,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 def private_bytes(model: PreTrainedModel) -> int:
-    """How much of the memory that the weights of a model lie in belongs to no file: other memory, or written pages."""
+    """The bytes of a model's weights that are not mapped from a file, or whose pages were written."""
     mappings: list[tuple[range, int]] = []
     in_file = False
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What changed a model's shape is in its config, and is found again by its class alone."""
+"""Structures are recorded in the config, and found again by the path of their class."""
 
 from __future__ import annotations
 

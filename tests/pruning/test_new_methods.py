@@ -35,7 +35,7 @@ from tests.conftest import small_model
 @final
 @dataclass(frozen=True)
 class Depth(Structure):
-    """Which blocks of the dense model remain."""
+    """The blocks of the dense model that remain."""
 
     remaining: Sequence[int]
     blocks: int
@@ -106,7 +106,7 @@ class DropBlocks(Method):
 @final
 @dataclass(frozen=True)
 class Width(Structure):
-    """How many channels every MLP keeps."""
+    """The number of channels that every MLP keeps."""
 
     channels: int
     full: int
