@@ -110,6 +110,21 @@ def test_a_room_is_seen_at_a_glance() -> None:
     assert not {str(folder): files for folder, files in count.items() if files > MOST_FILES}
 
 
+def test_every_source_file_has_its_test_file() -> None:
+    missing = [
+        name
+        for name, path in modules().items()
+        if not path.name.startswith("__") and not mirrored(name.removeprefix(f"{PACKAGE}.")).exists()
+    ]
+    assert not missing
+
+
+def mirrored(name: str) -> Path:
+    """The test file of a module, given by its name below the package."""
+    *folders, last = name.split(".")
+    return ROOT.joinpath("tests", *folders, f"test_{last}.py")
+
+
 def test_what_is_packaged_is_what_there_is() -> None:
     packages = {name for name, path in modules().items() if path.name == "__init__.py"}
     text = (ROOT / "pyproject.toml").read_text()
