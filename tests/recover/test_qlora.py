@@ -276,5 +276,5 @@ def test_zeros_of_rounding_are_no_mask(tmp_path: Path) -> None:
     for keep in (None, False):
         take_zeros(model, keep, LoRA())
     assert not structure.masked(model)
-    with pytest.raises(InputError, match="`pruning.keep_zeros` must be null for a model whose linears are quantised"):
+    with pytest.raises(InputError, match="`pruning.keep_zeros` must be null for a quantised model without a record"):
         take_zeros(model, True, LoRA())
