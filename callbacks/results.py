@@ -213,7 +213,8 @@ class ResultsCallback(Callback):
     ) -> None:
         """Writes and verifies the export, runs the tasks, logs and prints the report, and uploads the folder."""
         tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        base = base_name(getattr(pl_module, "pretrained", type(plan.model).__name__))
+        name = plan.model.name_or_path or type(plan.model).__name__  # the first is empty for a model made in code
+        base = base_name(getattr(pl_module, "pretrained", name))
         written, report = write_results(
             self.folder,
             plan,

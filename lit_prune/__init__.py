@@ -1,4 +1,4 @@
-"""Prune a large language model while it is being fine-tuned with PyTorch Lightning, and heal it in the same run.
+"""Prune a large language model while it is fine-tuned with PyTorch Lightning, and recover its quality in the same run.
 
 The public names are listed in ``__init__.pyi`` and imported on first access. Importing the package also lets
 ``AutoModelForCausalLM.from_pretrained`` open the folders of sliced models.

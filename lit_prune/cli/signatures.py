@@ -24,7 +24,7 @@ VERBS: dict[str, set[str]] = {
     "evaluate": {"model", "datamodule"},
 }
 WRITES = ("fit", "prune", "export")  # verbs that write a model
-DESCRIPTION = "Prune a large language model while it is being fine-tuned, and heal it in the same run."
+DESCRIPTION = "Prune a large language model while it is fine-tuned, and recover its quality in the same run."
 
 
 @dataclass(frozen=True)

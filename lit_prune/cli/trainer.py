@@ -41,7 +41,7 @@ class PruneTrainer(Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Prune a model and train it to recover, in one run; writes a Hugging Face folder, a report and a figure.
+        """Prune a model and train it to recover, in one run; writes a Hugging Face folder, a report and a picture.
 
         Args:
             ckpt_path: Checkpoint to resume from; `last` is the last one in the output folder.
@@ -105,7 +105,7 @@ class PruneTrainer(Trainer):
                 results.write(self, model, plan, report, validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
-        """Score the blocks without pruning; writes scores, rates, a figure, a plan to edit and statistics to reuse."""
+        """Score the blocks without pruning; writes scores, rates, a picture, a plan to edit and statistics to reuse."""
         pruning, results = self._prepared(model, datamodule)
         recipe = pruning.fit_plan.recipe
         assert recipe is not None
@@ -135,7 +135,7 @@ class PruneTrainer(Trainer):
     def export(
         self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str, merge: bool = False
     ) -> None:
-        """Export a checkpoint of a fit as a Hugging Face folder, with the report and the figure that fit writes.
+        """Export a checkpoint of a fit as a Hugging Face folder, with the report and the picture that fit writes.
 
         Args:
             ckpt_path: Checkpoint to export; `last` is the last one in the output folder. Settings are read from the

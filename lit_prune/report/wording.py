@@ -1,4 +1,4 @@
-"""Texts for the numbers of a report, shared by the table, the figure and the model card."""
+"""Texts for the numbers of a report, shared by the table, the picture and the model card."""
 
 from __future__ import annotations
 

@@ -143,6 +143,15 @@ def test_a_card_names_what_was_begun_with(tmp_path: Path) -> None:
     assert base_name("embedded") == "embedded"
 
 
+def test_the_card_of_a_foreign_module_names_the_model_that_it_loaded(tmp_path: Path) -> None:
+    module = Foreign()
+    module.model.name_or_path = "org/base"
+    fit(module, callback(), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))])
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "Made from `org/base`." in card
+    assert 'AutoTokenizer.from_pretrained("org/base")' in card
+
+
 def test_seconds_of_training_before_and_after_a_resume_are_added(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, results = iter([100.0, 103.0, 104.0]), ResultsCallback("run")
     monkeypatch.setattr("lit_prune.callbacks.results.time.perf_counter", lambda: next(clock))
