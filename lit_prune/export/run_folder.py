@@ -43,9 +43,11 @@ class RunFolder:
             raise InputError(f"`output` must be a folder, got the file {self.path}.")
         replaced = self.path.is_dir() and any(self.path.iterdir()) and not self.resume
         if replaced and not self.overwrite:
+            stopped = (self.path / "checkpoints" / "last.ckpt").exists() and not (self.path / "model").exists()
+            hint = " The fit in it did not finish: `--ckpt_path last` continues it." if stopped else ""
             raise InputError(
                 f"`output` must be a new folder, got {self.path}, which exists: choose another with `--output DIR`, or "
-                "replace it with `--overwrite`."
+                f"replace it with `--overwrite`.{hint}"
             )
         if replaced and not any((self.path / marker).exists() for marker in MARKERS):
             raise InputError(

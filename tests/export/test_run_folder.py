@@ -121,3 +121,13 @@ def test_only_what_this_run_made_is_removed(tmp_path: Path) -> None:
     for folder in (RunFolder(tmp_path), resumed, finished):  # the first was refused, and claimed nothing
         assert not folder.give_up()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run"]
+
+
+def test_the_refusal_of_a_folder_says_how_an_unfinished_fit_in_it_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(InputError, match=r"did not finish: `--ckpt_path last` continues it\.$"):
+        RunFolder(tmp_path).check()
+    (tmp_path / "model").mkdir()
+    with pytest.raises(InputError, match=r"`--overwrite`\.$"):
+        RunFolder(tmp_path).check()
