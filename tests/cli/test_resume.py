@@ -37,7 +37,7 @@ OTHER_RUNS = [
     (["--data.train_files=other.txt"], "`data.train_files (or data.source)` must be what the checkpoint was made"),
     (["--model.lr=1"], "`model.lr` must be what the checkpoint was made with, 0.001, got 1.0"),
     (["--model.pretrained=other"], "`model.pretrained` must be the model that the checkpoint was made from; its"),
-    (["--ckpt_path=dense.ckpt"], "whole checkpoint of a fit with a DynamicPruningCallback, dense.ckpt is none"),
+    (["--ckpt_path=dense.ckpt"], "whole checkpoint of a fit with a DynamicPruningCallback, got dense.ckpt"),
     (["--ckpt_path=train.txt"], "train.txt cannot be read as one"),
     (["--output=runs/y"], "`output` must be a new folder"),
     (
