@@ -98,7 +98,11 @@ def test_masks_last(name: str, recovery: str, folder: Path, tmp_path: Path, trai
     assert last.config.lit_prune["masked"]
     assert (told["recipe"] is None) is (name == "foreign")
     card = (tmp_path / "x/model/README.md").read_text()
-    assert ("before it was trained here" if name == "masked" else "It came with zeros, 50.00%") in card
+    assert (
+        "before it was trained here"
+        if name == "masked"
+        else "The base model was already pruned, and training kept its zeros: 50.00%"
+    ) in card
 
 
 @pytest.mark.parametrize("recovery", ["LoRA", "FullFineTuning"])
@@ -169,8 +173,8 @@ REFUSED = [
         "`pruning.before` must be given for a model with masks, or training fills their zeros: use MaskedLoRA or",
     ),
     ("masked", ["--pruning.keep_zeros=false"], "`pruning.keep_zeros` must not be false for a model whose record"),
-    ("masked", ["--pruning.before=LoRA"], "`pruning.before` must be null where nothing is cut"),
-    ("sliced", ["--model.architecture={'model_type': 'llama'}"], "`pruning.recovery` must be null where `model.arch"),
+    ("masked", ["--pruning.before=LoRA"], "`pruning.before` must be null without `pruning.method`"),
+    ("sliced", ["--model.architecture={'model_type': 'llama'}"], "`pruning.recovery` must be null if `model.arch"),
 ]
 
 

@@ -176,7 +176,11 @@ class LitPruneCLI(LightningCLI):
         except InputError:
             raise
         except ValueError as error:
-            hint = " A strategy with settings is given by class_path." if "strategy name" in str(error) else ""
+            hint = (
+                " A strategy with settings is given by class_path: see docs/devices.md."
+                if "strategy name" in str(error)
+                else ""
+            )
             reason = str(error).partition(". ")[0]
             raise InputError(f"`trainer` must have settings that Lightning accepts: {reason}.{hint}") from error
 

@@ -255,7 +255,7 @@ def test_the_llm_is_found_by_target() -> None:
 
 
 def test_a_strategy_without_cuts_is_refused() -> None:
-    trainer = SimpleNamespace(strategy=SimpleNamespace())
+    trainer = SimpleNamespace(strategy=SimpleNamespace(), callbacks=[])
     with pytest.raises(InputError, match="`trainer.strategy` must be ddp or ModelParallelStrategy .* got Simple"):
         callback().setup(trainer, Foreign(), "fit")  # type: ignore[arg-type]
 

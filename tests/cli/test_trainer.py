@@ -238,7 +238,9 @@ def test_push_to_hub_comes_after_the_folder(
     with pytest.raises(SystemExit) as ended:
         run("fit", "--output=runs/y", "--push_to_hub=me/unreachable")
     assert ended.value.code == 2
-    assert "'me/unreachable' cannot (no route to host). The model is in runs/y/model: send" in capsys.readouterr().err
+    assert (
+        "'me/unreachable' (no route to host). The model is in runs/y/model: upload it with" in capsys.readouterr().err
+    )
     assert AutoModelForCausalLM.from_pretrained("runs/y/model") is not None
 
 
