@@ -74,6 +74,7 @@ def explain(message: str, parser: Any) -> str:
         (r"File does not exist: '?([^'\n]+)'?", _file),
         (r"Unexpected config:\s*$", _empty),
         (r"Problem with given class_path '([\w.]+)':\s+the following arguments are required: (\S+)", _required),
+        (r"^the following arguments are required: \w+\.(\w+)$", _required_option),
         (r"argument subcommand: invalid choice: '(\S+)'|expected \"subcommand\" to be one of", _verb),
         (r"(?:Got value|Given value): (?!NestedArg)(.*)", _value),
     ):
@@ -197,6 +198,10 @@ def _leaves(base: type) -> list[type]:
 def _required(match: re.Match[str], message: str, parser: Any) -> str:
     name, option = match.group(1).rsplit(".", 1)[-1], match.group(2)
     return f"`{_where(message, match.start())}.{option}` must be given: {name} needs it."
+
+
+def _required_option(match: re.Match[str], message: str, parser: Any) -> str:
+    return f"`{match.group(1)}` must be given: add `--{match.group(1)}`."
 
 
 def _verb(match: re.Match[str], message: str, parser: Any) -> str:

@@ -48,7 +48,7 @@ def block_table(report: ScoreReport) -> Table:
     sparsity = report.sparsity
     assert sparsity.planned is not None
     assert sparsity.target is not None
-    mean = f"mean {sparsity.planned:.4f}, requested {sparsity.requested:.4f}, {describe_budget(sparsity.budget)}"
+    mean = f"mean {sparsity.planned:.4f}, requested {sparsity.requested:.4f} ({describe_budget(sparsity.budget)})"
     search = "" if report.search is None else describe_search(report.search)
     caption = "; ".join(filter(None, (mean, describe_miss(sparsity.planned - sparsity.target), search)))
     grid = Table(title="blocks", title_justify="left", caption=caption, caption_justify="left")

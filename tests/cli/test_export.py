@@ -100,7 +100,7 @@ def test_export_in_half_precision_and_of_slices() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "arguments are required: export.ckpt_path"),
+        ([], "`ckpt_path` must be given: add `--ckpt_path`."),
         (
             ["--ckpt_path=last"],
             "`ckpt_path` must be an existing checkpoint, or last, got runs/lit_prune/checkpoints/last",

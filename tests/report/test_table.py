@@ -124,12 +124,14 @@ def test_the_blocks() -> None:
     first, second = (line for line in shown.splitlines() if "█" in line)
     assert first.split()[1:6:2] == ["0", "1", "0.4000"]
     assert [first.count("█"), second.count("█")] == [16, 24]
-    assert "mean 0.5000, requested 0.5000, mean over blocks" in shown
+    assert "mean 0.5000, requested 0.5000 (mean over blocks)" in shown
     assert "missed" not in shown
 
 
 def test_the_mean_of_the_blocks_that_misses_the_target() -> None:
     report = sparsity(replace(SCORES, search=SEARCH), requested=0.4, budget="parameters", target=0.51)
     caption = " ".join(text(block_table(report)).split())
-    told = "mean 0.5000, requested 0.4000, share of all parameters; missed by -0.0100; 399 evaluations of a calibration"
+    told = (
+        "mean 0.5000, requested 0.4000 (share of all parameters); missed by -0.0100; 399 evaluations of a calibration"
+    )
     assert told in caption
