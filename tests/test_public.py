@@ -52,6 +52,7 @@ NAMES = [
     "Uniform",
     "Unstructured",
     "Wanda",
+    "keep_zeros",
     "pipeline",
     "prune",
     "score",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lit_prune.models import structure
@@ -50,6 +51,12 @@ class GradientMask:
         rows = parameter.grad.to_local()
         rows.masked_fill_(self._zeros_on(rows.device), 0)
 
+    def mask_weight(self, parameter: Tensor) -> None:
+        """Sets the pruned weights of ``parameter`` to zero, in place; does nothing before the first gradient."""
+        if self.zeros is not None:
+            weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            weight.detach().masked_fill_(self._zeros_on(weight.device), 0)
+
     def full_zeros(self) -> Tensor | None:
         """Returns the mask of the whole parameter, gathered if it is sharded; None before the first gradient."""
         parameter = self._parameter()
@@ -79,25 +86,34 @@ class GradientMask:
         return parameter
 
 
-def freeze_zeros(model: PreTrainedModel) -> None:
+def freeze_zeros(model: PreTrainedModel, *, blocks: str | None = None) -> list[RemovableHandle]:
     """Freezes all weights of the blocks' linears that are exactly zero; a second call reads the zeros again.
 
     All linears of the blocks are covered, not only those of the latest cut, since an earlier cut may have had other
     `targets`. In a linear that was never pruned this freezes the few weights that happen to be zero.
+
+    Args:
+        model: A causal LM without an adapter.
+        blocks: Dotted path of the blocks; None takes that of the record, or finds them.
+
+    Returns:
+        The handles of the hooks, one for each parameter that had none.
     """
-    for parameter in _trained_linears(model):
-        mask = _gradient_mask(parameter)
+    handles = []
+    for parameter in _trained_linears(model, blocks):
+        mask = gradient_mask(parameter)
         if mask is not None:
             mask.zeros = None
         elif isinstance(parameter, DTensor):
-            parameter.register_post_accumulate_grad_hook(GradientMask(parameter).mask_shard)
+            handles.append(parameter.register_post_accumulate_grad_hook(GradientMask(parameter).mask_shard))
         else:
-            parameter.register_hook(GradientMask(parameter))
+            handles.append(parameter.register_hook(GradientMask(parameter)))
+    return handles
 
 
 def freezes_zeros(model: nn.Module) -> bool:
     """Returns whether :func:`freeze_zeros` was called on ``model``."""
-    return any(_gradient_mask(parameter) is not None for parameter in model.parameters())
+    return any(gradient_mask(parameter) is not None for parameter in model.parameters())
 
 
 def gradient_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -106,7 +122,7 @@ def gradient_masks(model: nn.Module) -> dict[str, Tensor]:
     A resumed run needs them to freeze the same weights: masks read again would include weights just passing through
     zero.
     """
-    hooks = {name: _gradient_mask(parameter) for name, parameter in model.named_parameters()}
+    hooks = {name: gradient_mask(parameter) for name, parameter in model.named_parameters()}
     masks = {name: hook.full_zeros() for name, hook in hooks.items() if hook is not None}
     return {name: pack_bits(mask) for name, mask in masks.items() if mask is not None}
 
@@ -115,22 +131,23 @@ def restore_gradient_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> Non
     """Restores ``masks`` from :func:`gradient_masks` on ``model``, whose zeros must be frozen."""
     for name, bits in masks.items():
         parameter = model.get_parameter(name)
-        mask = _gradient_mask(parameter)
+        mask = gradient_mask(parameter)
         assert mask is not None, f"{name} has no gradient mask"
         mask.set_zeros(unpack_bits(bits, parameter.shape))
 
 
-def _trained_linears(model: PreTrainedModel) -> Iterator[Tensor]:
-    """Yields the trainable parameters of the blocks' linears, each once."""
-    recipe = structure.record(model).get("recipe", {})
-    blocks = find_blocks(model, blocks=recipe.get("blocks"))
-    # several linears, such as fused experts, may be slices of one parameter
-    parameters = {id(linear.parameter): linear.parameter for block in blocks for linear in block.linears.values()}
-    yield from (parameter for parameter in parameters.values() if parameter.requires_grad)
-
-
-def _gradient_mask(parameter: Tensor) -> GradientMask | None:
+def gradient_mask(parameter: Tensor) -> GradientMask | None:
+    """Returns the gradient mask of ``parameter``; None without one."""
     # torch has no public way to list the hooks of a tensor
     hooks: list[Any] = [*(parameter._backward_hooks or {}).values()]
     hooks += (getattr(hook, "__self__", None) for hook in (parameter._post_accumulate_grad_hooks or {}).values())
     return next((hook for hook in hooks if isinstance(hook, GradientMask)), None)
+
+
+def _trained_linears(model: PreTrainedModel, blocks: str | None = None) -> Iterator[Tensor]:
+    """Yields the trainable parameters of the blocks' linears, each once."""
+    recipe = structure.record(model).get("recipe", {})
+    found = find_blocks(model, blocks=blocks or recipe.get("blocks"))
+    # several linears, such as fused experts, may be slices of one parameter
+    parameters = {id(linear.parameter): linear.parameter for block in found for linear in block.linears.values()}
+    yield from (parameter for parameter in parameters.values() if parameter.requires_grad)

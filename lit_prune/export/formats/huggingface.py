@@ -30,6 +30,16 @@ ADAPTER_NOTE = (
     "local folder of this kind, because the adapter has no base model outside of it."
 )
 
+TRAINING_NOTE = """\
+Training fills the zeros of these weights. With lit_prune installed, one call before the training, by `Trainer` or any
+other code, keeps them:
+
+```python
+from lit_prune import keep_zeros
+
+keep_zeros(model)
+```"""
+
 
 @final
 @dataclass(frozen=True)
@@ -72,7 +82,8 @@ class HuggingFace(ExportFormat):
             notes.append("Its quantised weights need bitsandbytes.")
         if outline.form == "adapter":
             notes.append(ADAPTER_NOTE)
-        return "\n".join(["```python", *lines, "```", "", " ".join(notes)])
+        training = ["", TRAINING_NOTE] if outline.masked and outline.form in ("full precision", "merged") else []
+        return "\n".join(["```python", *lines, "```", "", " ".join(notes), *training])
 
 
 def name_base(adapter: Path, base: str) -> None:

@@ -21,6 +21,7 @@ from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA
+from lit_prune.recover.base import ExportForm
 from lit_prune.recover.merge import without_adapter
 from lit_prune.slice import Slicing
 from tests.conftest import export, small_model
@@ -208,6 +209,16 @@ def test_the_card_says_how_the_folder_is_opened() -> None:
     assert f"verified with transformers {transformers.__version__}." in usage
     assert "peft" not in usage
     assert "bitsandbytes" not in usage
+
+
+def test_the_card_says_how_the_zeros_are_kept_in_training() -> None:
+    def usage(form: ExportForm, masked: bool) -> str:
+        return HuggingFace().usage(Outline(form, "llama", masked=masked), "this/folder")
+
+    for form in ("full precision", "merged"):
+        assert usage(form, True).endswith("from lit_prune import keep_zeros\n\nkeep_zeros(model)\n```")
+        assert "keep_zeros" not in usage(form, False)
+    assert "keep_zeros" not in usage("adapter", True)  # which leaves the weights as they are
 
 
 def test_the_card_names_the_packages_that_a_folder_needs() -> None:
