@@ -23,6 +23,7 @@ from lit_prune.fit.module import PrunableLM as PrunableLM
 from lit_prune.masks.keep_zeros import keep_zeros as keep_zeros
 from lit_prune.pipeline import prune as prune
 from lit_prune.pipeline import score as score
+from lit_prune.pruning import ADMM as ADMM
 from lit_prune.pruning import Magnitude as Magnitude
 from lit_prune.pruning import Method as Method
 from lit_prune.pruning import MixedNofM as MixedNofM

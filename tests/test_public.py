@@ -12,6 +12,7 @@ from lit_prune.slice import Slicing
 from tests.conftest import small_model
 
 NAMES = [
+    "ADMM",
     "AlphaPruning",
     "Allocation",
     "Calibration",

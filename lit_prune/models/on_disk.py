@@ -14,7 +14,7 @@ scoring: one block in float32, which DLP and OWL rank, and its statistics.
 pruning: one block as it is stored, the pruned weights of the largest group of linears that share an input, and the
 method's working memory. Wanda takes 16 bytes per weight of the largest linear, for scores and their ranking; Magnitude
 takes 28; SparseGPT takes 12 bytes per weight of the group and 28 bytes per channel squared of its input, for the Gram
-matrix and its factor.
+matrix and its factor; ADMM takes 40 bytes per weight of the largest linear and 36 per channel squared.
 activations: calibration tokens * hidden size, as they are stored. 128 windows of 2048 tokens for a width of 4096 are
 2.1 GB in bfloat16.
 """

@@ -1,5 +1,6 @@
 """Pruning methods and sparsity patterns; importing them here makes their short names resolve."""
 
+from lit_prune.pruning.admm import ADMM
 from lit_prune.pruning.base import MaskMethod, Method, ScoredMethod
 from lit_prune.pruning.magnitude import Magnitude
 from lit_prune.pruning.n_of_m import MixedNofM, NofM
@@ -8,6 +9,7 @@ from lit_prune.pruning.sparsegpt import SparseGPT
 from lit_prune.pruning.wanda import Wanda
 
 __all__ = [
+    "ADMM",
     "Magnitude",
     "MaskMethod",
     "Method",

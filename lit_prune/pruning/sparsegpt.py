@@ -17,8 +17,8 @@ from lit_prune.errors import InputError
 from lit_prune.progress import log
 from lit_prune.pruning.base import MaskMethod, Propagate
 from lit_prune.pruning.patterns import Pattern
+from lit_prune.pruning.updates import DEAD_COLUMN, cast, not_finite
 
-DEAD_COLUMN = 1e-24  # factor of the costs in dead columns, so that they are the smallest
 Decide = Callable[[Tensor, int], Tensor]
 
 
@@ -95,7 +95,7 @@ class SparseGPT(MaskMethod):
         work_OI = torch.cat(list(weights)).float()  # errors accumulate over all columns: half precision loses them
         factor_II = inverse_factor(2 * statistics.gram_II, self.damping)
         keep_OI = solve(work_OI, factor_II, decide, width=self._width, span=self.span)
-        cast_OI = _cast(work_OI, keep_OI, weights[0].dtype)
+        cast_OI = cast(work_OI, keep_OI, weights[0].dtype)
         return list(cast_OI.split(rows))
 
 
@@ -163,10 +163,7 @@ def inverse_factor(hessian_II: Tensor, damping: float) -> Tensor:
             return torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
         damping *= 10
         log(f"SparseGPT: X X^T of {len(base_I)} inputs cannot be factorised, damping raised to {damping:g}")
-    raise InputError(
-        "`calibration` must give linears finite inputs, got NaN, infinity, or numbers whose squares overflow: the "
-        "weights are broken, or `model.dtype` is too small for them (try float32 or bfloat16)."
-    )
+    raise not_finite()
 
 
 def solve(weight_OI: Tensor, factor_II: Tensor, decide: Decide, *, width: int, span: int) -> Tensor:
@@ -197,10 +194,3 @@ def solve(weight_OI: Tensor, factor_II: Tensor, decide: Decide, *, width: int, s
         weight_OI[:, part] = w_SO.T
         weight_OI[:, begin + span :].addmm_(error_SO.T, factor_II[part, begin + span :], alpha=-1)
     return keep_OI
-
-
-def _cast(weight_OI: Tensor, keep_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns ``weight_OI`` in ``dtype``, kept weights that would round to 0 as the smallest normal number."""
-    # every zero counts as pruned, in the sparsity as well as in the masks of later training
-    cast_OI = weight_OI.to(dtype)
-    return torch.where(keep_OI & (cast_OI == 0), torch.finfo(dtype).tiny, cast_OI)

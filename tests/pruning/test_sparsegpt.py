@@ -178,12 +178,6 @@ def test_settings_out_of_range(fields: dict[str, float], message: str) -> None:
         SparseGPT(**fields)  # type: ignore[arg-type]
 
 
-def test_a_weight_that_half_precision_would_round_to_zero_is_none_that_was_pruned() -> None:
-    found = sparsegpt._cast(torch.tensor([[1e-9, 0.0, 2.0]]), torch.tensor([[True, False, True]]), torch.float16)
-    assert (found != 0).tolist() == [[True, False, True]]
-    assert found.dtype == torch.float16
-
-
 GROUPS = pytest.mark.parametrize(
     ("pattern", "n", "m"),
     [(NofM(2, 4), 2, 4), (NofM(4, 8), 4, 8), (NofM(1, 2), 1, 2), (MixedNofM(8), 6, 8), (MixedNofM(8), 3, 8)],
