@@ -42,4 +42,6 @@ from lit_prune.schedule import Cubic as Cubic
 from lit_prune.schedule import Linear as Linear
 from lit_prune.schedule import OneShot as OneShot
 from lit_prune.schedule import Schedule as Schedule
+from lit_prune.shrink import HeadGroups as HeadGroups
+from lit_prune.shrink import MLPWidth as MLPWidth
 from lit_prune.slice import Slicing as Slicing

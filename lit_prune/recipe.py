@@ -130,7 +130,7 @@ class Recipe:
             InputError: if the budget is a share of all parameters that the linears cannot give.
         """
         least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.max_rate(model)))
-        current, sizes = [self.method.current_rate(block) for block in blocks], self.method.sizes(model, blocks)
+        current, sizes = self.method.current_rates(model, blocks), self.method.sizes(model, blocks)
         lower, target = [max(least, rate) for rate in current], self.sparsity
         slack = self.method.rounding(blocks)  # by which an earlier cut may have exceeded its sparsity
         if self.budget == "parameters":

@@ -22,11 +22,13 @@ NAMES = [
     "Distillation",
     "DynamicPruningCallback",
     "FullFineTuning",
+    "HeadGroups",
     "InputError",
     "Instructions",
     "LayerRedundancy",
     "Linear",
     "LoRA",
+    "MLPWidth",
     "Magnitude",
     "MaskedLoRA",
     "Method",
@@ -92,4 +94,4 @@ def test_auto_classes_open_a_sliced_folder_whichever_package_is_imported_first(f
         "from transformers import AutoModelForCausalLM",
         f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__module__)",
     )
-    assert name == "lit_prune.models.modeling_sliced"
+    assert name == "lit_prune.models.remote_code.modeling_sliced"

@@ -151,13 +151,14 @@ class Observer:
     Args:
         block: The block.
         wanted: The kinds of statistics: INPUTS, COSINE, GRAM.
+        constant: Whether a channel of ones is appended to every input, so that a Gram matrix has the means too.
     """
 
-    def __init__(self, block: Block, wanted: frozenset[str]) -> None:
-        self.wanted = wanted
+    def __init__(self, block: Block, wanted: frozenset[str], *, constant: bool = False) -> None:
+        self.wanted, self.constant = wanted, constant
         self.mask_BT: Tensor | None = None
         self._linears = block.linears.values() if wanted & {INPUTS, GRAM} else ()
-        self._width = {name: linear.weight_OI.shape[1] for name, linear in block.linears.items()}
+        self._width = {name: linear.weight_OI.shape[1] + constant for name, linear in block.linears.items()}
         self._shared_inputs: dict[str, str] = {}
         self._squares: dict[str, InputSquares] = {}
         self._grams: dict[str, InputGram] = {}
@@ -177,6 +178,8 @@ class Observer:
             self._shared_inputs[name] = first
         if self._shared_inputs[name] == name:
             x_PI = self._unmasked(x_BTI, rows_S)
+            if self.constant:
+                x_PI = F.pad(x_PI, (0, 1), value=1.0)
             if INPUTS in self.wanted:
                 self._squares.setdefault(name, InputSquares()).update(x_PI)
             if GRAM in self.wanted:

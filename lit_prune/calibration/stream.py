@@ -121,9 +121,11 @@ def _check_finite(y_BTD: Tensor, block: Block, index: int) -> None:
         )
 
 
-def observe(stream: Stream, block: Block, wanted: frozenset[str], *, advance: bool = True) -> BlockStatistics:
-    """Returns the ``wanted`` statistics of ``block`` over the whole stream."""
-    with Observer(block, wanted).watching() as observer:
+def observe(
+    stream: Stream, block: Block, wanted: frozenset[str], *, advance: bool = True, constant: bool = False
+) -> BlockStatistics:
+    """Returns the ``wanted`` statistics of ``block`` over the whole stream; for ``constant`` see :class:`Observer`."""
+    with Observer(block, wanted, constant=constant).watching() as observer:
         stream.run(block, observer, advance=advance)
     return observer.statistics()
 

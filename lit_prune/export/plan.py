@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import size_bytes
 from lit_prune.models import structure
+from lit_prune.models.families import dense_family
 from lit_prune.models.on_disk import on_disk
 from lit_prune.models.quantised import (
     check_zeros,
@@ -100,7 +101,7 @@ class Outline:
         form = form_of(snapshot)
         return cls(
             form=form,
-            family=_dense_family(model),
+            family=dense_family(model.config),
             masked=bool(snapshot.record.get("masked")),
             reshaped=bool(snapshot.structures),
             on_disk=on_disk(model) is not None,
@@ -125,17 +126,12 @@ class Outline:
             return None
         return cls(
             form=form,
-            family=_dense_family(model),
+            family=dense_family(model.config),
             masked=masked,
             reshaped=recipe.method.changes_shapes or bool(structure.structures(model)),
             on_disk=on_disk,
             quantised=recovery is not None and recovery.quantises and form != "merged",
         )
-
-
-def _dense_family(model: PreTrainedModel) -> str:
-    """Returns the family without the prefix of our own sliced models."""
-    return model.config.model_type.removeprefix("sliced_")
 
 
 @dataclass(frozen=True, eq=False)

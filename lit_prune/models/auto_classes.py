@@ -1,8 +1,8 @@
-"""Registers the sliced models with transformers' Auto classes, without importing transformers or torch to do so.
+"""Registers sliced and shrunk models with transformers' Auto classes, without importing transformers or torch to do so.
 
 transformers has no entry point for models of other packages: they have to be registered by a call. That call cannot be
-made as soon as the auto module is imported, because transformers imports it halfway through modeling_utils, which the
-sliced models need complete. The first ``AutoConfig.from_pretrained``, which every Auto class begins with, is late
+made as soon as the auto module is imported, because transformers imports it halfway through modeling_utils, which
+these models need complete. The first ``AutoConfig.from_pretrained``, which every Auto class begins with, is late
 enough.
 """
 
@@ -19,7 +19,7 @@ AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 def register_on_first_use() -> None:
-    """Patches ``AutoConfig.from_pretrained`` so that its first call registers the sliced models."""
+    """Patches ``AutoConfig.from_pretrained`` so that its first call registers these models."""
     if AUTO_CONFIG in sys.modules:
         _wrap(sys.modules[AUTO_CONFIG])
     else:
@@ -33,7 +33,8 @@ def _wrap(module: ModuleType) -> None:
     @functools.wraps(original.__func__)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         auto_config.from_pretrained = original
-        import lit_prune.models.modeling_sliced  # noqa: F401 (registers its classes)
+        import lit_prune.models.remote_code.modeling_shrunk
+        import lit_prune.models.remote_code.modeling_sliced  # noqa: F401 (both register their classes)
 
         return cls.from_pretrained(*args, **kwargs)
 

@@ -81,20 +81,20 @@ class Block:
         return sum(linear.pruned for linear in self.linears.values())
 
 
-def _family_name(config: PreTrainedConfig) -> str:
-    """The dense family, which sliced models have their layers in common with."""
-    return config.model_type.removeprefix("sliced_")
+def dense_family(config: PreTrainedConfig) -> str:
+    """Returns the `model_type` without the prefix of sliced and shrunk models, whose layers are those of the family."""
+    return config.model_type.removeprefix("sliced_").removeprefix("shrunk_")
 
 
 def supports_packing(config: PreTrainedConfig) -> bool:
     """Returns whether models with this config keep packed conversations apart; False for families without an entry."""
-    family = FAMILIES.get(_family_name(config))
+    family = FAMILIES.get(dense_family(config))
     return family is not None and family.supports_packing
 
 
 def has_blocks(model: PreTrainedModel) -> bool:
     """Returns whether the blocks of ``model`` are found without their path."""
-    return _family_name(model.config) in FAMILIES or len(_candidates(model)) == 1
+    return dense_family(model.config) in FAMILIES or len(_candidates(model)) == 1
 
 
 def blocks_path(model: PreTrainedModel, blocks: str | None = None) -> str:
@@ -109,7 +109,7 @@ def blocks_path(model: PreTrainedModel, blocks: str | None = None) -> str:
     """
     if blocks is not None:
         return blocks
-    family = FAMILIES.get(_family_name(model.config))
+    family = FAMILIES.get(dense_family(model.config))
     if family is not None:
         return family.blocks
     paths = _candidates(model)

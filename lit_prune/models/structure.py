@@ -111,9 +111,9 @@ def structures_in(recorded: Mapping[str, Any]) -> tuple[Structure, ...]:
 
 
 def add_structure(model: PreTrainedModel, structure: Structure) -> None:
-    """Adds ``structure`` to the record of ``model``, replacing an earlier one of the same class."""
-    by_kind = {type(present): present for present in structures(model)} | {type(structure): structure}
-    write(model, **{STRUCTURES: [present.record() for present in by_kind.values()]})
+    """Adds ``structure`` to the record of ``model`` as the last one, replacing an earlier one of the same class."""
+    others = [present for present in structures(model) if type(present) is not type(structure)]
+    write(model, **{STRUCTURES: [present.record() for present in (*others, structure)]})
 
 
 def describe(model: PreTrainedModel) -> list[Description]:

@@ -75,6 +75,10 @@ class Method(ABC):
         """Returns the share that earlier cuts have removed from ``block``, which counts toward its rate."""
         return 0.0
 
+    def current_rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[float]:
+        """Returns the share that earlier cuts have removed from each block."""
+        return [self.current_rate(block) for block in blocks]
+
     def max_rate(self, model: PreTrainedModel) -> float:
         """Returns the largest rate that a block of ``model`` can have."""
         return 1.0

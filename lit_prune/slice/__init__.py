@@ -1,6 +1,6 @@
 """Dynamic slicing: every block reads a residual stream of its own, reduced width."""
 
-from lit_prune.models.modeling_sliced import register
+from lit_prune.models.remote_code.modeling_sliced import register
 from lit_prune.slice.sizes import rates_from_sizes, sizes_from_rates, sliced_parameters
 from lit_prune.slice.slicing import Slicing
 

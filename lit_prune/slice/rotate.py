@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_prune import distributed
-from lit_prune.models.modeling_sliced import NormWeights, set_weight
+from lit_prune.models.remote_code.modeling_sliced import NormWeights, set_weight
 
 ROWS_AT_ONCE = 8192  # to avoid a float64 copy of a whole embedding or head
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
-from lit_prune.models.modeling_sliced import take_shape
+from lit_prune.models.remote_code.modeling_sliced import take_shape
 
 
 def sizes_from_rates(rates: Sequence[float], hidden_size: int, multiple: int) -> list[int]:

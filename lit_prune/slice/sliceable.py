@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lit_prune.errors import InputError
 from lit_prune.models import structure
-from lit_prune.models.modeling_sliced import SLICED, SlicedCausalLM
+from lit_prune.models.remote_code.modeling_shrunk import ShrunkCausalLM
+from lit_prune.models.remote_code.modeling_sliced import SLICED, SlicedCausalLM
 
 POST_NORM = (
     "it normalises the outputs of attention and MLP before they are added to the residual stream, and a norm with "
@@ -31,6 +32,11 @@ def check_sliceable(model: PreTrainedModel) -> None:
             "`model` must not be sliced already, a model can be sliced only once. Start from the dense model, with the "
             "final sparsity."
         )
+    if isinstance(model, ShrunkCausalLM):
+        raise InputError(
+            "`model` must not have blocks of different sizes for Slicing, got a shrunk model: slice the dense model, "
+            "or shrink it with `--pruning.allocation Uniform`, which leaves its family's own class."
+        )
     _check_family(model.config)
     _check_opt(model.config)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -50,7 +56,7 @@ def _check_family(config: PreTrainedConfig) -> None:
     family = config.model_type
     if family in SLICED:
         return
-    reason = REASONS.get(family, "its norms and linears are not described in lit_prune.models.modeling_sliced yet")
+    reason = REASONS.get(family, "its norms and linears are not described in modeling_sliced.py yet")
     raise InputError(
         f"`pruning.method` Slicing cannot slice the family {family!r}: {reason}. It slices "
         f"{', '.join(sorted(SLICED))}; masks, such as Wanda, work for {family!r}."

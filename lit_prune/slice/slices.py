@@ -8,7 +8,7 @@ from typing import final
 
 from transformers import PreTrainedModel
 
-from lit_prune.models.modeling_sliced import SlicedCausalLM, take_shape
+from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM, take_shape
 from lit_prune.models.structure import Description, Structure
 from lit_prune.slice.sizes import rates_from_sizes
 

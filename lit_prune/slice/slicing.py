@@ -23,7 +23,7 @@ from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.families import Block, find_blocks
-from lit_prune.models.modeling_sliced import (
+from lit_prune.models.remote_code.modeling_sliced import (
     SlicedLayer,
     Step,
     convert_to_sliced,

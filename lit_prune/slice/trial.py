@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_prune.calibration.windows import Batch
-from lit_prune.models.modeling_sliced import SlicedLayer, Step, set_weight, sliced_class
+from lit_prune.models.remote_code.modeling_sliced import SlicedLayer, Step, set_weight, sliced_class
 from lit_prune.search.trial import Trial
 
 Whole = tuple[nn.Module, Tensor, Tensor | None]

@@ -19,8 +19,8 @@ from lit_prune.evaluation.sizes import parameters
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
-from lit_prune.models.modeling_sliced import SlicedCausalLM
 from lit_prune.models.quantised import MASK
+from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
 from lit_prune.pruning import Magnitude, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Recovery, adapter_config
 from lit_prune.slice import Slicing

@@ -15,7 +15,7 @@ from lit_prune.callbacks import DynamicPruningCallback, ResultsCallback
 from lit_prune.errors import InputError
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
-from lit_prune.models.modeling_sliced import SlicedCausalLM
+from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
 from lit_prune.pruning import Magnitude, MixedNofM, SparseGPT, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, adapter_config
 from lit_prune.schedule import Linear

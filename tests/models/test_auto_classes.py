@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from lit_prune.models.modeling_sliced import SLICED
+from lit_prune.models.remote_code.modeling_sliced import SLICED
 
 IMPORTS = {
     "before": "import lit_prune, sys; assert not {'torch', 'transformers'} & set(sys.modules)\n"
@@ -22,7 +22,7 @@ def test_a_sliced_config_opens_whichever_package_is_imported_first(order: str, t
     fields = {"model_type": "sliced_llama", "slice_sizes": [8, 8], "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     program = f"""{IMPORTS[order]}
-assert "lit_prune.models.modeling_sliced" not in sys.modules
+assert "lit_prune.models.remote_code.modeling_sliced" not in sys.modules
 original = AutoConfig.__dict__["from_pretrained"]
 for _ in range(2):
     print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__)

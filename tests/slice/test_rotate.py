@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_prune.models.modeling_sliced import NormWeights
+from lit_prune.models.remote_code.modeling_sliced import NormWeights
 from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
 
 SWAP = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)  # the second axis comes first

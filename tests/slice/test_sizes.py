@@ -4,7 +4,7 @@ import pytest
 
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
-from lit_prune.models.modeling_sliced import take_shape
+from lit_prune.models.remote_code.modeling_sliced import take_shape
 from lit_prune.slice import rates_from_sizes, sizes_from_rates, sliced_parameters
 from lit_prune.slice.sizes import check_multiple
 from tests.conftest import small_model

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate import Uniform
 from lit_prune.errors import InputError
-from lit_prune.models.modeling_sliced import SLICED
+from lit_prune.models.remote_code.modeling_sliced import SLICED
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Wanda
 from lit_prune.recipe import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_prune.models.modeling_sliced import SlicedCausalLM
+from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
 from lit_prune.slice.slices import Slices
 from tests.conftest import small_model
 

@@ -11,7 +11,7 @@ from lit_prune.allocate import DLP, LayerRedundancy, Plan, Uniform, write_plan
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
-from lit_prune.models.modeling_sliced import SLICED, SlicedCausalLM, SlicedNorm
+from lit_prune.models.remote_code.modeling_sliced import SLICED, SlicedCausalLM, SlicedNorm
 from lit_prune.pipeline import prune, score
 from lit_prune.pruning import Wanda
 from lit_prune.recipe import Recipe

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.families import find_blocks
-from lit_prune.models.modeling_sliced import SlicedLayer
+from lit_prune.models.remote_code.modeling_sliced import SlicedLayer
 from lit_prune.slice import Slicing
 from lit_prune.slice.trial import SlicedTrial
 from tests.conftest import lively_model

@@ -505,5 +505,7 @@ def _copy_this_file_on_save() -> None:
 _copy_this_file_on_save()
 
 
-if __name__ == "lit_prune.models.modeling_sliced":  # the copy in an exported folder is found by that folder's auto_map
+if (
+    __name__ == "lit_prune.models.remote_code.modeling_sliced"
+):  # the copy in an exported folder is found by that folder's auto_map
     register()

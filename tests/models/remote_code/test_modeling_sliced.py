@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from lit_prune.allocate import LayerRedundancy
 from lit_prune.models.load import Dtype, load_model
-from lit_prune.models.modeling_sliced import (
+from lit_prune.models.remote_code.modeling_sliced import (
     SLICED,
     SlicedCausalLM,
     SlicedLlamaConfig,

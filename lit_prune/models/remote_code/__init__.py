@@ -1,0 +1,1 @@
+"""Modeling files that are saved with exported folders, where they serve as remote code of transformers."""

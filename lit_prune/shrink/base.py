@@ -1,0 +1,244 @@
+"""The base class of methods that remove units of one part from every block.
+
+Suffixes: I inputs and O outputs of the writer of a part, U units, S inputs that stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_prune.allocate.base import Allocation
+from lit_prune.calibration.statistics import GRAM, BlockStatistics
+from lit_prune.calibration.stream import Stream, observe, on_device
+from lit_prune.calibration.windows import Batch
+from lit_prune.errors import InputError
+from lit_prune.models import structure
+from lit_prune.models.families import Block, dense_family, find_blocks
+from lit_prune.models.linears import PrunableLinear
+from lit_prune.models.remote_code.modeling_shrunk import SHRUNK, LayerConfig, layer_config
+from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
+from lit_prune.progress import track
+from lit_prune.pruning.base import Method, Propagate
+from lit_prune.search.mask_cache import MaskedTrial, mask_cache
+from lit_prune.search.trial import Trial, model_on_device
+from lit_prune.shrink.narrow import adopt_sizes, check_part, narrow, set_sizes, set_weight
+from lit_prune.shrink.obs import Removal, drop_units, remove_units
+from lit_prune.shrink.parts import NoPart, Part
+from lit_prune.shrink.rounding import rates_from_units, units_from_rates
+from lit_prune.shrink.sizes import PartSizes
+
+
+@dataclass(frozen=True)
+class UnitMethod(Method):
+    """A method that removes the least units of one part from every block, and refits the weights that read the others.
+
+    A rate is the share of the dense model's units that a block has lost, by earlier cuts too.
+
+    Attributes:
+        multiple: Number of which the number of units is a multiple, unless a block keeps all.
+        rounds: Number of rounds in which the units of a block are removed.
+        damping: Share of the mean of the Gram matrix's diagonal that is added to it.
+        compensate: Whether weights are updated to make up for what is removed.
+        sizes_class: The structure that records the cut, which finds the part.
+    """
+
+    multiple: int
+    rounds: int
+    damping: float
+    compensate: bool
+
+    sizes_class: ClassVar[type[PartSizes]]
+    needs: ClassVar[frozenset[str]] = frozenset({GRAM})
+    chooses_linears: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = True
+    changes_shapes: ClassVar[bool] = True
+    supports_search: ClassVar[bool] = True
+    propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        for field in ("multiple", "rounds"):
+            if getattr(self, field) < 1:
+                raise InputError(f"`{name}.{field}` must be at least 1, got {getattr(self, field)}.")
+        if not self.damping > 0:
+            raise InputError(f"`{name}.damping` must be greater than 0, got {self.damping}.")
+
+    def check(self, model: PreTrainedModel, sparsity: float) -> None:
+        """Raises InputError if the blocks of ``model`` have no such part, or ``sparsity`` would leave none of it."""
+        self._check_state(model)
+        blocks = find_blocks(model)
+        for block in blocks:
+            config = layer_config(model.config.get_text_config(), block.index)
+            try:
+                check_part(block.module, self._part(model, block), config, block.index)
+            except NoPart as reason:
+                raise self._refused(model, str(reason)) from reason
+        if sparsity > (most := self.max_rate(model)) + 1e-9:
+            raise InputError(
+                f"`pruning.sparsity` must be at most {most:.4g} for {type(self).__name__}, got {sparsity:g}: every "
+                f"block keeps {self.multiple} (`multiple`) of {min(self.sizes(model, blocks))} {self._noun}."
+            )
+
+    def _check_state(self, model: PreTrainedModel) -> None:
+        name = type(self).__name__
+        if isinstance(model, SlicedCausalLM):
+            raise InputError(f"`model` must not be sliced for {name}: shrink the dense model, then slice that.")
+        if structure.masked(model):
+            raise InputError(
+                f"`model` must not have masks for {name}, which would fill their zeros: shrink the dense model, then "
+                "mask the shrunk one."
+            )
+
+    def _refused(self, model: PreTrainedModel, reason: str) -> InputError:
+        family = dense_family(model.config)
+        return InputError(f"`pruning.method` {type(self).__name__} cannot shrink the family {family!r}: {reason}.")
+
+    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+        """Raises InputError if blocks may get different sizes, and there is no class for such models of the family."""
+        family = dense_family(_config_of(blocks[0]))
+        if not allocation.is_uniform() and family not in SHRUNK:
+            raise InputError(
+                f"`pruning.allocation` must be Uniform for {type(self).__name__} and the family {family!r}: blocks of "
+                f"different sizes are supported for {', '.join(SHRUNK)}."
+            )
+
+    def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        """Returns the number of units of each block of the dense model."""
+        recorded = self._recorded(model)
+        return [self._part(model, block).units for block in blocks] if recorded is None else list(recorded.full)
+
+    def current_rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[float]:
+        """Returns the share of units that each block has lost in earlier cuts."""
+        return rates_from_units([self._part(model, block).units for block in blocks], self.sizes(model, blocks))
+
+    def max_rate(self, model: PreTrainedModel) -> float:
+        """Returns the rate that leaves one multiple of units in the smallest block."""
+        return max(0.0, 1 - self.multiple / min(self.sizes(model, find_blocks(model))))
+
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns the rates rounded so that the number of units of every block is a multiple."""
+        return rates_from_units(units_from_rates(rates, sizes, self.multiple), sizes)
+
+    def rounding(self, blocks: Sequence[Block]) -> float:
+        """Returns half a multiple as a share of the units of a block."""
+        part = self._find(blocks[0].linears, _config_of(blocks[0]))
+        return self.multiple / 2 / part.units
+
+    @torch.no_grad()
+    def apply(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        rates: Sequence[float],
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        stream: Callable[[], Stream],
+    ) -> list[float]:
+        """Shrinks one block after the other, each behind those that are shrunk; see :meth:`Method.apply`."""
+        residual, full = stream(), self.sizes(model, blocks)
+        units = units_from_rates(rates, full, self.multiple)
+        parts = [self._part(model, block) for block in blocks]
+        units = [min(wanted, part.units) for wanted, part in zip(units, parts, strict=True)]
+        for block, part, kept in zip(track(blocks, "Shrinking blocks"), parts, units, strict=True):
+            with on_device(block, device, changes=True):
+                if kept < part.units:
+                    self._shrink(model, block, part, kept, residual)
+                if block is not blocks[-1]:
+                    residual.run(block)
+        path = blocks[0].path.rpartition(".")[0]
+        sizes = type(self).sizes_class(units, full, dict(parts[0].fields), dict(parts[0].fixed), path)
+        set_sizes(model, [block.module for block in blocks], sizes.sizes)
+        structure.add_structure(model, sizes)
+        return rates_from_units(units, full)
+
+    def _shrink(self, model: PreTrainedModel, block: Block, part: Part, kept: int, residual: Stream) -> None:
+        """Removes units of one block, in place, until ``kept`` are left."""
+        writer = block.linears[part.writer]
+        bias_O: Any = writer.module.bias
+        constant = self.compensate and bias_O is not None
+        watched = replace(block, linears={part.writer: writer})
+        observed = observe(residual, watched, self.needs, advance=False, constant=constant)
+        weight_IO = writer.weight_OI.T
+        if constant:
+            weight_IO = torch.cat([weight_IO, bias_O.detach()[None]])
+        removal = self._removal(weight_IO, observed.grams[part.writer], part, kept)
+        narrow(block.module, part, removal.kept_U)
+        config = LayerConfig(layer_config(model.config.get_text_config(), block.index), part.sizes(kept))
+        adopt_sizes(block.module, config, block.index)
+        weight_SO, bias_O = removal.weight_SO, writer.module.bias
+        if constant:
+            weight_SO, bias_O = weight_SO[:-1], weight_SO[-1]
+        set_weight(writer, weight_SO.T, bias_O)
+
+    def _removal(self, weight_IO: Tensor, gram_II: Tensor, part: Part, kept: int) -> Removal:
+        columns_UK, count = part.columns_UK.to(weight_IO.device), part.units - kept
+        if not self.compensate:
+            return drop_units(weight_IO.float(), gram_II, columns_UK, count)
+        return remove_units(weight_IO, gram_II, columns_UK, count, rounds=self.rounds, damping=self.damping)
+
+    @contextmanager
+    def trial(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        batches: Sequence[Batch],
+    ) -> Iterator[Trial]:
+        """Runs ``model`` itself, with zeros for the columns of removed units, which computes the same as without them.
+
+        The weights are refitted by the statistics of the unpruned model, and biases are not; see :meth:`Method.trial`.
+        """
+        full = self.sizes(model, blocks)
+        parts = [self._part(model, block) for block in blocks]
+        writers = [
+            replace(block, linears={part.writer: block.linears[part.writer]})
+            for block, part in zip(blocks, parts, strict=True)
+        ]
+
+        def pruned(block: Block, rate: float) -> dict[str, Tensor]:
+            part, weight_OI = parts[block.index], next(iter(block.linears.values())).weight_OI
+            kept = min(part.units, units_from_rates([rate], [full[block.index]], self.multiple)[0])
+            gram_II = statistics[block.index].grams[part.writer].to(weight_OI.device)
+            removal = self._removal(weight_OI.T, gram_II, part, kept)
+            columns_S = part.columns_UK.to(weight_OI.device)[removal.kept_U].flatten().sort().values
+            zeroed_OI = torch.zeros_like(weight_OI)
+            zeroed_OI[:, columns_S] = removal.weight_SO.T.to(weight_OI.dtype)
+            return {part.writer: zeroed_OI}
+
+        with model_on_device(model, device), mask_cache(writers, pruned) as cache:
+            yield MaskedTrial(model, batches, cache, [self.multiple] * len(blocks))
+
+    def _part(self, model: PreTrainedModel, block: Block) -> Part:
+        config = layer_config(model.config.get_text_config(), block.index)
+        try:
+            return self._find(block.linears, config)
+        except NoPart as reason:
+            raise self._refused(model, str(reason)) from reason
+
+    def _find(self, linears: Mapping[str, PrunableLinear], config: Any) -> Part:
+        find: Callable[[Mapping[str, PrunableLinear], Any], Part] = type(self).sizes_class.find
+        return find(linears, config)
+
+    def _recorded(self, model: PreTrainedModel) -> PartSizes | None:
+        """The structure of earlier cuts by the same method."""
+        kind = type(self).sizes_class
+        return next((found for found in structure.structures(model) if isinstance(found, kind)), None)
+
+    @property
+    def _noun(self) -> str:
+        return type(self).sizes_class.noun
+
+
+def _config_of(block: Block) -> Any:
+    """The config that the modules of a block keep."""
+    return next(module.config for module in block.module.modules() if hasattr(module, "config"))

@@ -1,0 +1,90 @@
+"""The structure of a model whose blocks have fewer units of one part than the dense model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.models.linears import PrunableLinear, linears_of
+from lit_prune.models.remote_code.modeling_shrunk import layer_config
+from lit_prune.models.structure import Description, Structure
+from lit_prune.shrink.narrow import narrow, set_sizes
+from lit_prune.shrink.parts import Part
+from lit_prune.shrink.rounding import rates_from_units
+
+
+@dataclass(frozen=True)
+class PartSizes(Structure):
+    """The number of units that each block has left of one part.
+
+    Attributes:
+        units: Number of units of each block.
+        full: Number of units of each block of the dense model.
+        fields: The fields of the config that have the number of units, each with its value per unit.
+        fixed: Fields that the config must have explicitly, because their defaults depend on ``fields``.
+        path: Dotted path of the list of blocks.
+        name: Key in report.json.
+        noun: One unit, in texts.
+        find: Returns the part of a block from its linears and its config.
+    """
+
+    units: Sequence[int]
+    full: Sequence[int]
+    fields: Mapping[str, int]
+    fixed: Mapping[str, int]
+    path: str
+
+    name: ClassVar[str]
+    noun: ClassVar[str]
+    find: ClassVar[Callable[[Mapping[str, PrunableLinear], Any], Part]]
+
+    @property
+    def sizes(self) -> dict[str, list[int]]:
+        """The values of the config's fields, one for every block."""
+        per_unit = {name: [units * each for units in self.units] for name, each in self.fields.items()}
+        return per_unit | {name: [value] * len(self.units) for name, value in self.fixed.items()}
+
+    def rebuild(self, model: PreTrainedModel) -> None:
+        """Removes the last units of every block, as many as the model has more; see :meth:`Structure.rebuild`."""
+        layers: Any = model.get_submodule(self.path)
+        config = model.config.get_text_config()
+        configs = [layer_config(config, index) for index in range(len(layers))]
+        if all(
+            getattr(one, name, None) == value
+            for name, values in self.sizes.items()
+            for one, value in zip(configs, values, strict=True)
+        ):
+            return
+        for layer, one, units in zip(layers, configs, self.units, strict=True):
+            part = type(self).find(linears_of(layer), one)
+            if units < part.units:
+                narrow(layer, part, torch.arange(units))
+        set_sizes(model, layers, self.sizes)
+
+    def describe(self, model: PreTrainedModel) -> Description:
+        """Returns the numbers of units of the blocks and the share that was removed."""
+        rates = rates_from_units(self.units, self.full)
+        achieved = 1 - sum(self.units) / sum(self.full)
+        most, least, full = max(self.units), min(self.units), max(self.full)
+        span = f"{least}" if least == most else f"{least} to {most}"
+        equal = "the same in every block" if least == most else f"rates from {min(rates):.2%} to {max(rates):.2%}"
+        return Description(
+            name=self.name,
+            facts={"achieved": achieved, "units": list(self.units), "full": list(self.full)},
+            done="Shrunk",
+            outcome=f"the blocks have {span} of their {full} {self.noun}, {achieved:.2%} less in the mean.",
+            rows={
+                f"{self.noun} removed, mean over blocks": f"{achieved:.4f}",
+                f"{self.noun} of the blocks": f"{span} of {full}, {equal}",
+            },
+            unit=self.noun,
+            noun="size",
+            sizes=tuple(self.units),
+            full=full,
+            achieved=achieved,
+            loading="" if least == most else "import lit_prune  # or pass trust_remote_code=True below",
+        )
