@@ -53,7 +53,7 @@ class DynamicPruningCallback(Callback):
             or for Slicing of the dimensions of the residual stream. With several cuts, the share after the last one,
             or a list with one share per cut.
         allocation: How the blocks are scored and the sparsity is distributed over them: DLP, OWL, AlphaPruning,
-            LayerRedundancy, Uniform, a Plan read from a file, or a Search over rates; null is DLP.
+            LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP.
         at_step: Optimizer step before which to prune, or a list of steps for several cuts; 0 is the start of fit.
             Slicing allows one cut.
         schedule: How the sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for

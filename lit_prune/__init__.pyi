@@ -3,6 +3,7 @@ from lit_prune.allocate import DLP as DLP
 from lit_prune.allocate import OWL as OWL
 from lit_prune.allocate import Allocation as Allocation
 from lit_prune.allocate import AlphaPruning as AlphaPruning
+from lit_prune.allocate import Arithmetic as Arithmetic
 from lit_prune.allocate import LayerRedundancy as LayerRedundancy
 from lit_prune.allocate import Plan as Plan
 from lit_prune.allocate import Search as Search

@@ -15,6 +15,7 @@ NAMES = [
     "ADMM",
     "AlphaPruning",
     "Allocation",
+    "Arithmetic",
     "Calibration",
     "Copy",
     "Cubic",

@@ -1,6 +1,7 @@
 """Allocations of the sparsity to the blocks, one file each; jsonargparse resolves their short names once imported."""
 
 from lit_prune.allocate.alpha_pruning import AlphaPruning
+from lit_prune.allocate.arithmetic import Arithmetic
 from lit_prune.allocate.base import Allocation, allocate
 from lit_prune.allocate.dlp import DLP
 from lit_prune.allocate.layer_redundancy import LayerRedundancy
@@ -14,6 +15,7 @@ __all__ = [
     "OWL",
     "Allocation",
     "AlphaPruning",
+    "Arithmetic",
     "LayerRedundancy",
     "Plan",
     "Search",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.allocate.base import Allocation, min_max, rates_from_densities
-from lit_prune.allocate.metric import metric_of
+from lit_prune.calibration.metric import metric_of
 from lit_prune.calibration.statistics import INPUTS, BlockStatistics
 from lit_prune.errors import InputError
 

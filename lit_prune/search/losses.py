@@ -25,12 +25,14 @@ class MeasuredLosses:
 
     Args:
         path: The file; None keeps the losses in memory.
+        name: Name of the setting, for errors.
 
     Raises:
         InputError: if the file was not written by a search, or its folder does not exist.
     """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, name: str = "Search.state") -> None:
+        self.name = name
         self.path = None if path is None else Path(path)
         self.key: dict[str, Any] | None = None
         self.losses: dict[tuple[Point, int], float] = {}
@@ -40,9 +42,7 @@ class MeasuredLosses:
         if self.path.exists():
             self._read(self.path)
         elif not self.path.absolute().parent.is_dir():
-            raise InputError(
-                f"`Search.state` must be a file in a folder that exists, got {path}: make it, or {CHANGE}."
-            )
+            raise InputError(f"`{self.name}` must be a file in a folder that exists, got {path}: make it, or {CHANGE}.")
 
     def _read(self, path: Path) -> None:
         try:
@@ -50,7 +50,7 @@ class MeasuredLosses:
             losses = {(tuple(moved), window): loss for window, loss, moved in content["losses"]}
             self.key, self.losses = dict(content["key"]), losses
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"`Search.state` must be a file that a search wrote, {path} is not; {CHANGE}.") from error
+            raise InputError(f"`{self.name}` must be a file that a search wrote, {path} is not; {CHANGE}.") from error
         self._saved = len(self.losses)
 
     def check_key(self, key: Mapping[str, Any]) -> None:
@@ -65,7 +65,7 @@ class MeasuredLosses:
         differing = [_difference(name, self.key.get(name), value) for name, value in expected.items()]
         if differences := [text for text in differing if text]:
             raise InputError(
-                f"`Search.state` must be of the same search, {self.path} is of another: {'; '.join(differences)}. "
+                f"`{self.name}` must be of the same search, {self.path} is of another: {'; '.join(differences)}. "
                 f"Change it back, {CHANGE}."
             )
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from lit_prune.allocate.metric import metric_of
+from lit_prune.calibration.metric import metric_of
 
 
 def test_all_linears_one_after_the_other() -> None:
