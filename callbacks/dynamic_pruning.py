@@ -29,6 +29,7 @@ from lit_prune.progress import log
 from lit_prune.pruning import Method
 from lit_prune.random_states import random_states, restore_random_states
 from lit_prune.recipe import Recipe
+from lit_prune.reconstruct import Reconstruct
 from lit_prune.recover import Recovery, freezes_zeros, restore_gradient_masks
 from lit_prune.schedule import Schedule, cuts
 
@@ -54,6 +55,8 @@ class DynamicPruningCallback(Callback):
             or a list with one share per cut.
         allocation: How the blocks are scored and the sparsity is distributed over them: DLP, OWL, AlphaPruning,
             LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP.
+        reconstruction: Reconstruct, the training of every block, right after it is cut, towards the output that it had
+            before; null leaves the blocks as the method cuts them. Slicing does not allow it.
         at_step: Optimizer step before which to prune, or a list of steps for several cuts; 0 is the start of fit.
             Slicing allows one cut.
         schedule: How the sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for
@@ -93,6 +96,7 @@ class DynamicPruningCallback(Callback):
         method: Method | None,
         sparsity: float | list[float] = 0.5,
         allocation: Allocation | None = None,
+        reconstruction: Reconstruct | None = None,
         at_step: int | list[int] = 0,
         schedule: Schedule | None = None,
         before: Recovery | None = None,
@@ -124,6 +128,7 @@ class DynamicPruningCallback(Callback):
                 ignore=ignore,
                 blocks=blocks,
                 budget=budget,
+                reconstruction=reconstruction,
             )
         self.fit_plan = FitPlan(
             recipe=recipe,

@@ -34,6 +34,7 @@ from lit_prune.pruning import SparseGPT as SparseGPT
 from lit_prune.pruning import Unstructured as Unstructured
 from lit_prune.pruning import Wanda as Wanda
 from lit_prune.recipe import Recipe as Recipe
+from lit_prune.reconstruct import Reconstruct as Reconstruct
 from lit_prune.recover import FullFineTuning as FullFineTuning
 from lit_prune.recover import LoRA as LoRA
 from lit_prune.recover import MaskedLoRA as MaskedLoRA

@@ -38,6 +38,8 @@ from lit_prune.models.on_disk import check_offload_folder
 from lit_prune.models.tensors import digest
 from lit_prune.progress import log, track
 from lit_prune.recipe import Recipe, recipe_record
+from lit_prune.reconstruct.losses import BlockLosses
+from lit_prune.reconstruct.reconstruction import Reconstruction
 
 DEFAULT = Recipe()
 MIN_SPARSITY_BEFORE = 1e-3  # below it a model counts as dense, in which a few weights are 0 by rounding
@@ -87,6 +89,7 @@ class Pruned:
         seconds: Duration of scoring and of pruning, by phase.
         search: Details of a search for rates; empty without one.
         sparsity_before: The share that earlier cuts had removed; 0 for a dense model.
+        reconstruction: Losses of every block before and after its reconstruction; empty without one.
     """
 
     scores: list[float]
@@ -98,6 +101,7 @@ class Pruned:
     seconds: dict[str, float]
     search: dict[str, Any] = field(default_factory=dict)
     sparsity_before: float = 0.0
+    reconstruction: list[BlockLosses] = field(default_factory=list)
 
 
 def score(
@@ -161,6 +165,9 @@ def prune(
     blocks = recipe.find(model)
     begin = time.perf_counter()
     with evaluating(model):
+        reconstruction = None
+        if recipe.reconstruction is not None:
+            reconstruction = Reconstruction(recipe.reconstruction, _stream(model, blocks, batches, device))
         achieved = recipe.method.apply(
             model,
             blocks,
@@ -168,6 +175,7 @@ def prune(
             statistics=scored.statistics,
             device=torch.device(device or model.device),
             stream=lambda: _stream(model, blocks, batches, device),
+            reconstruction=reconstruction,
         )
     _check_same(blocks)
     structure.write(model, recipe=recipe_record(recipe), rates=scored.rates)
@@ -181,6 +189,7 @@ def prune(
         seconds={"score": scored.seconds, "prune": time.perf_counter() - begin},
         search=scored.search,
         sparsity_before=scored.sparsity_before,
+        reconstruction=[] if reconstruction is None else reconstruction.losses,
     )
 
 
@@ -291,7 +300,8 @@ def _refine(
     if not recipe.allocation.searches:
         return Refined(rates)
     assert key is not None
-    recorded = {name: value for name, value in recipe_record(recipe).items() if name != "allocation"}
+    unrelated = ("allocation", "reconstruction")
+    recorded = {name: value for name, value in recipe_record(recipe).items() if name not in unrelated}
     trial_device, dicts = torch.device(device or model.device), _dicts(model, batches)
     trial = recipe.method.trial(model, blocks, statistics=statistics, device=trial_device, batches=dicts)
     with evaluating(model), trial as opened:

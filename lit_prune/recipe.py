@@ -16,6 +16,7 @@ from lit_prune.errors import InputError
 from lit_prune.models.families import Block, check_experts_of, find_blocks
 from lit_prune.models.on_disk import on_disk
 from lit_prune.pruning import Method, Wanda
+from lit_prune.reconstruct import Reconstruct
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,12 @@ class Recipe:
         blocks: Dotted path of the decoder layers, for an unknown family.
         budget: The weights that `sparsity` is a share of: `linears`, those to prune, or `parameters`, all parameters of
             the model, tied weights counted once. Embeddings are never pruned, so the linears then lose a larger share.
+        reconstruction: The training of every block, right after it is cut, towards its former output; None leaves the
+            blocks as the method cuts them.
 
     Raises:
         InputError: for a number out of its range, `targets` or `ignore` for a method that prunes whole blocks, a search
-            for a method without a trial, or a budget that the method does not support.
+            for a method without a trial, or a budget or a reconstruction that the method does not support.
     """
 
     method: Method = field(default_factory=Wanda)
@@ -49,6 +52,7 @@ class Recipe:
     ignore: Sequence[str] = ()
     blocks: str | None = None
     budget: Budget = "linears"
+    reconstruction: Reconstruct | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
@@ -75,11 +79,17 @@ class Recipe:
                 f"`pruning.budget` must be linears for {type(self.method).__name__}, which sets no weights to zero, "
                 f"got {self.budget}."
             )
+        if self.reconstruction is not None and not self.method.supports_reconstruction:
+            raise InputError(
+                f"`pruning.reconstruction` must be null for {type(self.method).__name__}, which gives blocks outputs "
+                "that cannot be compared with those of the dense blocks: leave it out, or choose another method."
+            )
 
     @property
     def needs_text(self) -> bool:
         """Whether a cut needs calibration text."""
-        return bool(self.allocation.needs | self.method.needs) or self.method.needs_text
+        needs = self.allocation.needs | self.method.needs
+        return bool(needs) or self.method.needs_text or self.reconstruction is not None
 
     def find(self, model: PreTrainedModel, *, quantised: bool = False) -> list[Block]:
         """Returns the blocks of ``model`` with the linears to prune; see ``families.find_blocks``."""
@@ -162,4 +172,5 @@ def recipe_record(recipe: Recipe) -> dict[str, object]:
         "ignore": list(recipe.ignore),
         "blocks": recipe.blocks,
         "budget": recipe.budget,
+        "reconstruction": None if recipe.reconstruction is None else repr(recipe.reconstruction),
     }

@@ -42,6 +42,7 @@ NAMES = [
     "PrunableLM",
     "QLoRA",
     "Recipe",
+    "Reconstruct",
     "Recovery",
     "ResultsCallback",
     "RunCheckpoint",

@@ -7,6 +7,7 @@ Suffixes: N windows, B batch, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from lit_prune.errors import InputError
 from lit_prune.models.families import Block
 from lit_prune.models.linears import patched_forward
 
+Forward = Callable[..., Tensor | tuple[Any, ...]]
 Arguments = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 
@@ -41,12 +43,13 @@ class Stream:
     Attributes:
         hidden: The residual stream of every batch, (B, T, D), on the model's device.
         wraps: Whether the model's blocks return tuples.
+        blocks: Number of blocks.
     """
 
     def __init__(
         self, model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch], device: torch.device
     ) -> None:
-        self.device = device
+        self.device, self.blocks = device, len(blocks)
         self.offload_device = model.device
         self.masks: list[Tensor | None] = [_mask(batch) for batch in batches]
         self.hidden: list[Tensor] = []
@@ -75,18 +78,33 @@ class Stream:
             InputError: if ``finite`` and the block returns NaN or infinity.
         """
         for index, x_BTD in enumerate(self.hidden):
-            args, kwargs = move_data_to_device(self.arguments[index][block.index], self.device)
-            x_BTD = x_BTD.to(self.device)
             mask_BT = self.masks[index]
             if observer is not None:
                 observer.mask_BT = None if mask_BT is None else mask_BT.to(self.device)
-            y_BTD = unwrap(block.module(x_BTD, *args, **kwargs))
+            y_BTD = self.output(index, block)
             if finite:
                 _check_finite(y_BTD, block, index)
             if observer is not None:
-                observer.add_block(x_BTD, y_BTD)
+                observer.add_block(x_BTD.to(self.device), y_BTD)
             if advance:
                 self.hidden[index] = y_BTD.to(self.offload_device)
+
+    def output(self, index: int, block: Block, forward: Forward | None = None) -> Tensor:
+        """Returns the output of ``block`` for batch ``index``, on the stream's device.
+
+        Args:
+            index: Number of the batch.
+            block: The block that the stream is in front of, on the stream's device.
+            forward: Function that is called in the place of the block.
+        """
+        args, kwargs = move_data_to_device(self.arguments[index][block.index], self.device)
+        return unwrap((forward or block.module)(self.hidden[index].to(self.device), *args, **kwargs))
+
+    def copy(self) -> Stream:
+        """Returns a stream at the same block that advances by itself; tensors are shared until one of them does."""
+        other = copy.copy(self)
+        other.hidden = list(self.hidden)
+        return other
 
     @torch.no_grad()
     def map(self, work: Callable[..., Tensor], block: Block | None = None) -> None:

@@ -108,6 +108,7 @@ def _record(inputs: CutInputs, before: _State, pruned: Pruned, after: _State) ->
         sparsity=pruned.sparsity,
         search=SearchRecord.from_dict(pruned.search),
         sparsity_before=pruned.sparsity_before,
+        reconstruction=pruned.reconstruction,
     )
 
 

@@ -147,7 +147,8 @@ class PruningRun:
             statistics=self.plan.statistics,
         )
         source = self.source_weights
-        with source.through_cut(model, keeps_values=recipe.method.keeps_values) if source else nullcontext():
+        keeps_values = recipe.method.keeps_values and recipe.reconstruction is None
+        with source.through_cut(model, keeps_values=keeps_values) if source else nullcontext():
             with measured_cut(model, inputs) as cut:
                 yield cut
             self.done.append(cut.record)

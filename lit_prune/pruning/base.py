@@ -21,6 +21,7 @@ from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.progress import track
 from lit_prune.pruning.patterns import Pattern, Unstructured
+from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, model_on_device
 
@@ -41,6 +42,7 @@ class Method(ABC):
             speed. Such a method records a ``Structure``, which reports and checkpoints read.
         keeps_values: Whether weights that are not removed keep their values, bit for bit.
         supports_search: Whether the method implements :meth:`trial`, which an allocation that searches needs.
+        supports_reconstruction: Whether blocks that the method has cut can be reconstructed, see :meth:`apply`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -50,6 +52,7 @@ class Method(ABC):
     changes_shapes: ClassVar[bool] = False
     keeps_values: ClassVar[bool] = False
     supports_search: ClassVar[bool] = False
+    supports_reconstruction: ClassVar[bool] = False
     propagate: Propagate = "dense"
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
@@ -105,6 +108,7 @@ class Method(ABC):
         statistics: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
+        reconstruction: Reconstruction | None = None,
     ) -> list[float]:
         """Prunes every block of ``model`` in place, and returns the share that has been removed from each.
 
@@ -116,6 +120,8 @@ class Method(ABC):
                 names.
             device: Device on which a block computes.
             stream: Returns a stream of the calibration batches that begins at the first block's input.
+            reconstruction: The reconstruction of the blocks; None without one, and if ``supports_reconstruction`` is
+                False. Every block is cut ``with reconstructing(reconstruction, block)``.
         """
 
     def trial(
@@ -155,6 +161,7 @@ class MaskMethod(Method):
 
     makes_zeros: ClassVar[bool] = True
     supports_search: ClassVar[bool] = True
+    supports_reconstruction: ClassVar[bool] = True
     pattern: Pattern = Unstructured()
     default_propagate: ClassVar[Propagate] = "dense"
 
@@ -222,11 +229,14 @@ class MaskMethod(Method):
         statistics: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
+        reconstruction: Reconstruction | None = None,
     ) -> list[float]:
         """Prunes one block after the other; see :meth:`Method.apply`."""
-        pruned_stream = stream() if self.needs and self.propagate == "pruned" else None
+        pruned_stream = None
+        if self.needs and self.propagate == "pruned":
+            pruned_stream = stream() if reconstruction is None else reconstruction.stream
         for block, rate in zip(track(blocks, "Pruning blocks"), rates, strict=True):
-            with on_device(block, device, changes=True):
+            with on_device(block, device, changes=True), reconstructing(reconstruction, block):
                 if pruned_stream is None:
                     block_statistics = statistics[block.index]
                 else:
@@ -234,7 +244,7 @@ class MaskMethod(Method):
                 for group in groups_of(block, block_statistics, self._rates_of_linears(block, rate)):
                     group.write(self.prune(group.weights, group.statistics, group.rate))
                 del block_statistics, group  # frees the Gram matrices before those of the next block are allocated
-                if pruned_stream is not None and block is not blocks[-1]:
+                if pruned_stream is not None and reconstruction is None and block is not blocks[-1]:
                     pruned_stream.run(block)
         structure.write(model, masked=True)
         return [self.current_rate(block) for block in blocks]

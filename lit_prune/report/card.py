@@ -56,6 +56,8 @@ def _pruning(report: Report) -> str:
     if not report.recipe:
         return _existing_zeros(report)
     how = f"{report.recipe['method']}, rates per block by {report.recipe['allocation']}"
+    if settings := report.recipe.get("reconstruction"):
+        how += f", every block then trained towards its dense output by {settings}"
     if report.shape is not None:
         structure = report.shape.structure
         return f"{structure.done} with {how}{_steps(report)}: {structure.outcome}"

@@ -6,12 +6,13 @@ The callback's checkpoint state stores them as the plain dicts of ``plain.to_pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from lit_prune.evaluation.perplexity import Measurement, Protocol
 from lit_prune.evaluation.speed import Speed
+from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.plain import json_form
 
 
@@ -80,6 +81,7 @@ class CutRecord:
         sparsity: Achieved rate over all blocks.
         search: Record of the search for rates; None if there was none.
         sparsity_before: Share that was removed before the cut; 0 for a dense model.
+        reconstruction: Losses of every block before and after its reconstruction; empty without one.
     """
 
     step: int
@@ -96,6 +98,7 @@ class CutRecord:
     sparsity: float
     search: SearchRecord | None = field(default=None, metadata=json_form(none_as={}))
     sparsity_before: float = 0.0
+    reconstruction: Sequence[BlockLosses] = ()
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> CutRecord:
@@ -105,6 +108,7 @@ class CutRecord:
             protocol=_protocol(plain.pop("protocol")),
             size={when: ModelSize.from_dict(size) for when, size in plain.pop("size").items()},
             search=SearchRecord.from_dict(plain.pop("search")),
+            reconstruction=[BlockLosses(**losses) for losses in plain.pop("reconstruction", ())],
             **plain,
         )
 

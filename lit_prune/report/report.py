@@ -17,6 +17,7 @@ from lit_prune.evaluation.perplexity import Measurement, Protocol
 from lit_prune.evaluation.tasks import TaskResults
 from lit_prune.export.verify import Verification
 from lit_prune.models.structure import Description
+from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.plain import OMIT, fields_to_plain, json_form, to_plain
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.sections import CutSummary, Quantised, Shape, Sparsity
@@ -41,6 +42,7 @@ class Report:
         rates: Planned rate of each block.
         achieved: Achieved rate of each block.
         search: Record of the search for rates; None if there was none.
+        reconstruction: Losses of every block before and after its reconstruction at the last cut; empty without one.
         parameters: Number of parameters without the adapter.
         recovery: The recovery after the cut, as its repr; None if there was none.
         distillation: The distillation from the dense model, as its repr; None if there was none.
@@ -69,6 +71,7 @@ class Report:
     rates: list[float] | None
     achieved: list[float] | None
     search: SearchRecord | None = field(default=None, metadata=json_form(none_as={}))
+    reconstruction: Sequence[BlockLosses] = ()
     parameters: int
     recovery: str | None
     distillation: str | None

@@ -54,6 +54,7 @@ def summary(
         rates=None if last is None else last.rates,
         achieved=None if start is None else start.achieved,
         search=None if last is None else last.search,
+        reconstruction=() if last is None else last.reconstruction,
         parameters=parameters(plan.base),
         recovery=record.get("recovery"),
         distillation=record.get("distillation"),

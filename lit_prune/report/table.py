@@ -14,6 +14,7 @@ from lit_prune.report.wording import (
     describe_change,
     describe_miss,
     describe_protocol,
+    describe_reconstruction,
     describe_search,
     describe_size,
     short,
@@ -75,6 +76,8 @@ def _rows(report: Report) -> dict[str, str]:
     rows |= _cut_rows(report)
     if report.search is not None:
         rows["search of the rates"] = describe_search(report.search)
+    if report.reconstruction:
+        rows["reconstruction"] = describe_reconstruction(report.reconstruction)
     rows["parameters"] = describe_size(report)
     rows |= {f"task {name}": text for name, text in task_rows(report.tasks).items()}
     rows["seconds"] = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in report.seconds.items())

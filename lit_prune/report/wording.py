@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from lit_prune.evaluation.perplexity import Protocol
+from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import Report
 
@@ -80,6 +81,18 @@ def describe_search(search: SearchRecord) -> str:
         f"generation{'' if search.generations == 1 else 's'}; loss "
         f"{search.loss_start:.4f} at the start, {search.loss_end:.4f} at the end, on {search.windows} of the windows"
     )
+
+
+def describe_reconstruction(losses: Sequence[BlockLosses]) -> str:
+    """Returns the losses of a reconstruction in one line: means over the blocks, and the blocks that it left alone."""
+    sides = []
+    for label, name in (("training", "train"), ("held-out", "held_out")):
+        before = sum(getattr(block, f"{name}_before") for block in losses) / len(losses)
+        after = sum(getattr(block, f"{name}_{'after' if block.kept else 'before'}") for block in losses) / len(losses)
+        sides.append(f"{before:.4f} to {after:.4f} on {label} windows")
+    rejected = [str(index) for index, block in enumerate(losses) if not block.kept]
+    unchanged = f"; blocks {', '.join(rejected)} kept the weights of the cut" if rejected else ""
+    return f"mean loss of a block {', '.join(sides)}{unchanged}"
 
 
 def describe_budget(budget: str | None) -> str:

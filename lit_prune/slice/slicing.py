@@ -34,6 +34,7 @@ from lit_prune.models.remote_code.modeling_sliced import (
 from lit_prune.models.structure import add_structure
 from lit_prune.progress import log, track
 from lit_prune.pruning.base import Method, Propagate
+from lit_prune.reconstruct.reconstruction import Reconstruction
 from lit_prune.search.trial import Trial, model_on_device
 from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
 from lit_prune.slice.sizes import check_multiple, rates_from_sizes, sizes_from_rates
@@ -109,6 +110,7 @@ class Slicing(Method):
         statistics: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
+        reconstruction: Reconstruction | None = None,
     ) -> list[float]:
         """Slices the blocks in order and returns their rates; see :meth:`Method.apply`."""
         full, before, tied = model.config.hidden_size, parameters(model), model.config.tie_word_embeddings

@@ -28,6 +28,7 @@ from lit_prune.models.structure import Description, Structure, add_structure, de
 from lit_prune.pipeline import prune
 from lit_prune.pruning.base import Method
 from lit_prune.recipe import Recipe
+from lit_prune.reconstruct.reconstruction import Reconstruction
 from lit_prune.recover import Snapshot
 from tests.conftest import small_model
 
@@ -96,6 +97,7 @@ class DropBlocks(Method):
         statistics: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
+        reconstruction: Reconstruction | None = None,
     ) -> list[float]:
         shape = Depth([block.index for block in blocks if rates[block.index] == 0], len(blocks))
         shape.rebuild(model)
@@ -160,6 +162,7 @@ class NarrowMLP(Method):
         statistics: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
+        reconstruction: Reconstruction | None = None,
     ) -> list[float]:
         full = model.config.intermediate_size
         channels = full - round(full * rates[0])

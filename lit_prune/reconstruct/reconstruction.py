@@ -1,0 +1,120 @@
+"""The reconstruction of all blocks of a cut, one after the other.
+
+In memory are, besides the model, the hidden states of all batches twice, and on the stream's device one block in
+float32 with its gradients and two moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from lit_prune import distributed
+from lit_prune.calibration.stream import Stream
+from lit_prune.errors import InputError
+from lit_prune.models.families import Block
+from lit_prune.progress import log
+from lit_prune.reconstruct.losses import BlockLosses, MeanError, relative_errors
+from lit_prune.reconstruct.settings import Reconstruct
+from lit_prune.reconstruct.training import BlockTraining
+
+HELD_OUT = 8  # one batch in so many is held out
+
+
+class Reconstruction:
+    """The reconstruction of the blocks of one model, in their order, while a method cuts them.
+
+    Args:
+        settings: The settings.
+        stream: The stream of the calibration batches, in front of the first block.
+
+    Attributes:
+        stream: The stream behind the blocks that were cut so far.
+        losses: The losses of these blocks.
+
+    Raises:
+        InputError: if there is only one batch.
+    """
+
+    def __init__(self, settings: Reconstruct, stream: Stream) -> None:
+        self.settings, self.stream = settings, stream
+        self.losses: list[BlockLosses] = []
+        self._dense = stream.copy() if settings.targets_from == "dense" else None
+        self._training, self._held_out = _divided(len(stream.hidden))
+
+    @contextmanager
+    def block(self, block: Block) -> Iterator[None]:
+        """Reconstructs ``block`` after the body, which cuts it, and advances the stream by it.
+
+        Args:
+            block: The block that the stream is in front of, on the stream's device.
+        """
+        targets = self._targets(block)
+        yield
+        self._reconstruct(block, targets)
+        if block.index < self.stream.blocks - 1:
+            self.stream.run(block)
+
+    @torch.no_grad()
+    def _targets(self, block: Block) -> Sequence[Tensor]:
+        """Returns the output of the block, which is not cut yet, for every batch."""
+        if self._dense is not None:
+            self._dense.run(block)
+            return self._dense.hidden
+        stream = self.stream
+        return [stream.output(index, block).to(stream.offload_device) for index in range(len(stream.hidden))]
+
+    @torch.no_grad()
+    def _reconstruct(self, block: Block, targets: Sequence[Tensor]) -> None:
+        """Trains ``block``, and restores its weights if the loss on the held-out batches is not smaller."""
+        before = [self._loss(block, targets, batches) for batches in (self._training, self._held_out)]
+        trained = BlockTraining(self.settings, self.stream, block, targets).run(self._training)
+        original = {name: block.module.get_parameter(name).detach().clone() for name in trained}
+        _write(block, trained)
+        held_out = self._loss(block, targets, self._held_out)
+        if not (kept := held_out < before[1]):
+            _write(block, original)
+            log(
+                f"Block {block.index} keeps the weights of the cut: its loss on held-out windows went from "
+                f"{before[1]:.4g} to {held_out:.4g}."
+            )
+        train = self._loss(block, targets, self._training) if kept else before[0]
+        self.losses.append(BlockLosses(before[0], train, before[1], held_out, kept))
+
+    def _loss(self, block: Block, targets: Sequence[Tensor], batches: Sequence[int]) -> float:
+        """Returns the mean loss of a token over ``batches``."""
+        loss = MeanError()
+        for index in batches:
+            target_BTD = targets[index].to(self.stream.device)
+            loss.add(*relative_errors(self.stream.output(index, block), target_BTD, self.stream.masks[index]))
+        return loss.mean()
+
+
+def reconstructing(reconstruction: Reconstruction | None, block: Block) -> AbstractContextManager[None]:
+    """Returns the context in which a method cuts ``block``; it does nothing without a ``reconstruction``."""
+    return nullcontext() if reconstruction is None else reconstruction.block(block)
+
+
+def _divided(batches: int) -> tuple[list[int], list[int]]:
+    """Returns the numbers of the batches of this process to train on, and of those that are held out.
+
+    Held out is the last eighth of the batches of all processes, of which ``batches`` are of this one.
+    """
+    total = distributed.all_reduce_count(batches)
+    if total < 2:
+        raise InputError(
+            f"`pruning.reconstruction` must have at least two calibration batches, one of which is held out, got "
+            f"{total}: raise `calibration.num_samples`, or lower `calibration.batch_size`."
+        )
+    first_held_out = total - max(total // HELD_OUT, 1)
+    numbers = [distributed.rank() + index * distributed.world_size() for index in range(batches)]
+    training = [index for index, number in enumerate(numbers) if number < first_held_out]
+    return training, list(range(len(training), batches))
+
+
+def _write(block: Block, weights: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        block.module.get_parameter(name).detach().copy_(weight)

@@ -1,0 +1,115 @@
+"""Reconstruction from end to end: targets, held-out windows, and the pipeline."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_prune.allocate import Uniform
+from lit_prune.calibration.stream import Stream
+from lit_prune.errors import InputError
+from lit_prune.models.families import find_blocks
+from lit_prune.pipeline import Pruned, prune
+from lit_prune.pruning import NofM, SparseGPT, Wanda
+from lit_prune.pruning.base import Method
+from lit_prune.recipe import Recipe
+from lit_prune.reconstruct import Reconstruct
+from lit_prune.reconstruct.reconstruction import Reconstruction, _divided
+from lit_prune.slice import Slicing
+from tests.conftest import lively_model
+
+WINDOWS = list(torch.randint(1, 64, (24, 16), generator=torch.Generator().manual_seed(3)).split(1))
+
+
+def reconstructed(
+    method: Method, settings: Reconstruct | None, family: str = "llama"
+) -> tuple[PreTrainedModel, Pruned]:
+    model = lively_model(family)
+    return model, prune(model, WINDOWS, Recipe(method, 0.5, Uniform(), reconstruction=settings))
+
+
+def error(model: PreTrainedModel) -> float:
+    """The mean squared distance of the last hidden states from those of the dense model."""
+    dense = lively_model(model.config.model_type)
+    with torch.no_grad():
+        parts = [model.base_model(x)[0] - dense.base_model(x)[0] for x in WINDOWS]
+    return float(torch.cat(parts).square().mean())
+
+
+@pytest.mark.parametrize("targets_from", ["dense", "pruned"])
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT(), Wanda(NofM(2, 4)), Wanda(propagate="pruned")], ids=repr)
+def test_blocks_come_closer_to_the_dense_ones(method: Method, targets_from: str) -> None:
+    plain, _ = reconstructed(method, None)
+    settings = Reconstruct(epochs=3, targets_from=targets_from)  # type: ignore[arg-type]
+    model, pruned = reconstructed(method, settings)
+    assert pruned.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert error(model) < 0.9 * error(plain)
+    assert len(pruned.reconstruction) == 3
+    for losses in pruned.reconstruction:
+        assert losses.kept == (losses.held_out_after < losses.held_out_before)
+        assert not losses.kept or losses.train_after < losses.train_before
+    assert pruned.reconstruction[0].kept
+
+
+def test_the_masks_are_those_of_the_first_block_and_the_same_twice() -> None:
+    plain, _ = reconstructed(Wanda(), None)
+    model, first = reconstructed(Wanda(), Reconstruct())
+    again, second = reconstructed(Wanda(), Reconstruct())
+    for name, weight in plain.named_parameters():
+        if "proj" in name:  # `propagate` is dense: a reconstruction changes no mask
+            assert torch.equal(weight == 0, model.get_parameter(name) == 0)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), again.parameters(), strict=True))
+    assert first.reconstruction == second.reconstruction
+
+
+@pytest.mark.parametrize("lr", [1e30, 30.0])
+def test_a_block_that_gets_worse_keeps_the_weights_of_the_cut(lr: float, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, _ = reconstructed(Wanda(), None)
+    model, pruned = reconstructed(Wanda(), Reconstruct(epochs=1, lr=lr))
+    assert all(torch.equal(*pair) for pair in zip(plain.parameters(), model.parameters(), strict=True))
+    for losses in pruned.reconstruction:
+        assert not losses.kept
+        assert losses.train_after == losses.train_before
+        assert math.isnan(losses.held_out_after) or losses.held_out_after > losses.held_out_before
+    assert "Block 0 keeps the weights of the cut: its loss on held-out windows went from" in capsys.readouterr().err
+
+
+def test_targets_are_the_outputs_of_the_dense_block_for_either_stream() -> None:
+    model = lively_model("llama")
+    blocks, given = find_blocks(model), [{"input_ids": window} for window in WINDOWS]
+    with torch.no_grad():
+        hidden = model(WINDOWS[0], output_hidden_states=True).hidden_states
+
+    def targets(settings: Reconstruct) -> tuple[Tensor, Reconstruction]:
+        run = Reconstruction(settings, Stream(model, blocks, given, torch.device("cpu")))
+        run.stream.hidden = [x + 1 for x in run.stream.hidden]  # as behind blocks that are pruned
+        return run._targets(blocks[0])[0], run
+
+    from_dense, _ = targets(Reconstruct(targets_from="dense"))
+    assert torch.equal(from_dense, hidden[1])
+    from_pruned, run = targets(Reconstruct(targets_from="pruned"))
+    with torch.no_grad():
+        assert torch.equal(from_pruned, run.stream.output(0, blocks[0]))
+    assert not torch.equal(from_pruned, from_dense)
+
+
+@pytest.mark.parametrize(
+    ("batches", "training", "held_out"),
+    [(2, [0], [1]), (8, [0, 1, 2, 3, 4, 5, 6], [7]), (16, list(range(14)), [14, 15])],
+)
+def test_the_last_eighth_is_held_out(batches: int, training: list[int], held_out: list[int]) -> None:
+    assert _divided(batches) == (training, held_out)
+
+
+def test_a_single_batch_is_refused() -> None:
+    with pytest.raises(InputError, match="`pruning.reconstruction` must have at least two calibration batches"):
+        prune(lively_model("llama"), WINDOWS[:1], Recipe(reconstruction=Reconstruct()))
+
+
+def test_slicing_is_refused() -> None:
+    with pytest.raises(InputError, match="`pruning.reconstruction` must be null for Slicing"):
+        Recipe(Slicing(), 0.25, Uniform(), reconstruction=Reconstruct())
