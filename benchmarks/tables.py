@@ -22,6 +22,7 @@ BLOCK = re.compile(r"(<!-- table: ([a-z ]+) -->\n).*?(<!-- end -->)", re.S)
 
 ALLOCATIONS = ("Uniform", "OWL", "AlphaPruning", "DLP", "LayerRedundancy")
 METHODS = ("Magnitude", "Wanda", "SparseGPT")
+METHODS_BY_COST = ("Wanda", "SparseGPT", "ADMM")
 PATTERNS = ("2:4", "4:8", "N:8 by OWL", "N:8 by DLP")
 MEANS = (0.20, 0.25, 0.30)
 WIDTHS = ("constant", "LayerRedundancy, base 0.05 below", "LayerRedundancy, base 0.10 below", "DLP")
@@ -147,6 +148,52 @@ def recoveries(rows: Sequence[Row]) -> str:
     return table(["", *sparsities, "MB, adapter included"], lines)
 
 
+def reconstructions(rows: Sequence[Row]) -> str:
+    """Returns the table of perplexities on two texts, cost and memory, with and without reconstruction."""
+    by_case, lines = {row["case"]: row for row in rows}, []
+    for case, row in by_case.items():
+        match = re.fullmatch(r"(\w+), ([\d.:]+), (\d+) windows, reconstructed", case)
+        if match is None:
+            continue
+        without = by_case.get(case.removesuffix(", reconstructed"), {})
+        perplexities = [
+            text for name in ("perplexity", "python_docs") for text in least_bold([without.get(name), row[name]])
+        ]
+        multiples = [f"{cell['multiple']:.1f}" if cell else "" for cell in (without, row)]
+        lines.append([match[2], match[1], match[3], *perplexities, *multiples, f"{row['peak_bytes'] / 1e6:.0f}"])
+    head = ["sparsity", "method", "windows", "without", "with", "Python, without", "Python, with"]
+    head += ["F, without", "F, with", "peak MB"]
+    return table(head, sorted(lines, key=lambda line: (int(line[2]), line[0], METHODS_BY_COST.index(line[1]))), words=2)
+
+
+def reconstruction_allocations(rows: Sequence[Row]) -> str:
+    """Returns the table of perplexities of SparseGPT at 0.7 with reconstruction, by allocation."""
+    found = []
+    for row in rows:
+        match = re.fullmatch(r"SparseGPT(?: by (\w+))?, 0\.7, \d+ windows, reconstructed", row["case"])
+        if match is not None:
+            found.append((match[1] or "LayerRedundancy", row))
+    windows = min((_windows(row["case"]) for _, row in found), default=0)
+    kept = [(name, row) for name, row in found if _windows(row["case"]) == windows]
+    columns = [least_bold([row[text] for _, row in kept]) for text in ("perplexity", "python_docs")]
+    lines = [[name, *texts] for (name, _), *texts in zip(kept, *columns, strict=True)]
+    return table(["allocation", "perplexity", "Python"], lines)
+
+
+def reconstruction_recoveries(rows: Sequence[Row]) -> str:
+    """Returns the table of perplexities before and after a recovery that starts from a reconstructed model."""
+    lines = []
+    for row in rows:
+        match = re.fullmatch(r"(\w+), ([\d.]+), from the reconstructed model", row["case"])
+        if match is not None:
+            lines.append([match[2], match[1], f"{row['pruned']:.2f}", f"{row['perplexity']:.2f}"])
+    return table(["sparsity", "recovery", "before", "after"], sorted(lines), words=2)
+
+
+def _windows(case: str) -> int:
+    return int(re.findall(r"(\d+) windows", case)[0])
+
+
 def _heading(width: str) -> str:
     return re.sub(r"base ([\d.]+) below", r"base = mean - \1", width)
 
@@ -163,6 +210,9 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "equal mean": ("slices", equal_mean),
     "equal size": ("slices", equal_size),
     "recoveries": ("recoveries", recoveries),
+    "reconstruction": ("reconstruction", reconstructions),
+    "reconstruction allocations": ("reconstruction", reconstruction_allocations),
+    "reconstruction recoveries": ("reconstruction", reconstruction_recoveries),
 }
 
 

@@ -6,7 +6,7 @@ The callback's checkpoint state stores them as the plain dicts of ``plain.to_pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -98,7 +98,7 @@ class CutRecord:
     sparsity: float
     search: SearchRecord | None = field(default=None, metadata=json_form(none_as={}))
     sparsity_before: float = 0.0
-    reconstruction: Sequence[BlockLosses] = ()
+    reconstruction: list[BlockLosses] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> CutRecord:

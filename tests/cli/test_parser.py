@@ -88,6 +88,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
             "measure",
             "method",
             "min_rate",
+            "reconstruction",
             "recovery",
             "schedule",
             "sparsity",

@@ -7,6 +7,7 @@ import torch
 
 from lit_prune.evaluation.perplexity import Measurement
 from lit_prune.evaluation.speed import Speed
+from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.plain import to_plain
 from lit_prune.report.records import Baseline, CutRecord, ModelSize, with_perplexity
 from tests.report.reports import CUT, PROTOCOL, SEARCH
@@ -17,7 +18,13 @@ BASELINE = Baseline(0, {"masked": True}, {"before": 20.0}, {"perplexity_before":
 
 @pytest.mark.parametrize(
     "record",
-    [CUT, replace(CUT, size=SIZE, search=SEARCH, sparsity_before=0.25), replace(CUT, protocol=None), BASELINE],
+    [
+        CUT,
+        replace(CUT, size=SIZE, search=SEARCH, sparsity_before=0.25),
+        replace(CUT, reconstruction=[BlockLosses(0.4, 0.2, 0.5, 0.3, True)]),
+        replace(CUT, protocol=None),
+        BASELINE,
+    ],
 )
 def test_a_record_comes_back_from_a_checkpoint(record: Any, tmp_path: Path) -> None:
     torch.save(to_plain(record), tmp_path / "state.ckpt")

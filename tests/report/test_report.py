@@ -14,7 +14,17 @@ TASKS = TaskResults("lm-eval 0.4", HarnessSettings(limit=3), {"arc": {"acc": 0.5
 def test_the_file_has_the_sections_in_their_order() -> None:
     assert list(json.loads(to_json(REPORT))) == [
         *("perplexity", "protocol", "sparsity", "recipe", "calibration", "scores", "rates", "achieved", "search"),
-        *("parameters", "recovery", "distillation", "adapter", "merged", "adapter_parameters", "bytes", "quantised"),
+        *(
+            "reconstruction",
+            "parameters",
+            "recovery",
+            "distillation",
+            "adapter",
+            "merged",
+            "adapter_parameters",
+            "bytes",
+            "quantised",
+        ),
         *("slice", "sliced", "cuts", "cuts_not_made", "baseline", "seconds", "versions"),
     ]
 
