@@ -34,11 +34,11 @@ from lit_prune.calibration.windows import Batch, batches_of
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import prune
-from lit_prune.pruning import NofM, SparseGPT, Wanda
+from lit_prune.pruning import ADMM, NofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
 
-METHODS = (SparseGPT, Wanda)
+METHODS = (SparseGPT, ADMM, Wanda)
 SHARES = (0.7, "2:4", 0.5, 0.6)
 RECOVERIES = {"FullFineTuning": ["--model.lr=1e-4"], "MaskedLoRA": ["--pruning.recovery.r=16"]}
 

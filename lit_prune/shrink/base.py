@@ -26,6 +26,7 @@ from lit_prune.models.remote_code.modeling_shrunk import SHRUNK, LayerConfig, la
 from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
 from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
+from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, model_on_device
 from lit_prune.shrink.narrow import adopt_sizes, check_part, narrow, set_sizes, set_weight
@@ -60,6 +61,7 @@ class UnitMethod(Method):
     needs_text: ClassVar[bool] = True
     changes_shapes: ClassVar[bool] = True
     supports_search: ClassVar[bool] = True
+    supports_reconstruction: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
@@ -141,17 +143,19 @@ class UnitMethod(Method):
         statistics: Sequence[BlockStatistics],
         device: torch.device,
         stream: Callable[[], Stream],
+        reconstruction: Reconstruction | None = None,
     ) -> list[float]:
         """Shrinks one block after the other, each behind those that are shrunk; see :meth:`Method.apply`."""
-        residual, full = stream(), self.sizes(model, blocks)
+        residual = stream() if reconstruction is None else reconstruction.stream
+        full = self.sizes(model, blocks)
         units = units_from_rates(rates, full, self.multiple)
         parts = [self._part(model, block) for block in blocks]
         units = [min(wanted, part.units) for wanted, part in zip(units, parts, strict=True)]
         for block, part, kept in zip(track(blocks, "Shrinking blocks"), parts, units, strict=True):
-            with on_device(block, device, changes=True):
+            with on_device(block, device, changes=True), reconstructing(reconstruction, block):
                 if kept < part.units:
                     self._shrink(model, block, part, kept, residual)
-                if block is not blocks[-1]:
+                if reconstruction is None and block is not blocks[-1]:
                     residual.run(block)
         path = blocks[0].path.rpartition(".")[0]
         sizes = type(self).sizes_class(units, full, dict(parts[0].fields), dict(parts[0].fixed), path)
