@@ -23,7 +23,7 @@ from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.slice import Slicing
 from tests.conftest import lively_model
 
-WINDOWS = list(torch.randint(1, 64, (24, 16), generator=torch.Generator().manual_seed(3)).split(1))
+WINDOWS = list(torch.randint(1, 64, (24, 48), generator=torch.Generator().manual_seed(3)).split(1))
 
 
 def reconstructed(
