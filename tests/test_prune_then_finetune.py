@@ -105,7 +105,7 @@ def test_masks_last(name: str, recovery: str, folder: Path, tmp_path: Path, trai
     ) in card
 
 
-@pytest.mark.parametrize("recovery", ["LoRA", "FullFineTuning"])
+@pytest.mark.parametrize("recovery", ["LoRA", "MaskedLoRA", "FullFineTuning"])
 def test_widths_last(recovery: str, folder: Path, tmp_path: Path, train: Callable[..., dict]) -> None:
     told = train("sliced", f"--pruning.recovery={recovery}")
     first, last = (
@@ -118,8 +118,14 @@ def test_widths_last(recovery: str, folder: Path, tmp_path: Path, train: Callabl
 
 
 def test_an_adapter_that_lies_in_the_folder_is_trained_on(tmp_path: Path, train: Callable[..., dict]) -> None:
-    first = train("masked")
-    other = ["--output", str(tmp_path / "y"), "--model.pretrained", str(tmp_path / "x/model")]
+    first = train("masked", "--pruning.recovery=LoRA")
+    other = [
+        "--pruning.recovery=LoRA",
+        "--output",
+        str(tmp_path / "y"),
+        "--model.pretrained",
+        str(tmp_path / "x/model"),
+    ]
     train("masked", *other)
     second = json.loads((tmp_path / "y/report.json").read_text())
     assert second["perplexity"]["before"] == pytest.approx(first["perplexity"]["after"])
@@ -152,7 +158,11 @@ def test_a_run_that_cuts_nothing_resumes_to_the_same_weights(
 
 
 REFUSED = [
-    ("foreign", [], "`pruning.keep_zeros` must be given: 50.0% of the weights of the linears are zero"),
+    (
+        "foreign",
+        ["--pruning.recovery=LoRA"],
+        "`pruning.keep_zeros` must be given: 50.0% of the weights of the linears are zero",
+    ),
     ("foreign", ["--pruning.recovery=null"], "`pruning.keep_zeros` must be given: 50.0%"),
     ("foreign", ["--pruning.method=Wanda", "--pruning.at_step=1"], "`pruning.keep_zeros` must be given: 50.0%"),
     (
@@ -196,7 +206,7 @@ def test_what_would_fill_zeros_is_refused_in_a_line(
 
 
 def test_zeros_that_may_be_filled_are(tmp_path: Path, train: Callable[..., dict]) -> None:
-    told = train("foreign", "--pruning.keep_zeros=false")
+    told = train("foreign", "--pruning.recovery=LoRA", "--pruning.keep_zeros=false")
     assert told["sparsity"]["achieved_all"] < 0.01
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "x/model")
     assert zero_shares(opened)[1] < 0.01

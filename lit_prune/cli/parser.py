@@ -125,7 +125,7 @@ class LitPruneCLI(LightningCLI):
             {
                 "pruning.method": {"class_path": "lit_prune.pruning.Wanda"},
                 "pruning.allocation": {"class_path": "lit_prune.allocate.DLP"},
-                "pruning.recovery": {"class_path": "lit_prune.recover.LoRA"},
+                "pruning.recovery": {"class_path": "lit_prune.recover.MaskedLoRA"},
             }
         )
         parser.link_arguments("model.pretrained", "data.tokenizer")

@@ -28,6 +28,7 @@ from lit_prune.models.quantised import (
 )
 from lit_prune.recipe import Recipe
 from lit_prune.recover import Recovery, Snapshot, quantise
+from lit_prune.recover.adapter import trains_tied_head
 from lit_prune.recover.base import ExportForm
 from lit_prune.recover.merge import merged, record_quantisation, without_adapter
 
@@ -170,6 +171,11 @@ class ExportPlan:
     def merged(self) -> bool:
         """Whether an adapter is merged into the weights that are written."""
         return self.outline.form in ("merged", "requantised")
+
+    @property
+    def unties_head(self) -> bool:
+        """Whether the head was tied to the embedding and, trained by an adapter, is written as a matrix of its own."""
+        return self.merged and trains_tied_head(self.model)
 
     @property
     def adapter_beside(self) -> bool:

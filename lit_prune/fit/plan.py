@@ -191,6 +191,10 @@ class FitPlan:
         for recovery in (self.before, self.recovery):
             if recovery is not None:
                 recovery.check(model)
+        if self.before is not None:
+            self.before.check_detach(model)
+        if self.recovery is not None and len(self.cuts) > 1:
+            self.recovery.check_detach(model)
 
     def _check_full(self, recovery: Recovery | None, field: str) -> None:
         """Raises InputError for a recovery that quantises the weights although a cut comes after it."""

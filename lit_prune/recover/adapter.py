@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -66,6 +67,33 @@ def check_targets(settings: Settings, model: PreTrainedModel) -> None:
             )
 
 
+def check_detach(settings: Settings, model: PreTrainedModel) -> None:
+    """Raises InputError for an adapter on a tied head, which cannot be merged in place: the embedding would change."""
+    head = _name_of_head(model)
+    if head is None or not has_tied_head(model) or not _is_target(head, settings.target_modules or []):
+        return
+    raise InputError(
+        f"`{type(settings).__name__}.target_modules` must not have the head, {head}, if a cut comes afterwards: "
+        "it is tied to the embedding, which a merge would change too. Train it after the last cut only."
+    )
+
+
+def has_tied_head(model: PreTrainedModel) -> bool:
+    """Returns whether the head and the embedding of ``model`` are one parameter, with or without an adapter."""
+    head, embedding = (_weight(module) for module in (model.get_output_embeddings(), model.get_input_embeddings()))
+    return head is not None and head is embedding
+
+
+def trains_tied_head(model: PreTrainedModel) -> bool:
+    """Returns whether ``model`` has an adapter on a head that is tied to the embedding."""
+    return isinstance(model.get_output_embeddings(), LoraLayer) and has_tied_head(model)
+
+
+def _weight(module: Any) -> Tensor | None:
+    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return getattr(base, "weight", None)
+
+
 def _without_adapter(model: PreTrainedModel, target: str) -> str:
     """The reason why linears called ``target`` get no adapter, if there is one."""
     if model.config.model_type in MAMBA and target.endswith("out_proj"):
@@ -116,7 +144,9 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, *, masked: bool = Fa
         # peft uses the first entry that matches by isinstance, and bitsandbytes' linears are instances of nn.Linear
         quantised = {Linear4bit: MaskedQuantised, Linear8bit: MaskedQuantised}
         config._register_custom_module({**quantised, nn.Linear: MaskedLinear, Conv1D: MaskedLinear})
-    model.add_adapter(config)
+    with warnings.catch_warnings():  # of complications when a tied head is merged, which `merge.merged` unties
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
+        model.add_adapter(config)
     _keep_float32(model)
     config.base_model_name_or_path = None  # peft enters the dense model, whose weights are not the pruned ones
     model.train(model.training)  # peft's new dropout layers are in training mode, whatever the mode of the model

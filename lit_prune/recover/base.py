@@ -40,6 +40,9 @@ class Recovery(ABC):
         """
         return None
 
+    def check_detach(self, model: PreTrainedModel) -> None:  # noqa: B027
+        """Raises InputError if :meth:`detach` would change more of ``model`` than the weights that are trained."""
+
     @abstractmethod
     def attach(self, model: PreTrainedModel) -> None:
         """Prepares ``model`` for training in place; exactly the parameters to train require gradients afterwards."""

@@ -7,7 +7,7 @@ from typing import ClassVar, final
 
 from transformers import PreTrainedModel
 
-from lit_prune.recover.adapter import add_adapter, check_settings, check_targets, lora_config
+from lit_prune.recover.adapter import add_adapter, check_detach, check_settings, check_targets, lora_config
 from lit_prune.recover.base import ExportForm, Recovery
 
 
@@ -44,6 +44,10 @@ class LoRA(Recovery):
     def check(self, model: PreTrainedModel) -> None:
         """Raises InputError for target modules that match no linear that can have an adapter."""
         check_targets(self, model)
+
+    def check_detach(self, model: PreTrainedModel) -> None:
+        """Raises InputError for an adapter on a head that is tied to the embedding."""
+        check_detach(self, model)
 
     def export_form(self, masked: bool) -> ExportForm:
         """Returns `adapter` over masks, whose zeros a merge would fill; else `merged`."""

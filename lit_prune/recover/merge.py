@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_prune.models.modeling_sliced import untied_head
 from lit_prune.models.quantised import (
     bitsandbytes_config,
     dense,
@@ -19,15 +20,20 @@ from lit_prune.models.quantised import (
     unquantised,
 )
 from lit_prune.recover import adapter_config, mark_quantised, merged_weight
+from lit_prune.recover.adapter import trains_tied_head
 
 
 @torch.no_grad()
 def merged(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a copy of ``model`` in full precision with the adapter merged into its weights.
 
-    Weights that have no adapter and are not quantised are shared with ``model``.
+    Weights that have no adapter and are not quantised are shared with ``model``. A head that was tied to the embedding
+    and has an adapter gets a weight of its own, and the copy's config says so.
     """
     plain = without_adapter(model)
+    if trains_tied_head(model):
+        untied_head(plain)
+        plain.config.get_text_config().tie_word_embeddings = False  # of a multimodal model, which has two configs
     for name, module in list(quantised_linears(plain)):
         plain.set_submodule(name, dense(module, dequantised(module)))
     record_quantisation(plain)

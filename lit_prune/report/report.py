@@ -43,7 +43,9 @@ class Report:
         achieved: Achieved rate of each block.
         search: Record of the search for rates; None if there was none.
         reconstruction: Losses of every block before and after its reconstruction at the last cut; empty without one.
-        parameters: Number of parameters without the adapter.
+        parameters: Number of parameters of the exported weights, without an adapter beside them.
+        untied_parameters: Number of parameters of a head that was tied to the embedding and no longer is, because an
+            adapter on it was merged; None for any other.
         recovery: The recovery after the cut, as its repr; None if there was none.
         distillation: The distillation from the dense model, as its repr; None if there was none.
         adapter: The adapter's settings as peft stores them; None if there is no adapter.
@@ -73,6 +75,7 @@ class Report:
     search: SearchRecord | None = field(default=None, metadata=json_form(none_as={}))
     reconstruction: Sequence[BlockLosses] = ()
     parameters: int
+    untied_parameters: int | None = field(default=None, metadata=json_form(none_as=OMIT))
     recovery: str | None
     distillation: str | None
     adapter: Mapping[str, Any] | None

@@ -55,7 +55,8 @@ def summary(
         achieved=None if start is None else start.achieved,
         search=None if last is None else last.search,
         reconstruction=() if last is None else last.reconstruction,
-        parameters=parameters(plan.base),
+        parameters=parameters(plan.plain),
+        untied_parameters=parameters(plan.plain) - parameters(plan.base) if plan.unties_head else None,
         recovery=record.get("recovery"),
         distillation=record.get("distillation"),
         adapter=adapter_config(plan.model),
@@ -85,7 +86,7 @@ def _sparsity(
     plan: ExportPlan, recipe: Recipe | None, cuts: Sequence[CutRecord], baseline: Baseline | None
 ) -> Sparsity:
     """Returns the requested sparsity and the share of zeros that the model has now."""
-    zero, total = pruned(plan.base if plan.outline.masked else plan.plain)
+    zero, total = pruned(plan.base if plan.outline.masked else plan.plain)[0], parameters(plan.plain)
     if recipe is not None and recipe.method.makes_zeros:
         achieved = share_of_zeros(recipe.find(plan.base, quantised=True))
         target = cuts[-1].target if cuts else recipe.sparsity

@@ -111,14 +111,26 @@ def describe_size(report: Report) -> str:
     if report.adapter and not report.merged:
         adapter = f" and {report.adapter_parameters:,} of the adapter"
     text = f"{report.parameters:,}{adapter}, {report.bytes / 1e6:,.1f} MB"
+    return f"{text}{_compare_size(report)}{_describe_head(report)}"
+
+
+def _compare_size(report: Report) -> str:
+    """Returns the end of the text: the size before quantising or slicing, or that zeros are stored."""
     quantised = report.quantised
     if quantised is not None and quantised.form != "merged":
-        return f"{text}, {quantised.bytes_unquantised / 1e6:,.1f} MB before {quantised.quantization}"
+        return f", {quantised.bytes_unquantised / 1e6:,.1f} MB before {quantised.quantization}"
     if report.shape is None:
-        return f"{text}, zeros stored"
+        return ", zeros stored"
     dense = report.shape.dense
     if dense is None:
-        return text
+        return ""
     share = report.parameters / dense.parameters - 1
     bigger = ": bigger than the dense model" if share > 0 else ""
-    return f"{text}, dense {dense.parameters:,}, {dense.bytes / 1e6:,.1f} MB  ({share:+.1%}){bigger}"
+    return f", dense {dense.parameters:,}, {dense.bytes / 1e6:,.1f} MB  ({share:+.1%}){bigger}"
+
+
+def _describe_head(report: Report) -> str:
+    """Returns the parameters that a merged adapter added, by a head that was tied before; empty if there is none."""
+    if report.untied_parameters is None:
+        return ""
+    return f"; {report.untied_parameters:,} of them are the head, which is no longer tied to the embedding"

@@ -43,7 +43,7 @@ def test_a_recovery_that_keeps_the_zeros_heals_and_resumes_and_exports(recovery:
 
 
 def test_export_of_lora_over_masks_leaves_the_adapter_beside_the_weights(capsys: pytest.CaptureFixture[str]) -> None:
-    run("fit", "--output=runs/x")
+    run("fit", "--output=runs/x", "--pruning.recovery=LoRA")
     first = report()
     with pytest.raises(SystemExit):
         main(["export", "--ckpt_path", "last", "--output", "runs/x", "--merge", "--overwrite"])

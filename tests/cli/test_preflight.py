@@ -21,7 +21,7 @@ MISTAKES = [
     (["--pruning.at_step=[2,1]"], r"`pruning.at_step` must list rising steps, got \[2, 1\]"),
     (["--pruning.at_step=2"], r"`pruning.at_step` must be below the number of optimizer steps, 2 .*, got 2"),
     (
-        ["--pruning.at_step=[0,1]"],
+        ["--pruning.at_step=[0,1]", "--pruning.recovery=LoRA"],
         r"`pruning.recovery` must keep zeros .*, got LoRA\(r=8.*: use MaskedLoRA",
     ),
     (["--pruning.before=LoRA"], r"`pruning.before` must be null if the first cut comes at step 0"),
@@ -92,7 +92,7 @@ MISTAKES = [
     ),
     (
         ["--pruning.recovery.target_modules=[qproj]"],
-        r"`LoRA.target_modules` must match linears of the model, got 'qproj'",
+        r"`MaskedLoRA.target_modules` must match linears of the model, got 'qproj'",
     ),
     (["--trainer.overfit_batches=2"], r"`trainer.overfit_batches` must be 0 with TextDataModule, got 2"),
     (
@@ -133,7 +133,7 @@ def test_what_settings_tell_is_refused_before_weights_and_text_are_read(
     monkeypatch.setattr("lit_prune.data.datamodule.TextDataModule.stream", lambda *_: pytest.fail("text was read"))
     for args, message in (
         (["--pruning.at_step=2"], "`pruning.at_step` must be below"),
-        (["--pruning.recovery.target_modules=[qproj]"], "`LoRA.target_modules` must match linears"),
+        (["--pruning.recovery.target_modules=[qproj]"], "`MaskedLoRA.target_modules` must match linears"),
         (["--pruning.targets=[qproj]"], "`pruning.targets` must match a linear"),
         (["--ckpt_path=run.ckpt"], "`data.seed` must be what the checkpoint was made with, 7, got 0"),
     ):

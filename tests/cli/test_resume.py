@@ -28,7 +28,7 @@ def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 OTHER_RUNS = [
     (["--pruning.sparsity=0.8"], "`pruning.sparsity` must be what the checkpoint was made with, 0.5, got 0.8"),
-    (["--pruning.recovery.r=4"], "`pruning.recovery` must be what the checkpoint was made with, LoRA(r=8"),
+    (["--pruning.recovery.r=4"], "`pruning.recovery` must be what the checkpoint was made with, MaskedLoRA(r=8"),
     (["--pruning.at_step=1"], "`pruning.at_step` must be what the checkpoint was made with, 0, got 1"),
     (["--pruning.method=null"], "`pruning.method` must be what the checkpoint was made with, Wanda("),
     (["--data.seed=1"], "`data.seed` must be what the checkpoint was made with, 0, got 1"),

@@ -95,3 +95,12 @@ def test_weights_that_an_earlier_cut_masked_are_held_too() -> None:
     with pytest.raises(InputError, match="`pruning.recovery` must be given for a model with masks"):
         course(recipe=narrow).check(model)
     course(recipe=narrow).check(model.requires_grad_(False))
+
+
+def test_an_adapter_on_a_tied_head_is_not_merged_before_a_cut() -> None:
+    head = MaskedLoRA(target_modules=["lm_head"])
+    course(recovery=head).check(small_model())
+    course(TWO, recovery=head).check(small_model(tie_word_embeddings=False))
+    for given in (course(TWO, recovery=head), course((Cut(2, 0.5),), before=head, recovery=MaskedLoRA())):
+        with pytest.raises(InputError, match="`MaskedLoRA.target_modules` must not have the head, lm_head, if a cut"):
+            given.check(small_model())

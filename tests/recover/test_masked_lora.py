@@ -6,6 +6,8 @@ from transformers import PreTrainedModel
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.recover import MaskedLoRA, adapter_config
+from lit_prune.recover.adapter import has_masked_adapter
+from lit_prune.slice import Slicing
 from tests.conftest import small_model
 
 
@@ -44,3 +46,15 @@ def test_a_model_can_be_cut_again_once_the_adapter_is_merged(batches: list[torch
     model = trained(small_model(), batches)
     MaskedLoRA().detach(model)
     assert abs(prune(model, batches, Recipe(sparsity=0.7)).sparsity - 0.7) < 1e-3
+
+
+def test_over_slices_it_is_the_adapter_of_lora_and_over_masks_it_is_not(batches: list[torch.Tensor]) -> None:
+    model = small_model()
+    prune(model, batches, Recipe(Slicing(), 0.25))
+    MaskedLoRA().attach(model)
+    assert adapter_config(model) is not None
+    assert not has_masked_adapter(model)
+    prune(masked := small_model(), batches, Recipe(Slicing(), 0.25))
+    prune(masked, batches, Recipe())
+    MaskedLoRA().attach(masked)
+    assert has_masked_adapter(masked)

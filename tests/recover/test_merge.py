@@ -48,6 +48,16 @@ def test_a_merge_adds_the_scaled_product_and_leaves_the_model(batches: list[torc
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_merge_of_a_tied_head_unties_it(batches: list[torch.Tensor]) -> None:
+    model = with_adapter(small_model(), MaskedLoRA(target_modules=["lm_head", "up_proj"]))
+    expected, embedding = model(batches[0]).logits, model.model.embed_tokens.weight
+    plain = merged(model)
+    assert torch.equal(plain.model.embed_tokens.weight, embedding)
+    assert not torch.equal(plain.lm_head.weight, embedding)
+    torch.testing.assert_close(plain(batches[0]).logits, expected, rtol=1e-4, atol=1e-5)
+    assert (model.config.tie_word_embeddings, plain.config.tie_word_embeddings) == (True, False)
+
+
 def test_a_masked_merge_keeps_every_zero(batches: list[torch.Tensor]) -> None:
     model = small_model()
     prune(model, batches, Recipe())

@@ -16,6 +16,7 @@ from lit_prune.recover import LoRA, MaskedLoRA
 from lit_prune.report.records import CutRecord
 from lit_prune.report.report import Report
 from lit_prune.report.summary import summary
+from lit_prune.report.wording import describe_size
 from lit_prune.schedule import Cut
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
@@ -50,6 +51,16 @@ def test_zeros_are_counted_over_the_linears_and_over_everything() -> None:
     assert found.parameters == parameters(model)
     assert found.bytes == 4 * found.parameters
     assert found.masked
+
+
+def test_a_head_that_is_no_longer_tied_is_counted() -> None:
+    model, record = pruned()
+    MaskedLoRA(target_modules=["lm_head", "up_proj"]).attach(model)
+    found, before = report(model, RECIPE, [record]), parameters(small_model())
+    assert (found.parameters, found.untied_parameters) == (before + 64 * 32, 64 * 32)
+    assert found.bytes == 4 * found.parameters
+    assert found.sparsity.achieved_all == (LINEARS // 2 + 32) / found.parameters  # and the embedding of the padding
+    assert "2,048 of them are the head, which is no longer tied to the embedding" in describe_size(found)
 
 
 def test_the_last_cut_gives_scores_and_rates_and_all_are_listed() -> None:

@@ -106,8 +106,8 @@ def test_the_card_says_how_a_foreign_format_is_opened() -> None:
     ("arguments", "form"),
     [
         (["prune", "--pruning.method=Slicing"], "full precision"),
-        (["fit", "--trainer.max_steps=1"], "adapter"),
-        (["fit", "--trainer.max_steps=1", "--pruning.recovery=MaskedLoRA"], "merged"),
+        (["fit", "--trainer.max_steps=1"], "merged"),
+        (["fit", "--trainer.max_steps=1", "--pruning.recovery=LoRA"], "adapter"),
         (["fit", "--trainer.max_steps=1", "--pruning.recovery=QLoRA"], "adapter"),
     ],
 )

@@ -12,6 +12,7 @@ import transformers
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lit_prune.evaluation.sizes import parameters
 from lit_prune.export.formats import HuggingFace
 from lit_prune.export.formats.huggingface import BASE, name_base
 from lit_prune.export.plan import Outline
@@ -20,11 +21,11 @@ from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
-from lit_prune.recover import LoRA, MaskedLoRA
+from lit_prune.recover import LoRA, MaskedLoRA, QLoRA, Recovery
 from lit_prune.recover.base import ExportForm
 from lit_prune.recover.merge import without_adapter
 from lit_prune.slice import Slicing
-from tests.conftest import export, small_model
+from tests.conftest import WIDE, export, small_model
 
 
 def recovered(model: PreTrainedModel, batches: list[torch.Tensor]) -> PreTrainedModel:
@@ -186,20 +187,57 @@ def test_a_masked_adapter_is_merged_and_the_model_left_as_it_is(
             assert torch.equal(linear.weight_OI == 0, other.linears[name].weight_OI == 0)
 
 
-def test_a_fresh_process_opens_it_without_lit_prune(
-    model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path
+TIED = ["lm_head", "up_proj"]
+
+
+@pytest.mark.parametrize(
+    "recovery",
+    [
+        MaskedLoRA(target_modules=TIED),
+        QLoRA(target_modules=TIED, form="merged"),
+        QLoRA(target_modules=TIED, form="requantised"),
+    ],
+)
+def test_a_tied_head_with_a_merged_adapter_is_a_matrix_of_its_own(
+    recovery: Recovery, batches: list[torch.Tensor], tmp_path: Path
 ) -> None:
-    recovered(model, batches)
-    export(model, tmp_path)
+    model = small_model(**WIDE)
+    prune(model, batches, Recipe())
+    recovery.attach(model)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    plan = export(model.eval(), tmp_path)
+    assert plan.unties_head
+    assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(opened(batches[0]).logits, plan.reference(batches[0]).logits, rtol=1e-4, atol=1e-5)
+    assert parameters(opened) == parameters(plan.plain) == parameters(plan.base) + 64 * 64
+
+
+def read_in_a_fresh_process(folder: Path) -> float:
+    """The sum of the logits of eight tokens, in a process that has transformers but not lit_prune."""
     code = (
         "import sys, torch; sys.modules['lit_prune'] = None\n"
         "from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
         "print(model(torch.arange(1, 9)[None]).logits.double().sum().item())\n"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("recovery", [LoRA(), MaskedLoRA(target_modules=TIED)])
+def test_a_fresh_process_opens_it_without_lit_prune(
+    recovery: Recovery, model: PreTrainedModel, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    prune(model, batches, Recipe(sparsity=0.5))
+    recovery.attach(model)
+    for name, parameter in model.eval().named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    export(model, tmp_path)
     expected = model(torch.arange(1, 9)[None]).logits.double().sum().item()
-    assert abs(float(told) - expected) < 1e-3
+    assert abs(read_in_a_fresh_process(tmp_path) - expected) < 1e-3
 
 
 def test_the_card_says_how_the_folder_is_opened() -> None:
