@@ -34,7 +34,7 @@ print(json.dumps({{"transformers": transformers.__version__, "tokens": len(ids),
 
 
 def read(python: str, folder: Path, text: str) -> dict[str, Any]:
-    """Returns what an interpreter finds in a folder: its version of transformers, the tokens of ``text``, their loss."""
+    """Returns the version of transformers of ``python``, the number of tokens of ``text``, and their mean loss."""
     command = [python, "-c", READ, str(folder)]
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
