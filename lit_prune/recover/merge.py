@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_prune.models.modeling_sliced import untied_head
 from lit_prune.models.quantised import (
     bitsandbytes_config,
     dense,
@@ -19,6 +18,7 @@ from lit_prune.models.quantised import (
     sharing_weight,
     unquantised,
 )
+from lit_prune.models.remote_code.modeling_sliced import untied_head
 from lit_prune.recover import adapter_config, mark_quantised, merged_weight
 from lit_prune.recover.adapter import trains_tied_head
 
