@@ -90,6 +90,7 @@ class ResultsCallback(Callback):
             model = attribute_at(pl_module, pruning.target)
             if isinstance(model, PreTrainedModel):  # else `configure_model` is still to load it
                 self.check_format(pruning, model)
+                self.format.check_model(model, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
             if distributed.is_rank_zero():
                 self.folder.check()

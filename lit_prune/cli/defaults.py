@@ -1,4 +1,4 @@
-"""Fills in what the command line leaves out: window lengths, the path of the checkpoint ``last``, export's settings."""
+"""Fills in what the command line leaves out: window lengths, the checkpoint ``last``, export's settings, upper case."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jsonargparse import Namespace
 from lit_prune.calibration.windows import CALIBRATION_TOKENS
 from lit_prune.data.datamodule import WINDOW_TOKENS
 from lit_prune.errors import InputError
+from lit_prune.export.formats import ExportFormat
 from lit_prune.models.load import architecture_config, load_config
 
 
@@ -32,6 +33,9 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
     Args:
         args: The command line.
         output: The default of ``--output``.
+
+    Raises:
+        InputError: for an export of nothing.
     """
     if args[0] != "export":
         return list(args)
@@ -40,14 +44,32 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
         option, is_set, value = arg.partition("=")
         values[option] = value if is_set else following
     args = ["--merge=true" if arg == "--merge" and values[arg][:2] in ("", "--") else arg for arg in args]
+    if not {"--ckpt_path", "--model.pretrained", "--config", "-c", "--help", "-h", "--print_config"} & values.keys():
+        raise InputError(
+            "`model.pretrained` or `ckpt_path` must be given: add `--model.pretrained FOLDER`, or `--ckpt_path FILE` "
+            "for a checkpoint of a fit."
+        )
     is_last = values.get("--ckpt_path") == "last"
     run = Path(values.get("--output", output)) if is_last else Path(values.get("--ckpt_path", "")).parent.parent
     run = run.expanduser()
-    if {"--config", "-c"} & values.keys() or not (run / "config.yaml").is_file():
+    if {"--config", "-c"} & values.keys() or "--ckpt_path" not in values or not (run / "config.yaml").is_file():
         return args
     # config.yaml names the folder that it was written to, which may have been moved since
     output_option = [f"--output={run}"] if is_last else []
     return ["export", f"--config={run / 'config.yaml'}", *output_option, *args[1:]]
+
+
+def spell_format(args: Sequence[str]) -> list[str]:
+    """Returns ``args`` with the value of ``--format`` in the case of the class that it names: gguf becomes GGUF."""
+    classes = {kind.__name__.casefold(): kind.__name__ for kind in ExportFormat.__subclasses__()}
+    spelled = list(args)
+    for index, arg in enumerate(args):
+        option, is_set, value = arg.partition("=")
+        if option == "--format" and is_set:
+            spelled[index] = f"--format={classes.get(value.casefold(), value)}"
+        elif option == "--format" and index + 1 < len(args):
+            spelled[index + 1] = classes.get(args[index + 1].casefold(), args[index + 1])
+    return spelled
 
 
 def find_checkpoint(path: str, output: Path) -> str:

@@ -26,7 +26,7 @@ from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: 
 from lit_prune.callbacks.results import ResultsCallback, find_callback  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from lit_prune.checkpointing.resume import Resume  # noqa: E402
-from lit_prune.cli.defaults import export_arguments, fill_lengths, find_checkpoint  # noqa: E402
+from lit_prune.cli.defaults import export_arguments, fill_lengths, find_checkpoint, spell_format  # noqa: E402
 from lit_prune.cli.errors import explain  # noqa: E402
 from lit_prune.cli.failure import fail  # noqa: E402
 from lit_prune.cli.help import PlainHelp, arrange  # noqa: E402
@@ -96,7 +96,8 @@ class LitPruneCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
         """Parses the command line; export takes its settings from the run that wrote the checkpoint."""
-        self.config = parser.parse_args(export_arguments(args, self._parser("export").get_default("output")))
+        args = export_arguments(spell_format(args), self._parser("export").get_default("output"))
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing; LightningCLI would let the checkpoint's hyper-parameters override the configuration."""
@@ -117,7 +118,7 @@ class LitPruneCLI(LightningCLI):
             "--format",
             type=ExportFormat,
             default={"class_path": "lit_prune.export.formats.HuggingFace"},
-            help="Format of the model folder (fit, prune, export).",
+            help="Format of the model folder (fit, prune, export): HuggingFace, or gguf for llama.cpp.",
         )
         parser.add_class_arguments(HarnessSettings, "lm_eval")
         parser.add_lightning_class_args(DynamicPruningCallback, "pruning")
@@ -140,6 +141,8 @@ class LitPruneCLI(LightningCLI):
             config.ckpt_path = find_checkpoint(config.ckpt_path, Path(config.output))
             if verb in ("fit", "export"):
                 self.resume = Resume.open(config.ckpt_path)
+        elif verb == "export":
+            config.pruning.method = None  # the model is exported as it is
         fill_lengths(config)
         results = self._results(config)
         check_output(results, config, verb)

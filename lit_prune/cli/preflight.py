@@ -15,6 +15,7 @@ from lit_prune.cli.signatures import WRITES
 from lit_prune.data.datamodule import TextDataModule
 from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
+from lit_prune.export.plan import Outline
 from lit_prune.fit.module import PrunableLM
 from lit_prune.fit.preflight import (
     check_one_process,
@@ -129,7 +130,22 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
         check_without_weights(pruning.fit_plan, unloaded, datamodule, trains=verb == "fit")
         if verb != "score":
             results.check_format(pruning, unloaded, trains=verb == "fit", on_disk=model.on_disk)
+            results.format.check_model(unloaded, datamodule.tokenizer)
+    if verb == "export":
+        _check_export(pruning, results, model, datamodule)
     _check_lengths(model, datamodule, pruning.fit_plan.calibration.seq_length if prunes else None)
+
+
+def _check_export(
+    pruning: DynamicPruningCallback, results: ResultsCallback, model: PrunableLM, datamodule: TextDataModule
+) -> None:
+    """Checks that the format can hold the model; the form of a checkpoint is checked when that is loaded."""
+    if model.on_disk:
+        raise InputError("`model.on_disk` must be false for export, which loads the whole model.")
+    unloaded = skeleton(model.config)
+    if pruning.resume is None:
+        results.format.check(Outline.of(unloaded))
+    results.format.check_model(unloaded, datamodule.tokenizer)
 
 
 def _check_pruning(verb: str, trainer: Trainer) -> None:

@@ -14,13 +14,15 @@ from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
 from lit_prune.callbacks.results import ResultsCallback, find_callback, print_tables
 from lit_prune.data.batches import calibration_batches, statistics_key, validation_data
 from lit_prune.errors import InputError
-from lit_prune.export.plan import check_merge
+from lit_prune.export.plan import Outline, check_merge
 from lit_prune.files import write_text
+from lit_prune.fit.baseline import measure_baseline
 from lit_prune.fit.cut import CutInputs, measured_cut
 from lit_prune.fit.preflight import check_cached_statistics
 from lit_prune.models.on_disk import offload_folder, on_disk, placed
 from lit_prune.pipeline import prune, score_with_statistics
 from lit_prune.recipe import recipe_record
+from lit_prune.recover import Snapshot
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import ScoreReport, TaskReport, to_json, versions
 from lit_prune.report.sections import Sparsity
@@ -133,24 +135,33 @@ class PruneTrainer(Trainer):
         print_tables([block_table(report)], written)
 
     def export(
-        self, model: LightningModule, datamodule: LightningDataModule, ckpt_path: str, merge: bool = False
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        ckpt_path: str | None = None,
+        merge: bool = False,
     ) -> None:
-        """Export a checkpoint of a fit as a Hugging Face folder, with the report and the picture that fit writes.
+        """Export a model, or a checkpoint of a fit, to a Hugging Face folder or a .gguf file, with a report.
 
         Args:
             ckpt_path: Checkpoint to export; `last` is the last one in the output folder. Settings are read from the
-                config.yaml of its run, unless `--config` is given.
+                config.yaml of its run, unless `--config` is given. null exports `model.pretrained`.
             merge: Fail if the adapter cannot be merged into the weights. MaskedLoRA is always merged, LoRA if no
                 weights are masked.
         """
         pruning, results = find_callback(self, DynamicPruningCallback), find_callback(self, ResultsCallback)
-        assert pruning.resume is not None  # the command has opened it
-        pruning.resume.check_settings(pruning.fit_plan.settings())
-        if merge and pruning.resume.record.snapshot is not None:
-            check_merge(pruning.resume.record.snapshot)
+        resume = pruning.resume
+        if resume is not None:
+            resume.check_settings(pruning.fit_plan.settings())
         self._data_connector.attach_data(model, datamodule=datamodule)
-        self._loaded(model, pruning)
-        pruning.resume.load(model, [pruning, results])
+        llm = self._loaded(model, pruning)
+        if resume is not None:
+            resume.load(model, [pruning, results])
+        else:
+            pruning.run.baseline = measure_baseline(llm, None, self.strategy.root_device)
+        if merge:
+            check_merge(Snapshot.of(llm))
+        results.format.check(Outline.of(llm))
         written = results.measure_model(self, model)
         assert written is not None  # export runs in one process, which is the first
         with results.opened(), self._logging():

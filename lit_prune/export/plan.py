@@ -84,6 +84,7 @@ class Outline:
         family: The dense model's `model_type`, as transformers calls it.
         masked: Whether weights were set to zero.
         reshaped: Whether the model has another shape than the dense one, see ``models.structure.Structure``.
+        custom_class: Whether the model is of a class that transformers does not have, as sliced models are.
         on_disk: Whether the weights are larger than memory and stay on disk.
         quantised: Whether the weights that are written are quantised.
     """
@@ -92,6 +93,7 @@ class Outline:
     family: str
     masked: bool = False
     reshaped: bool = False
+    custom_class: bool = False
     on_disk: bool = False
     quantised: bool = False
 
@@ -105,6 +107,7 @@ class Outline:
             family=dense_family(model.config),
             masked=bool(snapshot.record.get("masked")),
             reshaped=bool(snapshot.structures),
+            custom_class=_has_custom_class(model),
             on_disk=on_disk(model) is not None,
             quantised=snapshot.quantisation is not None and form != "merged",
         )
@@ -130,9 +133,14 @@ class Outline:
             family=dense_family(model.config),
             masked=masked,
             reshaped=recipe.method.changes_shapes or bool(structure.structures(model)),
+            custom_class=recipe.method.makes_custom_class or _has_custom_class(model),
             on_disk=on_disk,
             quantised=recovery is not None and recovery.quantises and form != "merged",
         )
+
+
+def _has_custom_class(model: PreTrainedModel) -> bool:
+    return not type(model).__module__.startswith("transformers.")
 
 
 @dataclass(frozen=True, eq=False)

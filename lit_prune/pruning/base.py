@@ -40,6 +40,7 @@ class Method(ABC):
         makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
         changes_shapes: Whether the method changes the shapes of weights, and with them the model's parameter count and
             speed. Such a method records a ``Structure``, which reports and checkpoints read.
+        makes_custom_class: Whether the model becomes one of a class that transformers does not have.
         keeps_values: Whether weights that are not removed keep their values, bit for bit.
         supports_search: Whether the method implements :meth:`trial`, which an allocation that searches needs.
         supports_reconstruction: Whether blocks that the method has cut can be reconstructed, see :meth:`apply`.
@@ -50,6 +51,7 @@ class Method(ABC):
     chooses_linears: ClassVar[bool] = True
     makes_zeros: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = False
+    makes_custom_class: ClassVar[bool] = False
     keeps_values: ClassVar[bool] = False
     supports_search: ClassVar[bool] = False
     supports_reconstruction: ClassVar[bool] = False

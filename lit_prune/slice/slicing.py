@@ -67,6 +67,7 @@ class Slicing(Method):
     chooses_linears: ClassVar[bool] = False
     needs_text: ClassVar[bool] = True
     changes_shapes: ClassVar[bool] = True
+    makes_custom_class: ClassVar[bool] = True
     supports_search: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 

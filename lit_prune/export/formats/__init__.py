@@ -1,6 +1,7 @@
 """The formats of an export. One file a format; importing them here makes their short names resolve."""
 
 from lit_prune.export.formats.base import ExportFormat, Tolerance
+from lit_prune.export.formats.gguf import GGUF
 from lit_prune.export.formats.huggingface import HuggingFace
 
-__all__ = ["ExportFormat", "HuggingFace", "Tolerance"]
+__all__ = ["GGUF", "ExportFormat", "HuggingFace", "Tolerance"]

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -36,18 +35,28 @@ class ExportFormat(ABC):
 
     A run calls :meth:`check` first. At its end it writes to a folder beside the final one, opens that and compares it
     with the model in memory; only then does the folder get its final name.
-
-    Attributes:
-        tolerance: The differences from the model in memory that are accepted when the folder is verified.
     """
 
-    tolerance: ClassVar[Tolerance] = Tolerance()
+    @property
+    def tolerance(self) -> Tolerance:
+        """The differences from the model in memory that are accepted when the folder is verified."""
+        return Tolerance()
 
     def check(self, outline: Outline) -> None:  # noqa: B027 (some formats hold everything)
         """Raises InputError for a model that the format cannot hold.
 
         It is called at the start of a run, with the outline that is expected, and again before the model is merged or
         written.
+        """
+
+    def check_model(self, model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:  # noqa: B027 (as above)
+        """Raises InputError for a model or a tokenizer that the format cannot hold.
+
+        It is called at the start of a run, beside :meth:`check`, for what an outline does not tell.
+
+        Args:
+            model: The model before the cut; it may be on the meta device.
+            tokenizer: The tokenizer that will be passed to :meth:`write`.
         """
 
     @abstractmethod

@@ -1,0 +1,150 @@
+"""The .gguf file that llama.cpp and what is built on it run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, final
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lit_prune.errors import InputError
+from lit_prune.export.formats.base import ExportFormat, Tolerance
+from lit_prune.export.gguf_file import CONFIG, read_model
+from lit_prune.export.llama_cpp import OutType, check_packages, check_vocabulary, convert
+from lit_prune.export.plan import ExportPlan, Outline
+from lit_prune.progress import log
+
+FILE = "model.gguf"
+# Families whose files ``gguf_file`` reads back and the tests run in llama.cpp.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+OUT_TYPES: dict[torch.dtype, OutType] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+# 8 bits with one scale for 32 weights: an error of half of 1/127 of the largest, and that of the scale, which is f16
+TOLERANCES = {
+    "f16": Tolerance(weights=2**-11, logits=0.01, perplexity=0.01),
+    "bf16": Tolerance(weights=2**-8, logits=0.05, perplexity=0.01),
+    "q8_0": Tolerance(weights=0.0045, logits=0.05, perplexity=0.02),
+}
+
+
+@final
+@dataclass(frozen=True)
+class GGUF(ExportFormat):
+    """One `model.gguf` with weights, config and tokenizer, which llama.cpp runs.
+
+    It is written by llama.cpp's own converter. It holds models in full precision, whose adapter is merged, of the
+    families llama, mistral, qwen2, qwen3 and smollm3. Masked weights are stored as zeros, so that the file is no
+    smaller.
+
+    Args:
+        outtype: Type of the matrices: f32, f16, bf16 or q8_0 (8 bits); auto is that of the model. Vectors are f32.
+    """
+
+    outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """What rounding to another type explains; nothing for the model's own type and for f32."""
+        return TOLERANCES.get(self.outtype, Tolerance())
+
+    def check(self, outline: Outline) -> None:
+        """Raises InputError without the packages, and for a model that a .gguf file cannot hold."""
+        check_packages()
+        if outline.form == "adapter":
+            raise InputError(
+                "`format` GGUF must have the adapter merged, got one beside the weights: train with "
+                "`--pruning.recovery MaskedLoRA`, which keeps the zeros and is merged."
+            )
+        if outline.quantised:
+            raise InputError(
+                "`format` GGUF must have weights in full precision, got weights that bitsandbytes quantised: train "
+                "with `--pruning.recovery.form merged`, and quantise by `--format.outtype q8_0`."
+            )
+        if outline.on_disk:
+            raise InputError("`model.on_disk` must be false for `format` GGUF, which is verified in memory.")
+        if outline.custom_class:
+            raise InputError(
+                "`format` GGUF must have a model of a class that llama.cpp knows, got one with a modeling file of its "
+                "own, as Slicing makes them: use `--format HuggingFace`."
+            )
+        if outline.family not in FAMILIES:
+            raise InputError(
+                f"`format` GGUF must have a model of the families {', '.join(FAMILIES)}, got {outline.family}: use "
+                "`--format HuggingFace`, and llama.cpp's convert_hf_to_gguf.py on the folder."
+            )
+
+    def check_model(self, model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
+        """Raises InputError without a tokenizer, and for a model or a tokenizer that llama.cpp does not support."""
+        if tokenizer is None:
+            raise InputError("`format` GGUF must have a data module with a `tokenizer`, which is part of the file.")
+        _check_heads(model)
+        check_vocabulary(model, tokenizer)
+
+    def write(self, plan: ExportPlan, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+        """Writes model.gguf; with masks, prints that the file is no smaller."""
+        assert tokenizer is not None  # checked
+        _check_heads(plan.plain)
+        folder.mkdir(parents=True, exist_ok=True)
+        if plan.outline.masked:
+            log(f"{FILE} stores pruned weights as zeros: it is as large as that of the dense model.")
+        if (window := _window(plan.plain)) is not None:
+            log(
+                f"llama.cpp has no sliding window for {plan.outline.family}: beyond {window} tokens its output differs."
+            )
+        convert(
+            plan.plain,
+            tokenizer,
+            folder / FILE,
+            self._outtype(plan.plain),
+            name=Path(plan.model.name_or_path or type(plan.model).__name__).name,
+            metadata={CONFIG: plan.plain.config.to_json_string(use_diff=False)},
+        )
+
+    def open(self, folder: Path, device: torch.device, *, on_disk: bool = False) -> PreTrainedModel:
+        """Returns the model in the file, in the type of its matrices, or in float32 for q8_0."""
+        return read_model(folder / FILE).to(device)  # type: ignore[arg-type]
+
+    def bytes(self, plan: ExportPlan) -> int:
+        """Returns the bytes of the tensors, without those of the vocabulary."""
+        outtype = self._outtype(plan.plain)
+        return sum(_bytes(parameter, outtype) for parameter in plan.plain.parameters())
+
+    def usage(self, outline: Outline, tokenizer: str, imports: Sequence[str] = ()) -> str:
+        """Returns the command of llama.cpp that runs the file, and the lines of Python that open it."""
+        command = f'llama-cli -m this/folder/{FILE} -p "Once upon a time"'
+        python = f'model = AutoModelForCausalLM.from_pretrained("this/folder", gguf_file="{FILE}")'
+        lines = ["```sh", command, "```", "", "transformers dequantises it:", "", "```python"]
+        return "\n".join([*lines, "from transformers import AutoModelForCausalLM", "", python, "```"])
+
+    def _outtype(self, model: PreTrainedModel) -> OutType:
+        return OUT_TYPES[model.dtype] if self.outtype == "auto" else self.outtype
+
+
+def _check_heads(model: PreTrainedModel) -> None:
+    """Raises InputError for a Qwen2 whose heads do not add up to its width, which llama.cpp cannot load."""
+    config = model.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.model_type == "qwen2" and width * config.num_attention_heads != config.hidden_size:
+        raise InputError(
+            f"`format` GGUF must have a Qwen2 with as many dimensions in its heads as in its residual stream, got "
+            f"{config.num_attention_heads} of {width} for {config.hidden_size}: use `--format HuggingFace`."
+        )
+
+
+def _window(model: PreTrainedModel) -> int | None:
+    """Returns the sliding window of the attention; None if every token attends to all before it."""
+    config = model.config
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]  # Mistral lists none
+    return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+
+
+def _bytes(parameter: torch.Tensor, outtype: OutType) -> int:
+    """Returns the bytes of a tensor in the file: vectors in f32, and no 8 bits for rows that 32 does not divide."""
+    if parameter.ndim < 2 or outtype == "f32":
+        return 4 * parameter.numel()
+    if outtype == "q8_0" and parameter.shape[-1] % 32 == 0:
+        return parameter.numel() // 32 * 34
+    return 2 * parameter.numel()
