@@ -201,7 +201,8 @@ class ResultsCallback(Callback):
         )
         # the time of cuts after step 0 is part of the training's, and is reported as their own
         cutting = sum(sum(cut.seconds.values()) for cut in pruning.run.done if cut.step > 0)
-        report = replace(report, seconds={**report.seconds, "train": self.seconds - cutting})
+        if self.seconds:  # export of a model without a checkpoint trains nothing
+            report = replace(report, seconds={**report.seconds, "train": self.seconds - cutting})
         return report if measured is None else report.with_perplexity(name, measured)
 
     def write(

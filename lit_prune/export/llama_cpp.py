@@ -133,9 +133,16 @@ def _converter(folder: Path, tokenizer: Tokenizer, file: Path, outtype: OutType,
         raise InputError(
             f"`format` GGUF must have a model that llama.cpp has a converter for, got {architecture}: use HuggingFace."
         ) from error
+    except (AttributeError, ImportError) as error:
+        raise InputError(
+            f"`format` GGUF needs versions of gguf and auto-round that go together ({error}). Install them: {INSTALL}."
+        ) from error
     converter = kind(folder, getattr(gguf.LlamaFileType, FILE_TYPES[outtype]), file, model_name=name)
     # the converter passes a tokenizer that it loads itself, which for a vocabulary of one's own may be of another class
     converter.get_vocab_base_pre = lambda _: _pre_tokenizer(kind, converter, tokenizer)
+    if (ranks := _merge_ranks(tokenizer)) is not None:
+        add_scores = converter.gguf_writer.add_token_scores
+        converter.gguf_writer.add_token_scores = lambda scores: add_scores(ranks[: len(scores)])
     return converter
 
 
@@ -157,11 +164,28 @@ def _pre_tokenizer(kind: Any, converter: Any, tokenizer: Tokenizer) -> str:
         ) from error
 
 
+def _merge_ranks(tokenizer: Any) -> list[float] | None:
+    """Returns the score of each token of a SentencePiece BPE in tokenizer.json; None for any other vocabulary.
+
+    llama.cpp merges the pair whose token has the highest score. The converter reads the scores from tokenizer.model,
+    which newer folders lack, and gives all tokens the same score without it. Merges are sorted by them, so that the
+    score of a token is minus the position of its merge.
+    """
+    described = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if described["type"] != "BPE" or not described["byte_fallback"]:
+        return None
+    last = -float(len(described["merges"]))
+    scores = [last] * (max(tokenizer.get_vocab().values()) + 1)
+    for rank, pair in reversed(list(enumerate(described["merges"]))):
+        scores[described["vocab"]["".join(pair)]] = -float(rank)
+    return scores
+
+
 def _rules(tokenizer: Any) -> list[dict[str, Any]]:
     """Returns what happens to a text before the BPE of ``tokenizer``: its normaliser and its pre-tokenizers."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     rules = [rule for key in ("normalizer", "pre_tokenizer") if (rule := described[key]) is not None]
-    rules = [part for rule in rules for part in rule.get("pretokenizers", [rule])]
+    rules = [part for rule in rules for part in rule.get("pretokenizers", rule.get("normalizers", [rule]))]
     return [{key: value for key, value in rule.items() if key != "trim_offsets"} for rule in rules]
 
 
@@ -176,7 +200,8 @@ def _conversion() -> ModuleType:
     found = PathFinder.find_spec("conversion", [str(folder)])
     if found is None or found.loader is None:
         raise InputError(
-            f"`format` GGUF needs another version of auto-round, which has {folder}/conversion: {INSTALL}."
+            f"`format` GGUF needs a version of auto-round that has llama.cpp's converter, {folder} has none. Install "
+            f"it by: {INSTALL}."
         )
     module = importlib.util.module_from_spec(found)
     sys.modules["conversion"] = module

@@ -29,7 +29,7 @@ def model_card(report: Report, base: str, usage: str) -> str:
 {data.to_yaml()}
 ---
 
-# {base}, {"pruned" if report.recipe and not report.baseline else "trained"} with lit_prune
+# {base}, {_what_was_done(report)} with lit_prune
 
 Made from `{base}`. {_pruning(report)}{_cuts_not_made(report)}
 {_recovery(report)}
@@ -41,6 +41,12 @@ Parameters: {describe_size(report)}.
 
 {usage}
 """
+
+
+def _what_was_done(report: Report) -> str:
+    if report.recipe and not report.baseline:
+        return "pruned"
+    return "trained" if "train" in report.seconds else "exported"
 
 
 def _perplexities(report: Report) -> str:

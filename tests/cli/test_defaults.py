@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import Namespace
 
-from lit_prune.cli.defaults import export_arguments, fill_lengths, find_checkpoint
+from lit_prune.cli.defaults import export_arguments, fill_lengths, find_checkpoint, spell_format
 from lit_prune.errors import InputError
 
 
@@ -51,3 +51,17 @@ def test_the_checkpoint_to_resume_from(tmp_path: Path) -> None:
     last.parent.mkdir()
     last.touch()
     assert find_checkpoint("last", tmp_path) == find_checkpoint(str(last), Path("elsewhere")) == str(last)
+
+
+def test_a_format_is_named_in_any_case() -> None:
+    assert spell_format(["fit", "--format=gguf", "--output=gguf"]) == ["fit", "--format=GGUF", "--output=gguf"]
+    assert spell_format(["fit", "--format", "huggingface", "gguf"]) == ["fit", "--format", "HuggingFace", "gguf"]
+    assert spell_format(["fit", "--format", "mine.Format"]) == ["fit", "--format", "mine.Format"]
+    assert spell_format(["fit", "--format"]) == ["fit", "--format"]
+
+
+def test_an_export_needs_a_model() -> None:
+    for given in ("--ckpt_path=x", "--model.pretrained=x", "--config=x", "--help"):
+        assert export_arguments(["export", given], "runs/usual") == ["export", given]
+    with pytest.raises(InputError, match="`model.pretrained` or `ckpt_path` must be given"):
+        export_arguments(["export", "--output=x"], "runs/usual")

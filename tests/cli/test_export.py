@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from lit_prune.cli.main import main
 from lit_prune.masks.zeros import zeros
-from lit_prune.models.load import EMBEDDED, new_model
-from tests.cli.conftest import report, run
+from lit_prune.models.load import EMBEDDED, load_tokenizer, new_model
+from tests.cli.conftest import check_refused, report, run
+from tests.conftest import small_model
+from tests.export.running import LlamaCpp, logprobs
 
 
 @pytest.mark.parametrize(("recovery", "lr"), [("MaskedLoRA", 1e-3), ("FullFineTuning", 1e-4)])
@@ -100,7 +103,7 @@ def test_export_in_half_precision_and_of_slices() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "`ckpt_path` must be given: add `--ckpt_path`."),
+        ([], "`model.pretrained` or `ckpt_path` must be given: add `--model.pretrained FOLDER`, or `--ckpt_path FILE`"),
         (
             ["--ckpt_path=last"],
             "`ckpt_path` must be an existing checkpoint, or last, got runs/lit_prune/checkpoints/last",
@@ -129,3 +132,81 @@ def test_a_checkpoint_that_cannot_be_exported(
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert not Path("runs/y").exists()
+
+
+def test_a_folder_is_exported_to_gguf_and_run_by_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
+    run("prune", "--output=runs/x", "--pruning.method=Magnitude")
+    run("export", "--model.pretrained=runs/x/model", "--format", "gguf", "--format.outtype=f16", "--output=runs/y")
+    assert "stores pruned weights as zeros" in capsys.readouterr().err
+    assert sorted(path.name for path in Path("runs/y/model").iterdir()) == ["README.md", "model.gguf"]
+    told = report("runs/y")
+    assert told["perplexity"]["after"] == pytest.approx(report()["perplexity"]["pruned"])
+    assert told["export"]["format"] == "GGUF"
+    assert told["export"]["perplexity"] == pytest.approx(told["perplexity"]["after"], rel=0.01)
+    assert told["export"]["zeros_found"] >= told["export"]["zeros_expected"] > 1e6
+    assert told["bytes"] == pytest.approx(2 * told["parameters"], rel=1e-2)
+    assert told["recipe"]["method"].startswith("Magnitude")
+    assert "train" not in told["seconds"]
+    assert "llama-cli -m this/folder/model.gguf" in Path("runs/y/model/README.md").read_text()
+
+    model, ids = (
+        AutoModelForCausalLM.from_pretrained("runs/x/model"),
+        load_tokenizer("embedded")("Open it")["input_ids"],
+    )
+    found = LlamaCpp(Path("runs/y/model/model.gguf")).logprobs([*ids, 5, 6], 3)
+    torch.testing.assert_close(found, logprobs(model, [*ids, 5, 6], 3), atol=0.05, rtol=0)
+
+
+def test_a_folder_is_exported_as_it_is() -> None:
+    run("export", "--model.pretrained=embedded", "--output=runs/x")
+    assert AutoModelForCausalLM.from_pretrained("runs/x/model").dtype == torch.float32
+    assert "# embedded, exported with lit_prune" in Path("runs/x/model/README.md").read_text()
+    assert list(report()["perplexity"]) == ["after"]
+
+
+def test_a_fit_and_its_checkpoint_are_exported_to_gguf() -> None:
+    run("fit", "--output=runs/x", "--pruning.recovery=MaskedLoRA", "--format=gguf")
+    assert "lit_prune.export.formats.GGUF" in Path("runs/x/config.yaml").read_text()
+    first = report()
+    assert first["export"]["merged"]
+    assert first["export"]["perplexity"] == pytest.approx(first["perplexity"]["recovered"], rel=1e-3)
+    main(["export", "--ckpt_path=runs/x/checkpoints/last.ckpt", "--format.outtype=q8_0", "--output=runs/y"])
+    assert report("runs/y")["bytes"] == pytest.approx(34 / 32 / 4 * first["bytes"], rel=1e-2)
+    assert report("runs/y")["export"]["zeros_found"] >= first["export"]["zeros_expected"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "args", "message"),
+    [
+        ("export", ["--model.pretrained=embedded", "--model.on_disk=true"], "`model.on_disk` must be false for export"),
+        ("export", ["--model.pretrained=opt", "--format=gguf"], "of the families llama, .*, got opt: use"),
+        (
+            "export",
+            ["--model.pretrained=embedded", "--format=gguf", "--format.outtype=q4"],
+            "must be one of auto, f32,",
+        ),
+        ("export", ["--model.pretrained=embedded", "--format=ggfu"], "must be one of GGUF, HuggingFace, .*mean GGUF"),
+        ("prune", ["--format=gguf", "--pruning.method=Slicing"], "of a class that llama.cpp knows, got one with a"),
+        (
+            "fit",
+            ["--format=gguf", "--pruning.recovery=LoRA"],
+            "must have the adapter merged, got one beside the weights: train with",
+        ),
+        ("fit", ["--format=gguf", "--pruning.recovery=QLoRA"], "must have the adapter merged"),
+        ("prune", ["--format=gguf", "--model.pretrained=words"], "must have a model and a tokenizer that llama.cpp's"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_any_work(
+    verb: str, args: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "--model.pretrained=opt" in args:
+        small_model("opt", vocab_size=4096, max_position_embeddings=512).save_pretrained("opt")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(EMBEDDED / file, "opt")
+    if "--model.pretrained=words" in args:
+        small_model("llama", vocab_size=4096, max_position_embeddings=512).save_pretrained("words")
+        tokenizer = load_tokenizer("embedded")
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[attr-defined]
+        tokenizer.save_pretrained("words")
+    monkeypatch.setattr("lit_prune.fit.module.load_model", lambda *args: pytest.fail("the weights were loaded"))
+    check_refused(message, capsys, *args, verb=verb)

@@ -26,7 +26,7 @@ OUT_TYPES: dict[torch.dtype, OutType] = {torch.float32: "f32", torch.float16: "f
 TOLERANCES = {
     "f16": Tolerance(weights=2**-11, logits=0.01, perplexity=0.01),
     "bf16": Tolerance(weights=2**-8, logits=0.05, perplexity=0.01),
-    "q8_0": Tolerance(weights=0.0045, logits=0.05, perplexity=0.02),
+    "q8_0": Tolerance(weights=0.0045, logits=0.1, perplexity=0.02),
 }
 
 

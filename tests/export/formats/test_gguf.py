@@ -1,0 +1,179 @@
+"""The .gguf file, run by llama.cpp and read back."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.allocate import Uniform
+from lit_prune.errors import InputError
+from lit_prune.export.formats import GGUF
+from lit_prune.export.formats.gguf import FAMILIES, FILE
+from lit_prune.export.plan import ExportPlan, Outline
+from lit_prune.export.verify import verify
+from lit_prune.models.load import load_model, load_tokenizer
+from lit_prune.pipeline import prune
+from lit_prune.pruning import Magnitude
+from lit_prune.recipe import Recipe
+from tests.conftest import lively_model
+from tests.export.running import LlamaCpp, complete, logprobs, perplexity
+
+TEXTS = [
+    "Return the number of items in a container.",
+    "  x = 3.14\n\n\tif x:\n",
+    "naïve façade, 2024's 日本語 🚀!",
+    "don't",
+]
+TYPES = [(torch.float32, outtype) for outtype in ("auto", "f32", "f16", "bf16", "q8_0")]
+TYPES += [(torch.bfloat16, outtype) for outtype in ("auto", "q8_0")]
+FIELDS: dict[str, dict[str, Any]] = {"qwen2": {"use_sliding_window": False, "layer_types": ["full_attention"] * 3}}
+
+
+def small(family: str, **fields: object) -> PreTrainedModel:
+    """A model of the family with the vocabulary of the embedded one."""
+    size = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "sliding_window": None}
+    return lively_model(family, **{**size, **FIELDS.get(family, {}), **fields})
+
+
+def write(model: PreTrainedModel, folder: Path, outtype: str = "auto") -> ExportPlan:
+    plan = ExportPlan.of(model)
+    GGUF(outtype).write(plan, folder, load_tokenizer("embedded"))  # type: ignore[arg-type]
+    return plan
+
+
+@pytest.fixture(scope="module")
+def embedded() -> PreTrainedModel:
+    return load_model("embedded", "float32")
+
+
+@pytest.fixture(scope="module")
+def running(embedded: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
+    folder = tmp_path_factory.mktemp("embedded")
+    write(embedded, folder)
+    return LlamaCpp(folder / FILE)
+
+
+def test_llama_cpp_continues_a_text_as_transformers_does(embedded: PreTrainedModel, running: LlamaCpp) -> None:
+    tokenizer = load_tokenizer("embedded")
+    ids = tokenizer("Return True if the")["input_ids"]
+    assert running.complete(ids, 24) == tokenizer.decode(complete(embedded, ids, 24))
+
+
+def test_llama_cpp_has_the_perplexity_of_transformers(embedded: PreTrainedModel, running: LlamaCpp) -> None:
+    ids = load_tokenizer("embedded")(TEXTS[0] + " If the file is not open, an error is raised.")["input_ids"]
+    expected = perplexity(logprobs(embedded, ids, len(ids) - 1))
+    assert perplexity(running.logprobs(ids, len(ids) - 1)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_llama_cpp_tokenises_as_transformers_does(text: str, running: LlamaCpp) -> None:
+    assert running.tokenize(text) == load_tokenizer("embedded")(text)["input_ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_what_transformers_does(family: str, tmp_path: Path) -> None:
+    model, ids = small(family), list(range(5, 25))
+    verify(tmp_path, write(model, tmp_path), GGUF())
+    torch.testing.assert_close(LlamaCpp(tmp_path / FILE).logprobs(ids, 4), logprobs(model, ids, 4), atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(("dtype", "outtype"), TYPES)
+def test_every_type_is_read_back(dtype: torch.dtype, outtype: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    small("llama").to(dtype).save_pretrained(tmp_path / "dense")
+    plan = write(load_model(str(tmp_path / "dense")), tmp_path / "model", outtype)
+    exported = GGUF(outtype)  # type: ignore[arg-type]
+    verify(tmp_path / "model", plan, exported)
+    stored = gguf.GGUFReader(tmp_path / "model" / FILE).tensors
+    assert exported.bytes(plan) == sum(int(tensor.n_bytes) for tensor in stored)
+    expected = {"auto": "F32" if dtype is torch.float32 else "BF16"}.get(outtype, outtype.upper())
+    assert {tensor.tensor_type.name for tensor in stored if ".ffn_" in tensor.name} - {"F32"} <= {expected}
+    assert next(tensor for tensor in stored if tensor.name == "token_embd.weight").tensor_type.name == expected
+
+
+@pytest.mark.parametrize("outtype", ["auto", "f32", "f16", "q8_0"])
+def test_a_file_with_other_weights_is_not_kept(outtype: str, tmp_path: Path) -> None:
+    model = small("llama")
+    plan = write(model, tmp_path, outtype)
+    weight = model.get_parameter("model.layers.1.mlp.up_proj.weight").data
+    weight[3, 4] += 0.02 * weight.abs().max()
+    with pytest.raises(RuntimeError, match=r"model.layers.1.mlp.up_proj.weight is not what was written"):
+        verify(tmp_path, plan, GGUF(outtype))  # type: ignore[arg-type]
+
+
+def test_masks_are_stored_as_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = small("llama")
+    prune(model, [torch.randint(1, 64, (2, 16))], Recipe(Magnitude(), 0.5, Uniform()))
+    plan = write(model, tmp_path)
+    assert "model.gguf stores pruned weights as zeros: it is as large as that of the dense model." in (
+        capsys.readouterr().err
+    )
+    verification = verify(tmp_path, plan, GGUF())
+    assert verification.zeros_found == verification.zeros_expected == 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96) // 2
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "window"),
+    [
+        ("mistral", {"sliding_window": 8}, 8),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention"] * 3}, 16),
+        ("qwen2", {"sliding_window": 16}, None),
+    ],
+)
+def test_a_sliding_window_is_pointed_out(
+    family: str, fields: dict[str, Any], window: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(small(family, **fields), tmp_path)
+    told = f"llama.cpp has no sliding window for {family}: beyond {window} tokens its output differs."
+    assert (told in capsys.readouterr().err) is (window is not None)
+
+
+@pytest.mark.parametrize(
+    ("outline", "message"),
+    [
+        (Outline("adapter", "llama", masked=True), "must have the adapter merged, got one beside the weights: train"),
+        (Outline("quantised", "llama", quantised=True), "must have weights in full precision, got weights that"),
+        (Outline("full precision", "llama", on_disk=True), "`model.on_disk` must be false for `format` GGUF"),
+        (Outline("full precision", "llama", custom_class=True), "of a class that llama.cpp knows, got one with a"),
+        (Outline("full precision", "opt"), "of the families llama, mistral, qwen2, qwen3, smollm3, got opt: use"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_refused(outline: Outline, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GGUF().check(outline)
+    GGUF().check(Outline("merged", "llama", masked=True, reshaped=True))
+
+
+def test_heads_that_llama_cpp_cannot_load_are_refused(tmp_path: Path) -> None:
+    model = small("qwen2", head_dim=8)
+    with pytest.raises(InputError, match="must have a Qwen2 with as many dimensions in its heads.*, got 4 of 8 for 64"):
+        GGUF().check_model(model, load_tokenizer("embedded"))
+    with pytest.raises(InputError, match="got 4 of 8 for 64"):
+        write(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_tokenizer_is_needed() -> None:
+    GGUF().check_model(small("llama"), load_tokenizer("embedded"))
+    with pytest.raises(InputError, match="`format` GGUF must have a data module with a `tokenizer`"):
+        GGUF().check_model(small("llama"), None)
+
+
+def test_the_card_has_the_command_of_llama_cpp() -> None:
+    usage = GGUF().usage(Outline("full precision", "llama"), "this/folder")
+    assert 'llama-cli -m this/folder/model.gguf -p "Once upon a time"' in usage
+    assert 'from_pretrained("this/folder", gguf_file="model.gguf")' in usage
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outtype", ["f16", "bf16", "q8_0"])
+def test_rounding_costs_little_perplexity(outtype: str, embedded: PreTrainedModel, tmp_path: Path) -> None:
+    write(embedded, tmp_path, outtype)
+    ids = load_tokenizer("embedded")(" ".join(TEXTS[:1] * 3) + " If the file is not open, an error is raised.")[
+        "input_ids"
+    ]
+    expected = perplexity(logprobs(embedded, ids, len(ids) - 1))
+    assert math.isclose(perplexity(LlamaCpp(tmp_path / FILE).logprobs(ids, len(ids) - 1)), expected, rel_tol=0.01)
