@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_prune.callbacks.best_scores import reset_best_scores
@@ -32,6 +32,14 @@ from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
 from lit_prune.recover import Recovery, freezes_zeros, restore_gradient_masks
 from lit_prune.schedule import Schedule, cuts
+
+
+@runtime_checkable
+class ChecksModel(Protocol):
+    """A callback that refuses some models before any work, such as a ResultsCallback with a format of its own."""
+
+    def check_model(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        """Raises InputError for a model that cannot be used, just loaded, with the Trainer's callbacks."""
 
 
 class DynamicPruningCallback(Callback):
@@ -177,7 +185,12 @@ class DynamicPruningCallback(Callback):
         if self.fit_plan.idle and not isinstance(attribute_at(pl_module, self.target), PreTrainedModel):
             return
         model = self.find_model(pl_module)
-        self.run.start(trainer, model, self.resume)
+        self.run.prepare(trainer, model, self.resume)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ChecksModel):
+                callback.check_model(trainer, model)
+        if self.resume is None:
+            self.run.begin(trainer, model)
         if self.resume is None and self.run.is_due(0):
             with self.run.cutting(trainer, model) as cut:
                 given = cut.inputs

@@ -31,7 +31,6 @@ from lit_prune.export.run_folder import RunFolder
 from lit_prune.export.verify import check_trained
 from lit_prune.files import write_text
 from lit_prune.fit.fsdp import gathered, is_sharded
-from lit_prune.fit.run import attribute_at
 from lit_prune.progress import log
 from lit_prune.report.report import Report
 from lit_prune.report.summary import summary
@@ -84,24 +83,28 @@ class ResultsCallback(Callback):
         self._csv: CSVLogger | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks the folder, the format and the tasks, before the DynamicPruningCallback cuts."""
+        """Checks the folder and the tasks, before the DynamicPruningCallback cuts."""
         if stage == "fit":
-            pruning = find_callback(trainer, DynamicPruningCallback)
-            model = attribute_at(pl_module, pruning.target)
-            if isinstance(model, PreTrainedModel):  # else `configure_model` is still to load it
-                self.check_format(pruning, model)
-                self.format.check_model(model, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
+            find_callback(trainer, DynamicPruningCallback)  # raises an error if there is none
             self.folder.resume = self.folder.holds(trainer.ckpt_path)
             if distributed.is_rank_zero():
                 self.folder.check()
                 self.check_tasks(getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
+            # some callbacks need a logger in their own `setup`; this one creates no file before it logs
+            if self.csv_log and trainer.logger is None:
+                trainer.logger = self._csv = CSVLogger(self.folder.path, name="logs")
+
+    def check_model(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        """Checks the format; the DynamicPruningCallback calls this once the model is loaded, before any work."""
+        self.check_format(find_callback(trainer, DynamicPruningCallback), model)
+        self.format.check_model(model, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
 
     def check_format(
         self, pruning: DynamicPruningCallback, model: PreTrainedModel, *, trains: bool = True, on_disk: bool = False
     ) -> None:
         """Checks that the format can hold what a cut and a recovery will make of ``model``, before either is done.
 
-        Without a cut nothing is checked here, since only the weights tell whether an earlier run left zeros in them.
+        Without a cut nothing is known from a model without weights: only they tell whether zeros are to be kept.
 
         Args:
             pruning: The callback that cuts.
@@ -112,7 +115,7 @@ class ResultsCallback(Callback):
         Raises:
             InputError: if the format cannot hold it.
         """
-        if pruning.fit_plan.recipe is None:
+        if pruning.fit_plan.recipe is None and model.device.type == "meta":
             return
         recovery = pruning.fit_plan.recovery if trains else None
         outline = Outline.expected(model, pruning.fit_plan.recipe, recovery, on_disk=on_disk)
@@ -136,8 +139,6 @@ class ResultsCallback(Callback):
         self.format.check(Outline.of(find_callback(trainer, DynamicPruningCallback).find_model(pl_module)))
         if distributed.is_rank_zero():
             self.open()
-        if self.csv_log and trainer.logger is None:
-            trainer.logger = self._csv = CSVLogger(self.folder.path, name="logs")
 
     def open(self) -> None:
         """Creates the folder and writes the run's configuration into it."""

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from lit_prune import distributed
 from lit_prune.allocate.base import Refined, weighted_mean
 from lit_prune.allocate.budget import Limits
-from lit_prune.calibration.cached_statistics import CachedStatistics, Key, key_of
+from lit_prune.calibration.cached_statistics import CachedStatistics, key_of
 from lit_prune.calibration.statistics import COSINE, INPUTS, BlockStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
@@ -218,6 +218,19 @@ def check_expected_statistics(
     statistics.check(statistics.key.expected(settings), recipe.find(model), _needs(recipe))
 
 
+def check_search(model: PreTrainedModel, batches: Iterable[Batch | Tensor], recipe: Recipe) -> None:
+    """Raises InputError if the file of losses that a search would resume from is of another search."""
+    if recipe.allocation.searches:
+        recipe.allocation.check_key(_search_key(model, batches, recipe))
+
+
+def _search_key(model: PreTrainedModel, batches: Iterable[Batch | Tensor], recipe: Recipe) -> dict[str, Any]:
+    """Returns everything that the losses of a search depend on, besides the allocation's own settings."""
+    unrelated = ("allocation", "reconstruction")
+    recorded = {name: value for name, value in recipe_record(recipe).items() if name not in unrelated}
+    return vars(key_of(model, batches)) | recorded
+
+
 def _needs(recipe: Recipe) -> frozenset[str]:
     """Returns the kinds of statistics of the unpruned model that a cut reads."""
     return _needed_for_rates(recipe) | (recipe.method.needs if recipe.method.propagate == "dense" else frozenset())
@@ -238,10 +251,8 @@ def _score(
 ) -> Scored:
     """Returns the scores and rates of the blocks, and their statistics named in ``needs``, on the model's device."""
     blocks, limits = recipe.bounded(model)
-    key = key_of(model, batches) if cached is not None or recipe.allocation.searches else None
     if cached is not None:
-        assert key is not None
-        cached.check(key, blocks, needs)
+        cached.check(key_of(model, batches), blocks, needs)
     begin = time.perf_counter()
     with evaluating(model):
         scores, statistics = _score_blocks(model, blocks, batches, recipe, device, needs, cached)
@@ -249,9 +260,7 @@ def _score(
     before = limits.current_sparsity if limits.current_sparsity >= threshold else 0.0
     if before:
         log(f"{before:.1%} of the weights to prune are pruned already: they stay so, and count toward the sparsity.")
-    refined = _refine(
-        model, blocks, batches, recipe, device, limits=limits, scores=scores, statistics=statistics, key=key
-    )
+    refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, statistics=statistics)
     seconds = time.perf_counter() - begin
     return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, statistics, refined.details, before)
 
@@ -293,19 +302,16 @@ def _refine(
     limits: Limits,
     scores: Sequence[float],
     statistics: Sequence[BlockStatistics],
-    key: Key | None,
 ) -> Refined:
     """Returns the rates that follow from the scores, or better ones if the allocation searches."""
     rates = recipe.spread(limits, scores)
     if not recipe.allocation.searches:
         return Refined(rates)
-    assert key is not None
-    unrelated = ("allocation", "reconstruction")
-    recorded = {name: value for name, value in recipe_record(recipe).items() if name not in unrelated}
+    key = _search_key(model, batches, recipe)
     trial_device, dicts = torch.device(device or model.device), _dicts(model, batches)
     trial = recipe.method.trial(model, blocks, statistics=statistics, device=trial_device, batches=dicts)
     with evaluating(model), trial as opened:
-        return recipe.allocation.refine(rates, limits, trial=opened, key=vars(key) | recorded)
+        return recipe.allocation.refine(rates, limits, trial=opened, key=key)
 
 
 def _weights(block: Block) -> dict[str, Tensor]:

@@ -86,6 +86,9 @@ class Allocation(ABC):
         """Returns the allocation's own lower bound of every rate."""
         return 0.0
 
+    def check_key(self, key: Mapping[str, Any]) -> None:  # noqa: B027 (only a search keeps losses)
+        """Raises InputError if losses that were measured before are not those of ``key``, see :meth:`refine`."""
+
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
         """Returns better rates of the same mean, or ``rates`` if the allocation does not search (:attr:`searches`).
 

@@ -134,6 +134,10 @@ class Search(Allocation):
         self.rule.check(sizes, sparsity, lower, upper)
         MeasuredLosses(self.state).check_key(self._settings() | {"sizes": list(sizes)})
 
+    def check_key(self, key: Mapping[str, Any]) -> None:
+        """Raises InputError if the state belongs to a search of another model, text or recipe."""
+        MeasuredLosses(self.state).check_key(key)
+
     def _settings(self) -> dict[str, Any]:
         """The settings that determine the candidates; limits of evaluations and time only end a search."""
         names = ("step", "offspring", "survivors", "first", "final", "seed")

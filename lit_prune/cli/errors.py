@@ -47,12 +47,22 @@ def one_line(error: Exception) -> str | None:
     if isinstance(error, MisconfigurationException):
         return str(error).splitlines()[0]
     if isinstance(error, ValueError) and "Union subtypes" in str(error):
-        # jsonargparse wraps the InputError of a class if its field may be of several types
-        wrapped = re.search(r"^\s*- (`.+)$", str(error), re.MULTILINE)
-        return wrapped and wrapped.group(1)
+        # jsonargparse wraps the error of a class if its field may be of several types
+        if wrapped := re.search(r"^\s*- (`.+)$", str(error), re.MULTILINE):
+            return wrapped.group(1)
+        refused = re.search(r"Problem with given class_path '[\w.]*?(\w+)':\s+(.+)", str(error))
+        return refused and _refused(*refused.groups())
     if (reason := disk_error(error)) is not None:
         return f"`output` must be on a disk with free space: {reason}. Free some, or choose another `--output DIR`."
     return None
+
+
+def _refused(name: str, reason: str) -> str:
+    """Returns the message about a class of Lightning that rejects its settings, or lacks the package that it needs."""
+    package = re.match(r"Requirement '(.+?)' not met", reason)
+    if package:
+        return f"`{name}` needs a package that is not installed: pip install '{package.group(1)}'."
+    return f"`{name}` must have settings that it accepts: {reason}"
 
 
 def explain(message: str, parser: Any) -> str:

@@ -178,13 +178,13 @@ class LitPruneCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except InputError:
             raise
-        except ValueError as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             hint = (
                 " A strategy with settings is given by class_path: see docs/devices.md."
                 if "strategy name" in str(error)
                 else ""
             )
-            reason = str(error).partition(". ")[0]
+            reason = str(error).partition(". ")[0].rstrip(".")
             raise InputError(f"`trainer` must have settings that Lightning accepts: {reason}.{hint}") from error
 
     def _tasks(self, config: Namespace) -> Tasks | None:

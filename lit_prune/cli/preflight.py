@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
 from lit_prune.callbacks.results import ResultsCallback, find_callback
@@ -24,12 +26,15 @@ from lit_prune.fit.preflight import (
     check_resumed,
     check_trainer,
     check_without_weights,
+    transformer_engine_error,
 )
 from lit_prune.models.families import supports_packing
 from lit_prune.models.load import skeleton
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
 
 ADAPTERS = (LoRA, MaskedLoRA, QLoRA)
+METRICS = ("train/loss", "val/perplexity")  # logged by PrunableLM; callbacks can monitor them
+OTHER_METRICS = ("train/distillation", "train/cross_entropy", "step", "epoch")
 
 
 def check_settings(config: Namespace, verb: str) -> None:
@@ -37,7 +42,8 @@ def check_settings(config: Namespace, verb: str) -> None:
 
     Raises:
         InputError: for a second DynamicPruningCallback, a barebones Trainer, an accelerator that this machine does not
-            have, an upload by a verb that writes no model, and a fit without an end.
+            have, a precision that replaces the linears, an upload by a verb that writes no model, and a fit without an
+            end.
     """
     if DynamicPruningCallback.__name__ in str(config.trainer.callbacks):
         raise InputError(
@@ -50,6 +56,9 @@ def check_settings(config: Namespace, verb: str) -> None:
     if config.push_to_hub is not None and verb not in WRITES:
         raise InputError(f"`push_to_hub` must be left out for {verb}, which writes no model.")
     _check_accelerator(config.trainer.accelerator)
+    # Lightning's plugin needs a package that is rarely installed, and says only that it is missing
+    if str(config.trainer.precision).startswith("transformer-engine"):
+        raise InputError(transformer_engine_error(config.trainer.precision))
     if verb == "fit":
         _check_end(config.trainer)
 
@@ -106,7 +115,9 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
     """
     pruning, results = find_callback(trainer, DynamicPruningCallback), find_callback(trainer, ResultsCallback)
     if verb == "fit":
+        model.check_in_memory()
         check_trainer(pruning.fit_plan, trainer)
+        _check_monitors(trainer)
         check_overfitting(trainer, datamodule)
         if pruning.resume is not None:
             check_resumed(pruning.fit_plan, pruning.resume, trainer, model, datamodule)
@@ -126,7 +137,7 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
         _check_random_start(model, pruning)
     _check_packing(model, datamodule)
     if verb in ("fit", "prune", "score"):
-        unloaded = skeleton(model.config)
+        unloaded = skeleton(model.config, model.attn_implementation)
         check_without_weights(pruning.fit_plan, unloaded, datamodule, trains=verb == "fit")
         if verb != "score":
             results.check_format(pruning, unloaded, trains=verb == "fit", on_disk=model.on_disk)
@@ -160,6 +171,19 @@ def _check_random_start(model: PrunableLM, pruning: DynamicPruningCallback) -> N
             "`pruning.recovery` must be null if `model.architecture` starts from random weights and nothing is pruned, "
             f"since an adapter leaves them frozen; got {pruning.fit_plan.recovery}."
         )
+
+
+def _check_monitors(trainer: Trainer) -> None:
+    """Checks the metrics that callbacks monitor, unless a callback of the user's own may log others."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    if not all(type(callback).__module__.startswith(("lightning.", "lit_prune.")) for callback in callbacks):
+        return
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(callback, (EarlyStopping, ModelCheckpoint)) and monitor not in (None, *METRICS, *OTHER_METRICS):
+            raise InputError(
+                f"`{type(callback).__name__}.monitor` must be one of {', '.join(METRICS)}, got {monitor!r}."
+            )
 
 
 def _check_packing(model: PrunableLM, datamodule: TextDataModule) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import HalfPrecision
+from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision
 from transformers import PreTrainedModel
 
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
@@ -18,7 +18,7 @@ from lit_prune.export.plan import Outline, check_merge
 from lit_prune.files import write_text
 from lit_prune.fit.baseline import measure_baseline
 from lit_prune.fit.cut import CutInputs, measured_cut
-from lit_prune.fit.preflight import check_cached_statistics
+from lit_prune.fit.preflight import check_caches
 from lit_prune.models.on_disk import offload_folder, on_disk, placed
 from lit_prune.pipeline import prune, score_with_statistics
 from lit_prune.recipe import recipe_record
@@ -95,7 +95,7 @@ class PruneTrainer(Trainer):
         validation = validation_data(self) if fit_plan.measure else None
         assert fit_plan.recipe is not None
         calibration = calibration_batches(self, fit_plan.calibration)
-        check_cached_statistics(fit_plan, llm, *calibration)
+        check_caches(fit_plan, llm, *calibration)
         measured, statistics = fit_plan.measure, fit_plan.statistics
         inputs = CutInputs(fit_plan.recipe, *calibration, validation, device, measured=measured, statistics=statistics)
         with offload_folder(llm, results.folder.path), self._logging():
@@ -112,7 +112,7 @@ class PruneTrainer(Trainer):
         recipe = pruning.fit_plan.recipe
         assert recipe is not None
         llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.fit_plan.calibration)
-        check_cached_statistics(pruning.fit_plan, llm, batches, settings)
+        check_caches(pruning.fit_plan, llm, batches, settings)
         device, names = self.strategy.root_device, statistics_key(settings, llm)
         scored, cached = score_with_statistics(
             llm, batches, recipe, device=device, settings=names, statistics=pruning.fit_plan.statistics
@@ -200,13 +200,12 @@ class PruneTrainer(Trainer):
         """Returns the LLM, loaded in the precision that fit would convert it to before a cut."""
         model.configure_model()
         llm = pruning.find_model(model)
-        if isinstance(self.precision_plugin, HalfPrecision):
-            if on_disk(llm) is not None:
-                raise InputError(
-                    f"`trainer.precision` must be 32-true with `model.on_disk`, got {self.precision}: weights on disk "
-                    "are used in the type that they are stored in."
-                )
-            self.precision_plugin.convert_module(llm)
+        if on_disk(llm) is not None and isinstance(self.precision_plugin, (DoublePrecision, HalfPrecision)):
+            raise InputError(
+                f"`trainer.precision` must be 32-true with `model.on_disk`, got {self.precision}: weights on disk "
+                "are used in the type that they are stored in."
+            )
+        self.precision_plugin.convert_module(llm)
         return llm
 
     @contextmanager

@@ -37,6 +37,17 @@ def calibration_batches(trainer: Trainer, calibration: Calibration) -> tuple[lis
         return first_batches(loader, calibration), settings
 
 
+def check_calibration(trainer: Trainer, calibration: Calibration) -> None:
+    """Raises InputError if the training data cannot give the windows of a later :func:`calibration_batches`."""
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is not None and hasattr(datamodule, "calibration_windows"):
+        datamodule.calibration_windows(calibration.num_samples, calibration.tokens, calibration.seed)
+        return
+    loader = _first_loader(trainer.fit_loop._data_source)
+    with _random_states_preserved(loader):
+        first_batches(loader, calibration)
+
+
 def calibration_settings(datamodule: Any, calibration: Calibration) -> dict[str, Any]:
     """Returns the description of the calibration batches, without the positions, before any text is read."""
     description = getattr(datamodule, "describe", lambda _part: "training dataloader")("train")
@@ -59,16 +70,47 @@ def validation_data(trainer: Trainer) -> ValidationData | None:
         loader, limit = _first_loader(source), trainer.limit_val_batches
     describe = getattr(getattr(trainer, "datamodule", None), "describe", lambda _part: "validation dataloader")
     description = describe("val")
-    if isinstance(limit, float):
-        if limit == 1.0:
-            return loader, description
-        limit = int(limit * len(loader))
-    if limit < 1:
+    if limit == 1.0 and isinstance(limit, float):
+        return loader, description
+    return list(itertools.islice(loader, _batches_allowed(loader, limit, "limit_val_batches"))), description
+
+
+def check_limits(trainer: Trainer) -> None:
+    """Checks that the Trainer's limits leave batches to train on and, unless that is switched off, to validate on.
+
+    Raises:
+        InputError: for an `accumulate_grad_batches` or `limit_train_batches` of 0, and for a share that leaves no batch
+            or is of a loader without a length.
+    """
+    loop = trainer.fit_loop
+    parts: tuple[tuple[str, Any, Any], ...] = (
+        ("limit_train_batches", trainer.limit_train_batches, loop._data_source),
+        ("limit_val_batches", trainer.limit_val_batches, loop.epoch_loop.val_loop._data_source),
+    )
+    if trainer.accumulate_grad_batches < 1:
         raise InputError(
-            f"`trainer.limit_val_batches` must leave at least one batch, {trainer.limit_val_batches} of {len(loader)} "
-            "does not; 0 switches validation off."
+            f"`trainer.accumulate_grad_batches` must be at least 1, got {trainer.accumulate_grad_batches}."
         )
-    return list(itertools.islice(loader, limit)), description
+    if trainer.limit_train_batches == 0:
+        raise InputError("`trainer.limit_train_batches` must be above 0 for fit, which trains, got 0.")
+    for field, limit, source in parts:
+        if isinstance(limit, float) and 0 < limit < 1 and source.is_defined():
+            _batches_allowed(_first_loader(source), limit, field)
+
+
+def _batches_allowed(loader: Any, limit: int | float, field: str) -> int:
+    """Returns the number of batches of ``loader`` that a limit of the Trainer allows; raises InputError for none."""
+    if isinstance(limit, int):
+        return limit
+    try:
+        batches = len(loader)
+    except (TypeError, NotImplementedError) as error:
+        raise InputError(
+            f"`trainer.{field}` must be a number of batches for a loader without a length, got {limit}."
+        ) from error
+    if int(limit * batches) < 1:
+        raise InputError(f"`trainer.{field}` must leave at least one batch, {limit} of {batches} does not.")
+    return int(limit * batches)
 
 
 def training_windows(trainer: Trainer) -> Iterator[Batch]:
@@ -90,11 +132,7 @@ def training_windows(trainer: Trainer) -> Iterator[Batch]:
         if not isinstance(loader, ResumableLoader) or trainer.max_steps == trainer.max_epochs == -1:
             yield from loader
             return
-        per_epoch = int(limit * len(loader)) if isinstance(limit, float) else min(limit, len(loader))
-        if per_epoch < 1:
-            raise InputError(
-                f"`trainer.limit_train_batches` must leave at least one batch, {limit} of {len(loader)} does not."
-            )
+        per_epoch = min(_batches_allowed(loader, limit, "limit_train_batches"), len(loader))
         remaining = steps if trainer.max_steps != -1 else per_epoch * (trainer.max_epochs or 1)
         for epoch in itertools.count():
             loader.ordered.set_epoch(epoch)

@@ -7,7 +7,7 @@ would fill every zero. Over quantised weights the form is the one that QLoRA was
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -27,7 +27,7 @@ from lit_prune.models.quantised import (
     sharing_weight,
 )
 from lit_prune.recipe import Recipe
-from lit_prune.recover import Recovery, Snapshot, quantise
+from lit_prune.recover import Recovery, Snapshot, adapter_config, quantise
 from lit_prune.recover.adapter import trains_tied_head
 from lit_prune.recover.base import ExportForm
 from lit_prune.recover.merge import merged, record_quantisation, without_adapter
@@ -114,28 +114,33 @@ class Outline:
 
     @classmethod
     def expected(
-        cls, model: PreTrainedModel, recipe: Recipe, recovery: Recovery | None, *, on_disk: bool = False
+        cls, model: PreTrainedModel, recipe: Recipe | None, recovery: Recovery | None, *, on_disk: bool = False
     ) -> Outline | None:
         """Returns the outline that ``model`` will have after a cut and a recovery; None where that is not known yet.
 
         Args:
             model: The model before the cut; it may be on the meta device.
-            recipe: What is cut.
+            recipe: What is cut; None if the model is only trained.
             recovery: What is trained after the cut; None where no adapter is attached.
             on_disk: Whether the weights stay on disk.
         """
-        masked = recipe.method.makes_zeros or structure.masked(model)
-        form = "full precision" if recovery is None else recovery.export_form(masked)
+        if recipe is None and (recovery is None or adapter_config(model) is not None):
+            return replace(cls.of(model), on_disk=on_disk)
+        method = None if recipe is None else recipe.method
+        quantised = recipe is None and quantisation(model) is not None
+        masked = (method is not None and method.makes_zeros) or structure.masked(model)
+        # an adapter that is trained over a quantised model stays beside it, see ``recover.existing_masks.attach``
+        form = "adapter" if quantised else "full precision" if recovery is None else recovery.export_form(masked)
         if form is None:
             return None
         return cls(
             form=form,
             family=dense_family(model.config),
             masked=masked,
-            reshaped=recipe.method.changes_shapes or bool(structure.structures(model)),
-            custom_class=recipe.method.makes_custom_class or _has_custom_class(model),
+            reshaped=(method is not None and method.changes_shapes) or bool(structure.structures(model)),
+            custom_class=(method is not None and method.makes_custom_class) or _has_custom_class(model),
             on_disk=on_disk,
-            quantised=recovery is not None and recovery.quantises and form != "merged",
+            quantised=quantised or (recovery is not None and recovery.quantises and form != "merged"),
         )
 
 

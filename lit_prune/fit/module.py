@@ -106,12 +106,17 @@ class PrunableLM(LightningModule):
         if mesh is not None and self._set_up and not is_sharded(self.model):
             shard(self.model, mesh["data_parallel"])
 
-    def _loaded(self) -> PreTrainedModel:
-        if self.on_disk and self._trainer is not None and self.trainer.state.fn == "fit":
+    def check_in_memory(self) -> None:
+        """Raises InputError if the weights stay on disk, where they cannot be trained."""
+        if self.on_disk:
             raise InputError(
                 "`model.on_disk` must be false for fit, which keeps all weights in memory: prune first with "
                 "`lit-prune prune --model.on_disk true`, and train the model that it writes."
             )
+
+    def _loaded(self) -> PreTrainedModel:
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            self.check_in_memory()
         if self.architecture is None:
             model = load_model(self.pretrained, self.dtype_of_weights, self.attn_implementation, self.on_disk)
         else:

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
 
@@ -13,12 +14,12 @@ from lit_prune import distributed
 from lit_prune.calibration.windows import Batch
 from lit_prune.checkpointing.resume import Resume
 from lit_prune.checkpointing.settings import PROCESSES, Settings, run_settings
-from lit_prune.data.batches import calibration_settings, statistics_key
+from lit_prune.data.batches import calibration_settings, check_calibration, check_limits, statistics_key
 from lit_prune.data.datamodule import TextDataModule
 from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.fit.plan import FitPlan
-from lit_prune.pipeline import check_expected_statistics, check_statistics
+from lit_prune.pipeline import check_expected_statistics, check_search, check_statistics
 
 
 def check_fit(plan: FitPlan, trainer: Trainer) -> None:
@@ -39,6 +40,7 @@ def check_trainer(plan: FitPlan, trainer: Trainer) -> None:
         return
     _check_averaging(trainer)
     check_processes(trainer)
+    _check_precision(trainer)
     if trainer.max_steps != -1:
         plan.check_end(trainer.max_steps)
     _check_sharded_plan(plan, trainer)
@@ -47,10 +49,15 @@ def check_trainer(plan: FitPlan, trainer: Trainer) -> None:
 def check_data(plan: FitPlan, trainer: Trainer) -> None:
     """Raises InputError if the training data end before the last cut, or do not suffice for calibration."""
     check_overfitting(trainer, _datamodule(trainer))
+    check_limits(trainer)
     _check_validation_interval(trainer)
     if not plan.idle and trainer.max_steps == -1:
         plan.check_end(trainer.estimated_stepping_batches)
-    if plan.recipe is not None and plan.recipe.needs_text and hasattr(_datamodule(trainer), "calibration_windows"):
+    if plan.recipe is None or not plan.recipe.needs_text:
+        return
+    if plan.last_step > 0:  # a cut at step 0 reads them right away
+        check_calibration(trainer, plan.calibration)
+    if hasattr(_datamodule(trainer), "calibration_windows"):
         distributed.check_shards(-(-plan.calibration.num_samples // plan.calibration.batch_size))
 
 
@@ -83,12 +90,13 @@ def check_without_weights(plan: FitPlan, model: PreTrainedModel, datamodule: Any
         check_expected_statistics(plan.statistics, model, plan.recipe, key)
 
 
-def check_cached_statistics(
-    plan: FitPlan, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]
-) -> None:
-    """Raises InputError if the plan's cached statistics are of another model or another text."""
-    if plan.statistics is not None and plan.recipe is not None:
+def check_caches(plan: FitPlan, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:
+    """Raises InputError if cached statistics, or the losses of an earlier search, are of another model or text."""
+    if plan.recipe is None:
+        return
+    if plan.statistics is not None:
         check_statistics(plan.statistics, model, batches, plan.recipe, statistics_key(settings, model))
+    check_search(model, batches, plan.recipe)
 
 
 def check_processes(trainer: Trainer) -> None:
@@ -124,6 +132,25 @@ def _check_averaging(trainer: Trainer) -> None:
                 f"`trainer.callbacks` must not hold {type(callback).__name__} beside pruning or recovery: its copy of "
                 "the weights does not follow their changes."
             )
+
+
+def _check_precision(trainer: Trainer) -> None:
+    """Raises InputError for precision plugins that replace the linears, which then can be neither cut nor adapted."""
+    if isinstance(trainer.precision_plugin, BitsandbytesPrecision):
+        raise InputError(
+            "`trainer.plugins` must not hold BitsandbytesPrecision, which quantises the linears before the cut: use "
+            "`--pruning.recovery QLoRA`, which quantises them after it."
+        )
+    if isinstance(trainer.precision_plugin, TransformerEnginePrecision):
+        raise InputError(transformer_engine_error("transformer-engine"))
+
+
+def transformer_engine_error(precision: str) -> str:
+    """Returns the error message for Transformer Engine as the Trainer's ``precision``."""
+    return (
+        f"`trainer.precision` must not be {precision}, which replaces the linears that are pruned: use bf16-mixed or "
+        "bf16-true."
+    )
 
 
 def _check_validation_interval(trainer: Trainer) -> None:

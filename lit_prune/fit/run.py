@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.plugins.precision import HalfPrecision
 from transformers import PreTrainedModel
 
 from lit_prune.checkpointing.record import RunRecord, Settings
@@ -22,7 +21,7 @@ from lit_prune.fit.baseline import measure_baseline
 from lit_prune.fit.cut import CutInputs, MeasuredCut, measured_cut
 from lit_prune.fit.fsdp import check_unsharded
 from lit_prune.fit.plan import FitPlan
-from lit_prune.fit.preflight import check_cached_statistics
+from lit_prune.fit.preflight import check_caches
 from lit_prune.fit.teaching import Teaching
 from lit_prune.models import structure
 from lit_prune.models.on_disk import placed
@@ -70,27 +69,29 @@ class PruningRun:
         """Returns whether the next cut has to be made before the optimizer step ``step``."""
         return self.next_cut is not None and step >= self.next_cut.step
 
-    def start(self, trainer: Trainer, model: PreTrainedModel, resume: Resume | None) -> None:
-        """Prepares the LLM for training up to the first cut, or gives it the structure of a checkpoint.
+    def prepare(self, trainer: Trainer, model: PreTrainedModel, resume: Resume | None) -> None:
+        """Checks that the plan fits the LLM of a new run, or gives the LLM the structure of a checkpoint.
 
         Args:
             trainer: The Trainer, in the callbacks' `setup`, before its strategy moves or wraps the module.
             model: The LLM, just loaded from its source.
             resume: The checkpoint whose weights are loaded afterwards; None starts a new run.
+
+        Raises:
+            InputError: if the plan does not fit.
         """
         check_unsharded(model)
-        if isinstance(trainer.precision_plugin, HalfPrecision):  # Lightning converts the module only after `setup`
-            trainer.precision_plugin.convert_module(model)
+        trainer.precision_plugin.convert_module(model)  # Lightning itself converts the module only after `setup`
         # parameters that the LightningModule leaves trainable, and that become trainable again without an adapter
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if resume is None:
-            self._begin(trainer, model)
+            self.plan.take_zeros(model)
+            self.plan.check(model)
         elif resume.record.snapshot is not None:
             self._resume(trainer, model, resume)
 
-    def _begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
-        self.plan.take_zeros(model)
-        self.plan.check(model)
+    def begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        """Prepares the LLM of a new run for training up to the first cut; measures it first if there is no cut."""
         if self.plan.idle:
             return
         # a model with random weights has no source, and no process has all weights of a sharded one
@@ -129,7 +130,7 @@ class PruningRun:
         self._detach(model, step)
         recipe = replace(self.plan.recipe, sparsity=sparsity)
         batches, settings = calibration_batches(trainer, self.plan.calibration)
-        check_cached_statistics(self.plan, model, batches, settings)
+        check_caches(self.plan, model, batches, settings)
         validation = validation_data(trainer) if self.plan.measure else None
         if self.teaching is not None and is_first:
             self.teaching.begin(trainer, model, stored=self.source_weights is None or step > 0)

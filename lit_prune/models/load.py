@@ -117,17 +117,28 @@ def new_model(architecture: dict[str, Any], dtype: Dtype = "float32") -> PreTrai
     return AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
     """Returns the causal LM of a config on the meta device, with modules and shapes but without weights.
 
     Raises:
-        InputError: if transformers has no causal LM for it.
+        InputError: if transformers has no causal LM for it, or not with that attention implementation.
     """
+    plain = unquantised(config)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(unquantised(config))
+            model = AutoModelForCausalLM.from_config(plain)
     except ValueError as error:
         raise InputError(f"`model.pretrained` is no causal LM that transformers knows: {_first_line(error)}") from error
+    if attn_implementation is None:
+        return model
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(plain, attn_implementation=attn_implementation)
+    except (ImportError, OSError, ValueError) as error:
+        raise InputError(
+            f"`model.attn_implementation` must be one that runs here, got {attn_implementation!r}: "
+            f"{_first_line(error).rstrip('.')}. Leave it out for the default of transformers."
+        ) from error
 
 
 def architecture_config(architecture: dict[str, Any]) -> PreTrainedConfig:

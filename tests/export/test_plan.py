@@ -14,6 +14,7 @@ from lit_prune.export.plan import ExportPlan, Outline, check_merge
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Recovery, Snapshot
+from lit_prune.recover.existing_masks import attach
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import Foreign, callback, fit, loader
 from tests.conftest import small_model
@@ -57,12 +58,32 @@ def test_the_form_follows_from_adapter_and_masks(
     quantised = isinstance(recovery, QLoRA) and form != "merged"
     shape = {"masked": recipe is MASKS, "reshaped": recipe is SLICES, "quantised": quantised}
     assert plan.outline == Outline(form, "llama", **shape)  # type: ignore[arg-type]
-    assert recipe is None or Outline.expected(small_model(), recipe, recovery) == plan.outline
+    assert Outline.expected(small_model(), recipe, recovery) == plan.outline
     assert plan.merged is (form in ("merged", "requantised"))
     assert plan.adapter_beside is (form == "adapter")
     assert plan.reference is (plan.plain if form == "requantised" else model)
     assert (plan.plain is plan.base) is not plan.merged
     assert not any("lora" in name for name in (*plan.plain.state_dict(), *plan.base.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("before", "recovery"),
+    [
+        (None, None),
+        (None, LoRA()),
+        (None, MaskedLoRA()),
+        (None, FullFineTuning()),
+        (LoRA(), LoRA()),
+        (QLoRA(quantization="int8"), LoRA()),
+    ],
+)
+def test_the_outline_of_a_model_that_is_only_trained_is_known_before(
+    before: Recovery | None, recovery: Recovery | None, batches: list[torch.Tensor]
+) -> None:
+    model = recovered(MASKS, before, batches)
+    expected = Outline.expected(model, None, recovery)
+    attach(model, recovery)
+    assert expected == Outline.of(model)
 
 
 def test_bytes_are_those_of_what_is_written(batches: list[torch.Tensor]) -> None:

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import LambdaCallback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lit_prune.allocate import LayerRedundancy
+from lit_prune.calibration.windows import Calibration
 from lit_prune.checkpointing.record import RunRecord
 from lit_prune.checkpointing.resume import Resume
 from lit_prune.distill import Distillation, TopK
@@ -27,7 +29,7 @@ from lit_prune.fit.preflight import (
 from lit_prune.models.load import skeleton
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
 from lit_prune.slice import Slicing
-from tests.callbacks.test_dynamic_pruning import Foreign, callback
+from tests.callbacks.test_dynamic_pruning import Foreign, callback, fit, loader
 from tests.conftest import small_model
 
 
@@ -74,9 +76,12 @@ def test_a_cut_after_the_end() -> None:
     check_trainer(plan, trainer(max_steps=5))
     with pytest.raises(InputError, match=r"`pruning.at_step` must be below the number of optimizer steps, 4 .*, got 4"):
         check_trainer(plan, trainer(max_steps=4))
-    by_epochs: Any = SimpleNamespace(max_steps=-1, estimated_stepping_batches=3, val_check_interval=1.0)
+
+    class ThreeSteps(Trainer):
+        estimated_stepping_batches = 3
+
     with pytest.raises(InputError, match=r"`pruning.at_step` must be below the number of optimizer steps, 3 .*, got 4"):
-        check_data(plan, by_epochs)
+        check_data(plan, ThreeSteps(accelerator="cpu", logger=False, max_epochs=1))
 
 
 @pytest.mark.parametrize("average", [WeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-3)])
@@ -84,6 +89,50 @@ def test_callbacks_with_a_copy_of_the_weights(average: Callback) -> None:
     check_trainer(callback(method=None, recovery=None).fit_plan, trainer(callbacks=[average]))
     with pytest.raises(InputError, match=f"`trainer.callbacks` must not hold {type(average).__name__} beside pruning"):
         check_trainer(callback().fit_plan, trainer(callbacks=[average]))
+
+
+def test_precision_that_replaces_the_linears() -> None:
+    for plugin, message in (
+        (
+            BitsandbytesPrecision,
+            "`trainer.plugins` must not hold BitsandbytesPrecision, .*use `--pruning.reco",
+        ),
+        (
+            TransformerEnginePrecision,
+            "`trainer.precision` must not be transformer-engine, .*use bf16-mixed",
+        ),
+    ):
+        unusable: Any = SimpleNamespace(
+            callbacks=[], strategy=trainer().strategy, precision_plugin=plugin.__new__(plugin)
+        )
+        with pytest.raises(InputError, match=message):
+            check_trainer(callback().fit_plan, unusable)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"accumulate_grad_batches": 0}, "`trainer.accumulate_grad_batches` must be at least 1, got 0"),
+        ({"limit_train_batches": 0}, "`trainer.limit_train_batches` must be above 0 for fit, which trains, got 0"),
+        ({"limit_train_batches": 0.1}, "`trainer.limit_train_batches` must leave at least one batch, 0.1 of 8 does"),
+        ({"limit_val_batches": 0.1}, "`trainer.limit_val_batches` must leave at least one batch, 0.1 of 8 does not"),
+    ],
+)
+@pytest.mark.parametrize("at_step", [0, 2])
+def test_limits_that_leave_no_batch(
+    fields: dict[str, Any], message: str, at_step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_prune.fit.run.PruningRun.prepare", lambda *_: pytest.fail("the model was read"))
+    with pytest.raises(InputError, match=message):
+        fit(Foreign(), callback(at_step=at_step, measure=False), loader(1), **fields)
+
+
+def test_the_windows_of_a_later_cut_are_there_before_the_training() -> None:
+    steps: list[int] = []
+    later = callback(at_step=2, calibration=Calibration(num_samples=33, seq_length=16))
+    with pytest.raises(InputError, match="`calibration.num_samples` must be at most 32, .*got 33"):
+        fit(Foreign(), later, callbacks=[LambdaCallback(on_train_batch_start=lambda *args: steps.append(args[-1]))])
+    assert steps == []
 
 
 def test_processes() -> None:

@@ -42,7 +42,8 @@ def test_a_cut_is_due_from_its_step_on_until_it_is_made() -> None:
 
 def test_around_a_cut_the_adapter_before_it_is_merged_and_the_recovery_attached() -> None:
     run, model, trainer = plan(at_step=1, before=LoRA(r=2), recovery=LoRA(r=3)), small_model(), trainer_of(loader())
-    run.start(trainer, model, None)
+    run.prepare(trainer, model, None)
+    run.begin(trainer, model)
     assert adapter_config(model)["r"] == 2  # type: ignore[index]
     with run.cutting(trainer, model) as made:
         assert adapter_config(model) is None
@@ -58,7 +59,8 @@ def test_around_a_cut_the_adapter_before_it_is_merged_and_the_recovery_attached(
 def test_what_has_a_source_is_left_out_of_the_record_of_a_checkpoint() -> None:
     run, model, trainer = plan(), small_model(), trainer_of(loader())
     model.name_or_path = "somewhere"
-    run.start(trainer, model, None)
+    run.prepare(trainer, model, None)
+    run.begin(trainer, model)
     with run.cutting(trainer, model) as made:
         prune_inside(model, made)
     state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
