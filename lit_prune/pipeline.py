@@ -38,6 +38,7 @@ from lit_prune.models.on_disk import check_offload_folder
 from lit_prune.models.tensors import digest
 from lit_prune.progress import log, track
 from lit_prune.recipe import Recipe, recipe_record
+from lit_prune.reconstruct.finished import FinishedBlocks
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.reconstruct.reconstruction import Reconstruction
 
@@ -161,13 +162,14 @@ def prune(
     """Prunes ``model`` in place and returns the result; arguments and errors are those of :func:`score`."""
     check_offload_folder(model)
     batches = list(batches)
+    finished = _finished(model, batches, recipe)
     scored = _score(model, batches, recipe, device, _needs(recipe), statistics)
     blocks = recipe.find(model)
     begin = time.perf_counter()
     with evaluating(model):
         reconstruction = None
         if recipe.reconstruction is not None:
-            reconstruction = Reconstruction(recipe.reconstruction, _stream(model, blocks, batches, device))
+            reconstruction = Reconstruction(recipe.reconstruction, _stream(model, blocks, batches, device), finished)
         achieved = recipe.method.apply(
             model,
             blocks,
@@ -191,6 +193,14 @@ def prune(
         sparsity_before=scored.sparsity_before,
         reconstruction=[] if reconstruction is None else reconstruction.losses,
     )
+
+
+def _finished(model: PreTrainedModel, batches: Sequence[Batch | Tensor], recipe: Recipe) -> FinishedBlocks | None:
+    """Returns the blocks that the same cut reconstructed before an interrupt; None if it keeps none."""
+    if recipe.reconstruction is None or recipe.reconstruction.state is None:
+        return None
+    processes = {"processes": distributed.world_size()}
+    return FinishedBlocks(recipe.reconstruction.state, key_of(model, batches), recipe_record(recipe) | processes)
 
 
 def _check_same(blocks: Sequence[Block]) -> None:

@@ -17,6 +17,7 @@ from lit_prune.models.families import Block, check_experts_of, find_blocks
 from lit_prune.models.on_disk import on_disk
 from lit_prune.pruning import Method, Wanda
 from lit_prune.reconstruct import Reconstruct
+from lit_prune.reconstruct.finished import check_folder
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ class Recipe:
     def bounded(self, model: PreTrainedModel) -> tuple[list[Block], Limits]:
         """Returns the blocks and the limits of their rates, with the checks and errors of :meth:`check`."""
         self.method.check(model, self.sparsity)
+        if self.reconstruction is not None and self.reconstruction.state is not None:
+            check_folder(self.reconstruction.state)
         if self.allocation.searches and distributed.world_size() > 1:
             raise InputError(
                 f"`pruning.allocation` must not be {type(self.allocation).__name__} in several processes: search in "

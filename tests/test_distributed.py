@@ -21,6 +21,8 @@ from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.pruning import SparseGPT, Wanda
 from lit_prune.recipe import Recipe
+from lit_prune.reconstruct import Reconstruct
+from lit_prune.reconstruct.training import _summed
 from lit_prune.slice import Slicing
 from tests.conftest import lively_model, small_model
 
@@ -58,8 +60,15 @@ def observed() -> list[BlockStatistics]:
     return [observe(stream, block, frozenset({INPUTS, GRAM, COSINE})) for block in blocks]
 
 
+def reconstructed() -> dict[str, Any]:
+    """A cut with reconstruction on windows of which the last process has no more to train on than the first."""
+    model, recipe = lively_model("mixtral"), Recipe(Wanda(), 0.5, DLP(), reconstruction=Reconstruct(epochs=2))
+    pruned = prune(model, windows()[:4], recipe)
+    return {"weights": model.state_dict(), "losses": pruned.reconstruction}
+
+
 def everything() -> dict[str, Any]:
-    found: dict[str, Any] = {"observed": observed()}
+    found: dict[str, Any] = {"observed": observed(), "reconstructed": reconstructed()}
     for family, methods in RECIPES.items():
         for method in methods:
             found[f"{family} {type(method).__name__}"] = cut(family, method)
@@ -83,6 +92,8 @@ def work(rank: int, number: int, port: int, folder: str) -> None:
         assert distributed.shard([1, 2]) == [1, 2]
         assert distributed.all_reduce_count(3) == 3
         assert distributed.is_rank_zero() == (rank == 0)
+    (mean,) = _summed([torch.full((2,), rank + 1.0)], torch.tensor(2))
+    assert mean.tolist() == pytest.approx([sum(range(1, number + 1)) / (2 * number)] * 2)
     distributed.check_same("A number", 1)
     with pytest.raises(RuntimeError, match=rf"A number must be the same in all processes, processes \[{number - 1}\]"):
         distributed.check_same("A number", rank == number - 1)
@@ -138,6 +149,18 @@ def test_cuts_and_perplexity_are_those_of_one_process(found: list[dict[str, Any]
             assert torch.equal(together["weights"][weight], found[0][name]["weights"][weight])
             if not isinstance(method, Slicing):
                 assert torch.equal(together["weights"][weight] == 0, one == 0), weight
+
+
+def test_reconstructed_weights_are_the_same_in_all_processes(found: list[dict[str, Any]]) -> None:
+    alone, first = reconstructed(), found[0]["reconstructed"]
+    assert any(losses.kept for losses in first["losses"])
+    for process in found:
+        assert process["reconstructed"]["losses"] == first["losses"]
+        for name, weight in first["weights"].items():
+            assert torch.equal(process["reconstructed"]["weights"][name], weight), name
+    for losses, one in zip(first["losses"][:1], alone["losses"][:1], strict=True):
+        assert losses.train_before == pytest.approx(one.train_before, rel=BOUND)
+        assert losses.held_out_before == pytest.approx(one.held_out_before, rel=BOUND)
 
 
 def test_every_step_reads_what_one_process_reads_in_a_larger_batch(found: list[dict[str, Any]]) -> None:

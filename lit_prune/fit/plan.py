@@ -91,6 +91,11 @@ class FitPlan:
                 f"`pruning.allocation` must not be a Plan for {count} cuts, since it has the rates of one; give one "
                 "`pruning.at_step`, or an allocation that scores the blocks."
             )
+        if self.recipe.reconstruction is not None and self.recipe.reconstruction.state is not None:
+            raise InputError(
+                f"`pruning.reconstruction.state` must be null for {count} cuts, since it holds the blocks of one, got "
+                f"{self.recipe.reconstruction.state}."
+            )
         self._check_full(self.recovery, "recovery")
         self._check_merge(self.recovery, "recovery", f"{count} cuts of masks")
 

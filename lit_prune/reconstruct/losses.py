@@ -46,7 +46,7 @@ class MeanError:
 
     def mean(self) -> float:
         """Returns the mean error of a token; NaN without tokens."""
-        sums = torch.stack(self.sums).double().sum(0).cpu() if self.sums else torch.zeros(2, dtype=torch.float64)
+        sums = torch.stack(self.sums).cpu().double().sum(0) if self.sums else torch.zeros(2, dtype=torch.float64)
         total, tokens = distributed.all_reduce_sum(sums).tolist()
         return total / tokens if tokens else float("nan")
 

@@ -17,6 +17,7 @@ from lit_prune.calibration.stream import Stream
 from lit_prune.errors import InputError
 from lit_prune.models.families import Block
 from lit_prune.progress import log
+from lit_prune.reconstruct.finished import FinishedBlocks
 from lit_prune.reconstruct.losses import BlockLosses, MeanError, relative_errors
 from lit_prune.reconstruct.settings import Reconstruct
 from lit_prune.reconstruct.training import BlockTraining
@@ -30,6 +31,7 @@ class Reconstruction:
     Args:
         settings: The settings.
         stream: The stream of the calibration batches, in front of the first block.
+        finished: The blocks that were reconstructed before an interrupt; None keeps none.
 
     Attributes:
         stream: The stream behind the blocks that were cut so far.
@@ -39,8 +41,8 @@ class Reconstruction:
         InputError: if there is only one batch.
     """
 
-    def __init__(self, settings: Reconstruct, stream: Stream) -> None:
-        self.settings, self.stream = settings, stream
+    def __init__(self, settings: Reconstruct, stream: Stream, finished: FinishedBlocks | None = None) -> None:
+        self.settings, self.stream, self.finished = settings, stream, finished
         self.losses: list[BlockLosses] = []
         self._dense = stream.copy() if settings.targets_from == "dense" else None
         self._training, self._held_out = _divided(len(stream.hidden))
@@ -54,7 +56,12 @@ class Reconstruction:
         """
         targets = self._targets(block)
         yield
-        self._reconstruct(block, targets)
+        if self.finished is not None and block in self.finished:
+            self.losses.append(self.finished.restore(block))
+        else:
+            self.losses.append(self._reconstruct(block, targets))
+            if self.finished is not None:
+                self.finished.add(block, self.losses[-1])
         if block.index < self.stream.blocks - 1:
             self.stream.run(block)
 
@@ -68,7 +75,7 @@ class Reconstruction:
         return [stream.output(index, block).to(stream.offload_device) for index in range(len(stream.hidden))]
 
     @torch.no_grad()
-    def _reconstruct(self, block: Block, targets: Sequence[Tensor]) -> None:
+    def _reconstruct(self, block: Block, targets: Sequence[Tensor]) -> BlockLosses:
         """Trains ``block``, and restores its weights if the loss on the held-out batches is not smaller."""
         before = [self._loss(block, targets, batches) for batches in (self._training, self._held_out)]
         trained = BlockTraining(self.settings, self.stream, block, targets).run(self._training)
@@ -82,7 +89,7 @@ class Reconstruction:
                 f"{before[1]:.4g} to {held_out:.4g}."
             )
         train = self._loss(block, targets, self._training) if kept else before[0]
-        self.losses.append(BlockLosses(before[0], train, before[1], held_out, kept))
+        return BlockLosses(before[0], train, before[1], held_out, kept)
 
     def _loss(self, block: Block, targets: Sequence[Tensor], batches: Sequence[int]) -> float:
         """Returns the mean loss of a token over ``batches``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, final, get_args
 
 from lit_prune.errors import InputError
@@ -28,6 +28,8 @@ class Reconstruct:
         weight_decay: Decoupled weight decay.
         max_norm: Norm to which the gradient of the block is clipped.
         seed: Seed of the order of the batches.
+        state: Folder for the weights of finished blocks, from which the same cut resumes after an interrupt; null
+            keeps none. It takes as many bytes as the blocks, and may be deleted afterwards.
 
     Raises:
         InputError: for a number out of its range.
@@ -39,6 +41,7 @@ class Reconstruct:
     weight_decay: float = 0.1
     max_norm: float = 1.0
     seed: int = 0
+    state: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
