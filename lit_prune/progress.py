@@ -21,8 +21,14 @@ def log(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def track(items: Iterable[Item], label: str) -> Iterator[Item]:
-    """Yields ``items`` under a progress bar; without a terminal prints one line when the work begins."""
+def track(items: Iterable[Item], label: str, note: Callable[[], str] | None = None) -> Iterator[Item]:
+    """Yields ``items`` under a progress bar; without a terminal prints one line when the work begins.
+
+    Args:
+        items: The items.
+        label: Text of the bar.
+        note: Returns a text about the last item, which the bar shows behind its label.
+    """
     total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
     if not distributed.is_rank_zero():
         yield from items
@@ -32,7 +38,10 @@ def track(items: Iterable[Item], label: str) -> Iterator[Item]:
         yield from items
         return
     with _bar() as bar:
-        yield from bar.track(items, total=total, description=label)
+        task = bar.add_task(label, total=total)
+        for item in items:
+            yield item
+            bar.update(task, advance=1, description=label if note is None else f"{label}, {note()}")
 
 
 @contextmanager

@@ -30,6 +30,8 @@ def test_a_terminal_has_bars(printed: io.StringIO) -> None:
     assert list(progress.track([1, 2], "Blocks")) == [1, 2]
     with progress.counted(10, "Search") as advance:
         advance(5, "loss 3.2")
+    assert list(progress.track([1, 2], "Pruning", lambda: "loss 0.4")) == [1, 2]
+    assert "Pruning, loss 0.4" in printed.getvalue()
     assert "2/2" in printed.getvalue()
     assert "Search, loss 3.2" in printed.getvalue()
     assert "5/10" in printed.getvalue()

@@ -237,7 +237,8 @@ class MaskMethod(Method):
         pruned_stream = None
         if self.needs and self.propagate == "pruned":
             pruned_stream = stream() if reconstruction is None else reconstruction.stream
-        for block, rate in zip(track(blocks, "Pruning blocks"), rates, strict=True):
+        note = None if reconstruction is None else reconstruction.note
+        for block, rate in zip(track(blocks, "Pruning blocks", note), rates, strict=True):
             with on_device(block, device, changes=True), reconstructing(reconstruction, block):
                 if pruned_stream is None:
                     block_statistics = statistics[block.index]

@@ -65,6 +65,11 @@ class Reconstruction:
         if block.index < self.stream.blocks - 1:
             self.stream.run(block)
 
+    def note(self) -> str:
+        """Returns the losses of the last block as text, for a progress bar."""
+        last = self.losses[-1]
+        return f"loss of block {len(self.losses) - 1}: {last.held_out_before:.4f} to {last.held_out_after:.4f}"
+
     @torch.no_grad()
     def _targets(self, block: Block) -> Sequence[Tensor]:
         """Returns the output of the block, which is not cut yet, for every batch."""

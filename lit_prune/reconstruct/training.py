@@ -69,20 +69,22 @@ class BlockTraining:
 
     def _set_gradients(self, index: int | None) -> None:
         """Gives the weights the gradients of the mean loss of a token of the step's batches, 0 for pruned weights."""
-        gradients, tokens = self._gradients(index)
-        for (name, master), gradient in zip(self.weights.items(), _summed(gradients, tokens), strict=True):
+        gradients = _summed(self._gradients(index))
+        for (name, master), gradient in zip(self.weights.items(), gradients, strict=True):
             master.grad = gradient if name not in self._zeros else gradient.masked_fill_(self._zeros[name], 0)
 
     @torch.enable_grad()
-    def _gradients(self, index: int | None) -> tuple[Sequence[Tensor], Tensor]:
-        """Returns the gradients of the summed loss of a batch, and the number of its tokens; 0 without a batch."""
+    def _gradients(self, index: int | None) -> Sequence[Tensor]:
+        """Returns the share of a batch in the gradients of a step; 0 without a batch."""
         masters = list(self.weights.values())
         if index is None:
-            return [torch.zeros_like(master) for master in masters], torch.zeros((), device=self.stream.device)
+            distributed.all_reduce_sum(torch.zeros(()))  # as the other processes do
+            return [torch.zeros_like(master) for master in masters]
         y_BTD = self.stream.output(index, self.block, self._forward)
         target_BTD = self.targets[index].to(self.stream.device)
         total, tokens = relative_errors(y_BTD, target_BTD, self.stream.masks[index])
-        return torch.autograd.grad(total, masters, materialize_grads=True), tokens
+        loss = total / distributed.all_reduce_sum(tokens.float())
+        return torch.autograd.grad(loss, masters, materialize_grads=True)
 
     def _forward(self, x_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Returns the block's output with the weights that are trained, all in float32."""
@@ -100,13 +102,13 @@ class BlockTraining:
         return torch.where(has_gradient, trained, original)
 
 
-def _summed(gradients: Sequence[Tensor], tokens: Tensor) -> list[Tensor]:
-    """Returns the sums of the ``gradients`` over all processes, divided by the sum of the ``tokens``."""
+def _summed(gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns the sums of the ``gradients`` over all processes."""
     if distributed.world_size() == 1:
-        return [gradient / tokens for gradient in gradients]
-    flat = torch.cat([*(gradient.flatten() for gradient in gradients), tokens.reshape(1).to(gradients[0])])
-    *summed, count = distributed.all_reduce_sum(flat).split([*(gradient.numel() for gradient in gradients), 1])
-    return [part.view_as(gradient) / count for part, gradient in zip(summed, gradients, strict=True)]
+        return gradients
+    flat = distributed.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 
 
 def _zeros_of_linears(layer: nn.Module) -> dict[str, Tensor]:

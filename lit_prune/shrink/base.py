@@ -151,7 +151,8 @@ class UnitMethod(Method):
         units = units_from_rates(rates, full, self.multiple)
         parts = [self._part(model, block) for block in blocks]
         units = [min(wanted, part.units) for wanted, part in zip(units, parts, strict=True)]
-        for block, part, kept in zip(track(blocks, "Shrinking blocks"), parts, units, strict=True):
+        note = None if reconstruction is None else reconstruction.note
+        for block, part, kept in zip(track(blocks, "Shrinking blocks", note), parts, units, strict=True):
             with on_device(block, device, changes=True), reconstructing(reconstruction, block):
                 if kept < part.units:
                     self._shrink(model, block, part, kept, residual)

@@ -16,6 +16,7 @@ from lit_prune.data.datamodule import TextDataModule
 from lit_prune.errors import InputError
 from lit_prune.fit.module import PrunableLM
 from lit_prune.pruning import Magnitude, SparseGPT, Wanda
+from lit_prune.reconstruct import Reconstruct
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Snapshot
 from lit_prune.slice import Slicing
 
@@ -57,6 +58,12 @@ CASES: dict[str, dict[str, Any]] = {
         "recovery": MaskedLoRA(dropout=0.2),
     },
     "gradual, full": {"method": Magnitude(), "at_step": [1, 6], "sparsity": [0.3, 0.6], "recovery": FullFineTuning()},
+    "gradual, reconstructed": {
+        "method": Wanda(),
+        "at_step": [0, 3],
+        "recovery": MaskedLoRA(),
+        "reconstruction": Reconstruct(epochs=1, lr=1e-4),
+    },
     "masks at 0, QLoRA": {"method": Wanda(), "recovery": QLoRA(r=4, dropout=0.2)},
     "masks at 3, QLoRA masked": {
         "method": Wanda(),

@@ -21,6 +21,7 @@ from lit_prune.models.on_disk import offload_folder, on_disk
 from lit_prune.pipeline import prune, score
 from lit_prune.pruning import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
+from lit_prune.reconstruct import Reconstruct
 from lit_prune.slice import Slicing
 from tests.conftest import FAMILIES, export, lively_model
 
@@ -34,6 +35,7 @@ RECIPES = {
     "magnitude": Recipe(Magnitude(), 0.5, AlphaPruning()),
     "2:4": Recipe(Wanda(pattern=NofM(2, 4)), 0.5, Uniform()),
     "mixed": Recipe(Wanda(pattern=MixedNofM(8)), 0.5, DLP()),
+    "reconstructed": Recipe(Wanda(), 0.5, Uniform(), reconstruction=Reconstruct(epochs=1)),
     "some": Recipe(Wanda(), 0.5, Uniform(), targets=["q_proj"]),
 }
 
