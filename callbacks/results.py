@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
@@ -24,6 +25,7 @@ from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import Measurement, measure
 from lit_prune.evaluation.tasks import Tasks
+from lit_prune.export.data_type import export_dtype, stored_dtype
 from lit_prune.export.formats import ExportFormat, HuggingFace
 from lit_prune.export.hub import check_repository, push
 from lit_prune.export.plan import ExportPlan, Outline
@@ -54,6 +56,8 @@ class ResultsCallback(Callback):
             would create its files before anything is checked.)
         push_to_hub: Repository on the Hugging Face hub to upload the model folder to.
         format: Format of the model folder; null is HuggingFace.
+        dtype: Data type of the exported weights; null is that of the files that the model was loaded from, if it was
+            trained in a wider one, and else the one that it was trained in.
         tasks: Tasks of lm-eval that are run at the end, for report.json and the model card. They need the tokenizer of
             the data module.
 
@@ -71,6 +75,7 @@ class ResultsCallback(Callback):
         push_to_hub: str | None = None,
         tasks: Tasks | None = None,
         format: ExportFormat | None = None,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> None:
         if push_to_hub is not None:
             check_repository(push_to_hub)
@@ -78,6 +83,8 @@ class ResultsCallback(Callback):
         self.config, self.csv_log, self.push_to_hub = config, csv_log, push_to_hub
         self.tasks, self._checked = tasks, False
         self.format = HuggingFace() if format is None else format
+        self.dtype = dtype
+        self._stored: torch.dtype | None = None
         self.seconds = 0.0
         self._started = 0.0
         self._csv: CSVLogger | None = None
@@ -136,7 +143,9 @@ class ResultsCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Creates the folder, after a cut at the start of fit, which is made in `setup` and may refuse the run."""
         # with the adapter attached, what setup could only expect is certain, and the training has not begun yet
-        self.format.check(Outline.of(find_callback(trainer, DynamicPruningCallback).find_model(pl_module)))
+        model = find_callback(trainer, DynamicPruningCallback).find_model(pl_module)
+        self.format.check(Outline.of(model))
+        self._stored = stored_dtype(model)  # the run may replace the folder that the model came from
         if distributed.is_rank_zero():
             self.open()
 
@@ -183,10 +192,10 @@ class ResultsCallback(Callback):
         """Returns the plan of the export of ``model``.
 
         Raises:
-            InputError: if the format cannot hold it, before anything is merged or written.
+            InputError: if the format or the data type cannot hold it, before anything is written.
         """
         self.format.check(Outline.of(model))
-        return ExportPlan.of(model)
+        return ExportPlan.of(model, export_dtype(model, self.dtype, self._stored or stored_dtype(model)))
 
     def _report(
         self, pruning: DynamicPruningCallback, plan: ExportPlan, name: str, measured: Measurement | None
@@ -250,12 +259,18 @@ class ResultsCallback(Callback):
             return report, None
         assert tokenizer is not None
         try:
-            results = self.tasks.run(plan.reference, tokenizer)
+            results = self.tasks.run(self._written(plan), tokenizer)
         except Exception as error:  # of the harness, the task, its data
             return report, self._failure(self.tasks, error)
         report = replace(report, tasks=results)
         write_tasks(self.folder, plan, report, format=self.format, base=base, tokenizer=tokenizer)
         return report, None
+
+    def _written(self, plan: ExportPlan) -> PreTrainedModel:
+        """Returns the model of the folder: the one in memory unless its weights were rounded, which are reopened."""
+        if not plan.rounded:
+            return plan.reference
+        return self.format.open(self.folder.path / "model", plan.model.device, dtype=plan.compute_dtype)
 
     def _failure(self, tasks: Tasks, error: Exception) -> InputError:
         """Returns the error with the command that runs the tasks again."""

@@ -62,7 +62,7 @@ class Parser(LightningArgumentParser):
 
 
 class LitPruneCLI(LightningCLI):
-    """A LightningCLI with the groups `model`, `data`, `pruning`, `lm_eval` and `trainer`, and options of the output."""
+    """A LightningCLI with the groups of ``signatures.GROUPS``, and options of the output."""
 
     trainer: PruneTrainer
     model: PrunableLM
@@ -158,6 +158,7 @@ class LitPruneCLI(LightningCLI):
             csv_log=True,
             push_to_hub=config.push_to_hub,
             tasks=self._tasks(config),
+            dtype=config.export.dtype,
         )
 
     def _callbacks_of_fit(self, config: Namespace) -> list[Any]:

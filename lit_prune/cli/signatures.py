@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # By verb, the parameters of PruneTrainer's method that the command passes itself.
 VERBS: dict[str, set[str]] = {
@@ -58,6 +58,13 @@ OPTIONS = (
         str | None,
         None,
         "Repository on the Hugging Face Hub to upload the model folder to, such as name/model.",
+    ),
+    Option(
+        "export.dtype",
+        Literal["float32", "bfloat16", "float16"] | None,
+        None,
+        "Data type of the exported weights; null is that of the files that the model was loaded from, if it was "
+        "trained in a wider one, and else the one that it was trained in (fit, prune, export).",
     ),
     Option(
         "tasks",

@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from lit_prune.errors import InputError
-from lit_prune.export.formats.huggingface import ADAPTER_CONFIG, name_base
+from lit_prune.export.formats.folder import ADAPTER_CONFIG, name_base
 
 COMMIT_MESSAGE = "Model exported by lit_prune"
 

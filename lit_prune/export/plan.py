@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import size_bytes
+from lit_prune.export.data_type import converted
 from lit_prune.models import structure
 from lit_prune.models.families import dense_family
 from lit_prune.models.on_disk import on_disk
@@ -155,8 +157,8 @@ class ExportPlan:
     Attributes:
         model: The model in memory, with or without an adapter; an export does not change it.
         base: The model without the adapter, sharing its weights; parameters and zeros are counted in it.
-        plain: The model whose weights are written: ``base``, or ``base`` with the adapter merged and, for the form
-            `requantised`, quantised again.
+        plain: The model whose weights are written, in the data type in which they are written: ``base``, or ``base``
+            with the adapter merged and, for the form `requantised`, quantised again.
         outline: The properties of the export.
     """
 
@@ -166,17 +168,24 @@ class ExportPlan:
     outline: Outline
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> ExportPlan:
+    def of(cls, model: PreTrainedModel, dtype: torch.dtype | None = None) -> ExportPlan:
         """Returns the plan for ``model``. Merging copies the weights that have an adapter.
+
+        Args:
+            model: The model in memory.
+            dtype: Data type to write; None is the model's. Another one copies all weights that are not quantised.
 
         Raises:
             RuntimeError: if a pruned weight is not zero in the weights to write.
+            InputError: for a weight that is too large for ``dtype``.
         """
         outline = Outline.of(model)
         base = without_adapter(model)
         plain = merged(model) if outline.form in ("merged", "requantised") else base
         if outline.form == "requantised":
             _requantise(plain, model)
+        if dtype not in (None, plain.dtype):
+            plain = converted(plain, dtype)
         _check_zeros(model, plain)
         return cls(model, base, plain, outline)
 
@@ -204,9 +213,20 @@ class ExportPlan:
         return self.plain if self.outline.form == "requantised" else self.model
 
     @property
+    def rounded(self) -> bool:
+        """Whether the weights are written in another data type than that of the model in memory."""
+        return self.plain.dtype != self.model.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """Data type to open the written weights in, so that they compute as the model in memory; None is their own."""
+        return self.model.dtype if self.rounded else None
+
+    @property
     def bytes(self) -> int:
         """Bytes of the tensors that are written, those of an adapter beside the weights included."""
-        return size_bytes(self.model if self.adapter_beside else self.plain)
+        adapter = size_bytes(self.model) - size_bytes(self.base) if self.adapter_beside else 0
+        return size_bytes(self.plain) + adapter
 
 
 def _requantise(plain: PreTrainedModel, model: PreTrainedModel) -> None:

@@ -2,6 +2,8 @@
 
 The comparison covers the weights, bit for bit unless the format is lossy; the zeros of the pruned linears; the logits
 on one window, which must be those of the model that was trained and validated, adapter included; and the perplexity.
+Weights that were written in another data type are opened in that of the model in memory, so that the perplexity of what
+was written can be compared with the others of the run.
 Quantising again after a merge makes another model than the one that was trained, so there the written model is the
 reference.
 
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ WINDOW_TOKENS = 128
 # shares of the perplexity and of the largest logit that rounding explains; a lossy format may allow more
 TOLERANCE = 1e-3
 PERPLEXITY_TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-2}
+ROUNDED = 0.25  # of weights that were rounded to another type: another model, whose weights are compared bit for bit
 LOGIT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
@@ -52,7 +55,8 @@ class Verification:
         zeros_found: Number of zeros of the reopened model in the same linears. It can be greater, since training may
             bring other weights to zero.
         max_logit_difference: Largest absolute difference of the logits on one window.
-        perplexity: Perplexity of the reopened model; None if none was measured in memory to compare it with.
+        perplexity: Perplexity of the reopened model, computed in the data type of the model in memory; None if none was
+            measured there to compare it with.
     """
 
     format: str
@@ -124,31 +128,44 @@ def verify(
         RuntimeError: if the reopened model differs.
         InputError: if the logits of the model in memory are not finite.
     """
-    opened = format.open(folder, plan.plain.device, on_disk=plan.outline.on_disk)
+    opened = format.open(folder, plan.plain.device, dtype=plan.compute_dtype, on_disk=plan.outline.on_disk)
     weights = without_adapter(opened)
     _compare_weights(plan.plain, weights, format.tolerance)
     expected, actual = _compare_zeros(plan, weights, achieved) if plan.outline.masked else (None, None)
+    tolerance = _with_rounding(format.tolerance, plan)
     return Verification(
         format=type(format).__name__,
         merged=plan.merged,
         adapter_beside=plan.adapter_beside,
         zeros_expected=expected,
         zeros_found=actual,
-        max_logit_difference=_compare_logits(plan.reference, opened, validation, format.tolerance),
-        perplexity=_compare_perplexity(opened, perplexity, validation, device, format.tolerance),
+        max_logit_difference=_compare_logits(plan.reference, opened, validation, tolerance),
+        perplexity=_compare_perplexity(opened, perplexity, validation, device, tolerance),
     )
+
+
+def _with_rounding(tolerance: Tolerance, plan: ExportPlan) -> Tolerance:
+    """Returns the tolerance of a format, widened to what the rounding of weights and results explains."""
+    logits, perplexity = (
+        ROUNDED if plan.rounded else by_dtype.get(plan.model.dtype, TOLERANCE)
+        for by_dtype in (LOGIT_TOLERANCE, PERPLEXITY_TOLERANCE)
+    )
+    return replace(tolerance, logits=max(tolerance.logits, logits), perplexity=max(tolerance.perplexity, perplexity))
 
 
 def _compare_weights(written: PreTrainedModel, opened: PreTrainedModel, tolerance: Tolerance) -> None:
     """Raises RuntimeError for a tensor that differs from the one that was written."""
     state = opened.state_dict()
     for name, tensor in written.state_dict().items():
-        if not _equal(state[name], tensor, tolerance.weights):
+        expected = tensor.to(opened.dtype) if tensor.dtype == written.dtype else tensor
+        if not _equal(state[name], expected, tolerance.weights):
             raise RuntimeError(f"the exported model's {name} is not what was written; not kept.")
 
 
 def _equal(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Returns whether two tensors are equal, within a share of the largest absolute value of ``expected``."""
+    if actual.dtype != expected.dtype:
+        return False
     if not tolerance or not expected.is_floating_point() or actual.shape != expected.shape:
         return torch.equal(actual, expected)
     allowed = tolerance * float(expected.float().abs().amax()) if expected.numel() else 0.0
@@ -199,8 +216,7 @@ def _compare_logits(
             "`model.lr` must be lower."
         )
     difference = float((opened(ids_BT, use_cache=False).logits.float() - expected).abs().max())
-    share = max(LOGIT_TOLERANCE.get(model.dtype, TOLERANCE), tolerance.logits)
-    allowed = share * float(expected.abs().max())
+    allowed = tolerance.logits * float(expected.abs().max())
     if not difference <= allowed:  # NaN is never within the tolerance
         raise RuntimeError(
             f"the exported model's logits differ by {difference:.3g} from those in memory, more than the {allowed:.3g} "
@@ -230,9 +246,8 @@ def _compare_perplexity(
     if validation is None or expected is None:
         return None
     actual = measure(opened, *validation, label="Perplexity, exported folder", device=device).perplexity
-    allowed = max(PERPLEXITY_TOLERANCE.get(opened.dtype, TOLERANCE), tolerance.perplexity)
     # the first comparison accepts two infinite values, whose quotient is NaN; the second refuses every NaN
-    if actual != expected and not abs(actual / expected - 1) <= allowed:
+    if actual != expected and not abs(actual / expected - 1) <= tolerance.perplexity:
         raise RuntimeError(
             f"the exported model's perplexity is {actual:.4f}, in memory it is {expected:.4f}; not kept."
         )

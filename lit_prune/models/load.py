@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from lit_prune.errors import InputError, near_misses
 from lit_prune.models.mappable import check_mappable
 from lit_prune.models.on_disk import keep_on_disk
-from lit_prune.models.quantised import compute_exactly, unquantised
+from lit_prune.models.quantised import compute_exactly, convert, quantisation, unquantised
 
 EMBEDDED = Path(__file__).parent / "embedded"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -74,6 +74,8 @@ def load_model(
         extra = {**extra, "attn_implementation": attn_implementation}
     model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", {**extra, "dtype": torch_dtype})
     compute_exactly(model)
+    if isinstance(torch_dtype, torch.dtype) and quantisation(model) is not None:
+        convert(model, torch_dtype)
     if on_disk:
         return keep_on_disk(model)
     return _plain(model) if "gguf_file" in extra else model

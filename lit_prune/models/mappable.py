@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -24,10 +24,15 @@ class Header(NamedTuple):
     dtype: torch.dtype
 
 
-def headers(source: str) -> dict[str, Header]:
-    """Returns the headers of all tensors in the safetensors of a folder or hub id, by name; empty if it has none."""
+def headers(source: str, *, local_only: bool = False) -> dict[str, Header]:
+    """Returns the headers of all tensors in the safetensors of a folder or hub id, by name; empty if it has none.
+
+    Args:
+        source: A folder or hub id.
+        local_only: Read files in the hub's cache only, without a request to the hub.
+    """
     tensors = {}
-    for file in _files(source):
+    for file in _files(source, local_only):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 tensor = opened.get_tensor(name)  # a view of the mapped file: nothing is read
@@ -35,13 +40,14 @@ def headers(source: str) -> dict[str, Header]:
     return tensors
 
 
-def _files(source: str) -> list[Path]:
+def _files(source: str, local_only: bool) -> list[Path]:
     """Returns the files that transformers loads: a single one, or those of the index; empty if there are none."""
-    single = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)
+    options: dict[str, Any] = {"local_files_only": local_only}
+    single = cached_file(source, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False, **options)
     if single is not None:
         return [Path(single)]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
-    return [] if index is None else [Path(file) for file in get_checkpoint_shard_files(source, index)[0]]
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **options)
+    return [] if index is None else [Path(file) for file in get_checkpoint_shard_files(source, index, **options)[0]]
 
 
 def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | None) -> None:

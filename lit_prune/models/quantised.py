@@ -16,7 +16,8 @@ import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.models.tensors import pack_bits, unpack_bits
@@ -222,6 +223,35 @@ def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     return plain
+
+
+@torch.no_grad()
+def convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Converts the parameters and buffers of ``model`` to ``dtype`` in place; the parameters are replaced by new ones.
+
+    The weights of quantised linears stay as they are, and so does what transformers keeps in float32 when it loads the
+    family in half precision. ``from_pretrained`` does not convert the other weights of a quantised folder.
+    """
+    new: dict[int, nn.Parameter] = {}  # by the identity of the old one, so that tied weights stay tied
+    for module, name, tensor in list(_convertible(model, dtype)):
+        if isinstance(tensor, nn.Parameter):
+            new.setdefault(id(tensor), nn.Parameter(tensor.to(dtype), tensor.requires_grad))
+            module._parameters[name] = new[id(tensor)]
+        else:
+            module._buffers[name] = tensor.to(dtype)
+    model.config.dtype = dtype
+
+
+def _convertible(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Yields the tensors that :func:`convert` converts, each with its module and its name there."""
+    float32 = build_glob_alternation(list(plan))[0] if (plan := model._get_dtype_plan(dtype)) else None
+    for path, module in model.named_modules():
+        skipped = module._non_persistent_buffers_set | ({"weight"} if is_quantised(module) else set())
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is None or name in skipped or not tensor.is_floating_point() or tensor.dtype == dtype:
+                continue
+            if float32 is None or not float32.search(f"{path}.{name}"):
+                yield module, name, tensor
 
 
 def compute_exactly(model: nn.Module) -> None:

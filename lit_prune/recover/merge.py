@@ -47,8 +47,11 @@ def merged(model: PreTrainedModel) -> PreTrainedModel:
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a model without the adapter that shares the weights of ``model``; ``model`` itself if it has none."""
-    if adapter_config(model) is None:
-        return model
+    return model if adapter_config(model) is None else sharing_weights(model)
+
+
+def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns another model without an adapter whose weights are those of ``model``, not copied."""
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(unquantised(model.config), dtype=model.dtype)
     quantised = {name.replace(".base_layer", ""): module for name, module in quantised_linears(model)}

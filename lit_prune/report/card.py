@@ -33,7 +33,7 @@ def model_card(report: Report, base: str, usage: str) -> str:
 
 Made from `{base}`. {_pruning(report)}{_cuts_not_made(report)}
 {_recovery(report)}
-Parameters: {describe_size(report)}.
+Parameters: {describe_size(report)}.{_rounding(report)}
 
 {_perplexities(report)}
 {_tasks(report)}
@@ -47,6 +47,14 @@ def _what_was_done(report: Report) -> str:
     if report.recipe and not report.baseline:
         return "pruned"
     return "trained" if "train" in report.seconds else "exported"
+
+
+def _rounding(report: Report) -> str:
+    """Returns the sentence about weights that are written in another data type than they were trained in."""
+    if not report.rounded:
+        return ""
+    last = "" if report.protocol is None else f" The last perplexity is theirs, computed in {report.dtype_in_memory}."
+    return f" The weights were {report.dtype_in_memory} in memory and are written in {report.dtype}.{last}"
 
 
 def _perplexities(report: Report) -> str:

@@ -52,6 +52,8 @@ class Report:
         merged: Whether the adapter is merged into the exported weights.
         adapter_parameters: Number of parameters of the adapter.
         bytes: Bytes of the exported weights.
+        dtype: Data type of the exported weights.
+        dtype_in_memory: Data type that the model was trained and measured in.
         quantised: Quantisation of the model; None in full precision.
         shape: The structure that the cut gave the model; None if it changed no shape.
         structures: All structures of the model, those of earlier runs included.
@@ -82,6 +84,8 @@ class Report:
     merged: bool
     adapter_parameters: int
     bytes: int
+    dtype: str
+    dtype_in_memory: str
     quantised: Quantised | None
     shape: Shape | None = field(metadata=json_form(key="slice"))
     structures: Sequence[Description] = field(default=(), metadata=json_form(key="sliced"))
@@ -113,6 +117,22 @@ class Report:
     def pruned_here(self) -> bool:
         """Whether this run cuts the model, instead of only training it."""
         return self.baseline is None
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the weights are exported in another data type than that of the model in memory."""
+        return self.dtype != self.dtype_in_memory
+
+    def with_exported(self, verification: Verification) -> Report:
+        """Returns the report with the verification of the exported folder.
+
+        The last perplexity becomes that of the folder, if its weights were rounded to another data type.
+        """
+        report = replace(self, export=verification)
+        if not self.rounded or verification.perplexity is None:
+            return report
+        last = list(self.measured)[-1]
+        return replace(report, perplexity={**self.perplexity, last: verification.perplexity})
 
     def with_perplexity(self, name: str, measured: Measurement) -> Report:
         """Returns the report with one more perplexity; those of another protocol become None."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from lit_prune.models import structure
 from lit_prune.models.quantised import quantisation
 from lit_prune.recipe import Recipe
 from lit_prune.recover import adapter_config
-from lit_prune.report.records import Baseline, CutRecord
+from lit_prune.report.records import Baseline, CutRecord, ModelSize
 from lit_prune.report.report import Report, versions
 from lit_prune.report.sections import CutSummary, Quantised, Shape, Sparsity
 from lit_prune.schedule import Cut
@@ -63,8 +64,10 @@ def summary(
         merged=plan.merged,
         adapter_parameters=parameters(plan.model) - parameters(plan.base),
         bytes=format.bytes(plan),
+        dtype=format.dtype(plan),
+        dtype_in_memory=str(plan.model.dtype).removeprefix("torch."),
         quantised=_quantised(plan),
-        shape=_shape(plan.base, recipe, last, baseline),
+        shape=_shape(plan, recipe, last, baseline),
         structures=structure.describe(plan.base),
         cuts=[CutSummary.of(cut) for cut in cuts],
         cuts_not_made=cuts_not_made,
@@ -121,7 +124,7 @@ def _quantised(plan: ExportPlan) -> Quantised | None:
     kind, form = quantisation(plan.model), plan.outline.form
     if kind is None:
         return None
-    return Quantised(**kind, form=None if form == "quantised" else form, bytes_unquantised=full_bytes(plan.base))
+    return Quantised(**kind, form=None if form == "quantised" else form, bytes_unquantised=full_bytes(plan.plain))
 
 
 def _first_name(base: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[CutRecord]) -> str:
@@ -154,17 +157,20 @@ def _seconds(cuts: Sequence[CutRecord], first: str) -> dict[str, float]:
     return total
 
 
-def _shape(
-    base: PreTrainedModel, recipe: Recipe | None, last: CutRecord | None, baseline: Baseline | None
-) -> Shape | None:
+def _shape(plan: ExportPlan, recipe: Recipe | None, last: CutRecord | None, baseline: Baseline | None) -> Shape | None:
     """Returns the structure of the last cut, in this run or before a training without cuts; None if there is none."""
     if recipe is not None:
         requested = recipe.sparsity if recipe.method.changes_shapes else None
     else:
         earlier = _recipe(last, baseline) or {}
         requested = None if baseline is None or baseline.achieved else earlier.get("sparsity")
-    described = structure.describe(base)
+    described = structure.describe(plan.base)
     if requested is None or not described:  # training may have ended before the cut
         return None
-    size = {} if last is None else last.size
+    size = {} if last is None else {name: _in_written_type(size, plan) for name, size in last.size.items()}
     return Shape(described[-1], requested, dense=size.get("before"), pruned=size.get("after"))
+
+
+def _in_written_type(size: ModelSize, plan: ExportPlan) -> ModelSize:
+    """Returns a size in memory with the bytes that the parameters would have in the data type that is written."""
+    return replace(size, bytes=size.bytes * plan.plain.dtype.itemsize // plan.model.dtype.itemsize)

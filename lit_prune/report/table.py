@@ -79,6 +79,8 @@ def _rows(report: Report) -> dict[str, str]:
     if report.reconstruction:
         rows["reconstruction"] = describe_reconstruction(report.reconstruction)
     rows["parameters"] = describe_size(report)
+    if report.rounded:
+        rows["data type"] = f"{report.dtype}, {report.dtype_in_memory} in memory"
     rows |= {f"task {name}": text for name, text in task_rows(report.tasks).items()}
     rows["seconds"] = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in report.seconds.items())
     return rows

@@ -118,7 +118,13 @@ def _compare_size(report: Report) -> str:
     """Returns the end of the text: the size before quantising or slicing, or that zeros are stored."""
     quantised = report.quantised
     if quantised is not None and quantised.form != "merged":
-        return f", {quantised.bytes_unquantised / 1e6:,.1f} MB before {quantised.quantization}"
+        before = f"{quantised.bytes_unquantised / 1e6:,.1f} MB before {quantised.quantization}"
+        return f" in {quantised.quantization} and {report.dtype}, {before}"
+    return f" in {report.dtype}{_compare_shape(report)}"
+
+
+def _compare_shape(report: Report) -> str:
+    """Returns the end of the text in full precision."""
     if report.shape is None:
         return ", zeros stored"
     dense = report.shape.dense

@@ -59,12 +59,12 @@ def write_results(
         report = replace(report, perplexity={**report.perplexity, "requantised": measured.perplexity})
     with atomic_write(target) as draft:
         format.write(plan, draft, tokenizer)
-        (draft / "README.md").write_text(_card(report, plan, format, base, tokenizer), encoding="utf-8")
         perplexity = next(reversed(report.measured.values()), None)
         verification = verify(
             draft, plan, format, validation, achieved=report.achieved, perplexity=perplexity, device=device
         )
-    report = replace(report, export=verification)
+        report = report.with_exported(verification)
+        (draft / "README.md").write_text(_card(report, plan, format, base, tokenizer), encoding="utf-8")
     return [target, *write_report(folder.path, report)], report
 
 

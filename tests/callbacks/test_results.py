@@ -130,7 +130,7 @@ def test_an_export_that_is_not_what_was_measured_is_not_kept(tmp_path: Path, mon
             parameter.data.mul_(1.1)
         save(model, folder)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("lit_prune.export.formats.huggingface.save", scaled)
+    monkeypatch.setattr("lit_prune.export.formats.folder.save", scaled)
     with pytest.raises(RuntimeError, match=r"the exported model's perplexity is .*, in memory it is .*; not kept"):
         fit(Foreign(), callback(), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))])
     assert list(tmp_path.iterdir()) == []

@@ -70,7 +70,7 @@ def test_a_quantised_model_is_exported_from_its_checkpoint_and_validated(capsys:
     run("fit", "--output=runs/x", "--pruning.recovery=QLoRA", "--pruning.recovery.form=requantised")
     told = report()
     assert told["quantised"]["form"] == "requantised"
-    assert told["bytes"] < 0.4 * told["quantised"]["bytes_unquantised"]
+    assert told["bytes"] < 0.42 * told["quantised"]["bytes_unquantised"]
     assert list(told["perplexity"]) == ["dense", "pruned", "quantised", "recovered", "requantised"]
     assert told["perplexity"]["requantised"] != told["perplexity"]["recovered"]
     assert told["perplexity"]["quantised"] != told["perplexity"]["pruned"]

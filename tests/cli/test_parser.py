@@ -59,6 +59,7 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
             "checkpoint_every",
             "ckpt_path",
             "data",
+            "export",
             "format",
             "lm_eval",
             "model",

@@ -34,7 +34,7 @@ def test_fit_prunes_recovers_and_leaves_a_hugging_face_folder(capsys: pytest.Cap
     assert told["versions"]["torch"] == torch.__version__
     assert told["export"]["perplexity"] == pytest.approx(perplexity["recovered"], rel=1e-3)
 
-    opened = AutoModelForCausalLM.from_pretrained("runs/x/model")
+    opened = AutoModelForCausalLM.from_pretrained("runs/x/model", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained("runs/x/model")
     ids = tokenizer(Path("val.txt").read_text(), return_tensors="pt")["input_ids"][:, : 8 * 64].view(8, 64)
     assert measure(opened, [{"input_ids": ids}], "val").perplexity == pytest.approx(perplexity["recovered"], rel=1e-3)

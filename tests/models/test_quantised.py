@@ -1,6 +1,7 @@
 """Linears in 4 and 8 bits: zeros, masks, bytes, and what goes in and out of a state dict."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lit_prune.models.load import load_model
 from lit_prune.models.quantised import (
     Linear4bit,
     check_zeros,
@@ -21,6 +23,9 @@ from lit_prune.models.quantised import (
     quantised,
     sharing_weight,
 )
+from lit_prune.recover.merge import record_quantisation
+from lit_prune.recover.quantise import quantise
+from tests.conftest import WIDE, small_model
 
 TYPES: list[Any] = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False), ("int8", False)]
 SHAPES = [(64, 128), (33, 35), (7, 5), (200, 3)]  # of which 64 weights to a scale divide the first alone
@@ -160,3 +165,17 @@ def test_a_cast_of_what_it_is_in_leaves_it_alone() -> None:
     model.to(torch.bfloat16)
     assert all(torch.equal(dequantised(module), one) for module, one in zip(model, before, strict=True))
     assert isinstance(model[0], Linear4bit)
+
+
+def test_the_rest_of_a_quantised_folder_is_converted_too(tmp_path: Path) -> None:
+    model = small_model(**WIDE).to(torch.bfloat16)  # type: ignore[arg-type]
+    quantise(model, "nf4", True)
+    record_quantisation(model)
+    model.save_pretrained(tmp_path)
+    opened = load_model(str(tmp_path), "float32")
+    stored = load_model(str(tmp_path)).state_dict()
+    assert opened.dtype == torch.float32
+    assert {tensor.dtype for name, tensor in opened.state_dict().items() if "norm" in name} == {torch.float32}
+    packed = [name for name, tensor in stored.items() if tensor.dtype == torch.uint8]
+    assert packed
+    assert all(torch.equal(opened.state_dict()[name], stored[name]) for name in packed)

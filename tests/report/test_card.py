@@ -122,3 +122,12 @@ def test_the_tasks() -> None:
     card = model_card(replace(REPORT, tasks=tasks), "x", "")
     assert "| task, lm-eval 0.4 | |\n| --- | --- |\n| arc | acc 0.5000 |\n" in card
     assert "| task" not in model_card(REPORT, "x", "")
+
+
+def test_the_type_of_weights_that_were_rounded() -> None:
+    rounded = replace(REPORT, dtype="bfloat16")
+    assert "in bfloat16, zeros stored. The weights were float32 in memory and are written in bfloat16. The last " in (
+        model_card(rounded, "some/model", "")
+    )
+    assert "are written in" not in model_card(REPORT, "some/model", "")
+    assert "The last perplexity" not in model_card(replace(rounded, protocol=None), "some/model", "")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from lit_prune.evaluation.perplexity import Measurement
 from lit_prune.evaluation.tasks import HarnessSettings, TaskResults
+from lit_prune.export.verify import Verification
 from lit_prune.report.report import TaskReport, to_json
 from lit_prune.schedule import Cut
 from tests.report.reports import CUT, PROTOCOL, REPORT, SCORES, SEARCH, SHAPE, SLICED, SLICES, cut, sparsity
@@ -23,6 +24,8 @@ def test_the_file_has_the_sections_in_their_order() -> None:
             "merged",
             "adapter_parameters",
             "bytes",
+            "dtype",
+            "dtype_in_memory",
             "quantised",
         ),
         *("slice", "sliced", "cuts", "cuts_not_made", "baseline", "seconds", "versions"),
@@ -98,3 +101,13 @@ def test_which_models_have_masks() -> None:
     trained = replace(REPORT, baseline={"recipe": CUT.recipe})
     assert not trained.masked
     assert sparsity(trained, before=0.5).masked
+
+
+def test_the_last_perplexity_is_that_of_rounded_weights() -> None:
+    exported = Verification("HuggingFace", False, True, 10, 10, 0.1, 31.0)
+    assert REPORT.with_exported(exported).perplexity == REPORT.perplexity
+    rounded = replace(REPORT, dtype="bfloat16").with_exported(exported)
+    assert rounded.perplexity == {"dense": 20.0, "pruned": 60.0, "recovered": 31.0}
+    assert rounded.export is exported
+    unmeasured = replace(exported, perplexity=None)
+    assert replace(REPORT, dtype="bfloat16").with_exported(unmeasured).perplexity == REPORT.perplexity

@@ -45,7 +45,7 @@ def test_the_rows_of_a_run() -> None:
         "sparsity requested, mean over blocks": "0.5000",
         "sparsity achieved over the linears": "0.4999  (missed by -0.0001)",
         "sparsity achieved over all parameters": "0.3900",
-        "parameters": "1,000,000 and 8,000 of the adapter, 4.0 MB, zeros stored",
+        "parameters": "1,000,000 and 8,000 of the adapter, 4.0 MB in float32, zeros stored",
         "seconds": "score 1.0, train 2.0",
     }
 
@@ -135,3 +135,8 @@ def test_the_mean_of_the_blocks_that_misses_the_target() -> None:
         "mean 0.5000, requested 0.4000 (share of all parameters); missed by -0.0100; 399 evaluations of a calibration"
     )
     assert told in caption
+
+
+def test_the_type_of_weights_that_were_rounded() -> None:
+    assert rows(table(replace(REPORT, dtype="bfloat16")))["data type"] == "bfloat16, float32 in memory"
+    assert "data type" not in rows(table(REPORT))

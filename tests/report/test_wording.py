@@ -89,16 +89,17 @@ def test_a_budget_and_by_how_much_it_was_missed() -> None:
 
 
 def test_the_size_of_what_is_exported() -> None:
-    assert describe_size(REPORT) == "1,000,000 and 8,000 of the adapter, 4.0 MB, zeros stored"
-    assert describe_size(replace(REPORT, merged=True)) == "1,000,000, 4.0 MB, zeros stored"
+    assert describe_size(REPORT) == "1,000,000 and 8,000 of the adapter, 4.0 MB in float32, zeros stored"
+    assert describe_size(replace(REPORT, merged=True)) == "1,000,000, 4.0 MB in float32, zeros stored"
     quantised = Quantised("nf4", True, "adapter", 9_000_000)
-    assert describe_size(replace(REPORT, merged=True, quantised=quantised)) == "1,000,000, 4.0 MB, 9.0 MB before nf4"
+    packed = "1,000,000, 4.0 MB in nf4 and float32, 9.0 MB before nf4"
+    assert describe_size(replace(REPORT, merged=True, quantised=quantised)) == packed
     whole = replace(quantised, form="merged")
-    assert describe_size(replace(REPORT, merged=True, quantised=whole)) == "1,000,000, 4.0 MB, zeros stored"
+    assert describe_size(replace(REPORT, merged=True, quantised=whole)) == "1,000,000, 4.0 MB in float32, zeros stored"
 
 
 def test_the_size_of_another_shape_stands_beside_the_dense_one() -> None:
-    dense = ", 4.0 MB, dense 1,000,000, 3.0 MB"
+    dense = ", 4.0 MB in float32, dense 1,000,000, 3.0 MB"
     assert describe_size(SLICED) == f"1,100,000{dense}  (+10.0%): bigger than the dense model"
     assert describe_size(replace(SLICED, parameters=900_000)) == f"900,000{dense}  (-10.0%)"
-    assert describe_size(replace(SLICED, shape=replace(SHAPE, dense=None))) == "1,100,000, 4.0 MB"
+    assert describe_size(replace(SLICED, shape=replace(SHAPE, dense=None))) == "1,100,000, 4.0 MB in float32"

@@ -64,7 +64,9 @@ class ExportFormat(ABC):
         """Writes the model and its tokenizer to ``folder``, which is created if it does not exist."""
 
     @abstractmethod
-    def open(self, folder: Path, device: torch.device, *, on_disk: bool = False) -> PreTrainedModel:
+    def open(
+        self, folder: Path, device: torch.device, *, dtype: torch.dtype | None = None, on_disk: bool = False
+    ) -> PreTrainedModel:
         """Returns the model that :meth:`write` left in ``folder``, with its adapter if that was not merged.
 
         Its weights equal those that were written, within :attr:`tolerance`.
@@ -72,12 +74,17 @@ class ExportFormat(ABC):
         Args:
             folder: The folder.
             device: Device of the weights.
+            dtype: Data type of the weights in memory; None is the one that they are stored in.
             on_disk: Leave the weights in their files, for a model that is larger than memory.
         """
 
     @abstractmethod
     def bytes(self, plan: ExportPlan) -> int:
         """Returns the bytes that the weights take in a folder of this format."""
+
+    def dtype(self, plan: ExportPlan) -> str:
+        """Returns the name of the data type that the weights are stored in, such as `bfloat16`."""
+        return str(plan.plain.dtype).removeprefix("torch.")
 
     def usage(self, outline: Outline, tokenizer: str, imports: Sequence[str] = ()) -> str:
         """Returns the part of the model card, in Markdown, that says how the folder is opened.

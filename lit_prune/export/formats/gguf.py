@@ -103,14 +103,22 @@ class GGUF(ExportFormat):
             metadata={CONFIG: plan.plain.config.to_json_string(use_diff=False)},
         )
 
-    def open(self, folder: Path, device: torch.device, *, on_disk: bool = False) -> PreTrainedModel:
-        """Returns the model in the file, in the type of its matrices, or in float32 for q8_0."""
-        return read_model(folder / FILE).to(device)  # type: ignore[arg-type]
+    def open(
+        self, folder: Path, device: torch.device, *, dtype: torch.dtype | None = None, on_disk: bool = False
+    ) -> PreTrainedModel:
+        """Returns the model in the file, by default in the type of its matrices, or in float32 for q8_0."""
+        return read_model(folder / FILE).to(device, dtype)  # type: ignore[arg-type]
 
     def bytes(self, plan: ExportPlan) -> int:
         """Returns the bytes of the tensors, without those of the vocabulary."""
         outtype = self._outtype(plan.plain)
         return sum(_bytes(parameter, outtype) for parameter in plan.plain.parameters())
+
+    def dtype(self, plan: ExportPlan) -> str:
+        """Returns the name of the data type of the matrices."""
+        names = {outtype: str(dtype).removeprefix("torch.") for dtype, outtype in OUT_TYPES.items()}
+        outtype = self._outtype(plan.plain)
+        return names.get(outtype, outtype)
 
     def usage(self, outline: Outline, tokenizer: str, imports: Sequence[str] = ()) -> str:
         """Returns the command of llama.cpp that runs the file, and the lines of Python that open it."""

@@ -41,9 +41,11 @@ class Sparse(ExportFormat):
         torch.save(weights, folder / "weights.pt")
         plan.plain.config.save_pretrained(folder)
 
-    def open(self, folder: Path, device: torch.device, *, on_disk: bool = False) -> PreTrainedModel:
+    def open(
+        self, folder: Path, device: torch.device, *, dtype: torch.dtype | None = None, on_disk: bool = False
+    ) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype).eval()
         state = {}
         for name, (keep, values) in torch.load(folder / "weights.pt").items():
             state[name] = torch.zeros(keep.shape, dtype=values.dtype).masked_scatter(keep, values)
@@ -79,7 +81,7 @@ def test_a_format_of_ones_own_goes_through_a_run() -> None:
     assert export["max_logit_difference"] == 0
     assert export["perplexity"] == pytest.approx(report["perplexity"]["pruned"])
     kept = 1 - report["sparsity"]["achieved_all"]
-    assert report["bytes"] == pytest.approx((1 / 8 + 4 * kept) * report["parameters"], rel=1e-4)
+    assert report["bytes"] == pytest.approx((1 / 8 + 2 * kept) * report["parameters"], rel=1e-4)
     assert SPARSE in Path("run/config.yaml").read_text()
 
 

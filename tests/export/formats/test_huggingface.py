@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.export.formats import HuggingFace
-from lit_prune.export.formats.huggingface import BASE, name_base
+from lit_prune.export.formats.folder import BASE, name_base
 from lit_prune.export.plan import Outline
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
