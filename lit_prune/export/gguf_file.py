@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 CONFIG = "lit_prune.config"  # key of the Hugging Face config, as JSON, in the file's metadata
 # In these architectures llama.cpp rotates neighbouring rows of q and k, where Hugging Face rotates rows i and
 # i + head_dim / 2; the converter reorders them.
-INTERLEAVED = ("llama", "smollm3")
+INTERLEAVED = ("llama", "deci", "smollm3")
 DTYPES = {0: torch.float32, 1: torch.float16, 32: torch.bfloat16}  # by llama.cpp's number of the type of the matrices
 
 
@@ -37,6 +37,11 @@ def read_model(file: Path) -> PreTrainedModel:
     return model
 
 
+def head_dim(config: Any) -> int:
+    """Returns the number of dimensions of a head, which not every config has explicitly."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _weights(reader: Any, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yields each parameter's name and its values in the file, dequantised and in the order of Hugging Face."""
     import gguf
@@ -49,7 +54,7 @@ def _weights(reader: Any, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]
         tensor = stored[names.get_name(name, try_suffixes=(".weight", ".bias"))]
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())  # the file is read-only
         if architecture in INTERLEAVED and any(f".{part}_proj." in name for part in "qk"):
-            weight = _halves(weight, model.config.head_dim)
+            weight = _halves(weight, head_dim(model.config))
         yield name, weight
 
 

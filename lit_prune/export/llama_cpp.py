@@ -4,6 +4,10 @@ llama.cpp's own release of it is a script and a folder of modules, `conversion`,
 has that folder unchanged. The modules are loaded from there, because importing auto-round takes seconds and patches
 transformers.
 
+A model with blocks of different sizes is written as llama.cpp's architecture `deci`, whose fields are lists with one
+value a block. The converter knows it for the published models of that name, with few sizes; here it is the converter of
+Llama that writes it.
+
 A .gguf file names the pre-tokenizer of a byte-level BPE vocabulary. The converter finds the name by a hash of encoded
 text, which it knows for published models only; for other vocabularies ``PRE_TOKENIZERS`` has the name by the rules.
 """
@@ -15,7 +19,7 @@ import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.machinery import PathFinder
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,8 +27,10 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.utils import CONFIG_NAME
 
 from lit_prune.errors import InputError
 from lit_prune.models.on_disk import save
@@ -71,7 +77,7 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer) -> None:
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / CONFIG_NAME).write_text(json.dumps(config), encoding="utf-8")
         tokenizer.save_pretrained(folder)
         converter = _converter(folder, tokenizer, folder / "vocabulary.gguf", "f32")
         try:
@@ -126,7 +132,7 @@ def _converter(folder: Path, tokenizer: Tokenizer, file: Path, outtype: OutType,
     """Returns llama.cpp's converter of a Hugging Face folder, which writes nothing yet."""
     import gguf
 
-    architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    sizes, architecture = _separate_sizes(folder / CONFIG_NAME)
     try:
         kind = _conversion().get_model_class(architecture)
     except NotImplementedError as error:
@@ -137,6 +143,8 @@ def _converter(folder: Path, tokenizer: Tokenizer, file: Path, outtype: OutType,
         raise InputError(
             f"`format` GGUF needs versions of gguf and auto-round that go together ({error}). Install them: {INSTALL}."
         ) from error
+    if sizes:
+        kind = _by_block(kind, sizes)
     converter = kind(folder, getattr(gguf.LlamaFileType, FILE_TYPES[outtype]), file, model_name=name)
     # the converter passes a tokenizer that it loads itself, which for a vocabulary of one's own may be of another class
     converter.get_vocab_base_pre = lambda _: _pre_tokenizer(kind, converter, tokenizer)
@@ -144,6 +152,58 @@ def _converter(folder: Path, tokenizer: Tokenizer, file: Path, outtype: OutType,
         add_scores = converter.gguf_writer.add_token_scores
         converter.gguf_writer.add_token_scores = lambda scores: add_scores(ranks[: len(scores)])
     return converter
+
+
+def _separate_sizes(file: Path) -> tuple[dict[str, list[int]], str]:
+    """Returns the sizes of the blocks in a config.json, and the class of the model.
+
+    The config of a model with blocks of different sizes is rewritten as that of its family, which the converter knows.
+    """
+    config = json.loads(file.read_text(encoding="utf-8"))
+    sizes, architecture = config.pop("block_sizes", None) or {}, config["architectures"][0]
+    if sizes:
+        config.pop("auto_map", None)
+        architecture = architecture.removeprefix("Shrunk")
+        config |= {"architectures": [architecture], "model_type": config["model_type"].removeprefix("shrunk_")}
+        file.write_text(json.dumps(config), encoding="utf-8")
+    return sizes, architecture
+
+
+def _by_block(kind: Any, sizes: Mapping[str, list[int]]) -> Any:
+    """Returns a converter for blocks of different sizes.
+
+    Args:
+        kind: llama.cpp's converter of Llama.
+        sizes: By field of the Hugging Face config, its value in each block.
+    """
+    import gguf
+
+    class ByBlock(kind):
+        model_arch = gguf.MODEL_ARCH.DECI
+        hparams: dict[str, Any]
+
+        def set_gguf_parameters(self) -> None:
+            super().set_gguf_parameters()
+
+            def values(field: str) -> list[int]:
+                return sizes.get(field) or [self.hparams[field]] * self.block_count
+
+            # written as single numbers by now
+            prefix = f"{self.gguf_writer.arch}."
+            for key in ("feed_forward_length", "attention.head_count", "attention.head_count_kv"):
+                del self.gguf_writer.kv_data[0][prefix + key]
+            self.gguf_writer.add_feed_forward_length(values("intermediate_size"))
+            self.gguf_writer.add_head_count(values("num_attention_heads"))
+            self.gguf_writer.add_head_count_kv(values("num_key_value_heads"))
+
+        def modify_tensors(self, data_torch: Tensor, name: str, bid: int | None) -> Iterator[tuple[str, Tensor]]:
+            shared = self.hparams
+            if bid is not None:
+                self.hparams = {**shared, **{field: values[bid] for field, values in sizes.items()}}
+            yield from super().modify_tensors(data_torch, name, bid)
+            self.hparams = shared
+
+    return ByBlock
 
 
 def _pre_tokenizer(kind: Any, converter: Any, tokenizer: Tokenizer) -> str:

@@ -18,7 +18,7 @@ from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import size_bytes
 from lit_prune.export.data_type import converted
 from lit_prune.models import structure
-from lit_prune.models.families import dense_family
+from lit_prune.models.families import CustomClass, custom_class, dense_family
 from lit_prune.models.on_disk import on_disk
 from lit_prune.models.quantised import (
     check_zeros,
@@ -86,7 +86,8 @@ class Outline:
         family: The dense model's `model_type`, as transformers calls it.
         masked: Whether weights were set to zero.
         reshaped: Whether the model has another shape than the dense one, see ``models.structure.Structure``.
-        custom_class: Whether the model is of a class that transformers does not have, as sliced models are.
+        custom_class: Kind of the model if transformers does not have its class: `sliced`, or `shrunk` to blocks of
+            different sizes; else None.
         on_disk: Whether the weights are larger than memory and stay on disk.
         quantised: Whether the weights that are written are quantised.
     """
@@ -95,7 +96,7 @@ class Outline:
     family: str
     masked: bool = False
     reshaped: bool = False
-    custom_class: bool = False
+    custom_class: CustomClass | None = None
     on_disk: bool = False
     quantised: bool = False
 
@@ -109,7 +110,7 @@ class Outline:
             family=dense_family(model.config),
             masked=bool(snapshot.record.get("masked")),
             reshaped=bool(snapshot.structures),
-            custom_class=_has_custom_class(model),
+            custom_class=custom_class(model.config),
             on_disk=on_disk(model) is not None,
             quantised=snapshot.quantisation is not None and form != "merged",
         )
@@ -129,6 +130,7 @@ class Outline:
         if recipe is None and (recovery is None or adapter_config(model) is not None):
             return replace(cls.of(model), on_disk=on_disk)
         method = None if recipe is None else recipe.method
+        new_class = None if recipe is None else recipe.method.custom_class(recipe.allocation)
         quantised = recipe is None and quantisation(model) is not None
         masked = (method is not None and method.makes_zeros) or structure.masked(model)
         # an adapter that is trained over a quantised model stays beside it, see ``recover.existing_masks.attach``
@@ -140,14 +142,10 @@ class Outline:
             family=dense_family(model.config),
             masked=masked,
             reshaped=(method is not None and method.changes_shapes) or bool(structure.structures(model)),
-            custom_class=(method is not None and method.makes_custom_class) or _has_custom_class(model),
+            custom_class=new_class or custom_class(model.config),
             on_disk=on_disk,
             quantised=quantised or (recovery is not None and recovery.quantises and form != "merged"),
         )
-
-
-def _has_custom_class(model: PreTrainedModel) -> bool:
-    return not type(model).__module__.startswith("transformers.")
 
 
 @dataclass(frozen=True, eq=False)

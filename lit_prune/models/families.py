@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -17,6 +18,8 @@ from lit_prune.errors import InputError
 from lit_prune.models import structure
 from lit_prune.models.linears import ExpertSlice, PrunableLinear, check_experts, has_fused_experts, linears_of
 from lit_prune.models.on_disk import Offload, on_disk
+
+CustomClass = Literal["sliced", "shrunk"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,11 @@ class Block:
 def dense_family(config: PreTrainedConfig) -> str:
     """Returns the `model_type` without the prefix of sliced and shrunk models, whose layers are those of the family."""
     return config.model_type.removeprefix("sliced_").removeprefix("shrunk_")
+
+
+def custom_class(config: PreTrainedConfig) -> CustomClass | None:
+    """Returns the kind of a model of a class that transformers does not have; None for the family's own class."""
+    return next((kind for kind in get_args(CustomClass) if config.model_type.startswith(f"{kind}_")), None)
 
 
 def supports_packing(config: PreTrainedConfig) -> bool:

@@ -18,7 +18,7 @@ from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
-from lit_prune.models.families import Block
+from lit_prune.models.families import Block, CustomClass
 from lit_prune.progress import track
 from lit_prune.pruning.patterns import Pattern, Unstructured
 from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
@@ -40,7 +40,6 @@ class Method(ABC):
         makes_zeros: Whether the method sets weights to zero, so that rates are shares of weights.
         changes_shapes: Whether the method changes the shapes of weights, and with them the model's parameter count and
             speed. Such a method records a ``Structure``, which reports and checkpoints read.
-        makes_custom_class: Whether the model becomes one of a class that transformers does not have.
         keeps_values: Whether weights that are not removed keep their values, bit for bit.
         supports_search: Whether the method implements :meth:`trial`, which an allocation that searches needs.
         supports_reconstruction: Whether blocks that the method has cut can be reconstructed, see :meth:`apply`.
@@ -51,7 +50,6 @@ class Method(ABC):
     chooses_linears: ClassVar[bool] = True
     makes_zeros: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = False
-    makes_custom_class: ClassVar[bool] = False
     keeps_values: ClassVar[bool] = False
     supports_search: ClassVar[bool] = False
     supports_reconstruction: ClassVar[bool] = False
@@ -64,6 +62,10 @@ class Method(ABC):
         self, blocks: Sequence[Block], allocation: Allocation, sparsity: float
     ) -> None:
         """Raises InputError if the method does not support the rates that ``allocation`` gives."""
+
+    def custom_class(self, allocation: Allocation) -> CustomClass | None:
+        """Returns the kind of class that a model becomes with the rates of ``allocation``; None if it keeps its own."""
+        return None
 
     def repeats(self) -> bool:
         """Returns whether a model that the method has cut can be cut again, to a higher sparsity."""

@@ -20,7 +20,7 @@ from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.models import structure
-from lit_prune.models.families import Block, dense_family, find_blocks
+from lit_prune.models.families import Block, CustomClass, dense_family, find_blocks
 from lit_prune.models.linears import PrunableLinear
 from lit_prune.models.remote_code.modeling_shrunk import SHRUNK, LayerConfig, layer_config
 from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
@@ -110,6 +110,10 @@ class UnitMethod(Method):
                 f"`pruning.allocation` must be Uniform for {type(self).__name__} and the family {family!r}: blocks of "
                 f"different sizes are supported for {', '.join(SHRUNK)}."
             )
+
+    def custom_class(self, allocation: Allocation) -> CustomClass | None:
+        """Returns `shrunk` if the blocks may get different sizes."""
+        return None if allocation.is_uniform() else "shrunk"
 
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of units of each block of the dense model."""

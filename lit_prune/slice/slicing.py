@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_prune.allocate.base import Allocation
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
-from lit_prune.models.families import Block, find_blocks
+from lit_prune.models.families import Block, CustomClass, find_blocks
 from lit_prune.models.remote_code.modeling_sliced import (
     SlicedLayer,
     Step,
@@ -67,7 +68,6 @@ class Slicing(Method):
     chooses_linears: ClassVar[bool] = False
     needs_text: ClassVar[bool] = True
     changes_shapes: ClassVar[bool] = True
-    makes_custom_class: ClassVar[bool] = True
     supports_search: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
@@ -85,6 +85,10 @@ class Slicing(Method):
                 f"`pruning.sparsity` must be at most {most:.4g} for Slicing, got {sparsity:g}: every block "
                 f"keeps one `multiple` ({self.multiple}) of {width} dimensions."
             )
+
+    def custom_class(self, allocation: Allocation) -> CustomClass:
+        """Returns `sliced`."""
+        return "sliced"
 
     def repeats(self) -> bool:
         """Returns False: a model can be sliced only once."""

@@ -8,6 +8,7 @@ import torch
 from lit_prune.callbacks import ResultsCallback
 from transformers import PreTrainedModel
 
+from lit_prune.allocate import DLP, Allocation, Uniform
 from lit_prune.errors import InputError
 from lit_prune.export import plan as plans
 from lit_prune.export.plan import ExportPlan, Outline, check_merge
@@ -15,6 +16,7 @@ from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Recovery, Snapshot
 from lit_prune.recover.existing_masks import attach
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import Foreign, callback, fit, loader
 from tests.conftest import small_model
@@ -57,6 +59,7 @@ def test_the_form_follows_from_adapter_and_masks(
     plan = ExportPlan.of(model)
     quantised = isinstance(recovery, QLoRA) and form != "merged"
     shape = {"masked": recipe is MASKS, "reshaped": recipe is SLICES, "quantised": quantised}
+    shape |= {"custom_class": "sliced" if recipe is SLICES else None}
     assert plan.outline == Outline(form, "llama", **shape)  # type: ignore[arg-type]
     assert Outline.expected(small_model(), recipe, recovery) == plan.outline
     assert plan.merged is (form in ("merged", "requantised"))
@@ -131,3 +134,17 @@ def test_a_run_merges_and_takes_off_the_adapter_once(
     fit(module, callback(recovery=recovery), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))], max_steps=1)
     assert (tmp_path / "run" / "model").is_dir()
     assert sorted(calls) == (["without_adapter"] if isinstance(recovery, LoRA) else ["merged", "without_adapter"])
+
+
+def test_blocks_are_of_different_sizes_unless_the_rates_are_uniform() -> None:
+    def expected(allocation: Allocation, model: PreTrainedModel) -> str | None:
+        outline = Outline.expected(model, Recipe(MLPWidth(), 0.25, allocation), None)
+        assert outline is not None
+        return outline.custom_class
+
+    assert expected(Uniform(), small_model()) is None
+    assert expected(DLP(), small_model()) == "shrunk"
+    shrunk = small_model(
+        "shrunk_llama", block_sizes={"num_key_value_heads": [1, 2, 2], "num_attention_heads": [2, 4, 4]}
+    )
+    assert expected(Uniform(), shrunk) == Outline.of(shrunk).custom_class == "shrunk"

@@ -13,14 +13,16 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.errors import InputError
 from lit_prune.export.formats.base import ExportFormat, Tolerance
-from lit_prune.export.gguf_file import CONFIG, read_model
+from lit_prune.export.gguf_file import CONFIG, head_dim, read_model
 from lit_prune.export.llama_cpp import OutType, check_packages, check_vocabulary, convert
 from lit_prune.export.plan import ExportPlan, Outline
+from lit_prune.models.families import custom_class
 from lit_prune.progress import log
 
 FILE = "model.gguf"
 # Families whose files ``gguf_file`` reads back and the tests run in llama.cpp.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+BY_BLOCK = ("llama", "mistral")  # those whose blocks may be of different sizes
 OUT_TYPES: dict[torch.dtype, OutType] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 # 8 bits with one scale for 32 weights: an error of half of 1/127 of the largest, and that of the scale, which is f16
 TOLERANCES = {
@@ -36,8 +38,8 @@ class GGUF(ExportFormat):
     """One `model.gguf` with weights, config and tokenizer, which llama.cpp runs.
 
     It is written by llama.cpp's own converter. It holds models in full precision, whose adapter is merged, of the
-    families llama, mistral, qwen2, qwen3 and smollm3. Masked weights are stored as zeros, so that the file is no
-    smaller.
+    families llama, mistral, qwen2, qwen3 and smollm3; of llama and mistral also those that were shrunk to blocks of
+    different sizes. Masked weights are stored as zeros, so that the file is no smaller.
 
     Args:
         outtype: Type of the matrices: f32, f16, bf16 or q8_0 (8 bits); auto is that of the model. Vectors are f32.
@@ -65,10 +67,16 @@ class GGUF(ExportFormat):
             )
         if outline.on_disk:
             raise InputError("`model.on_disk` must be false for `format` GGUF, which is verified in memory.")
-        if outline.custom_class:
+        if outline.custom_class == "sliced":
             raise InputError(
-                "`format` GGUF must have a model of a class that llama.cpp knows, got one with a modeling file of its "
-                "own, as Slicing makes them: use `--format HuggingFace`."
+                "`format` GGUF must not have a sliced model, whose shortcut matrices llama.cpp does not have: use "
+                "`--format HuggingFace`, or shrink by MLPWidth or HeadGroups."
+            )
+        if outline.custom_class == "shrunk" and outline.family not in BY_BLOCK:
+            raise InputError(
+                f"`format` GGUF must have blocks of one size for the family {outline.family}: use "
+                f"`--pruning.allocation Uniform`. Only for {' and '.join(BY_BLOCK)} llama.cpp has blocks of different "
+                "sizes."
             )
         if outline.family not in FAMILIES:
             raise InputError(
@@ -80,13 +88,13 @@ class GGUF(ExportFormat):
         """Raises InputError without a tokenizer, and for a model or a tokenizer that llama.cpp does not support."""
         if tokenizer is None:
             raise InputError("`format` GGUF must have a data module with a `tokenizer`, which is part of the file.")
-        _check_heads(model)
+        _check_shape(model)
         check_vocabulary(model, tokenizer)
 
     def write(self, plan: ExportPlan, folder: Path, tokenizer: Tokenizer | None = None) -> None:
         """Writes model.gguf; with masks, prints that the file is no smaller."""
         assert tokenizer is not None  # checked
-        _check_heads(plan.plain)
+        _check_shape(plan.plain)
         folder.mkdir(parents=True, exist_ok=True)
         if plan.outline.masked:
             log(f"{FILE} stores pruned weights as zeros: it is as large as that of the dense model.")
@@ -131,14 +139,21 @@ class GGUF(ExportFormat):
         return OUT_TYPES[model.dtype] if self.outtype == "auto" else self.outtype
 
 
-def _check_heads(model: PreTrainedModel) -> None:
-    """Raises InputError for a Qwen2 whose heads do not add up to its width, which llama.cpp cannot load."""
+def _check_shape(model: PreTrainedModel) -> None:
+    """Raises InputError for a shape that llama.cpp cannot load.
+
+    Its Qwen2 has heads that add up to the width of the residual stream, and its blocks of different sizes no biases.
+    """
     config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = head_dim(config)
     if config.model_type == "qwen2" and width * config.num_attention_heads != config.hidden_size:
         raise InputError(
             f"`format` GGUF must have a Qwen2 with as many dimensions in its heads as in its residual stream, got "
             f"{config.num_attention_heads} of {width} for {config.hidden_size}: use `--format HuggingFace`."
+        )
+    if custom_class(config) == "shrunk" and any(name.endswith("_proj.bias") for name, _ in model.named_parameters()):
+        raise InputError(
+            "`format` GGUF must have blocks of one size for a model with biases: use `--pruning.allocation Uniform`."
         )
 
 

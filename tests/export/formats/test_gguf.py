@@ -14,10 +14,11 @@ from lit_prune.export.formats import GGUF
 from lit_prune.export.formats.gguf import FAMILIES, FILE
 from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.export.verify import verify
-from lit_prune.models.load import load_model, load_tokenizer
+from lit_prune.models.load import load_model, load_tokenizer, new_model
 from lit_prune.pipeline import prune
-from lit_prune.pruning import Magnitude
+from lit_prune.pruning import Magnitude, Method
 from lit_prune.recipe import Recipe
+from lit_prune.shrink import HeadGroups, MLPWidth
 from tests.conftest import lively_model
 from tests.export.running import LlamaCpp, complete, logprobs, perplexity
 
@@ -80,6 +81,50 @@ def test_llama_cpp_computes_what_transformers_does(family: str, tmp_path: Path) 
     torch.testing.assert_close(LlamaCpp(tmp_path / FILE).logprobs(ids, 4), logprobs(model, ids, 4), atol=0.01, rtol=0)
 
 
+def test_blocks_of_different_sizes_by_llama_cpp(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    sizes = {"intermediate_size": [32, 96, 64], "num_attention_heads": [2, 4, 6], "num_key_value_heads": [1, 2, 3]}
+    model, ids = small("shrunk_llama", block_sizes=sizes), list(range(5, 25))
+    GGUF().check(Outline.of(model))
+    GGUF().check_model(model, load_tokenizer("embedded"))
+    verify(tmp_path, write(model, tmp_path), GGUF())
+    fields = gguf.GGUFReader(tmp_path / FILE).fields
+    assert fields["general.architecture"].contents() == "deci"
+    assert fields["deci.feed_forward_length"].contents() == [32, 96, 64]
+    assert fields["deci.attention.head_count"].contents() == [2, 4, 6]
+    assert fields["deci.attention.head_count_kv"].contents() == [1, 2, 3]
+    torch.testing.assert_close(LlamaCpp(tmp_path / FILE).logprobs(ids, 4), logprobs(model, ids, 4), atol=0.01, rtol=0)
+
+
+def test_blocks_with_lists_of_equal_sizes_are_the_same_model(
+    embedded: PreTrainedModel, running: LlamaCpp, tmp_path: Path
+) -> None:
+    fields = {
+        **embedded.config.to_dict(),
+        "model_type": "shrunk_llama",
+        "block_sizes": {"intermediate_size": [512] * 8},
+    }
+    by_block = new_model(fields).eval()
+    by_block.load_state_dict(embedded.state_dict())
+    write(by_block, tmp_path)
+    ids = load_tokenizer("embedded")("Return True if the")["input_ids"]
+    assert LlamaCpp(tmp_path / FILE).complete(ids, 24) == running.complete(ids, 24)
+
+
+def test_blocks_of_different_sizes_with_biases_are_refused(tmp_path: Path) -> None:
+    model = small("shrunk_llama", attention_bias=True, block_sizes={"intermediate_size": [32, 96, 64]})
+    with pytest.raises(InputError, match="must have blocks of one size for a model with biases"):
+        GGUF().check_model(model, load_tokenizer("embedded"))
+
+
+@pytest.mark.parametrize("method", [MLPWidth(), HeadGroups()])
+def test_what_was_shrunk_evenly_is_of_its_family(method: Method, tmp_path: Path) -> None:
+    model, ids = small("llama"), list(range(5, 25))
+    prune(model, [torch.randint(1, 64, (2, 16))], Recipe(method, 0.5, Uniform()))
+    verify(tmp_path, write(model, tmp_path), GGUF())
+    torch.testing.assert_close(LlamaCpp(tmp_path / FILE).logprobs(ids, 4), logprobs(model, ids, 4), atol=0.01, rtol=0)
+
+
 @pytest.mark.parametrize(("dtype", "outtype"), TYPES)
 def test_every_type_is_read_back(dtype: torch.dtype, outtype: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
@@ -137,7 +182,8 @@ def test_a_sliding_window_is_pointed_out(
         (Outline("adapter", "llama", masked=True), "must have the adapter merged, got one beside the weights: train"),
         (Outline("quantised", "llama", quantised=True), "must have weights in full precision, got weights that"),
         (Outline("full precision", "llama", on_disk=True), "`model.on_disk` must be false for `format` GGUF"),
-        (Outline("full precision", "llama", custom_class=True), "of a class that llama.cpp knows, got one with a"),
+        (Outline("full precision", "llama", custom_class="sliced"), "must not have a sliced model, whose shortcut"),
+        (Outline("merged", "qwen3", custom_class="shrunk"), "blocks of one size for the family qwen3: use.*Uniform"),
         (Outline("full precision", "opt"), "of the families llama, mistral, qwen2, qwen3, smollm3, got opt: use"),
     ],
 )
@@ -145,6 +191,7 @@ def test_what_a_file_cannot_hold_is_refused(outline: Outline, message: str) -> N
     with pytest.raises(InputError, match=message):
         GGUF().check(outline)
     GGUF().check(Outline("merged", "llama", masked=True, reshaped=True))
+    GGUF().check(Outline("merged", "mistral", reshaped=True, custom_class="shrunk"))
 
 
 def test_heads_that_llama_cpp_cannot_load_are_refused(tmp_path: Path) -> None:
