@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lit_prune import distributed
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
 from lit_prune.allocate.base import TOLERANCE, weighted_mean
-from lit_prune.allocate.budget import Budget, Limits, sparsity_of_linears
+from lit_prune.allocate.budget import Budget, Limits
 from lit_prune.errors import InputError
 from lit_prune.models.families import Block, check_experts_of, find_blocks
 from lit_prune.models.on_disk import on_disk
@@ -34,8 +34,9 @@ class Recipe:
         targets: Name suffixes or regular expressions of the linears to prune; None selects all in the blocks.
         ignore: Name suffixes or regular expressions of linears to leave alone.
         blocks: Dotted path of the decoder layers, for an unknown family.
-        budget: The weights that `sparsity` is a share of: `linears`, those to prune, or `parameters`, all parameters of
-            the model, tied weights counted once. Embeddings are never pruned, so the linears then lose a larger share.
+        budget: What `sparsity` is a share of: `linears`, what the method removes (weights of the linears, channels), or
+            `parameters`, all parameters of the model, tied weights counted once. Embeddings are never pruned, so the
+            linears then lose a larger share.
         reconstruction: The training of every block, right after it is cut, towards its former output; None leaves the
             blocks as the method cuts them.
 
@@ -75,10 +76,10 @@ class Recipe:
             )
         if self.budget not in get_args(Budget):
             raise InputError(f"`pruning.budget` must be one of {', '.join(get_args(Budget))}, got {self.budget!r}.")
-        if self.budget != "linears" and not self.method.makes_zeros:
+        if self.budget != "linears" and not self.method.supports_parameters:
             raise InputError(
-                f"`pruning.budget` must be linears for {type(self.method).__name__}, which sets no weights to zero, "
-                f"got {self.budget}."
+                f"`pruning.budget` must be linears for {type(self.method).__name__}, whose rates do not tell how many "
+                f"parameters it removes, got {self.budget}."
             )
         if self.reconstruction is not None and not self.method.supports_reconstruction:
             raise InputError(
@@ -147,7 +148,7 @@ class Recipe:
         lower, target = [max(least, rate) for rate in current], self.sparsity
         slack = self.method.rounding(blocks)  # by which an earlier cut may have exceeded its sparsity
         if self.budget == "parameters":
-            target = sparsity_of_linears(self.sparsity, model, blocks, lower=lower, upper=upper, slack=slack)
+            target = self.method.rate_of_parameters(self.sparsity, model, blocks, lower=lower, upper=upper, slack=slack)
         return Limits(sizes, lower, upper, target, weighted_mean(current, sizes), slack)
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:

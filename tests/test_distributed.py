@@ -23,11 +23,12 @@ from lit_prune.pruning import SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
 from lit_prune.reconstruct.training import _summed
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 from tests.conftest import lively_model, small_model
 
 RECIPES = {
-    "llama": (Wanda(propagate="pruned"), SparseGPT(), Slicing()),
+    "llama": (Wanda(propagate="pruned"), SparseGPT(), Slicing(), MLPWidth(multiple=8)),
     "mixtral": (Wanda(),),  # with so few tokens some experts are seen by one process alone
 }
 BOUND = 1e-5  # relative: sums of float32 in another order

@@ -78,8 +78,6 @@ class FitPlan:
                 f"at {', '.join(str(step) for step, _ in self.cuts)}."
             )
         if count == 1:
-            if method.changes_shapes and self.recovery is not None:
-                self.recovery.check_sliced()
             return
         if not method.repeats():
             raise InputError(
@@ -97,7 +95,8 @@ class FitPlan:
                 f"{self.recipe.reconstruction.state}."
             )
         self._check_full(self.recovery, "recovery")
-        self._check_merge(self.recovery, "recovery", f"{count} cuts of masks")
+        if method.makes_zeros:
+            self._check_merge(self.recovery, "recovery", f"{count} cuts of masks")
 
     @property
     def idle(self) -> bool:
@@ -200,6 +199,9 @@ class FitPlan:
             self.before.check_detach(model)
         if self.recovery is not None and len(self.cuts) > 1:
             self.recovery.check_detach(model)
+        method = self.recipe.method
+        if method.changes_shapes and self.recovery is not None:
+            self.recovery.check_sizes(type(method).__name__, method.size_multiple(model))
 
     def _check_full(self, recovery: Recovery | None, field: str) -> None:
         """Raises InputError for a recovery that quantises the weights although a cut comes after it."""

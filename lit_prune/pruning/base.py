@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation, meet_budget
+from lit_prune.allocate.budget import sparsity_of_linears
 from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
@@ -43,6 +44,7 @@ class Method(ABC):
         keeps_values: Whether weights that are not removed keep their values, bit for bit.
         supports_search: Whether the method implements :meth:`trial`, which an allocation that searches needs.
         supports_reconstruction: Whether blocks that the method has cut can be reconstructed, see :meth:`apply`.
+        supports_parameters: Whether the method implements :meth:`rate_of_parameters`, for `budget: parameters`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -53,6 +55,7 @@ class Method(ABC):
     keeps_values: ClassVar[bool] = False
     supports_search: ClassVar[bool] = False
     supports_reconstruction: ClassVar[bool] = False
+    supports_parameters: ClassVar[bool] = False
     propagate: Propagate = "dense"
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
@@ -89,6 +92,35 @@ class Method(ABC):
     def max_rate(self, model: PreTrainedModel) -> float:
         """Returns the largest rate that a block of ``model`` can have."""
         return 1.0
+
+    def size_multiple(self, model: PreTrainedModel) -> int:
+        """Returns a number of which every size of a weight is a multiple that the method changes."""
+        return 1
+
+    def rate_of_parameters(
+        self,
+        share: float,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        lower: Sequence[float],
+        upper: float,
+        slack: float = 0.0,
+    ) -> float:
+        """Returns the mean rate at which ``share`` of all parameters is removed.
+
+        Args:
+            share: Share of all parameters, in [0, 1).
+            model: The causal LM.
+            blocks: Its blocks.
+            lower: Lower bound of each block's rate.
+            upper: Upper bound of every rate, except where a block's lower bound exceeds it.
+            slack: Share by which an earlier cut may exceed the target.
+
+        Raises:
+            InputError: if no rates within the bounds give that share.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not remove a share of all parameters")
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
         """Returns the smallest and the largest rate between ``least`` and ``most`` that the method supports."""
@@ -166,6 +198,7 @@ class MaskMethod(Method):
     makes_zeros: ClassVar[bool] = True
     supports_search: ClassVar[bool] = True
     supports_reconstruction: ClassVar[bool] = True
+    supports_parameters: ClassVar[bool] = True
     pattern: Pattern = Unstructured()
     default_propagate: ClassVar[Propagate] = "dense"
 
@@ -203,6 +236,19 @@ class MaskMethod(Method):
     def bounds(self, least: float, most: float) -> tuple[float, float]:
         """Returns the smallest and the largest rate between ``least`` and ``most`` that the pattern supports."""
         return self.pattern.bounds(least, most)
+
+    def rate_of_parameters(
+        self,
+        share: float,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        lower: Sequence[float],
+        upper: float,
+        slack: float = 0.0,
+    ) -> float:
+        """Returns the sparsity of the linears at which ``share`` of all parameters is zero."""
+        return sparsity_of_linears(share, model, blocks, lower=lower, upper=upper, slack=slack)
 
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns half the largest granularity plus half a weight per linear, as a share of all weights."""

@@ -29,8 +29,16 @@ class Recovery(ABC):
     def check(self, model: PreTrainedModel) -> None:  # noqa: B027 (most have nothing to check)
         """Raises InputError if the settings do not fit ``model``."""
 
-    def check_sliced(self) -> None:  # noqa: B027
-        """Raises InputError if the settings do not fit a model that will be sliced."""
+    def check_sizes(self, method: str, multiple: int) -> None:  # noqa: B027
+        """Checks that the settings fit a model that a cut gives other sizes.
+
+        Args:
+            method: Name of the pruning method.
+            multiple: Number of which every size is a multiple that the cut changes.
+
+        Raises:
+            InputError: if they do not.
+        """
 
     def export_form(self, masked: bool) -> ExportForm | None:
         """Returns the form in which a model is exported after this recovery; None where only the model itself tells.

@@ -84,13 +84,14 @@ class QLoRA(Recovery):
             }
             self._check_sizes(shapes)
 
-    def check_sliced(self) -> None:
-        """Raises InputError for an export in 4 bits, since slices may have any width."""
-        if self._writes_4_bits:
+    def check_sizes(self, method: str, multiple: int) -> None:
+        """Raises InputError for an export in 4 bits of sizes unsupported in 4 bits."""
+        if self._writes_4_bits and multiple % max(MULTIPLES):
             raise InputError(
-                f"`QLoRA.form` must be merged over slices, or `quantization` int8, got {self.form} in "
+                f"`QLoRA.form` must be merged after {method}, or `quantization` int8, got {self.form} in "
                 f"{self.quantization}: bitsandbytes runs 4-bit linears on every CPU only where out and in are "
-                f"multiples of {MULTIPLES[0]} and {MULTIPLES[1]}, and the widths of slices need not be."
+                f"multiples of {MULTIPLES[0]} and {MULTIPLES[1]}, and {method} leaves multiples of {multiple}; its "
+                "`multiple` can be changed."
             )
 
     @property

@@ -5,6 +5,7 @@ Suffixes: I inputs and O outputs of the writer of a part, U units, S inputs that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import Allocation
+from lit_prune.allocate.base import TOLERANCE, Allocation
 from lit_prune.calibration.statistics import GRAM, BlockStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
+from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
 from lit_prune.models.families import Block, CustomClass, dense_family, find_blocks
 from lit_prune.models.linears import PrunableLinear
@@ -62,6 +64,7 @@ class UnitMethod(Method):
     changes_shapes: ClassVar[bool] = True
     supports_search: ClassVar[bool] = True
     supports_reconstruction: ClassVar[bool] = True
+    supports_parameters: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
@@ -131,6 +134,41 @@ class UnitMethod(Method):
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates rounded so that the number of units of every block is a multiple."""
         return rates_from_units(units_from_rates(rates, sizes, self.multiple), sizes)
+
+    def size_multiple(self, model: PreTrainedModel) -> int:
+        """Returns the number of columns of the writer, or rows of a reader, that all sizes are multiples of."""
+        part = self._part(model, find_blocks(model)[0])
+        rows = [rows_UR.shape[1] for rows_UR in part.rows.values()]
+        return self.multiple * math.gcd(part.columns_UK.shape[1], *rows)
+
+    def rate_of_parameters(
+        self,
+        share: float,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        lower: Sequence[float],
+        upper: float,
+        slack: float = 0.0,
+    ) -> float:
+        """Returns the mean rate at which ``share`` goes of the parameters before all cuts by this method.
+
+        If a channel has 3 parameters, and 80 of 120 channels with 1,000 parameters in all go, 0.24 of them go.
+        """
+        full, parts = self.sizes(model, blocks), [self._part(model, block) for block in blocks]
+        by_unit = [_parameters_of_a_unit(block, part) for block, part in zip(blocks, parts, strict=True)]
+        gone = sum((all_units - part.units) * each for all_units, part, each in zip(full, parts, by_unit, strict=True))
+        shares = [units * each / (parameters(model) + gone) for units, each in zip(full, by_unit, strict=True)]
+        least = sum(part * low for part, low in zip(shares, lower, strict=True))
+        most = sum(part * max(low, upper) for part, low in zip(shares, lower, strict=True))
+        if not least - slack * sum(shares) - TOLERANCE <= share <= most + TOLERANCE:
+            raise InputError(
+                f"`pruning.sparsity` must be between {math.ceil(least * 1e4) / 1e4:g} and "
+                f"{math.floor(most * 1e4) / 1e4:g} of all parameters with `pruning.budget: parameters`, as "
+                f"`pruning.min_rate`, `pruning.max_rate`, `multiple` and earlier cuts allow for the {self._noun}, "
+                f"which have {sum(shares):.1%} of them, got {share:g}."
+            )
+        return min(share / sum(shares), 1.0)
 
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns half a multiple as a share of the units of a block."""
@@ -246,6 +284,15 @@ class UnitMethod(Method):
     @property
     def _noun(self) -> str:
         return type(self).sizes_class.noun
+
+
+def _parameters_of_a_unit(block: Block, part: Part) -> int:
+    """The number of parameters that go with one unit of a block, biases of its rows included."""
+    rows = 0
+    for name, rows_UR in part.rows.items():
+        module: Any = block.linears[name].module
+        rows += rows_UR.shape[1] * (block.linears[name].weight_OI.shape[1] + (module.bias is not None))
+    return rows + part.columns_UK.shape[1] * block.linears[part.writer].weight_OI.shape[0]
 
 
 def _config_of(block: Block) -> Any:

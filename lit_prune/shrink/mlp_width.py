@@ -33,8 +33,8 @@ class MLPWidth(UnitMethod):
     Equal widths give a plain model of the family with a smaller `intermediate_size`.
 
     Args:
-        multiple: Number of which the width is a multiple, unless a block keeps all channels; 32 and more are fast, and
-            fit the formats with 8 and 4 bits.
+        multiple: Number of which the width is a multiple, unless a block keeps all channels; 64 is fast, and fits
+            the formats with 8 and 4 bits.
         rounds: Number of rounds.
         damping: Share of the mean of H's diagonal that is added to it.
         compensate: Whether W is updated. If not, the score is H_jj * sum_o W_jo^2, the energy of the channel's output.
@@ -43,7 +43,7 @@ class MLPWidth(UnitMethod):
         InputError: for a multiple or rounds below 1, or a damping that is not positive.
     """
 
-    multiple: int = 32
+    multiple: int = 64
     rounds: int = 16
     damping: float = 0.01
     compensate: bool = True

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.models.linears import ExpertSlice, PrunableLinear
+from lit_prune.models.remote_code.modeling_shrunk import LayerConfig
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,16 @@ def _check_experts(linears: Mapping[str, PrunableLinear]) -> None:
 def _width_field(config: Any, width: int) -> str:
     """The field of the config that has the width of the MLP, or None for the family's default."""
     for name in WIDTH_FIELDS:
-        if hasattr(config, name) and getattr(config, name) in (width, None):
+        if _declares(config, name) and getattr(config, name) in (width, None):
             return name
     raise NoPart(f"its config has no field with the {width} channels of its MLP")
+
+
+def _declares(config: Any, name: str) -> bool:
+    """Whether the class of a config has the field; its instances keep whatever else is in a config.json."""
+    while isinstance(config, LayerConfig):
+        config = config.shared
+    return hasattr(type(config), name)
 
 
 def _one(linears: Collection[str], suffix: str) -> str | None:

@@ -98,6 +98,10 @@ class Slicing(Method):
         """Returns the width of the stream for each block."""
         return [model.config.hidden_size] * len(blocks)
 
+    def size_multiple(self, model: PreTrainedModel) -> int:
+        """Returns the number of which every width is a multiple."""
+        return self.multiple
+
     def max_rate(self, model: PreTrainedModel) -> float:
         """Returns the rate that leaves one multiple."""
         return 1 - self.multiple / model.config.hidden_size

@@ -20,6 +20,7 @@ from lit_prune.models.quantised import compute_exactly, is_quantised, mask
 from lit_prune.pruning import NofM, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Recovery, adapter_config
 from lit_prune.recover.merge import without_adapter
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, loader
 from tests.conftest import WIDE, small_model
@@ -29,6 +30,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "masks": {"method": Wanda()},
     "2:4": {"method": Wanda(NofM(2, 4)), "allocation": Uniform()},
     "slices": {"method": Slicing()},
+    "channels": {"method": MLPWidth()},
 }
 RECOVERIES: dict[str, Recovery | None] = {
     "none": None,
@@ -45,7 +47,7 @@ FILLS = "`pruning.recovery` must be given if pruned weights are trained, .*use M
 FOLDS = "`pruning.recovery` must keep zeros when its adapter is merged, .* 2 cuts of masks, got LoRA.*, or make one"
 FULL = "`pruning.recovery` must leave the weights in full precision .* a cut comes after it, got QLoRA.*use MaskedLoRA"
 ONCE = "`pruning.at_step` must be one step for .*, which cannot prune a model twice, .* or a method with the pattern"
-WIDTHS = "`QLoRA.form` must be merged over slices, or `quantization` int8, got adapter in nf4"
+WIDTHS = "`QLoRA.form` must be merged after Slicing, or `quantization` int8, got adapter in nf4"
 QLORAS = ("QLoRA", "QLoRA merged", "QLoRA requantised")
 REFUSED: dict[tuple[str, str, str], str] = {
     **{(cut, name, "gradual"): ONCE for cut in ("2:4", "slices") for name in RECOVERIES},
@@ -53,7 +55,7 @@ REFUSED: dict[tuple[str, str, str], str] = {
     **{(cut, "none", time): FILLS for cut in ("masks", "2:4") for time in ("step 0", "later")},
     ("masks", "none", "gradual"): FILLS,
     ("masks", "LoRA", "gradual"): FOLDS,
-    **{("masks", name, "gradual"): FULL for name in QLORAS},
+    **{(cut, name, "gradual"): FULL for cut in ("masks", "channels") for name in QLORAS},
 }
 TABLE = [(cut, name, time) for cut in CUTS for name in RECOVERIES for time in TIMES]
 

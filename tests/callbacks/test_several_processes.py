@@ -27,6 +27,7 @@ CASES = {
         "--pruning.recovery.form=merged",
         "--pruning.recovery.quantization=int8",
     ],
+    "channels later": ["--pruning.at_step=2", "--pruning.method=MLPWidth", "--pruning.calibration.num_samples=32"],
     "slices later": [  # more tokens than dimensions, or the axes hang on the last bit
         "--pruning.sparsity=0.25",
         "--pruning.at_step=2",
@@ -41,6 +42,7 @@ RUNS = [("masks later", 2)] + [
         ("words looked up", 2),
         ("masks later, quantised", 2),
         ("slices later", 2),
+        ("channels later", 2),
         ("masks later", 4),
     )
 ]

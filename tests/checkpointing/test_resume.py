@@ -18,6 +18,7 @@ from lit_prune.fit.module import PrunableLM
 from lit_prune.pruning import Magnitude, SparseGPT, Wanda
 from lit_prune.reconstruct import Reconstruct
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Snapshot
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*exists and is not empty")
@@ -79,6 +80,12 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "slices at 3": {"method": Slicing(), "at_step": 3, "before": LoRA(r=2), "recovery": LoRA(r=4, dropout=0.1)},
     "slices at 3, full": {"method": Slicing(), "at_step": 3, "sparsity": 0.25},
+    "channels at 0 and 3": {
+        "method": MLPWidth(),
+        "at_step": [0, 3],
+        "sparsity": [0.25, 0.5],
+        "recovery": LoRA(r=4, dropout=0.1),
+    },
     "not pruned": {"method": None},
 }
 

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers import PreTrainedModel
 
+from lit_prune.allocate import Allocation, LayerRedundancy, Uniform
 from lit_prune.errors import InputError
 from lit_prune.fit.fsdp import gathered, initialise_states, is_sharded, shard
 from lit_prune.pipeline import prune
@@ -24,6 +25,7 @@ from lit_prune.recover import (
     gradient_masks,
     restore_gradient_masks,
 )
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
 from tests.masks.test_freeze import train, zero_weights
@@ -78,6 +80,11 @@ def test_masks_and_adapters_are_gathered(mesh: DeviceMesh, recovery: LoRA | Mask
 
 def test_slices_are_gathered(mesh: DeviceMesh) -> None:
     check_gathered(pruned(recipe=Recipe(Slicing(), 0.25)), mesh)
+
+
+@pytest.mark.parametrize("allocation", [Uniform(), LayerRedundancy(base=0.1)])
+def test_shrunk_models_are_gathered(mesh: DeviceMesh, allocation: Allocation) -> None:
+    check_gathered(pruned(recipe=Recipe(MLPWidth(multiple=8), 0.5, allocation)), mesh)
 
 
 def test_a_whole_model_is_itself() -> None:

@@ -41,6 +41,7 @@ CASES = {
         "--model.gradient_checkpointing=true",
         "--trainer.accumulate_grad_batches=2",
     ],
+    "channels": ["--pruning.method=MLPWidth", "--pruning.calibration.num_samples=32"],
     "slices": [
         "--pruning.sparsity=0.25",
         "--pruning.method=Slicing",

@@ -22,6 +22,7 @@ from lit_prune.pipeline import prune, score
 from lit_prune.pruning import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
+from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.slice import Slicing
 from tests.conftest import FAMILIES, export, lively_model
 
@@ -329,12 +330,17 @@ def test_search_on_disk_is_refused(batches: list[torch.Tensor], tmp_path: Path) 
         score(model, batches, Recipe(allocation=Search()))
 
 
-def test_slicing_on_disk(batches: list[torch.Tensor], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(Slicing(), 0.25), Recipe(MLPWidth(multiple=8), 0.5), Recipe(HeadGroups(), 0.5, Uniform())],
+    ids=lambda recipe: type(recipe.method).__name__,
+)
+def test_other_shapes_on_disk(recipe: Recipe, batches: list[torch.Tensor], tmp_path: Path) -> None:
     folder = stored(tmp_path / "source")
     mapped, loaded = load_model(folder, on_disk=True), load_model(folder)
-    prune(loaded, batches, Recipe(Slicing(), 0.25))
+    prune(loaded, batches, recipe)
     with offload_folder(mapped, tmp_path / "target"):
-        prune(mapped, batches, Recipe(Slicing(), 0.25))
+        prune(mapped, batches, recipe)
         export(mapped, tmp_path / "target")
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "target").state_dict(), loaded.state_dict())
 

@@ -222,11 +222,12 @@ def test_refusals() -> None:
         QLoRA().check(small_model())
     for one in (QLoRA(form="merged"), QLoRA(quantization="int8")):
         one.check(small_model())
-        one.check_sliced()
+        one.check_sizes("Slicing", 8)
     with pytest.raises(
-        InputError, match="`QLoRA.form` must be merged over slices, or `quantization` int8, got requantised in fp4"
+        InputError, match="`QLoRA.form` must be merged after Slicing, or `quantization` int8, got requantised in fp4"
     ):
-        QLoRA(form="requantised", quantization="fp4").check_sliced()
+        QLoRA(form="requantised", quantization="fp4").check_sizes("Slicing", 32)
+    QLoRA().check_sizes("MLPWidth", 64)
 
 
 def test_merge_of_an_adapter_that_stays_beside_quantised_weights_is_refused() -> None:
