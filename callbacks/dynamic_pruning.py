@@ -56,11 +56,12 @@ class DynamicPruningCallback(Callback):
     is not known in `setup`, which would then make a cut at step 0 again before the checkpoint's weights are loaded.
 
     Args:
-        method: Pruning method: one that masks weights, such as Wanda or SparseGPT, or Slicing; null prunes nothing, and
-            `recovery` then trains the LLM as it is, with the weights that are already pruned kept at zero.
+        method: Pruning method: one that masks weights, such as Wanda or SparseGPT, or one that makes the LLM smaller,
+            such as MLPWidth, HeadGroups or Slicing; null prunes nothing, and `recovery` then trains the LLM as it is,
+            with the weights that are already pruned kept at zero.
         sparsity: Share to remove, in [0, 1), as the mean over the blocks: of the weights of the linears (see `budget`),
-            or for Slicing of the dimensions of the residual stream. With several cuts, the share after the last one,
-            or a list with one share per cut.
+            or for other methods of the channels, key/value groups or dimensions. With several cuts, the share after
+            the last one, or a list with one share per cut.
         allocation: How the blocks are scored and the sparsity is distributed over them: DLP, OWL, AlphaPruning,
             LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP.
         reconstruction: Reconstruct, the training of every block, right after it is cut, towards the output that it had
@@ -80,16 +81,16 @@ class DynamicPruningCallback(Callback):
         min_rate: Smallest share to remove from a block.
         max_rate: Largest share to remove from a block.
         targets: Linears to prune, as name suffixes or regular expressions; null prunes all linears of the blocks, which
-            Slicing requires.
+            other methods require.
         ignore: Linears not to prune, as name suffixes or regular expressions.
         blocks: Dotted path of the decoder layers in the LLM, needed only for an unknown model family.
-        budget: What `sparsity` is a share of: `linears`, the weights that are pruned, or `parameters`, all parameters
-            of the LLM with tied weights counted once, which takes a higher sparsity of the linears.
+        budget: What `sparsity` is a share of: `linears`, what the method removes (weights of the linears, channels), or
+            `parameters`, all parameters of the LLM with tied weights counted once, which takes a higher sparsity.
         statistics: Folder or file of the statistics that `lit-prune score` wrote for the same model and calibration
             text. A cut at step 0 reads them instead of running the model.
         target: Dotted path of the LLM in the LightningModule.
         measure: Measure perplexity before and after each cut, on the validation batches that the Trainer's
-            `limit_val_batches` allows; for Slicing also tokens per second.
+            `limit_val_batches` allows; if the method changes shapes, also tokens per second.
         keep_zeros: Whether zeros in the linears of an LLM that another tool pruned are a mask to keep; null raises an
             error if there are many and training would fill them.
         full_checkpoint: Store all weights in every checkpoint; otherwise frozen weights that can be restored from
