@@ -20,6 +20,7 @@ from lit_prune.errors import InputError
 from lit_prune.models import structure
 from lit_prune.pruning import SparseGPT, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, callback, fit, loader
 from tests.checkpointing.test_resume import KeepAll, assert_same, ended, run, text  # noqa: F401 (a fixture)
@@ -177,6 +178,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gradual, full": {"recovery": FullFineTuning(), "at_step": [1, 3], "sparsity": [0.3, 0.6]},
     "quantised": {"recovery": QLoRA(r=4)},
     "slices": {"method": Slicing(), "recovery": None, "at_step": 3},
+    "channels": {"method": MLPWidth(), "recovery": LoRA(r=4), "at_step": [1, 3], "sparsity": [0.25, 0.5]},
 }
 
 

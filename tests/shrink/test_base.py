@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.allocate import DLP, LayerRedundancy, Search, Uniform
 from lit_prune.errors import InputError
+from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
@@ -101,6 +102,31 @@ def test_a_second_cut_counts_the_first(batches: list[Tensor]) -> None:
     assert pruned.sizes == [48] * 3
     (recorded,) = structure.structures(model)
     assert recorded.full == [48] * 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("method", [MLPWidth(multiple=1), HeadGroups()], ids=str)
+@pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
+def test_a_share_of_all_parameters(family: str, method: Method, batches: list[Tensor]) -> None:
+    model = four_groups(family, tie_word_embeddings=family == "llama")
+    before = parameters(model)
+    blocks, shares = find_blocks(model), (0.05, 0.2)
+    unit = (before - parameters(_with_one_unit_less(method, family, batches))) / 3
+    for share in shares:
+        prune(model, batches, Recipe(method, share, Uniform(), budget="parameters"))
+        assert abs(1 - parameters(model) / before - share) <= len(blocks) * unit / 2 / before + 1e-9
+
+
+def _with_one_unit_less(method: Method, family: str, batches: list[Tensor]) -> PreTrainedModel:
+    model = four_groups(family, tie_word_embeddings=family == "llama")
+    units = method.sizes(model, find_blocks(model))[0]
+    prune(model, batches, Recipe(method, 1 / units, Uniform()))
+    return model
+
+
+def test_a_share_that_channels_do_not_have() -> None:
+    message = r"must be between 0 and 0\.\d+ of all parameters .* `multiple` and earlier cuts allow for the channels"
+    with pytest.raises(InputError, match=message):
+        Recipe(MLPWidth(multiple=8), 0.8, Uniform(), budget="parameters").check(small_model())
 
 
 def test_a_shrunk_model_is_masked_and_sliced(batches: list[Tensor]) -> None:
