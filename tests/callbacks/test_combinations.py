@@ -124,7 +124,7 @@ def test_it_runs_and_keeps_its_promises(cut: str, recovery: str, time: str, tmp_
         found, expected = opened(ids).logits, model(ids).logits
     far = 0.2 if recovery == "QLoRA requantised" else 1e-4  # rounded once more
     assert (found - expected).abs().max() <= far * expected.abs().max()
-    merged = {"none": False, "full": False, "LoRA": cut == "slices", "QLoRA": False}.get(recovery, True)
+    merged = {"none": False, "full": False, "LoRA": cut in ("slices", "channels"), "QLoRA": False}.get(recovery, True)
     beside = adapter_config(opened) is not None
     assert report["merged"] is report["export"]["verified"] is True if merged else report["merged"] is False
     assert beside is (recovery in ("LoRA", "QLoRA") and not merged)
@@ -133,6 +133,10 @@ def test_it_runs_and_keeps_its_promises(cut: str, recovery: str, time: str, tmp_
     if cut == "slices":
         assert opened.config.slice_sizes == report["slice"]["sizes"] + [report["slice"]["head_size"]]
         assert report["slice"]["achieved"] == pytest.approx(SPARSITY, abs=0.1)
+        return
+    if cut == "channels":
+        assert [layer.mlp.down_proj.in_features for layer in opened.model.layers] == report["mlp_width"]["units"]
+        assert report["mlp_width"]["achieved"] == SPARSITY
         return
     assert_zeros(cut, gone.zero, pruned(opened), rounds=packed)
     assert report["sparsity"]["achieved_linears"] == pytest.approx(SPARSITY, abs=1e-3)
