@@ -31,9 +31,9 @@ class Report:
     """The report of a run that writes a model.
 
     Attributes:
-        perplexity: Perplexities by name: `dense` (`before` for a model that was already pruned), `pruned` after the
-            last cut, `quantised`, `recovered`, `requantised`; for a training without cuts `before` and `after`. None
-            for one that was not measured.
+        perplexity: Perplexities by name: `dense` (`before` for a model that was already pruned or trained), `pruned`
+            after the last cut, `quantised`, `recovered`, `requantised`; for a training without cuts `before` and
+            `after`. None for one that was not measured.
         protocol: Text and windows of the perplexities; None if none was measured.
         sparsity: Requested and achieved sparsity.
         recipe: The recipe, see ``recipe.recipe_record``; None for a model that no recorded run has cut.
@@ -71,10 +71,10 @@ class Report:
     sparsity: Sparsity
     recipe: Mapping[str, Any] | None
     calibration: Mapping[str, Any] | None
-    scores: list[float] | None
-    rates: list[float] | None
-    achieved: list[float] | None
-    search: SearchRecord | None = field(default=None, metadata=json_form(none_as={}))
+    scores: list[float] | None = field(metadata=json_form(none_as=OMIT))
+    rates: list[float] | None = field(metadata=json_form(none_as=OMIT))
+    achieved: list[float] | None = field(metadata=json_form(none_as=OMIT))
+    search: SearchRecord | None = field(default=None, metadata=json_form(none_as=OMIT))
     reconstruction: Sequence[BlockLosses] = ()
     parameters: int
     untied_parameters: int | None = field(default=None, metadata=json_form(none_as=OMIT))
@@ -87,7 +87,7 @@ class Report:
     dtype: str
     dtype_in_memory: str
     quantised: Quantised | None
-    shape: Shape | None = field(metadata=json_form(key="slice"))
+    shape: Shape | None = field(metadata=json_form(key="slice", none_as=OMIT))
     structures: Sequence[Description] = field(default=(), metadata=json_form(key="sliced"))
     cuts: Sequence[CutSummary] = ()
     cuts_not_made: Sequence[Cut] = ()
@@ -98,10 +98,16 @@ class Report:
     tasks: TaskResults | None = field(default=None, metadata=json_form(none_as=OMIT))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the JSON form, in which the shape is stored under the name of its structure."""
-        plain = {**fields_to_plain(self), "slice": None}
+        """Returns the JSON form.
+
+        The shape is stored under the name of its structure, and the numbers of every block in its cut alone.
+        """
+        plain = fields_to_plain(self)
         plain["sliced"] = any(structure.name == "slice" for structure in self.structures)
-        return plain if self.shape is None else {**plain, self.shape.structure.name: self.shape.to_dict()}
+        names = {"slice": self.shape.structure.name} if self.shape is not None else {}
+        left_out = {"scores", "rates", "achieved"} if self.cuts else set()
+        left_out |= set() if self.reconstruction else {"reconstruction"}
+        return {names.get(name, name): value for name, value in plain.items() if name not in left_out}
 
     @property
     def measured(self) -> dict[str, float]:
@@ -157,7 +163,7 @@ class ScoreReport:
     calibration: Mapping[str, Any]
     scores: list[float]
     rates: list[float]
-    search: SearchRecord | None = field(default=None, metadata=json_form(none_as={}))
+    search: SearchRecord | None = field(default=None, metadata=json_form(none_as=OMIT))
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
 

@@ -128,9 +128,10 @@ def _quantised(plan: ExportPlan) -> Quantised | None:
 
 
 def _first_name(base: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[CutRecord]) -> str:
-    """Returns the name of the first perplexity: `before` for a model that had zeros or structures, else `dense`."""
+    """Returns the name of the first perplexity: `dense`, or `before` if the model was pruned or trained before."""
     had_shape = bool(structure.structures(base)) and recipe is not None and not recipe.method.changes_shapes
-    return "before" if _sparsity_before(cuts) or had_shape else "dense"
+    trained = bool(cuts) and cuts[0].step > 0
+    return "before" if _sparsity_before(cuts) or had_shape or trained else "dense"
 
 
 def _perplexities(

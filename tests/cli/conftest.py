@@ -49,6 +49,10 @@ def report(folder: str = "runs/x") -> dict:
     return json.loads(Path(folder, "report.json").read_text())
 
 
+def last_cut(folder: str = "runs/x") -> dict:
+    return report(folder)["cuts"][-1]
+
+
 def check_refused(message: str, capsys: pytest.CaptureFixture[str], *args: str, verb: str = "fit") -> None:
     """Checks that ``args`` end the command in one line that matches ``message``, and that nothing is written."""
     before = sorted(Path().rglob("*"))

@@ -85,6 +85,11 @@ def test_a_model_that_had_zeros_is_not_called_dense() -> None:
     assert "perplexity_before" in found.seconds
 
 
+def test_a_model_that_was_trained_before_its_first_cut_is_not_called_dense() -> None:
+    found = report(pruned()[0], RECIPE, [replace(CUT, step=4, perplexity={"before": 25.0, "after": 60.0})])
+    assert found.perplexity == {"before": 25.0, "pruned": 60.0, "recovered": None}
+
+
 def test_a_run_that_ended_before_its_first_cut() -> None:
     found = report(small_model(), RECIPE, [], cuts_not_made=[Cut(9, 0.5)])
     assert found.perplexity == {"dense": None, "pruned": None, "recovered": None}
