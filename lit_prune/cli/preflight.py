@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -24,6 +25,7 @@ from lit_prune.fit.preflight import (
     check_overfitting,
     check_processes,
     check_resumed,
+    check_scaled_gradients,
     check_trainer,
     check_without_weights,
     transformer_engine_error,
@@ -119,6 +121,10 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
         check_trainer(pruning.fit_plan, trainer)
         _check_monitors(trainer)
         check_overfitting(trainer, datamodule)
+        dtype = model.dtype_of_weights
+        check_scaled_gradients(
+            pruning.fit_plan, trainer, model.config.dtype if dtype == "auto" else getattr(torch, dtype)
+        )
         if pruning.resume is not None:
             check_resumed(pruning.fit_plan, pruning.resume, trainer, model, datamodule)
     if verb in ("validate", "test") and shards_weights(trainer):

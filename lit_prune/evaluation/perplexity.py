@@ -198,15 +198,19 @@ def _logits(
 ) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
     """Yields every batch of this process and its logits, on the model's device."""
     if (streamed or on_disk(model) is not None) and has_blocks(model):
-        shard = [dict(batch) for batch, counts in distributed.equal_batches(batches) if counts]
+        shard = [_moved(batch, model.device) for batch, counts in distributed.equal_batches(batches) if counts]
         yield from zip(shard, streamed_logits(model, shard, device, label), strict=True)
         return
     for batch, counts in distributed.equal_batches(track(batches, label)):
-        moved = {name: value.to(model.device) for name, value in batch.items() if isinstance(value, Tensor)}
+        moved = _moved(batch, model.device)
         # also for a batch that does not count: sharded weights are gathered in all processes together
         logits = model(**inputs_of(moved), use_cache=False).logits
         if counts:
             yield moved, logits
+
+
+def _moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
@@ -44,6 +45,25 @@ def check_trainer(plan: FitPlan, trainer: Trainer) -> None:
     if trainer.max_steps != -1:
         plan.check_end(trainer.max_steps)
     _check_sharded_plan(plan, trainer)
+
+
+def check_scaled_gradients(plan: FitPlan, trainer: Trainer, dtype: torch.dtype | None) -> None:
+    """Raises InputError if weights in float16 would be trained in `16-mixed`, whose scaler refuses their gradients.
+
+    On a CPU, Lightning replaces `16-mixed` by `bf16-mixed`, which has no scaler.
+
+    Args:
+        plan: The fit plan.
+        trainer: The Trainer.
+        dtype: Data type of the LLM's weights; None if it is not known.
+    """
+    recoveries = (plan.before, plan.recovery) if plan.last_step > 0 else (plan.recovery,)
+    adapts = all(recovery is not None and (recovery.leaves_base or recovery.quantises) for recovery in recoveries)
+    if dtype == torch.float16 and not adapts and getattr(trainer.precision_plugin, "scaler", None) is not None:
+        raise InputError(
+            f"`trainer.precision` must not be {trainer.precision} for weights in float16 that are trained themselves: "
+            "load them by `--model.dtype float32`, or leave the precision at 32-true, which trains a float32 copy."
+        )
 
 
 def check_data(plan: FitPlan, trainer: Trainer) -> None:

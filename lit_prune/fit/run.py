@@ -21,7 +21,7 @@ from lit_prune.fit.baseline import measure_baseline
 from lit_prune.fit.cut import CutInputs, MeasuredCut, measured_cut
 from lit_prune.fit.fsdp import check_unsharded
 from lit_prune.fit.plan import FitPlan
-from lit_prune.fit.preflight import check_caches
+from lit_prune.fit.preflight import check_caches, check_scaled_gradients
 from lit_prune.fit.teaching import Teaching
 from lit_prune.models import structure
 from lit_prune.models.on_disk import placed
@@ -81,6 +81,7 @@ class PruningRun:
             InputError: if the plan does not fit.
         """
         check_unsharded(model)
+        check_scaled_gradients(self.plan, trainer, model.dtype)
         trainer.precision_plugin.convert_module(model)  # Lightning itself converts the module only after `setup`
         # parameters that the LightningModule leaves trainable, and that become trainable again without an adapter
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from lit_prune.errors import InputError, near_misses
 from lit_prune.models.mappable import check_mappable
 from lit_prune.models.on_disk import keep_on_disk
-from lit_prune.models.quantised import compute_exactly, convert, quantisation, unquantised
+from lit_prune.models.quantised import convert, device_map, make_loadable, quantisation, unquantised
 
 EMBEDDED = Path(__file__).parent / "embedded"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -63,8 +63,7 @@ def load_model(
             ``on_disk``, if the weights are not stored in the shapes and the data type that the model needs.
     """
     source, extra = locate(pretrained)
-    if not extra:
-        load_config(pretrained)  # refuses what can be loaded but not run
+    placement = {} if extra else device_map(load_config(pretrained), "cpu")  # also refuses what can only be loaded
     if on_disk:
         _check_on_disk(pretrained, source, extra, dtype)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -72,8 +71,9 @@ def load_model(
         torch_dtype = torch.float32 if dtype == "auto" else torch_dtype
     if attn_implementation is not None:
         extra = {**extra, "attn_implementation": attn_implementation}
-    model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", {**extra, "dtype": torch_dtype})
-    compute_exactly(model)
+    extra = {**extra, **placement, "dtype": torch_dtype}
+    model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", extra)
+    make_loadable(model)
     if isinstance(torch_dtype, torch.dtype) and quantisation(model) is not None:
         convert(model, torch_dtype)
     if on_disk:

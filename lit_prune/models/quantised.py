@@ -14,7 +14,7 @@ from typing import Any, Literal, final
 
 import bitsandbytes as bnb
 import torch
-from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant
+from bitsandbytes.functional import QuantState, dequantize_4bit, int8_vectorwise_dequant, int8_vectorwise_quant
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
@@ -76,8 +76,7 @@ def quantised(linear: nn.Linear | Conv1D, quantization: Quantization, double_qua
         RuntimeError: if a zero of a masked weight is not zero after quantisation.
     """
     weight_OI = linear.weight.detach().T if isinstance(linear, Conv1D) else linear.weight.detach()
-    module = _empty(weight_OI, linear.bias is not None, quantization, double_quant)
-    module.weight = module.weight.to(weight_OI.device)  # moving it to a device quantises it
+    module = _packed(weight_OI, linear.bias is not None, quantization, double_quant)
     module.bias = linear.bias
     module.source_cls = type(linear)  # the name of this attribute in transformers
     module.weight_dtype = weight_OI.dtype
@@ -87,8 +86,8 @@ def quantised(linear: nn.Linear | Conv1D, quantization: Quantization, double_qua
     return module.train(linear.training)
 
 
-def _empty(weight_OI: Tensor, bias: bool, quantization: Quantization, double_quant: bool) -> Any:
-    """Returns a module with the weight ``weight_OI``, which bitsandbytes quantises when it is moved to a device."""
+def _packed(weight_OI: Tensor, bias: bool, quantization: Quantization, double_quant: bool) -> Any:
+    """Returns a module with the weight ``weight_OI`` quantised, on the same device, and without a bias."""
     (outs, ins), contiguous = weight_OI.shape, weight_OI.contiguous()
     module: Any
     with torch.device("meta"):
@@ -97,10 +96,13 @@ def _empty(weight_OI: Tensor, bias: bool, quantization: Quantization, double_qua
         else:
             module = Linear4bit(ins, outs, bias, weight_OI.dtype, double_quant, quantization)
     if quantization == "int8":
-        module.weight = bnb.nn.Int8Params(contiguous, requires_grad=False, has_fp16_weights=False)
+        # Int8Params itself quantises only a weight that comes from the CPU, not one that is on a GPU already
+        packed_OI, scales_O, _ = int8_vectorwise_quant(contiguous.half())
+        module.weight = bnb.nn.Int8Params(packed_OI, requires_grad=False, CB=packed_OI, SCB=scales_O)
     else:
         kind: dict[str, Any] = {"quant_type": quantization, "compress_statistics": double_quant}
-        module.weight = bnb.nn.Params4bit(contiguous, requires_grad=False, module=module, **kind)
+        weight = bnb.nn.Params4bit(contiguous, requires_grad=False, module=module, **kind)
+        module.weight = weight.to(weight_OI.device)  # the first move to a device quantises it
     return module
 
 
@@ -215,6 +217,16 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=next(module for _, module in quantised_linears(model)).compute_dtype,
         llm_int8_skip_modules=skipped,
     )
+
+
+def device_map(config: PreTrainedConfig, device: torch.device | str) -> dict[str, Any]:
+    """Returns the arguments of ``from_pretrained`` that load a quantised model onto ``device``; none for other models.
+
+    Without them transformers loads it onto the GPU, if there is one. Moving it elsewhere afterwards would leave the
+    scales of bitsandbytes' own 8-bit linears behind.
+    """
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    return {"device_map": {"": device}} if method == "bitsandbytes" else {}
 
 
 def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:

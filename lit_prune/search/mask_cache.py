@@ -43,7 +43,7 @@ class MaskCache:
         self.blocks, self.cut, self.folder = blocks, cut, folder
         self.levels: list[str] = [DENSE] * len(blocks)
         for block in blocks:
-            weights = {name: linear.weight_OI.contiguous() for name, linear in block.linears.items()}
+            weights = {name: linear.weight_OI.contiguous().cpu() for name, linear in block.linears.items()}
             save_file(weights, self._file(block, DENSE))
 
     def take(self, rates: Sequence[float]) -> None:
@@ -70,7 +70,7 @@ class MaskCache:
             keep_OI, dense_OI = pruned_OI != 0, block.linears[name].weight_OI
             stored[f"keep.{name}"] = pack_bits(keep_OI)
             if not torch.equal(torch.where(keep_OI, dense_OI, 0), pruned_OI):
-                stored[f"new.{name}"] = pruned_OI[keep_OI]
+                stored[f"new.{name}"] = pruned_OI[keep_OI].cpu()
         save_file(stored, self._file(block, level))
 
     def _weights(self, block: Block, level: str) -> Weights:

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, MixedPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
@@ -22,15 +23,23 @@ from lit_prune.fit.preflight import (
     check_one_process,
     check_processes,
     check_resumed,
+    check_scaled_gradients,
     check_trainer,
     check_without_weights,
     resume_settings,
 )
 from lit_prune.models.load import skeleton
-from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
+from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
 from lit_prune.slice import Slicing
 from tests.callbacks.test_dynamic_pruning import Foreign, callback, fit, loader
 from tests.conftest import small_model
+
+
+class FakeScaler(torch.amp.GradScaler):
+    """One that needs no GPU."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
 
 
 def trainer(**fields: Any) -> Trainer:
@@ -133,6 +142,22 @@ def test_the_windows_of_a_later_cut_are_there_before_the_training() -> None:
     with pytest.raises(InputError, match="`calibration.num_samples` must be at most 32, .*got 33"):
         fit(Foreign(), later, callbacks=[LambdaCallback(on_train_batch_start=lambda *args: steps.append(args[-1]))])
     assert steps == []
+
+
+def test_gradients_in_float16_cannot_be_scaled() -> None:
+    plan, scaled = callback(recovery=FullFineTuning()).fit_plan, MixedPrecision("16-mixed", "cuda", FakeScaler())
+    on_gpu = trainer()
+    on_gpu.strategy.precision_plugin = scaled
+    with pytest.raises(InputError, match=r"`trainer.precision` must not be 16-mixed for weights in float16 that are"):
+        check_scaled_gradients(plan, on_gpu, torch.float16)
+    with pytest.raises(InputError, match=r"`trainer.precision` must not be 16-mixed"):  # trained before the cut
+        check_scaled_gradients(callback(recovery=LoRA(), at_step=2).fit_plan, on_gpu, torch.float16)
+    later = callback(recovery=LoRA(), before=LoRA(), at_step=2)
+    for fine in (callback(recovery=LoRA()), callback(recovery=QLoRA()), later):
+        check_scaled_gradients(fine.fit_plan, on_gpu, torch.float16)
+    for dtype in (torch.float32, torch.bfloat16, None):
+        check_scaled_gradients(plan, on_gpu, dtype)
+    check_scaled_gradients(plan, trainer(), torch.float16)
 
 
 def test_processes() -> None:

@@ -8,7 +8,9 @@ import torch
 
 from lit_prune.errors import InputError
 from lit_prune.models.load import EMBEDDED, load_config, load_model, load_tokenizer, locate, new_model
-from tests.conftest import SMALL, small_model
+from lit_prune.models.quantised import Linear8bit, quantised_linears
+from lit_prune.recover import QLoRA
+from tests.conftest import SMALL, WIDE, export, small_model
 
 
 def test_embedded_is_a_small_llama_with_its_tokenizer() -> None:
@@ -181,3 +183,12 @@ def write_gguf(path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_a_quantised_folder_can_be_moved_and_loads_a_state_dict(tmp_path: Path) -> None:
+    model = small_model("llama", **WIDE)
+    QLoRA(quantization="int8").attach(model)
+    export(model, tmp_path)
+    opened = load_model(str(tmp_path))
+    assert {type(module) for _, module in quantised_linears(opened)} == {Linear8bit}
+    assert opened.device.type == "cpu"

@@ -8,6 +8,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from lit_prune.models.load import load_model
@@ -16,6 +17,7 @@ from lit_prune.models.quantised import (
     check_zeros,
     dense,
     dequantised,
+    device_map,
     is_quantised,
     mask,
     packed_bytes,
@@ -77,6 +79,25 @@ def test_it_multiplies_by_what_its_bits_give_in_training_or_not(quantization: An
         close = {"rtol": 0, "atol": 0.3} if quantization == "int8" and not training else {}  # int8 activations
         torch.testing.assert_close(given, expected, **close)
     assert all(torch.equal(tensor, stored[name]) for name, tensor in packed.state_dict().items())
+
+
+def test_a_weight_that_is_on_a_gpu_already_is_quantised_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = quantised(linear(), "int8", False, masked=True)
+    # on a GPU, Int8Params moves such a weight as it is: it quantises only what comes from the CPU
+    monkeypatch.setattr(bnb.nn.Int8Params, "to", lambda weight, *_args, **_kwargs: weight)
+    packed = quantised(linear(), "int8", False, masked=True)
+    assert packed.weight.dtype == torch.int8
+    assert torch.equal(dequantised(packed), dequantised(expected))
+    assert packed.state_dict().keys() == expected.state_dict().keys()
+
+
+def test_a_quantised_model_is_loaded_onto_the_device_that_is_asked_for() -> None:
+    config: Any = LlamaConfig()
+    assert device_map(config, "cpu") == {}
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    assert device_map(config, "cpu") == {"device_map": {"": "cpu"}}
+    config.quantization_config = {"quant_method": "gptq"}
+    assert device_map(config, "cpu") == {}
 
 
 @types

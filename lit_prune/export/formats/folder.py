@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.models.on_disk import save
-from lit_prune.models.quantised import compute_exactly, convert
+from lit_prune.models.quantised import compute_exactly, convert, device_map
 
 ADAPTER_CONFIG = "adapter_config.json"
 # The base model that an adapter beside its weights names. In a local folder transformers ignores it and takes the
@@ -51,7 +51,9 @@ def write_folder(plan: ExportPlan, folder: Path, tokenizer: Tokenizer | None) ->
 
 def open_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
     """Returns the model as transformers opens it; ``dtype`` is that of the weights, None the stored one."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").to(device)  # type: ignore[arg-type]
+    placement = device_map(AutoConfig.from_pretrained(folder), device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **placement)
+    model.to(device)  # type: ignore[arg-type]
     if dtype is not None:
         convert(model, dtype)
     compute_exactly(model)
