@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent.parent
 CASES = {
     "masks at the start": ["--pruning.recovery=MaskedLoRA"],
     "masks later": ["--pruning.at_step=2", "--pruning.before=LoRA", "--pruning.recovery=FullFineTuning"],
+    "weights in bfloat16": ["--pruning.recovery=FullFineTuning", "--model.dtype=bfloat16"],
     "words looked up": ["--pruning.recovery=MaskedLoRA", "--pruning.distillation.teacher=TopK"],
     "masks later, quantised": [
         "--pruning.at_step=2",
@@ -39,6 +40,7 @@ RUNS = [("masks later", 2)] + [
     pytest.param(case, number, marks=pytest.mark.slow)
     for case, number in (
         ("masks at the start", 2),
+        ("weights in bfloat16", 2),
         ("words looked up", 2),
         ("masks later, quantised", 2),
         ("slices later", 2),

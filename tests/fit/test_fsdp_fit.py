@@ -42,6 +42,7 @@ CASES = {
         "--trainer.accumulate_grad_batches=2",
     ],
     "channels": ["--pruning.method=MLPWidth", "--pruning.calibration.num_samples=32"],
+    "FullFineTuning, weights in bfloat16": ["--pruning.recovery=FullFineTuning", "--model.dtype=bfloat16"],
     "slices": [
         "--pruning.sparsity=0.25",
         "--pruning.method=Slicing",
@@ -179,7 +180,8 @@ def test_a_fit_in_two_processes_is_that_of_one(text: Path, tmp_path: Path, case:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["MaskedLoRA", "FullFineTuning"])
+@pytest.mark.timeout(900)  # four commands, each in processes of its own
+@pytest.mark.parametrize("case", ["MaskedLoRA", "FullFineTuning", "FullFineTuning, weights in bfloat16"])
 def test_a_run_that_is_killed_goes_on_and_is_exported(text: Path, tmp_path: Path, case: str) -> None:  # noqa: F811
     _, expected = finished(text, tmp_path / "whole", *SHARDED, *CASES[case])
     folder, every = with_text(text, tmp_path / "killed"), "--checkpoint_every=1"
