@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: quickstart test slow soak lint format api embedded clean
+.PHONY: quickstart test slow soak gpu lint format api embedded clean
 
 quickstart: $(VENV)/installed
 	$(BIN)/lit-prune fit --config configs/quickstart.yaml --overwrite
@@ -21,6 +21,10 @@ slow: $(VENV)/installed-dev
 # Random configurations, kills at random moments, full disks.
 soak: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m 'slow or not slow' -s tests/test_soak.py tests/test_kill_anywhere.py tests/test_disk_full.py
+
+# Checks everything that runs on a GPU against the CPU, and measures it; GPU="--pretrained FOLDER ..." for another model.
+gpu: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from lit_prune.calibration.windows import Batch, batches_of
 from lit_prune.data.datamodule import TextDataModule
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.evaluation.sizes import parameters
+from lit_prune.files import atomic_write
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
@@ -85,6 +86,12 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         self.rows: list[Row] = [json.loads(line) for line in lines]
+
+    def remove(self, unwanted: Callable[[Row], bool]) -> None:
+        """Removes rows from the file, so that their cases are run again."""
+        self.rows = [row for row in self.rows if not unwanted(row)]
+        with atomic_write(self.path) as draft:
+            draft.write_text("".join(f"{json.dumps(row)}\n" for row in self.rows))
 
     def once(self, case: str, run: Callable[[], Row]) -> Row:
         """Returns the row of ``case`` from the file, or runs it and appends its row."""

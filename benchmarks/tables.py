@@ -194,6 +194,23 @@ def _windows(case: str) -> int:
     return int(re.findall(r"(\d+) windows", case)[0])
 
 
+def gpu(rows: Sequence[Row]) -> str:
+    """Returns the table of the cases that benchmarks/gpu ran on devices; what it says before anyone has run it."""
+    lines = []
+    for row in rows:
+        if "device" not in row:  # a reference, which ran on the CPU
+            continue
+        numbers = [row.get("tokens_per_second"), row.get("peak_bytes", 0) / 1e6]
+        cells = [f"{number:,.0f}" if number else "" for number in numbers]
+        perplexities = [row.get(name) for name in ("perplexity", "expected")]
+        cells += ["" if perplexity is None else f"{perplexity:.3f}" for perplexity in perplexities]
+        lines.append([row["device"], row["case"], row.get("error") or row.get("note") or "right", *cells])
+    if not lines:
+        return "Not measured yet: no GPU was available. `make gpu` measures it on yours.\n"
+    head = ["device", "case", "result", "tokens per second", "peak memory, MB", "perplexity", "on the CPU"]
+    return table(head, lines, words=3)
+
+
 def _heading(width: str) -> str:
     return re.sub(r"base ([\d.]+) below", r"base = mean - \1", width)
 
@@ -213,6 +230,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "reconstruction": ("reconstruction", reconstructions),
     "reconstruction allocations": ("reconstruction", reconstruction_allocations),
     "reconstruction recoveries": ("reconstruction", reconstruction_recoveries),
+    "gpu": ("gpu-*", gpu),
 }
 
 
@@ -220,8 +238,9 @@ def render(text: str) -> str:
     """Returns the text of a page with its tables replaced by those of the measured results."""
 
     def replaced(block: re.Match[str]) -> str:
-        file, make = TABLES[block[2]]
-        rows = [json.loads(line) for line in (MEASURED / f"{file}.jsonl").read_text().splitlines()]
+        pattern, make = TABLES[block[2]]
+        files = sorted(MEASURED.glob(f"{pattern}.jsonl"))
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         return f"{block[1]}{make(rows)}{block[3]}"
 
     return BLOCK.sub(replaced, text)

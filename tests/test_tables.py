@@ -17,7 +17,9 @@ def test_a_page_has_the_measured_tables(page: Path) -> None:
 
 def test_every_table_stands_on_a_page() -> None:
     text = "".join(page.read_text() for page in WITH_TABLES)
-    assert [name for name in tables.TABLES if f"<!-- table: {name} -->\n|" not in text] == []
+    measured = [name for name in tables.TABLES if name != "gpu"]  # which says so where nobody has measured it
+    assert [name for name in measured if f"<!-- table: {name} -->\n|" not in text] == []
+    assert "<!-- table: gpu -->\n" in text
 
 
 def test_a_table_is_replaced_between_its_marks() -> None:

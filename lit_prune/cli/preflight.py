@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
@@ -122,9 +121,7 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
         _check_monitors(trainer)
         check_overfitting(trainer, datamodule)
         dtype = model.dtype_of_weights
-        check_scaled_gradients(
-            pruning.fit_plan, trainer, model.config.dtype if dtype == "auto" else getattr(torch, dtype)
-        )
+        check_scaled_gradients(pruning.fit_plan, trainer, model.config.dtype if dtype == "auto" else dtype)
         if pruning.resume is not None:
             check_resumed(pruning.fit_plan, pruning.resume, trainer, model, datamodule)
     if verb in ("validate", "test") and shards_weights(trainer):

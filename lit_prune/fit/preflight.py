@@ -47,7 +47,7 @@ def check_trainer(plan: FitPlan, trainer: Trainer) -> None:
     _check_sharded_plan(plan, trainer)
 
 
-def check_scaled_gradients(plan: FitPlan, trainer: Trainer, dtype: torch.dtype | None) -> None:
+def check_scaled_gradients(plan: FitPlan, trainer: Trainer, dtype: torch.dtype | str | None) -> None:
     """Raises InputError if weights in float16 would be trained in `16-mixed`, whose scaler refuses their gradients.
 
     On a CPU, Lightning replaces `16-mixed` by `bf16-mixed`, which has no scaler.
@@ -55,11 +55,12 @@ def check_scaled_gradients(plan: FitPlan, trainer: Trainer, dtype: torch.dtype |
     Args:
         plan: The fit plan.
         trainer: The Trainer.
-        dtype: Data type of the LLM's weights; None if it is not known.
+        dtype: Data type of the LLM's weights, or its name; None if it is not known.
     """
     recoveries = (plan.before, plan.recovery) if plan.last_step > 0 else (plan.recovery,)
     adapts = all(recovery is not None and (recovery.leaves_base or recovery.quantises) for recovery in recoveries)
-    if dtype == torch.float16 and not adapts and getattr(trainer.precision_plugin, "scaler", None) is not None:
+    is_float16 = str(dtype).removeprefix("torch.") == "float16"
+    if is_float16 and not adapts and getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise InputError(
             f"`trainer.precision` must not be {trainer.precision} for weights in float16 that are trained themselves: "
             "load them by `--model.dtype float32`, or leave the precision at 32-true, which trains a float32 copy."

@@ -101,7 +101,7 @@ def _packed(weight_OI: Tensor, bias: bool, quantization: Quantization, double_qu
         module.weight = bnb.nn.Int8Params(packed_OI, requires_grad=False, CB=packed_OI, SCB=scales_O)
     else:
         kind: dict[str, Any] = {"quant_type": quantization, "compress_statistics": double_quant}
-        weight = bnb.nn.Params4bit(contiguous, requires_grad=False, module=module, **kind)
+        weight: Any = bnb.nn.Params4bit(contiguous, requires_grad=False, module=module, **kind)
         module.weight = weight.to(weight_OI.device)  # the first move to a device quantises it
     return module
 
