@@ -91,7 +91,11 @@ def describe_reconstruction(losses: Sequence[BlockLosses]) -> str:
         after = sum(getattr(block, f"{name}_{'after' if block.kept else 'before'}") for block in losses) / len(losses)
         sides.append(f"{before:.4f} to {after:.4f} on {label} windows")
     rejected = [str(index) for index, block in enumerate(losses) if not block.kept]
-    unchanged = f"; blocks {', '.join(rejected)} kept the weights of the cut" if rejected else ""
+    unchanged = (
+        f"; block{'s' if len(rejected) > 1 else ''} {', '.join(rejected)} kept the weights of the cut"
+        if rejected
+        else ""
+    )
     return f"mean loss of a block {', '.join(sides)}{unchanged}"
 
 

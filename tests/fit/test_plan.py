@@ -12,6 +12,7 @@ from lit_prune.fit.plan import FitPlan
 from lit_prune.models import structure
 from lit_prune.pruning import NofM, Wanda
 from lit_prune.recipe import Recipe
+from lit_prune.reconstruct import Reconstruct
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
 from lit_prune.schedule import Cut
 from tests.conftest import small_model
@@ -34,6 +35,10 @@ def course(cuts: tuple[Cut, ...] = ONE, recipe: Recipe | None = Recipe(Wanda(), 
         (
             {"cuts": TWO, "recovery": LoRA()},
             "`pruning.recovery` must keep zeros when its adapter is merged",
+        ),
+        (
+            {"cuts": TWO, "recipe": Recipe(reconstruction=Reconstruct(state="blocks")), "recovery": MaskedLoRA()},
+            "`pruning.reconstruction.state` must be null for 2 cuts, since it holds the blocks of one, got blocks",
         ),
         ({"cuts": TWO, "recipe": Recipe(Wanda(NofM(2, 4)), 0.5, DLP())}, "`pruning.at_step` must be one step for"),
         ({"cuts": (Cut(3, 0.5),), "statistics": object()}, "`pruning.statistics` must be null for cuts after step 0"),

@@ -6,12 +6,14 @@ from typing import Any
 from lit_prune.evaluation.perplexity import Protocol
 from lit_prune.evaluation.speed import Speed
 from lit_prune.models.structure import Description
+from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.records import CutRecord, ModelSize, SearchRecord
 from lit_prune.report.report import Report, ScoreReport, versions
 from lit_prune.report.sections import CutSummary, Shape, Sparsity
 
 PROTOCOL = Protocol(data="text", windows=3, seq_length=16, tokens=45, dtype="float32")
 SEARCH = SearchRecord(evaluations=399, generations=33, windows=2, loss_start=4.25, loss_end=3.75)
+LOSSES = [BlockLosses(0.4, 0.2, 0.5, 0.3, True), BlockLosses(0.6, 0.6, 0.7, 0.9, False)]
 RECIPE = {"method": "Wanda()", "allocation": "DLP()", "sparsity": 0.5}
 CUT = CutRecord(
     step=4,

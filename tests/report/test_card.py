@@ -34,6 +34,11 @@ def test_what_was_done_and_what_it_cost() -> None:
     assert "No perplexity was measured." in model_card(replace(REPORT, protocol=None), "x", "")
 
 
+def test_a_reconstruction_is_named() -> None:
+    card = model_card(replace(REPORT, recipe={**RECIPE, "reconstruction": "Reconstruct(epochs=4)"}), "x", "")
+    assert "DLP(), every block then trained towards its dense output by Reconstruct(epochs=4), at a sparsity" in card
+
+
 def test_the_hub_reads_it() -> None:
     card = ModelCard(model_card(REPORT, "some/model", "USAGE"))
     assert card.data.tags == ["pruning", "sparse", "lit-prune"]

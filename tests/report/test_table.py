@@ -10,7 +10,7 @@ from lit_prune.evaluation.tasks import HarnessSettings, TaskResults
 from lit_prune.report.report import TaskReport
 from lit_prune.report.table import block_table, table, task_rows, task_table
 from lit_prune.schedule import Cut
-from tests.report.reports import REPORT, SCORES, SEARCH, SHAPE, SLICED, cut, perplexity, sparsity
+from tests.report.reports import LOSSES, REPORT, SCORES, SEARCH, SHAPE, SLICED, cut, perplexity, sparsity
 
 TASKS = TaskResults(
     "lm-eval 0.4",
@@ -140,3 +140,9 @@ def test_the_mean_of_the_blocks_that_misses_the_target() -> None:
 def test_the_type_of_weights_that_were_rounded() -> None:
     assert rows(table(replace(REPORT, dtype="bfloat16")))["data type"] == "bfloat16, float32 in memory"
     assert "data type" not in rows(table(REPORT))
+
+
+def test_a_reconstruction_has_a_row() -> None:
+    assert "reconstruction" not in rows(table(REPORT))
+    row = rows(table(replace(REPORT, reconstruction=LOSSES)))["reconstruction"]
+    assert row.startswith("mean loss of a block 0.5000 to 0.4000")

@@ -9,12 +9,13 @@ from lit_prune.report.wording import (
     describe_change,
     describe_miss,
     describe_protocol,
+    describe_reconstruction,
     describe_search,
     describe_size,
     reference,
     short,
 )
-from tests.report.reports import PROTOCOL, REPORT, SEARCH, SHAPE, SLICED
+from tests.report.reports import LOSSES, PROTOCOL, REPORT, SEARCH, SHAPE, SLICED
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,12 @@ def test_a_protocol_and_a_search_in_one_line() -> None:
         "399 evaluations of a calibration window in 33 generations; loss 4.2500 at the start, 3.7500 at the end, on 2 "
         "of the windows"
     )
+
+
+def test_the_losses_of_a_reconstruction_in_one_line() -> None:
+    rest = "to 0.4000 on training windows, 0.6000 to 0.5000 on held-out windows"
+    assert describe_reconstruction(LOSSES) == f"mean loss of a block 0.5000 {rest}; block 1 kept the weights of the cut"
+    assert describe_reconstruction(LOSSES[:1]).endswith("0.5000 to 0.3000 on held-out windows")
 
 
 def test_a_budget_and_by_how_much_it_was_missed() -> None:
