@@ -49,3 +49,13 @@ def test_a_project_of_somebody_elses(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert tags["images"] == [PICTURE]
     [text] = seen.Tensors(f"{TABLE}/text_summary")
     assert b"perplexity, recovered" in text.tensor_proto.string_val[0]
+
+
+def test_two_of_four_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = runpy.run_path(str(FOLDER / "sparse24.py"))
+    assert example["is_two_of_four"](torch.tensor([[1, 0, 2, 0], [0, 0, 0, 3.0]]))
+    assert not example["is_two_of_four"](torch.tensor([[1, 0, 2, 3.0]]))
+    assert not example["is_two_of_four"](torch.zeros(2, 3))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="A CUDA GPU is needed"):
+        example["main"]("any/folder")

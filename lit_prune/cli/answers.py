@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 
-from lit_prune.cli.signatures import CLASS_OPTIONS, DESCRIPTION, VERBS, WRITES, options, summary
+from lit_prune.cli.signatures import CLASS_OPTIONS, DESCRIPTION, FOLDER_VERBS, VERBS, WRITES, options, summary
 from lit_prune.errors import InputError, near_misses
 
 VERSIONS = ("torch", "lightning", "transformers", "peft")
@@ -22,7 +22,8 @@ def answer(args: Sequence[str]) -> str | None:
     if args[:1] in (["--help"], ["-h"]):
         return usage()
     check_verb(args)
-    check_options(args)
+    if args[0] not in FOLDER_VERBS:
+        check_options(args)
     return None
 
 
@@ -34,7 +35,8 @@ def version() -> str:
 
 def usage() -> str:
     """Returns the help of the command, which lists the verbs, each with its summary."""
-    verbs = "\n".join(f"  {verb:<10} {summary(verb)}" for verb in VERBS)
+    summaries = {verb: summary(verb) for verb in VERBS} | FOLDER_VERBS
+    verbs = "\n".join(f"  {verb:<10} {text}" for verb, text in summaries.items())
     return (
         f"usage: lit-prune VERB [--config FILE] [options]\n\n{DESCRIPTION}\n\nverbs:\n{verbs}\n\n"
         "options:\n  --version  Print the versions of lit-prune and of the main libraries.\n"
@@ -44,15 +46,16 @@ def usage() -> str:
 
 def check_verb(args: Sequence[str]) -> None:
     """Raises InputError for a missing or unknown verb, options before the verb, and `--tasks` where none are run."""
-    verb = next((arg for arg in args if arg in VERBS), None)
+    verbs = (*VERBS, *FOLDER_VERBS)
+    verb = next((arg for arg in args if arg in verbs), None)
     if verb is not None and args[0].startswith("-"):
         options_before = " ".join(args[: args.index(verb)])
         raise InputError(f"the verb must come first: lit-prune {verb} {options_before}")
     if args[:1] != [verb]:
         got = f", got {args[0]!r}" if args else ""
-        near = near_misses(args[0], VERBS) if args else []
+        near = near_misses(args[0], verbs) if args else []
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise InputError(f"the verb must be one of {', '.join(VERBS)}{got}.{hint}")
+        raise InputError(f"the verb must be one of {', '.join(verbs)}{got}.{hint}")
     if verb not in (*WRITES, "evaluate") and "--tasks" in {_name(arg) for arg in args}:
         raise InputError(
             f"`tasks` must be left out for {verb}, which runs no tasks: use `lit-prune evaluate`, or fit, prune and "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from lit_prune.cli.answers import answer
 from lit_prune.cli.failure import fail
+from lit_prune.cli.signatures import FOLDER_VERBS
 from lit_prune.errors import InputError
 
 
@@ -18,6 +19,10 @@ def main(args: Sequence[str] | None = None) -> None:
         if text is not None:
             print(text)
             sys.exit(0)
+        if args[0] in FOLDER_VERBS:
+            from lit_prune.packed import command
+
+            return command.run(args[1:])
         from lit_prune.cli.parser import run
 
         run(args)

@@ -81,9 +81,15 @@ def _pruning(report: Report) -> str:
         f"Pruned with {how}, at a sparsity of {sparsity.requested:g} ({describe_budget(sparsity.budget)})"
         f"{_steps(report)}. "
         f"Of the weights in the pruned linears, {sparsity.achieved_linears:.2%} are exactly zero, and of all "
-        f"parameters {sparsity.achieved_all:.2%}.{before} Zeros are stored like other weights, so they alone make the "
-        "model no smaller."
+        f"parameters {sparsity.achieved_all:.2%}.{before} {_storage(report)}"
     )
+
+
+def _storage(report: Report) -> str:
+    """Returns the sentence about what the zeros save."""
+    if report.bytes_unpacked is None:
+        return "Zeros are stored like other weights, so they alone make the model no smaller."
+    return "They are not stored, which makes the folder smaller; opened, the model is dense, and no faster."
 
 
 def _existing_zeros(report: Report) -> str:

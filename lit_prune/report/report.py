@@ -52,6 +52,7 @@ class Report:
         merged: Whether the adapter is merged into the exported weights.
         adapter_parameters: Number of parameters of the adapter.
         bytes: Bytes of the exported weights.
+        bytes_unpacked: Bytes of the same weights with their zeros; None if these are stored.
         dtype: Data type of the exported weights.
         dtype_in_memory: Data type that the model was trained and measured in.
         quantised: Quantisation of the model; None in full precision.
@@ -84,6 +85,7 @@ class Report:
     merged: bool
     adapter_parameters: int
     bytes: int
+    bytes_unpacked: int | None = field(default=None, metadata=json_form(none_as=OMIT))
     dtype: str
     dtype_in_memory: str
     quantised: Quantised | None

@@ -64,6 +64,7 @@ def summary(
         merged=plan.merged,
         adapter_parameters=parameters(plan.model) - parameters(plan.base),
         bytes=format.bytes(plan),
+        bytes_unpacked=None if format.stores_zeros else plan.bytes,
         dtype=format.dtype(plan),
         dtype_in_memory=str(plan.model.dtype).removeprefix("torch."),
         quantised=_quantised(plan),

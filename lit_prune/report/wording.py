@@ -129,6 +129,8 @@ def _compare_size(report: Report) -> str:
 
 def _compare_shape(report: Report) -> str:
     """Returns the end of the text in full precision."""
+    if report.bytes_unpacked is not None:
+        return f", packed; {report.bytes_unpacked / 1e6:,.1f} MB with the zeros"
     if report.shape is None:
         return ", zeros stored"
     dense = report.shape.dense

@@ -40,6 +40,7 @@ def test_the_help_lists_the_verbs() -> None:
     assert printed == answer(["-h"])
     for verb in VERBS:
         assert f"  {verb:<10} {summary(verb)}" in printed
+    assert "  unpack     Write the ordinary Hugging Face folder of one that was packed" in printed
     assert "on the test text; writes nothing" in printed
 
 
@@ -53,7 +54,7 @@ def test_the_version_names_the_main_libraries() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "the verb must be one of fit, validate, test, prune, score, export, evaluate."),
+        ([], "the verb must be one of fit, validate, test, prune, score, export, evaluate, unpack."),
         (["prone"], r"must be one of fit, .*, got 'prone'. Did you mean prune\?"),
         (["--config=x", "fit"], "the verb must come first: lit-prune fit --config=x"),
         (["score", "--tasks=piqa"], "`tasks` must be left out for score, which runs no tasks"),
@@ -67,6 +68,12 @@ def test_a_verb_that_cannot_run(args: list[str], message: str) -> None:
 def test_tasks_may_stand_in_a_configuration() -> None:
     check_verb(["fit", "--tasks", "piqa"])
     check_verb(["score", "--config=run.yaml"])
+
+
+def test_unpack_has_options_of_its_own() -> None:
+    assert answer(["unpack", "folder", "--whatever"]) is None
+    with pytest.raises(InputError, match=r"got 'unpck'. Did you mean unpack\?"):
+        check_verb(["unpck"])
 
 
 def test_unknown_options() -> None:

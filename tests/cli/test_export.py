@@ -199,7 +199,11 @@ def test_a_fit_and_its_checkpoint_are_exported_to_gguf() -> None:
             ["--model.pretrained=embedded", "--format=gguf", "--format.outtype=q4"],
             "must be one of auto, f32,",
         ),
-        ("export", ["--model.pretrained=embedded", "--format=ggfu"], "must be one of GGUF, HuggingFace, .*mean GGUF"),
+        (
+            "export",
+            ["--model.pretrained=embedded", "--format=ggfu"],
+            "must be one of GGUF, HuggingFace, Packed, .*mean GGUF",
+        ),
         (
             "prune",
             ["--format=gguf", "--pruning.method=Slicing"],

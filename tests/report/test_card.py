@@ -136,3 +136,10 @@ def test_the_type_of_weights_that_were_rounded() -> None:
     )
     assert "are written in" not in model_card(REPORT, "some/model", "")
     assert "The last perplexity" not in model_card(replace(rounded, protocol=None), "some/model", "")
+
+
+def test_zeros_that_are_not_stored() -> None:
+    packed = model_card(replace(REPORT, bytes_unpacked=8_000_000), "some/model", "")
+    assert "39.00%. They are not stored, which makes the folder smaller; opened, the model is dense" in packed
+    assert "4.0 MB in float32, packed; 8.0 MB with the zeros." in packed
+    assert "39.00%. Zeros are stored like other weights" in model_card(REPORT, "some/model", "")

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -35,7 +36,12 @@ class ExportFormat(ABC):
 
     A run calls :meth:`check` first. At its end it writes to a folder beside the final one, opens that and compares it
     with the model in memory; only then does the folder get its final name.
+
+    Attributes:
+        stores_zeros: Whether pruned weights are stored like others.
     """
+
+    stores_zeros: ClassVar[bool] = True
 
     @property
     def tolerance(self) -> Tolerance:

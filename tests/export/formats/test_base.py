@@ -126,7 +126,7 @@ def test_the_command_refuses_a_model_that_the_format_cannot_hold_before_any_work
 def test_an_unknown_format_is_answered_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("prune", "--format=HugingFace")
-    assert "`format` must be one of GGUF, HuggingFace, or the dotted path" in capsys.readouterr().err
+    assert "`format` must be one of GGUF, HuggingFace, Packed, or the dotted path" in capsys.readouterr().err
 
 
 def test_a_model_that_the_format_cannot_hold_is_refused_before_it_is_cut(tmp_path: Path) -> None:
