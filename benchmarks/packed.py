@@ -15,6 +15,7 @@ import multiprocessing
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from jsonargparse import auto_cli
 from resumable import Results, Row
 from safetensors import safe_open
+from tables import table
 from transformers import AutoModelForCausalLM
 
 from lit_prune.export.formats import ExportFormat, HuggingFace, Packed
@@ -70,14 +72,11 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def open_in_processes(work: Path, times: int) -> dict[str, Any]:
-    """Returns the least seconds and the greatest peaks of memory of ``times`` processes for each folder.
-
-    The processes are forks of this one, so that they need not import anything.
-    """
+    """Returns the least seconds and the greatest peaks of memory of ``times`` processes for each folder."""
     costs: dict[str, list[dict[str, float]]] = {name: [] for name in FORMATS}
     for _ in range(times):
         for name in FORMATS:
-            with multiprocessing.get_context("fork").Pool(1) as pool:
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
                 costs[name].append(pool.apply(open_here, [str(work / name)]))
     extreme = {"seconds": min, "cpu_seconds": min, "anonymous": max, "resident": max}
     return {
@@ -140,15 +139,25 @@ def main(
         results: Results file, one JSON object per line.
         times: Number of processes that open each folder.
     """
-    from tables import packed
-
     rows = [
         Results(results).once(name, lambda recipe=recipe: measure(pretrained, recipe, Path(work), times))  # type: ignore[misc]
         for name, recipe in PATTERNS.items()
     ]
-    print(packed(rows))
+    print(cost_table(rows))
+
+
+def cost_table(rows: Sequence[Row]) -> str:
+    """Returns the table of bytes, loading time and peak memory of packed folders, against the ordinary ones."""
+    lines = []
+    for row in rows:
+        linears, folders, opened = row["linears"], row["folders"], row["open"]
+        shares = [f"{sizes['packed'] / sizes['ordinary']:.1%}" for sizes in (linears, folders)]
+        seconds = [f"{opened[name]['cpu_seconds']:.2f}" for name in FORMATS]
+        above = opened["packed"]["anonymous"] - linears["ordinary"]
+        lines.append([row["case"], *shares, *seconds, f"{above / 1e6:.1f}", f"{linears['largest'] / 1e6:.1f}"])
+    head = ["sparsity", "bytes of the linears", "of the folder", "s, ordinary", "s, packed"]
+    return table([*head, "MB beside the unpacked linears", "MB of the largest"], lines)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # forks of a process with several of OpenMP's threads hang
     auto_cli(main)

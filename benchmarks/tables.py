@@ -190,20 +190,6 @@ def reconstruction_recoveries(rows: Sequence[Row]) -> str:
     return table(["sparsity", "recovery", "before", "after"], sorted(lines), words=2)
 
 
-def packed(rows: Sequence[Row]) -> str:
-    """Returns the table of bytes, loading time and peak memory of packed folders, against the ordinary ones."""
-    lines = []
-    for row in rows:
-        linears, folders, opened = row["linears"], row["folders"], row["open"]
-        shares = [f"{sizes['packed'] / sizes['ordinary']:.1%}" for sizes in (linears, folders)]
-        seconds = [opened[name]["cpu_seconds"] for name in ("ordinary", "packed")]
-        times = [*(f"{cost:.2f}" for cost in seconds), f"{seconds[1] / seconds[0]:.2f}"]
-        above = opened["packed"]["anonymous"] - linears["ordinary"]
-        lines.append([row["case"], *shares, *times, f"{above / 1e6:.1f}", f"{linears['largest'] / 1e6:.1f}"])
-    head = ["sparsity", "bytes of the linears", "of the folder", "s, ordinary", "s, packed", "ratio"]
-    return table([*head, "MB beside the unpacked linears", "MB of the largest"], lines)
-
-
 def _windows(case: str) -> int:
     return int(re.findall(r"(\d+) windows", case)[0])
 
@@ -241,7 +227,6 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "equal mean": ("slices", equal_mean),
     "equal size": ("slices", equal_size),
     "recoveries": ("recoveries", recoveries),
-    "packed": ("packed", packed),
     "reconstruction": ("reconstruction", reconstructions),
     "reconstruction allocations": ("reconstruction", reconstruction_allocations),
     "reconstruction recoveries": ("reconstruction", reconstruction_recoveries),
