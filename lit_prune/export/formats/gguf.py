@@ -129,14 +129,22 @@ class GGUF(ExportFormat):
         return names.get(outtype, outtype)
 
     def usage(self, outline: Outline, tokenizer: str, imports: Sequence[str] = ()) -> str:
-        """Returns the command of llama.cpp that runs the file, and the lines of Python that open it."""
+        """Returns the command of llama.cpp that runs the file, and the lines of Python that open it if any do."""
         command = f'llama-cli -m this/folder/{FILE} -p "Once upon a time"'
+        if outline.custom_class is not None:
+            return f"```sh\n{command}\n```"
         python = f'model = AutoModelForCausalLM.from_pretrained("this/folder", gguf_file="{FILE}")'
         lines = ["```sh", command, "```", "", "transformers dequantises it:", "", "```python"]
         return "\n".join([*lines, "from transformers import AutoModelForCausalLM", "", python, "```"])
 
     def _outtype(self, model: PreTrainedModel) -> OutType:
-        return OUT_TYPES[model.dtype] if self.outtype == "auto" else self.outtype
+        if self.outtype != "auto":
+            return self.outtype
+        if model.dtype not in OUT_TYPES:
+            raise InputError(
+                f"`format.outtype` must be given for a model in {str(model.dtype).removeprefix('torch.')}."
+            )
+        return OUT_TYPES[model.dtype]
 
 
 def _check_shape(model: PreTrainedModel) -> None:

@@ -213,6 +213,15 @@ def test_the_card_has_the_command_of_llama_cpp() -> None:
     usage = GGUF().usage(Outline("full precision", "llama"), "this/folder")
     assert 'llama-cli -m this/folder/model.gguf -p "Once upon a time"' in usage
     assert 'from_pretrained("this/folder", gguf_file="model.gguf")' in usage
+    shrunk = Outline("full precision", "llama", custom_class="shrunk")
+    assert GGUF().usage(shrunk, "this/folder").splitlines()[1:-1] == usage.splitlines()[1:2]
+
+
+def test_the_type_is_asked_for_where_there_is_none_like_it() -> None:
+    plan = ExportPlan.of(small("llama").to(torch.float64))
+    with pytest.raises(InputError, match="`format.outtype` must be given for a model in float64"):
+        GGUF().bytes(plan)
+    assert GGUF("f32").bytes(plan) == 4 * sum(p.numel() for p in plan.plain.parameters())
 
 
 @pytest.mark.slow
