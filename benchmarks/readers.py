@@ -23,8 +23,9 @@ READ = f"""
 import json, sys, torch, transformers
 sys.modules["lit_prune"] = None
 folder, text = sys.argv[1], sys.stdin.read()
-model = transformers.AutoModelForCausalLM.from_pretrained(folder).float().eval()
-ids = transformers.AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids[0]
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+ids = tokenizer(text, return_tensors="pt").input_ids[0]
 windows = ids[: len(ids) // {WINDOW_TOKENS} * {WINDOW_TOKENS}].view(-1, {WINDOW_TOKENS})
 with torch.no_grad():
     losses = [float(model(row[None], labels=row[None], use_cache=False).loss) for row in windows]

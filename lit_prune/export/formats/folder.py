@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from lit_prune.export.formats.transformers4 import add_earlier_names
 from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.models.on_disk import save
 from lit_prune.models.quantised import compute_exactly, convert, device_map
@@ -21,9 +22,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 # working directory, and the folder's own path changes when it is moved. So the name is one that no model can have: the
 # error that it causes quotes it. On the hub the repository's id is the name, see ``hub.push``.
 BASE = "beside this file, open the folder by AutoModelForCausalLM.from_pretrained"
+TRIED = "4.57.6"  # an earlier version, with benchmarks/readers.py
+TOKENIZER_NOTE = (
+    "Without lit_prune, pass `trust_remote_code=False` to the tokenizer, which needs no code: transformers 5 would ask "
+    "whether to run that of the model."
+)
 ADAPTER_NOTE = (
-    "The adapter is saved beside the weights. Install peft: `from_pretrained` then loads both, while without peft it "
-    "loads the weights alone, unrecovered. peft's own `AutoPeftModelForCausalLM` does not open a "
+    "The adapter is saved beside the weights. It needs transformers 5 and peft: `from_pretrained` then loads both, "
+    "while without peft it loads the weights alone, unrecovered. peft's own `AutoPeftModelForCausalLM` does not open a "
     "local folder of this kind, because the adapter has no base model outside of it."
 )
 TRAINING_NOTE = """\
@@ -44,9 +50,9 @@ def write_folder(plan: ExportPlan, folder: Path, tokenizer: Tokenizer | None) ->
         plan.model.save_pretrained(folder)  # transformers saves only the adapter of a model that has one
         name_base(folder / ADAPTER_CONFIG, BASE)
     save(plan.plain, folder)
-    _write_rope_theta(folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    add_earlier_names(folder)
 
 
 def open_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -77,6 +83,9 @@ def usage(outline: Outline, tokenizer: str, imports: Sequence[str], note: str = 
         notes.append("Its quantised weights need bitsandbytes.")
     if outline.form == "adapter":
         notes.append(ADAPTER_NOTE)
+    elif not outline.reshaped and not note:
+        notes.insert(1, f"Folders like it open with transformers {TRIED} too, if that knows the family.")
+    notes += [TOKENIZER_NOTE] if imports else []
     notes += [note] if note else []
     training = ["", TRAINING_NOTE] if outline.masked and outline.form in ("full precision", "merged") else []
     return "\n".join(["```python", *lines, "```", "", " ".join(notes), *training])
@@ -87,17 +96,3 @@ def name_base(adapter: Path, base: str) -> None:
     config = json.loads(adapter.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
     adapter.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _write_rope_theta(file: Path) -> None:
-    """Adds `rope_theta` to a config.json in which transformers 5 wrote it inside `rope_parameters` only.
-
-    transformers 4 reads only `rope_theta`; if that is missing, it silently uses the family's default. It has no field
-    for rotary embeddings that differ by layer type, whose `rope_parameters` are a dict of dicts without a theta: those
-    configs stay as they are.
-    """
-    config = json.loads(file.read_text(encoding="utf-8"))
-    theta = (config.get("rope_parameters") or {}).get("rope_theta")
-    if theta is None or "rope_theta" in config:
-        return
-    file.write_text(json.dumps({**config, "rope_theta": theta}, indent=2, sort_keys=True) + "\n", encoding="utf-8")

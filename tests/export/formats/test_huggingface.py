@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.export.formats import HuggingFace
-from lit_prune.export.formats.folder import BASE, name_base
+from lit_prune.export.formats.folder import BASE, TRIED, name_base
 from lit_prune.export.plan import Outline
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
@@ -110,27 +110,6 @@ def test_peft_opens_a_folder_whose_adapter_names_it(
         warnings.simplefilter("ignore")  # peft finds the adapter that transformers has loaded, and puts it on again
         opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     torch.testing.assert_close(opened(batches[0]).logits, model(batches[0]).logits)
-
-
-@pytest.mark.parametrize(
-    ("family", "fields", "theta"),
-    [
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7e4}}, 7e4),
-        ("gemma3_text", {}, None),  # one theta for each layer type
-        ("gpt2", {}, None),
-    ],
-)
-def test_older_readers_find_rope_theta(
-    family: str, fields: dict[str, object], theta: float | None, batches: list[torch.Tensor], tmp_path: Path
-) -> None:
-    model = small_model(family, **fields)
-    export(model, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config.get("rope_theta") == theta
-    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert getattr(opened.config, "rope_parameters", None) == getattr(model.config, "rope_parameters", None)
-    assert torch.equal(opened(batches[0]).logits, model(batches[0]).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -245,6 +224,9 @@ def test_the_card_says_how_the_folder_is_opened() -> None:
     assert usage.startswith("```python\nimport first\nfrom transformers import")
     assert 'AutoTokenizer.from_pretrained("other/model")\n```' in usage
     assert f"verified with transformers {transformers.__version__}." in usage
+    assert f"open with transformers {TRIED} too, if that knows the family." in usage
+    assert "pass `trust_remote_code=False` to the tokenizer" in usage
+    assert "trust_remote_code" not in HuggingFace().usage(Outline("full precision", "llama"), "x")
     assert "peft" not in usage
     assert "bitsandbytes" not in usage
 
@@ -262,5 +244,6 @@ def test_the_card_says_how_the_zeros_are_kept_in_training() -> None:
 def test_the_card_names_the_packages_that_a_folder_needs() -> None:
     usage = HuggingFace().usage(Outline("adapter", "llama", quantised=True), "this/folder")
     assert "quantised weights need bitsandbytes." in usage
+    assert TRIED not in usage
     assert "without peft it loads the weights alone, unrecovered" in usage
     assert "`AutoPeftModelForCausalLM` does not open a local folder" in usage
