@@ -39,6 +39,7 @@ from lit_prune.models.load import load_model
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Magnitude, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 
 
@@ -76,6 +77,8 @@ JOBS = [
     Job(Recipe(SparseGPT(propagate="pruned"), 0.5, DLP()), 3, "SparseGPT"),
     Job(Recipe(Slicing(), 0.25, Uniform()), 1),
     Job(Recipe(Slicing(), 0.25, LayerRedundancy()), 2),
+    Job(Recipe(MLPWidth(), 0.25, Uniform()), 2),
+    Job(Recipe(MLPWidth(), 0.25, LayerRedundancy()), 3),
 ]
 
 
