@@ -59,6 +59,7 @@ class Scored:
         statistics: Statistics of each block, as far as they were needed.
         search: Details of a search for rates, see ``allocate.base.Refined``; empty without one.
         sparsity_before: The share that earlier cuts had removed, weighted by ``sizes``; 0 for a dense model.
+        linears: The rates of each block's linears by name; None if all linears of a block have the block's rate.
     """
 
     scores: list[float]
@@ -69,6 +70,7 @@ class Scored:
     statistics: list[BlockStatistics] = field(repr=False)
     search: dict[str, Any] = field(default_factory=dict)
     sparsity_before: float = 0.0
+    linears: list[dict[str, float]] | None = None
 
     @property
     def planned(self) -> float:
@@ -91,6 +93,7 @@ class Pruned:
         search: Details of a search for rates; empty without one.
         sparsity_before: The share that earlier cuts had removed; 0 for a dense model.
         reconstruction: Losses of every block before and after its reconstruction; empty without one.
+        linears: The planned rates of each block's linears by name; None if they all have the block's rate.
     """
 
     scores: list[float]
@@ -103,6 +106,7 @@ class Pruned:
     search: dict[str, Any] = field(default_factory=dict)
     sparsity_before: float = 0.0
     reconstruction: list[BlockLosses] = field(default_factory=list)
+    linears: list[dict[str, float]] | None = None
 
 
 def score(
@@ -164,7 +168,7 @@ def prune(
     batches = list(batches)
     finished = _finished(model, batches, recipe)
     scored = _score(model, batches, recipe, device, _needs(recipe), statistics)
-    blocks = recipe.find(model)
+    blocks = _with_rates(recipe.find(model), scored.linears)
     begin = time.perf_counter()
     with evaluating(model):
         reconstruction = None
@@ -192,6 +196,7 @@ def prune(
         search=scored.search,
         sparsity_before=scored.sparsity_before,
         reconstruction=[] if reconstruction is None else reconstruction.losses,
+        linears=scored.linears,
     )
 
 
@@ -201,6 +206,13 @@ def _finished(model: PreTrainedModel, batches: Sequence[Batch | Tensor], recipe:
         return None
     processes = {"processes": distributed.world_size()}
     return FinishedBlocks(recipe.reconstruction.state, key_of(model, batches), recipe_record(recipe) | processes)
+
+
+def _with_rates(blocks: list[Block], linears: Sequence[Mapping[str, float]] | None) -> list[Block]:
+    """Returns the blocks with the rates of their linears, if these are planned one by one."""
+    if linears is None:
+        return blocks
+    return [replace(block, rates=rates) for block, rates in zip(blocks, linears, strict=True)]
 
 
 def _check_same(blocks: Sequence[Block]) -> None:
@@ -272,7 +284,17 @@ def _score(
         log(f"{before:.1%} of the weights to prune are pruned already: they stay so, and count toward the sparsity.")
     refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, statistics=statistics)
     seconds = time.perf_counter() - begin
-    return Scored(scores, refined.rates, limits.target, limits.sizes, seconds, statistics, refined.details, before)
+    return Scored(
+        scores,
+        refined.rates,
+        limits.target,
+        limits.sizes,
+        seconds,
+        statistics,
+        search=refined.details,
+        sparsity_before=before,
+        linears=refined.linears,
+    )
 
 
 def _score_blocks(
@@ -316,7 +338,7 @@ def _refine(
     """Returns the rates that follow from the scores, or better ones if the allocation searches."""
     rates = recipe.spread(limits, scores)
     if not recipe.allocation.searches:
-        return Refined(rates)
+        return Refined(rates, linears=recipe.allocation.linears(blocks))
     key = _search_key(model, batches, recipe)
     trial_device, dicts = torch.device(device or model.device), _dicts(model, batches)
     trial = recipe.method.trial(model, blocks, statistics=statistics, device=trial_device, batches=dicts)

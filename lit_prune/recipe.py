@@ -74,6 +74,11 @@ class Recipe:
                 f"`pruning.allocation` must not be {type(self.allocation).__name__} for {type(self.method).__name__}, "
                 "which offers no trial of rates."
             )
+        if self.allocation.by_linear and not self.method.makes_zeros:
+            raise InputError(
+                f"`pruning.allocation` must have one rate per block for {type(self.method).__name__}, which prunes all "
+                "linears of a block together; `level: linears` and plans with linears are for masks."
+            )
         if self.budget not in get_args(Budget):
             raise InputError(f"`pruning.budget` must be one of {', '.join(get_args(Budget))}, got {self.budget!r}.")
         if self.budget != "linears" and not self.method.supports_parameters:
@@ -134,6 +139,7 @@ class Recipe:
             )
         self.method.check_rates(blocks, self.allocation, limits.effective_target)
         self.allocation.check(limits.sizes, limits.effective_target, limits.lower, limits.upper)
+        self.allocation.linears(blocks)
         self.spread(limits, [1.0] * len(blocks), equal=True)
         return blocks, limits
 

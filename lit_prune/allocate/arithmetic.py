@@ -76,6 +76,10 @@ class Arithmetic(Allocation):
             )
         self._measured().check_key(self._settings() | {"sizes": list(sizes)})
 
+    def check_key(self, key: Mapping[str, Any]) -> None:
+        """Raises InputError if the state belongs to another model, text or recipe."""
+        self._measured().check_key(key)
+
     def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
         """Returns 1: the blocks' positions decide."""
         return 1.0

@@ -17,6 +17,7 @@ from torch import Tensor
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
+from lit_prune.models.families import Block
 from lit_prune.search.trial import Trial
 
 TOLERANCE = 1e-6
@@ -29,10 +30,12 @@ class Refined:
     Attributes:
         rates: The rate of each block.
         details: JSON-serialisable entries for the report; empty if the allocation does not search.
+        linears: The rates of each block's linears by name; None if all linears of a block have the block's rate.
     """
 
     rates: list[float]
     details: dict[str, Any] = field(default_factory=dict)
+    linears: list[dict[str, float]] | None = None
 
 
 class Allocation(ABC):
@@ -41,10 +44,12 @@ class Allocation(ABC):
     Attributes:
         needs: The kinds of statistics that :meth:`score` reads, from ``lit_prune.calibration.statistics``.
         searches: Whether :meth:`refine` measures other rates and returns better ones.
+        by_linear: Whether every linear gets a rate of its own, which only methods that make zeros support.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     searches: ClassVar[bool] = False
+    by_linear: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
@@ -88,6 +93,14 @@ class Allocation(ABC):
 
     def check_key(self, key: Mapping[str, Any]) -> None:  # noqa: B027 (only a search keeps losses)
         """Raises InputError if losses that were measured before are not those of ``key``, see :meth:`refine`."""
+
+    def linears(self, blocks: Sequence[Block]) -> list[dict[str, float]] | None:
+        """Returns the rates of each block's linears, if the allocation knows them before a search.
+
+        Raises:
+            InputError: if they do not fit ``blocks``.
+        """
+        return None
 
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
         """Returns better rates of the same mean, or ``rates`` if the allocation does not search (:attr:`searches`).

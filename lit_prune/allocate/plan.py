@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import yaml
 from torch import Tensor
@@ -14,8 +14,10 @@ from torch import Tensor
 from lit_prune.allocate.base import Allocation, weighted_mean
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
+from lit_prune.models.families import Block
 
 MEAN_TOLERANCE = 1e-4
+RATE = "rate"
 
 
 @final
@@ -23,21 +25,58 @@ MEAN_TOLERANCE = 1e-4
 class Plan(Allocation):
     """The rates in a YAML file that maps each block's index to its rate, for instance ``0: 0.41``.
 
+    A block may have a rate for each of its linears, whose mean, weighted by their sizes, must be the block's rate:
+    ``0: {rate: 0.41, self_attn.q_proj: 0.5, ...}``.
+
     Args:
         path: The file.
 
     Raises:
-        InputError: if the file does not exist or is not such a mapping, has a block that the model does not have, lacks
-            one that it has, or if the mean of the rates differs from the sparsity.
+        InputError: if the file does not exist or is not such a mapping, has a block or a linear that the model does not
+            have, lacks one that it has, or if a mean of the rates is not as it must be.
     """
 
     path: str
 
     def __post_init__(self) -> None:
-        self.rates()
+        self._entries()
 
     def rates(self) -> dict[int, float]:
         """Returns the rate of each block, as in the file."""
+        return {block: entry[RATE] for block, entry in self._entries().items()}
+
+    @property
+    def by_linear(self) -> bool:  # type: ignore[override]
+        """Whether a block has rates of its linears."""
+        return any(len(entry) > 1 for entry in self._entries().values())
+
+    def linears(self, blocks: Sequence[Block]) -> list[dict[str, float]] | None:
+        """Returns the planned rates of each block's linears; None if none are planned.
+
+        Raises:
+            InputError: if the linears are not those of the block, or their mean is not the block's rate.
+        """
+        entries = self._entries()
+        return [self._linears(entries[block.index], block) for block in blocks] if self.by_linear else None
+
+    def _linears(self, entry: dict[str, float], block: Block) -> dict[str, float]:
+        rate = entry[RATE]
+        planned = {name: value for name, value in entry.items() if name != RATE} or dict.fromkeys(block.linears, rate)
+        if differing := sorted(planned.keys() ^ block.linears.keys()):
+            raise InputError(
+                f"`Plan.path`: block {block.index} in {self.path} must have the linears that are pruned, "
+                f"{', '.join(block.linears)}; {differing[0]} is {'not one' if differing[0] in planned else 'missing'}."
+            )
+        mean = sum(planned[name] * linear.size for name, linear in block.linears.items()) / block.size
+        if abs(mean - rate) > MEAN_TOLERANCE:
+            raise InputError(
+                f"`Plan.path`: the rate of block {block.index} in {self.path} must be the mean of its linears, "
+                f"{mean:.6g}, got {rate:g}."
+            )
+        return {name: planned[name] for name in block.linears}
+
+    def _entries(self) -> dict[int, dict[str, float]]:
+        """Returns the rate of each block under RATE, and those of its linears under their names."""
         if not Path(self.path).is_file():
             raise InputError(f"`Plan.path` must be a file, got {self.path}; `lit-prune score` writes one.")
         try:
@@ -46,18 +85,25 @@ class Plan(Allocation):
             raise InputError(f"`Plan.path` must be YAML, {self.path} is not: {str(error).splitlines()[0]}.") from error
         if not isinstance(content, dict) or not content:
             raise InputError(f"`Plan.path` must map blocks to rates, as in `0: 0.41`; {self.path} does not.")
-        for block, rate in content.items():
-            if not isinstance(block, int) or isinstance(block, bool):
-                raise InputError(f"`Plan.path`: blocks must be whole numbers, got {block!r} in {self.path}.")
+        return {block: self._entry(block, entry) for block, entry in content.items()}
+
+    def _entry(self, block: Any, entry: Any) -> dict[str, float]:
+        if not isinstance(block, int) or isinstance(block, bool):
+            raise InputError(f"`Plan.path`: blocks must be whole numbers, got {block!r} in {self.path}.")
+        by_name = entry if isinstance(entry, dict) else {RATE: entry}
+        for name, rate in by_name.items():
             if not isinstance(rate, (int, float)) or isinstance(rate, bool) or not 0 <= rate <= 1:
-                raise InputError(
-                    f"`Plan.path`: the rate of block {block} must be in [0, 1], got {rate!r} in {self.path}."
-                )
-        return {block: float(rate) for block, rate in content.items()}
+                where = f"block {block}" if name == RATE else f"{name} of block {block}"
+                raise InputError(f"`Plan.path`: the rate of {where} must be in [0, 1], got {rate!r} in {self.path}.")
+        if RATE not in by_name:
+            raise InputError(
+                f"`Plan.path`: block {block} in {self.path} must have a `{RATE}`, the mean of its linears."
+            )
+        return {str(name): float(rate) for name, rate in by_name.items()}
 
     def is_uniform(self) -> bool:
         """Returns whether the planned rates are all the same."""
-        return len(set(self.rates().values())) == 1
+        return not self.by_linear and len(set(self.rates().values())) == 1
 
     def check(self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float) -> None:
         """Raises InputError if the blocks are not the model's, a rate is out of bounds, or the mean is off."""
@@ -92,11 +138,27 @@ class Plan(Allocation):
         return [planned[block] for block in range(len(scores))]
 
 
-def write_plan(path: str | os.PathLike[str], rates: Sequence[float], scores: Sequence[float], header: str) -> None:
-    """Writes a plan file for :class:`Plan`, with each block's score as a comment beside its rate."""
+def write_plan(
+    path: str | os.PathLike[str],
+    rates: Sequence[float],
+    scores: Sequence[float],
+    header: str,
+    linears: Sequence[Mapping[str, float]] | None = None,
+) -> None:
+    """Writes a plan file for :class:`Plan`, with each block's score as a comment beside its rate.
+
+    Args:
+        path: The file.
+        rates: Rate of each block.
+        scores: Score of each block.
+        header: Text of the comment at the top.
+        linears: Rates of each block's linears by name, if they are planned one by one.
+    """
     lines = [f"# {line}" for line in header.splitlines()]
-    lines += [
-        f"{block}: {rate:.6f}  # score {score:.6g}"
-        for block, (rate, score) in enumerate(zip(rates, scores, strict=True))
-    ]
+    for block, (rate, score) in enumerate(zip(rates, scores, strict=True)):
+        if linears is None:
+            lines.append(f"{block}: {rate:.6f}  # score {score:.6g}")
+        else:
+            lines += [f"{block}:", f"  {RATE}: {rate:.6f}  # score {score:.6g}"]
+            lines += [f"  {name}: {value:.6f}" for name, value in linears[block].items()]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final, get_args
 
 from torch import Tensor
 
@@ -19,8 +19,10 @@ from lit_prune.errors import InputError
 from lit_prune.progress import counted, log
 from lit_prune.search.evolution import Evolution, Point, Rounds, Space
 from lit_prune.search.losses import MeasuredLosses
-from lit_prune.search.trial import Trial
+from lit_prune.search.trial import LinearTrial, Trial, mean_rates
 
+Level = Literal["blocks", "linears"]
+Loss = Literal["cross_entropy", "kl"]
 IDLE = 20  # generations without a new measurement, after which all moves are taken as measured
 BROKEN = (
     "`calibration`: the loss under the rates of `Search.start` is NaN or infinity; the weights are broken, or "
@@ -41,17 +43,23 @@ class Search(Allocation):
 
     For two blocks of one size at [0.5, 0.5], a move of step 0.02 gives [0.48, 0.52].
 
+    With `level: linears` budget moves between linears instead, so that those of one block may differ.
+
     Args:
         start: The allocation of the initial rates; null is DLP.
         evaluations: Maximum number of passes of one calibration window through the whole model, including those of a
             stopped search that is resumed.
         minutes: Time limit of this run; null is no limit.
         step: The budget that a move shifts from one block to another, as a share of a block of mean size, rounded to
-            the granularity of the pattern or the slices. A step of 0.02 of 1,000 weights is 20 weights.
+            the granularity of the pattern or the slices; with `level: linears` a share of a linear of mean size. A step
+            of 0.02 of 1,000 weights is 20 weights.
         offspring: Candidates per generation.
         survivors: Candidates that are compared with their parent.
         first: Number of windows on which every candidate is measured.
         final: Number of windows on which the survivors are measured.
+        level: `blocks` gives all linears of a block its rate; `linears` gives every linear a rate of its own.
+        loss: `cross_entropy` of the next token, or `kl`, the divergence of the pruned model's prediction from that of
+            the unpruned one, as in EvoPress; it needs one more pass over the windows.
         seed: Random seed.
         state: File with all measurements, written after every generation and when the search is interrupted. If it
             exists, the search resumes from it; with more evaluations, a finished search continues.
@@ -69,6 +77,8 @@ class Search(Allocation):
     survivors: int = 2
     first: int = 1
     final: int = 2
+    level: Level = "blocks"
+    loss: Loss = "cross_entropy"
     seed: int = 0
     state: str | None = field(default=None, repr=False)
 
@@ -80,6 +90,13 @@ class Search(Allocation):
         object.__setattr__(self, "start", self.start or DLP())
         if self.rule.searches:
             raise InputError("`Search.start` must be an allocation that does not search itself, got Search.")
+        if self.rule.by_linear:
+            raise InputError("`Search.start` must have one rate per block, got rates of linears.")
+        for name, kind in (("level", Level), ("loss", Loss)):
+            if getattr(self, name) not in get_args(kind):
+                raise InputError(
+                    f"`Search.{name}` must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}."
+                )
         if not 0 < self.step < 1:
             raise InputError(f"`Search.step` must be in (0, 1), a share of a block, got {self.step}.")
         for name, most in (("first", self.final), ("survivors", self.offspring), ("final", None), ("offspring", None)):
@@ -107,6 +124,11 @@ class Search(Allocation):
     def rounds(self) -> Rounds:
         """The sizes of a generation."""
         return Rounds(self.offspring, self.survivors, self.first, self.final)
+
+    @property
+    def by_linear(self) -> bool:  # type: ignore[override]
+        """Whether every linear gets a rate of its own."""
+        return self.level == "linears"
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -140,20 +162,43 @@ class Search(Allocation):
 
     def _settings(self) -> dict[str, Any]:
         """The settings that determine the candidates; limits of evaluations and time only end a search."""
-        names = ("step", "offspring", "survivors", "first", "final", "seed")
+        names = ("step", "offspring", "survivors", "first", "final", "level", "loss", "seed")
         return {"start": repr(self.start)} | {name: getattr(self, name) for name in names}
 
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
         """Returns the best rates that were measured, and the details of the search."""
         lower = [max(low, self.floor(limits.target)) for low in limits.lower]
         upper = [max(limits.upper, low) for low in lower]
-        space = Space(list(rates), limits.sizes, trial.granularity, lower, upper, self.step)
-        bounds = {"lower": lower, "upper": upper, "rates at the start": [round(rate, 4) for rate in rates]}
-        key = {**key, **self._settings(), "sizes": limits.sizes, **bounds}
+        key = {**key, "sizes": limits.sizes}
+        if not self.by_linear:
+            return self._run(Space(list(rates), limits.sizes, trial.granularity, lower, upper, self.step), trial, key)
+        linears = trial.by_linear()
+        space = _space_of_linears(linears, rates, lower, upper, self.step)
+        # as many moves as between blocks: every linear that changes has to be pruned anew
+        found = self._run(space, linears, {**key, "sizes of linears": linears.sizes}, moves=max(len(rates) // 3, 1))
+        by_block, sizes = linears.by_block(found.rates), linears.by_block(linears.sizes)
+        return Refined(mean_rates(by_block, sizes), found.details, by_block)
+
+    def _run(self, space: Space, trial: Trial, key: Mapping[str, Any], moves: int | None = None) -> Refined:
+        bounds = {"lower": list(space.lower), "upper": list(space.upper)}
+        start = {"rates at the start": [round(rate, 4) for rate in space.start]}
+        key = {**key, **self._settings(), **bounds, **start}
         measured = MeasuredLosses(self.state)
         measured.check_key(key)
         with counted(self.evaluations, "Searching rates") as report:
-            return _Run(self, space, trial, measured, report).run(key)
+            return _Run(self, space, trial, measured, report, moves).run(key)
+
+
+def _space_of_linears(
+    trial: LinearTrial, rates: Sequence[float], lower: Sequence[float], upper: Sequence[float], step: float
+) -> Space:
+    """Returns the space of the rates of all linears, which starts from ``rates`` of the blocks and has their bounds."""
+    start, low, high = trial.split(rates), trial.split(lower), trial.split(upper)
+    # a linear that an earlier cut left sparser than its block makes the others start below the bound of the block
+    low = [max(min(bound, rate), pruned) for bound, rate, pruned in zip(low, start, trial.pruned, strict=True)]
+    return Space(
+        start, trial.sizes, trial.granularity, low, [max(pair) for pair in zip(high, start, strict=True)], step
+    )
 
 
 class _LimitReached(Exception):
@@ -164,13 +209,19 @@ class _Run:
     """One search: its limits, its measurements and its evolution."""
 
     def __init__(
-        self, search: Search, space: Space, trial: Trial, measured: MeasuredLosses, report: Callable[[int, str], None]
+        self,
+        search: Search,
+        space: Space,
+        trial: Trial,
+        measured: MeasuredLosses,
+        report: Callable[[int, str], None],
+        moves: int | None,
     ) -> None:
         self.search, self.space, self.trial, self.measured, self.report = search, space, trial, measured, report
         self.evaluated: set[tuple[Point, int]] = set()
         self.limit, self.end = search.evaluations, math.inf
         windows = len(trial.tokens)
-        self.evolution = Evolution(space, search.rounds, windows, self.loss, search.seed)
+        self.evolution = Evolution(space, search.rounds, windows, self.loss, search.seed, moves)
         self.comparison = random.Random(search.seed).sample(range(windows), self.evolution.rounds.final)
         self.generations = 0
 
@@ -213,7 +264,8 @@ class _Run:
             if len(self.evaluated) >= self.limit or time.monotonic() >= self.end:
                 raise _LimitReached
             if measurement not in self.measured.losses:
-                self.measured.losses[measurement] = self.trial.loss(self.space.rates(point), window)
+                measure = self.trial.loss if self.search.loss == "cross_entropy" else self.trial.divergence
+                self.measured.losses[measurement] = measure(self.space.rates(point), window)
             self.evaluated.add(measurement)
             self.report(len(self.evaluated), "")
         return self.measured.losses[measurement]

@@ -125,6 +125,7 @@ class PruneTrainer(Trainer):
             calibration=settings,
             scores=scored.scores,
             rates=scored.rates,
+            linears=scored.linears,
             search=SearchRecord.from_dict(scored.search),
             seconds={"score": scored.seconds},
             versions=versions(),

@@ -109,6 +109,7 @@ def _record(inputs: CutInputs, before: _State, pruned: Pruned, after: _State) ->
         search=SearchRecord.from_dict(pruned.search),
         sparsity_before=pruned.sparsity_before,
         reconstruction=pruned.reconstruction,
+        linears=pruned.linears,
     )
 
 

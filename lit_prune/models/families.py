@@ -65,6 +65,7 @@ class Block:
         linears: The linears by their name within the block.
         path: Dotted path of the layer in the model.
         offload: The files of the model, if its weights stay on disk.
+        rates: The share to remove from each linear, if they are planned one by one.
     """
 
     index: int
@@ -72,6 +73,7 @@ class Block:
     linears: dict[str, PrunableLinear]
     path: str = ""
     offload: Offload | None = None
+    rates: Mapping[str, float] | None = None
 
     @property
     def size(self) -> int:

@@ -17,6 +17,7 @@ from lit_prune.allocate.budget import sparsity_of_linears
 from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
+from lit_prune.errors import InputError
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import Block, CustomClass
@@ -228,6 +229,11 @@ class MaskMethod(Method):
             for name, linear in block.linears.items()
         }
         self.pattern.check(allocation, sparsity, columns)
+        if allocation.by_linear and self.pattern.columns is not None:
+            raise InputError(
+                f"`pruning.allocation` must have one rate per block for the pattern {self.pattern}, whose N is the "
+                "same in all linears of a block; `level: linears` and plans with linears need Unstructured."
+            )
 
     def repeats(self) -> bool:
         """Returns whether weights with the pattern can be pruned further in it."""
@@ -316,24 +322,32 @@ class MaskMethod(Method):
         the Gram matrices of all blocks at once (see its `propagate`).
         """
 
-        def pruned(block: Block, rate: float) -> dict[str, Tensor]:
+        current = [_current(block) for block in blocks]
+
+        def split(index: int, rate: float) -> dict[str, float]:
+            return self._split(blocks[index], rate, current[index])
+
+        def pruned(block: Block, rates: Mapping[str, float]) -> dict[str, Tensor]:
             weights: dict[str, Tensor] = {}
-            for group in groups_of(block, statistics[block.index], self._rates_of_linears(block, rate)):
+            for group in groups_of(block, statistics[block.index], rates):
                 weights |= zip(group.names, self.prune(group.weights, group.statistics, group.rate), strict=True)
             return weights
 
         granularity = [self.pattern.granularity(block.size) for block in blocks]
         with model_on_device(model, device), mask_cache(blocks, pruned) as cache:
-            yield MaskedTrial(model, batches, cache, granularity)
+            yield MaskedTrial(model, batches, cache, granularity, split)
 
     def _rates_of_linears(self, block: Block, rate: float) -> dict[str, float]:
+        """Returns the rate of each linear, as planned one by one, or with mean ``rate``."""
+        return dict(block.rates) if block.rates is not None else self._split(block, rate, _current(block))
+
+    def _split(self, block: Block, rate: float, current: Mapping[str, float]) -> dict[str, float]:
         """Returns the rate of each linear, with mean ``rate``: if one is sparser already, the others lose less.
 
         A pattern with groups of columns gives every linear ``rate``: of an N per linear no mean could be met exactly.
         A linear that is sparser already keeps its zeros, and the block then exceeds ``rate``.
         """
         sizes = {name: linear.size for name, linear in block.linears.items()}
-        current = {name: linear.pruned / linear.size for name, linear in block.linears.items()}
         # a linear that exceeds the rate by the rounding of one weight is not sparser: all keep the same rate
         if self.pattern.columns is not None or all(current[name] <= rate + 1 / sizes[name] for name in sizes):
             return dict.fromkeys(sizes, rate)
@@ -342,6 +356,11 @@ class MaskMethod(Method):
             lambda amount: [amount] * len(sizes), rate, sizes=list(sizes.values()), lower=lower, upper=1.0
         )
         return dict(zip(sizes, rates, strict=True))
+
+
+def _current(block: Block) -> dict[str, float]:
+    """Returns the share of each linear that is pruned already."""
+    return {name: linear.pruned / linear.size for name, linear in block.linears.items()}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from lit_prune.evaluation.perplexity import Measurement, Protocol
 from lit_prune.evaluation.speed import Speed
 from lit_prune.reconstruct.losses import BlockLosses
-from lit_prune.report.plain import json_form
+from lit_prune.report.plain import OMIT, json_form
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class CutRecord:
         search: Record of the search for rates; None if there was none.
         sparsity_before: Share that was removed before the cut; 0 for a dense model.
         reconstruction: Losses of every block before and after its reconstruction; empty without one.
+        linears: Planned rates of each block's linears by name; None if they all have the block's rate.
     """
 
     step: int
@@ -99,6 +100,7 @@ class CutRecord:
     search: SearchRecord | None = field(default=None, metadata=json_form(none_as={}))
     sparsity_before: float = 0.0
     reconstruction: list[BlockLosses] = field(default_factory=list)
+    linears: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> CutRecord:

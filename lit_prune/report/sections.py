@@ -90,6 +90,7 @@ class CutSummary:
     rates: list[float]
     achieved: list[float]
     seconds: Mapping[str, float]
+    linears: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
 
     @classmethod
     def of(cls, record: CutRecord) -> CutSummary:
@@ -105,4 +106,5 @@ class CutSummary:
             rates=record.rates,
             achieved=record.achieved,
             seconds=record.seconds,
+            linears=record.linears,
         )

@@ -53,6 +53,7 @@ def summary(
         calibration=None if last is None else last.calibration,
         scores=None if last is None else last.scores,
         rates=None if last is None else last.rates,
+        linears=None if last is None else last.linears,
         achieved=None if start is None else start.achieved,
         search=None if last is None else last.search,
         reconstruction=() if last is None else last.reconstruction,

@@ -12,6 +12,7 @@ from lit_prune.report.sections import Shape, Sparsity
 from lit_prune.report.wording import (
     describe_budget,
     describe_change,
+    describe_linears,
     describe_miss,
     describe_protocol,
     describe_reconstruction,
@@ -51,7 +52,8 @@ def block_table(report: ScoreReport) -> Table:
     assert sparsity.target is not None
     mean = f"mean {sparsity.planned:.4f}, requested {sparsity.requested:.4f} ({describe_budget(sparsity.budget)})"
     search = "" if report.search is None else describe_search(report.search)
-    caption = "; ".join(filter(None, (mean, describe_miss(sparsity.planned - sparsity.target), search)))
+    linears = describe_linears(report.linears)
+    caption = "; ".join(filter(None, (mean, describe_miss(sparsity.planned - sparsity.target), linears, search)))
     grid = Table(title="blocks", title_justify="left", caption=caption, caption_justify="left")
     for name in ("block", "score", "rate"):
         grid.add_column(name, justify="right")
@@ -78,6 +80,8 @@ def _rows(report: Report) -> dict[str, str]:
         rows["search of the rates"] = describe_search(report.search)
     if report.reconstruction:
         rows["reconstruction"] = describe_reconstruction(report.reconstruction)
+    if report.linears is not None:
+        rows["rates of the linears"] = describe_linears(report.linears)
     rows["parameters"] = describe_size(report)
     if report.rounded:
         rows["data type"] = f"{report.dtype}, {report.dtype_in_memory} in memory"

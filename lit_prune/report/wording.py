@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 from lit_prune.evaluation.perplexity import Protocol
@@ -97,6 +98,20 @@ def describe_reconstruction(losses: Sequence[BlockLosses]) -> str:
         else ""
     )
     return f"mean loss of a block {', '.join(sides)}{unchanged}"
+
+
+def describe_linears(linears: Sequence[Mapping[str, float]] | None) -> str:
+    """Returns the mean rate of all linears of a name, in one line; empty if linears have no rates of their own.
+
+    >>> describe_linears([{"q_proj": 0.5, "o_proj": 0.4}, {"q_proj": 0.6, "o_proj": 0.4}])
+    'mean of q_proj 0.5500, o_proj 0.4000'
+    """
+    by_name: dict[str, list[float]] = {}
+    for rates in linears or ():
+        for name, rate in rates.items():
+            by_name.setdefault(re.sub(r"\d+", "*", name), []).append(rate)
+    means = [f"{name} {sum(rates) / len(rates):.4f}" for name, rates in by_name.items()]
+    return f"mean of {', '.join(means)}" if means else ""
 
 
 def describe_budget(budget: str | None) -> str:

@@ -108,13 +108,17 @@ class Evolution:
         loss: Function of a point and of the indices of some windows that returns the mean loss. It should cache its
             results, since it is called again for the same points.
         seed: Seed of all random draws; the same losses give the same search.
+        moves: Most moves from the best rates to a candidate; None is a third of the number of blocks.
     """
 
-    def __init__(self, space: Space, rounds: Rounds, windows: int, loss: Loss, seed: int) -> None:
+    def __init__(
+        self, space: Space, rounds: Rounds, windows: int, loss: Loss, seed: int, moves: int | None = None
+    ) -> None:
         self.space, self.rounds, self.windows, self.loss = space, rounds.within(windows), windows, loss
         self.draw = random.Random(seed)
         self.best = space.origin
         self.costs = [0.0] * len(space.start)
+        self.moves = max(moves or len(space.start) // 3, 1)
 
     def generation(self) -> bool:
         """Replaces the best rates by better offspring; returns False if no other rates can be reached."""
@@ -143,11 +147,11 @@ class Evolution:
         return list(children)
 
     def _child(self) -> Point:
-        """The best rates after one or more random moves, at most a third of the number of blocks."""
+        """The best rates after one or more random moves, at most ``moves``."""
         point, blocks = self.best, range(len(self.best))
         if len(blocks) < 2:
             return point
-        for _ in range(self.draw.randint(1, max(len(blocks) // 3, 1))):
+        for _ in range(self.draw.randint(1, self.moves)):
             costly = max(self._drawn(blocks), key=self.costs.__getitem__)
             cheap = min(self._drawn(block for block in blocks if block != costly), key=self.costs.__getitem__)
             amount = self.space.amount(costly, cheap)

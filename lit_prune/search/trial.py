@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import negative_log_likelihood
+from lit_prune.search.divergence import appended, divergence, recorded
 
 
 class Trial(ABC):
@@ -38,22 +39,78 @@ class Trial(ABC):
         counts = [_predicted(*row) for row in rows]
         self._rows = [row for row, count in zip(rows, counts, strict=True) if count]
         self.tokens = [count for count in counts if count]
+        self._unpruned: list[Tensor] = []  # the last hidden states of every window, for the divergence
 
     @abstractmethod
     def take(self, rates: Sequence[float]) -> None:
         """Gives the model the weights, or close to those, that a cut with one of ``rates`` per block would leave."""
 
-    @torch.no_grad()
+    def by_linear(self) -> LinearTrial:
+        """Returns a trial of the same model with one rate per linear, if the method supports such rates."""
+        raise NotImplementedError(f"{type(self).__name__} has one rate per block")
+
     def loss(self, rates: Sequence[float], window: int) -> float:
         """Returns the mean cross entropy of the next token over one window, in nats; infinity for NaN."""
         self.take(rates)
+        ids_1T, mask_1T, logits_1TV = self._run(window)
+        nll, tokens = negative_log_likelihood(logits_1TV, ids_1T, mask_1T)
+        return _finite(float(nll) / tokens)
+
+    @torch.no_grad()
+    def divergence(self, rates: Sequence[float], window: int) -> float:
+        """Returns the mean KL divergence from the unpruned model's prediction over one window; infinity for NaN.
+
+        The first call runs the unpruned model over all windows, and keeps its last hidden states.
+        """
+        if not self._unpruned:
+            self.take([0.0] * len(self.granularity))
+            with recorded(self.model) as self._unpruned:
+                for number in range(len(self.tokens)):
+                    self._run(number)
+        self.take(rates)
+        with appended(self.model, self._unpruned[window]):
+            _, mask_1T, logits_2TV = self._run(window)
+        return _finite(float(divergence(logits_2TV[1:], logits_2TV[:1], mask_1T)))
+
+    @torch.no_grad()
+    def _run(self, window: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Returns the token ids, the attention mask and the logits of one window."""
         ids_1T, mask_1T = self._rows[window]
         ids_1T = ids_1T.to(self.model.device)
         mask_1T = None if mask_1T is None else mask_1T.to(self.model.device)
-        logits_1TV = self.model(input_ids=ids_1T, attention_mask=mask_1T, use_cache=False).logits
-        nll, tokens = negative_log_likelihood(logits_1TV, ids_1T, mask_1T)
-        mean = float(nll) / tokens
-        return mean if math.isfinite(mean) else math.inf
+        return ids_1T, mask_1T, self.model(input_ids=ids_1T, attention_mask=mask_1T, use_cache=False).logits
+
+
+class LinearTrial(Trial):
+    """A trial with one rate per linear, in the order of the blocks and of the linears within each.
+
+    Attributes:
+        sizes: Number of weights of each linear.
+        pruned: Share of each that is pruned already.
+    """
+
+    sizes: Sequence[int]
+    pruned: Sequence[float]
+
+    @abstractmethod
+    def split(self, rates: Sequence[float]) -> list[float]:
+        """Returns the rates of the linears under ``rates`` of the blocks."""
+
+    @abstractmethod
+    def by_block(self, rates: Sequence[float]) -> list[dict[str, float]]:
+        """Returns ``rates`` of the linears by block and name."""
+
+
+def mean_rates(linears: Sequence[Mapping[str, float]], sizes: Sequence[Mapping[str, float]]) -> list[float]:
+    """Returns the mean rate of each block's linears, weighted by their sizes."""
+    totals = [
+        sum(rate * size[name] for name, rate in rates.items()) for rates, size in zip(linears, sizes, strict=True)
+    ]
+    return [total / sum(size.values()) for total, size in zip(totals, sizes, strict=True)]
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
 
 
 def _rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:

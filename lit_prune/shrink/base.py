@@ -252,9 +252,12 @@ class UnitMethod(Method):
             for block, part in zip(blocks, parts, strict=True)
         ]
 
-        def pruned(block: Block, rate: float) -> dict[str, Tensor]:
+        def split(index: int, rate: float) -> dict[str, float]:
+            return {parts[index].writer: rate}
+
+        def pruned(block: Block, rates: Mapping[str, float]) -> dict[str, Tensor]:
             part, weight_OI = parts[block.index], next(iter(block.linears.values())).weight_OI
-            kept = min(part.units, units_from_rates([rate], [full[block.index]], self.multiple)[0])
+            kept = min(part.units, units_from_rates([rates[part.writer]], [full[block.index]], self.multiple)[0])
             gram_II = statistics[block.index].grams[part.writer].to(weight_OI.device)
             removal = self._removal(weight_OI.T, gram_II, part, kept)
             columns_S = part.columns_UK.to(weight_OI.device)[removal.kept_U].flatten().sort().values
@@ -263,7 +266,7 @@ class UnitMethod(Method):
             return {part.writer: zeroed_OI}
 
         with model_on_device(model, device), mask_cache(writers, pruned) as cache:
-            yield MaskedTrial(model, batches, cache, [self.multiple] * len(blocks))
+            yield MaskedTrial(model, batches, cache, [self.multiple] * len(blocks), split)
 
     def _part(self, model: PreTrainedModel, block: Block) -> Part:
         config = layer_config(model.config.get_text_config(), block.index)

@@ -3,10 +3,17 @@
 from pathlib import Path
 
 import pytest
+import torch
 
-from lit_prune.allocate import Plan
+from lit_prune.allocate import Plan, write_plan
 from lit_prune.errors import InputError
+from lit_prune.models.families import find_blocks
+from lit_prune.pipeline import prune
+from lit_prune.pruning import Method, MixedNofM, Wanda
+from lit_prune.recipe import Recipe
+from lit_prune.slice import Slicing
 from tests.allocate.blocks import rates
+from tests.conftest import small_model
 
 
 def plan(tmp_path: Path, text: str) -> Plan:
@@ -58,3 +65,74 @@ def test_plan_that_is_none(tmp_path: Path, text: str, message: str) -> None:
 def test_plan_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`Plan.path` must be a file, got .*lit-prune score"):
         Plan(str(tmp_path / "none.yaml"))
+
+
+LINEARS = """
+0: 0.5
+1:
+  rate: 0.5
+  self_attn.q_proj: 0.75
+  self_attn.k_proj: 0.5
+  self_attn.v_proj: 0.5
+  self_attn.o_proj: 0.25
+  mlp.gate_proj: 0.5
+  mlp.up_proj: 0.5
+  mlp.down_proj: 0.5
+2: 0.5
+"""
+
+
+def test_rates_of_linears(tmp_path: Path, batches: list[torch.Tensor]) -> None:
+    model, by_linear = small_model(), plan(tmp_path, LINEARS)
+    assert by_linear.by_linear
+    assert not by_linear.is_uniform()
+    assert rates(by_linear, [1, 1, 1], 0.5) == pytest.approx([0.5] * 3)
+    pruned = prune(model, batches, Recipe(Wanda(), 0.5, by_linear))
+    blocks = find_blocks(model)
+    found = [
+        {
+            name: linear.pruned / linear.size
+            for name, linear in block.linears.items()
+            if name.endswith(("q_proj", "o_proj"))
+        }
+        for block in blocks
+    ]
+    even = {"self_attn.q_proj": 0.5, "self_attn.o_proj": 0.5}
+    assert found == [even, {"self_attn.q_proj": 0.75, "self_attn.o_proj": 0.25}, even]
+    assert pruned.rates == pruned.achieved == [0.5] * 3
+    assert pruned.linears is not None
+    write_plan(tmp_path / "again.yaml", pruned.rates, pruned.scores, "", pruned.linears)
+    assert Plan(str(tmp_path / "again.yaml")).linears(blocks) == pruned.linears
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("  rate: 0.5\n", "", "block 1 in .* must have a `rate`, the mean of its linears"),
+        ("rate: 0.5", "rate: 0.6", "the rate of block 1 in .* must be the mean of its linears, 0.5, got 0.6"),
+        ("k_proj: 0.5", "k_proj: 1.5", r"the rate of self_attn.k_proj of block 1 must be in \[0, 1\], got 1.5"),
+        (
+            "self_attn.k_proj",
+            "kay",
+            "block 1 in .* must have the linears that are pruned, self_attn.q_proj, .*; kay is not",
+        ),
+        ("  self_attn.k_proj: 0.5\n", "", "block 1 in .* must have the linears .*; self_attn.k_proj is missing"),
+    ],
+)
+def test_rates_of_linears_that_do_not_fit(tmp_path: Path, old: str, new: str, message: str) -> None:
+    assert old in LINEARS
+    with pytest.raises(InputError, match=f"`Plan.path`: {message}"):
+        plan(tmp_path, LINEARS.replace(old, new)).linears(find_blocks(small_model()))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Slicing(), "must have one rate per block for Slicing, which prunes all linears of a block together"),
+        (Wanda(MixedNofM(8)), r"must have one rate per block for the pattern MixedNofM\(m=8\), .* need Unstructured"),
+    ],
+    ids=str,
+)
+def test_methods_without_rates_of_linears(method: Method, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"`pruning.allocation` {message}"):
+        Recipe(method, 0.5, plan(tmp_path, LINEARS)).check(small_model())

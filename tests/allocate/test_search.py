@@ -18,6 +18,7 @@ from lit_prune.calibration.windows import batches_of
 from lit_prune.data.datamodule import TextDataModule
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
+from lit_prune.models.families import find_blocks
 from lit_prune.models.load import load_model
 from lit_prune.pipeline import prune, score
 from lit_prune.pruning import Magnitude, Method, MixedNofM, NofM, SparseGPT, Wanda
@@ -175,6 +176,8 @@ def test_a_state_is_asked_before_the_model_runs(
     ("make", "message"),
     [
         (lambda: Search(Search()), "`Search.start` must be an allocation that does not search itself, got Search"),
+        (lambda: Search(level="rows"), "`Search.level` must be one of blocks, linears, got 'rows'"),  # type: ignore[arg-type]
+        (lambda: Search(loss="mse"), "`Search.loss` must be one of cross_entropy, kl, got 'mse'"),  # type: ignore[arg-type]
         (lambda: Search(step=0.0), r"`Search.step` must be in \(0, 1\), a share of a block, got 0.0"),
         (lambda: Search(offspring=0), "`Search.survivors` must be at least 1 and at most 0"),
         (lambda: Search(survivors=9), "`Search.survivors` must be at least 1 and at most 8, .*got 9"),
@@ -288,3 +291,41 @@ def test_windows_are_drawn_by_the_generation() -> None:
     trial = Bowl()
     refine(trial)
     assert {window for _, window in trial.seen} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl"])
+@pytest.mark.parametrize("method", [Magnitude(), SparseGPT()], ids=str)
+def test_linears_get_rates_of_their_own(method: Method, loss: str, batches: list[torch.Tensor], tmp_path: Path) -> None:
+    model, state = lively_model("llama"), str(tmp_path / "state.json")
+    search = Search(Uniform(), evaluations=90, step=0.1, final=6, level="linears", loss=loss, state=state)  # type: ignore[arg-type]
+    pruned = prune(model, batches, Recipe(method, 0.5, search))
+    assert pruned.search["loss_end"] < pruned.search["loss_start"]
+    assert pruned.linears is not None
+    linears = [block.linears for block in find_blocks(model)]
+    for rates, found, mean in zip(pruned.linears, linears, pruned.rates, strict=True):
+        sizes = [linear.size for linear in found.values()]
+        assert list(rates.values()) == pytest.approx([linear.pruned / linear.size for linear in found.values()])
+        assert mean == pytest.approx(weighted_mean(list(rates.values()), sizes))
+    assert len({rate for rates in pruned.linears for rate in rates.values()}) > 3
+    zero = sum(linear.pruned for found in linears for linear in found.values())
+    assert zero == sum(linear.size for found in linears for linear in found.values()) / 2  # the budget, exactly
+    assert (
+        prune(lively_model("llama"), batches, Recipe(method, 0.5, search)).linears == pruned.linears
+    )  # from the state
+
+
+def test_linears_of_a_model_that_is_pruned_already_keep_their_zeros(batches: list[torch.Tensor]) -> None:
+    model = lively_model("llama")
+    prune(model, batches, Recipe(Magnitude(), 0.4, Uniform(), targets=["q_proj"]))
+    before = [linear.pruned for block in find_blocks(model) for linear in block.linears.values()]
+    search = Search(Uniform(), evaluations=60, step=0.1, level="linears")
+    pruned = prune(model, batches, Recipe(Magnitude(), 0.3, search))
+    after = [linear.pruned for block in find_blocks(model) for linear in block.linears.values()]
+    assert all(now >= then for now, then in zip(after, before, strict=True))
+    assert pruned.sparsity == pytest.approx(0.3, abs=1e-3)
+
+
+def test_a_start_with_rates_of_linears_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("0: {rate: 0.5, q_proj: 0.5}\n")
+    with pytest.raises(InputError, match="`Search.start` must have one rate per block, got rates of linears"):
+        Search(Plan(str(tmp_path / "plan.yaml")))

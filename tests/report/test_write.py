@@ -70,6 +70,18 @@ def test_the_plan_of_scores_says_how_it_is_used(tmp_path: Path) -> None:
     assert Plan(str(tmp_path / "plan.yaml")).rates() == {0: 0.4, 1: 0.6}
 
 
+def test_the_plan_has_the_rates_of_the_linears(tmp_path: Path) -> None:
+    _, statistics = score_with_statistics(small_model(), [IDS])
+    linears = [{"q": 0.3, "o": 0.5}, {"q": 0.6, "o": 0.6}]
+    write_scores(tmp_path, replace(SCORES, linears=linears), statistics)
+    assert yaml.safe_load((tmp_path / "plan.yaml").read_text()) == {
+        0: {"rate": 0.4} | linears[0],
+        1: {"rate": 0.6} | linears[1],
+    }
+    assert "the mean of its linears, weighted by their sizes" in (tmp_path / "plan.yaml").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["linears"] == linears
+
+
 def test_a_plan_of_another_mean_says_what_to_ask_for(tmp_path: Path) -> None:
     _, statistics = score_with_statistics(small_model(), [IDS])
     write_scores(tmp_path, sparsity(SCORES, requested=0.4), statistics)

@@ -198,3 +198,9 @@ def test_budget_granularity_and_bounds_are_kept(where: Space, seed: int) -> None
 def test_what_a_generation_takes() -> None:
     assert Rounds(offspring=8, survivors=2, first=1, final=4).evaluations == 8 + 2 * 3 + 4
     assert Rounds(8, 2, 4, 8).within(2) == Rounds(8, 2, 2, 2)
+
+
+def test_the_number_of_moves_is_limited() -> None:
+    evolution = Evolution(space(), ROUNDS, 16, lambda moved, windows: float(sum(map(abs, moved))), 0, moves=1)
+    for _ in range(50):
+        assert sum(part != 0 for part in evolution._child()) in (0, 2)

@@ -1,6 +1,7 @@
 """The mask cache: weights of every level, each computed once, and a model that is dense again at the end."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,12 @@ from lit_prune.evaluation.perplexity import measure
 from lit_prune.masks.zeros import zeros
 from lit_prune.models.families import Block, find_blocks
 from lit_prune.models.linears import DenseLinear
-from lit_prune.pruning import Magnitude, MaskMethod, MixedNofM, SparseGPT, Wanda
+from lit_prune.pruning import ADMM, Magnitude, MaskMethod, MixedNofM, SparseGPT, Wanda
 from lit_prune.pruning.base import groups_of
 from lit_prune.search import mask_cache
 from tests.conftest import small_model
 
-METHODS = [Magnitude(), Wanda(), SparseGPT(), Wanda(MixedNofM(8))]
+METHODS = [Magnitude(), Wanda(), SparseGPT(), ADMM(), Wanda(MixedNofM(8))]
 RATES = [0.25, 0.75, 0.5]
 NOTHING = [BlockStatistics()] * 3
 
@@ -125,17 +126,28 @@ def test_a_level_is_computed_once_and_a_block_that_has_it_is_left_alone(
 ) -> None:
     blocks, made = find_blocks(small_model()), []
 
-    def cut(block: object, rate: float) -> mask_cache.Weights:
-        made.append((block.index, rate))  # type: ignore[attr-defined]
-        return {name: torch.where(w.weight_OI > 0, w.weight_OI, 0) for name, w in block.linears.items()}  # type: ignore[attr-defined]
+    def cut(block: Block, rates: Mapping[str, float]) -> mask_cache.Weights:
+        assert block.linears.keys() == rates.keys()
+        made.extend((block.index, name, rate) for name, rate in rates.items())
+        return {name: torch.where(w.weight_OI > 0, w.weight_OI, 0) for name, w in block.linears.items()}
+
+    def rates(*by_block: float) -> list[dict[str, float]]:
+        return [dict.fromkeys(blocks[0].linears, rate) for rate in by_block]
 
     cache = mask_cache.MaskCache(blocks, cut, tmp_path)
-    cache.take([0.5, 0.5, 0.5])
-    cache.take([0.6, 0.5, 0.4])
-    cache.take([0.5, 0.5, 0.5])
-    assert made == [(0, 0.5), (1, 0.5), (2, 0.5), (0, 0.6), (2, 0.4)]
-    monkeypatch.setattr(DenseLinear, "write", lambda *_: pytest.fail("a block was written"))
-    cache.take([0.5, 0.5, 0.5])
+    cache.take(rates(0.5, 0.5, 0.5))
+    assert made == [(block.index, name, 0.5) for block in blocks for name in block.linears]
+    made.clear()
+    one = rates(0.5, 0.5, 0.5)
+    one[2]["self_attn.v_proj"] = 0.75
+    one[0]["mlp.up_proj"] = 0.0  # dense, which is not computed
+    cache.take(one)
+    assert made == [(2, "self_attn.v_proj", 0.75)]
+    assert blocks[0].linears["mlp.up_proj"].pruned == 0 < blocks[0].linears["mlp.gate_proj"].pruned
+    cache.take(rates(0.5, 0.5, 0.5))
+    assert made == [(2, "self_attn.v_proj", 0.75)]
+    monkeypatch.setattr(DenseLinear, "write", lambda *_: pytest.fail("a linear was written"))
+    cache.take(rates(0.5, 0.5, 0.5))
 
 
 def test_a_level_of_a_mask_takes_a_bit_a_weight(tmp_path: Path) -> None:
@@ -143,17 +155,19 @@ def test_a_level_of_a_mask_takes_a_bit_a_weight(tmp_path: Path) -> None:
     dense = {name: linear.weight_OI.clone() for name, linear in block.linears.items()}
     scale = {"by": 1.0}
 
-    def cut(block: object, rate: float) -> mask_cache.Weights:
+    def cut(block: Block, rates: Mapping[str, float]) -> mask_cache.Weights:
         return {name: torch.where(weight_OI > 0, weight_OI * scale["by"], 0) for name, weight_OI in dense.items()}
 
     cache = mask_cache.MaskCache([block], cut, tmp_path)
-    cache.take([0.5])
+    before = set(tmp_path.iterdir())
+    cache.take([dict.fromkeys(dense, 0.5)])
+    first = set(tmp_path.iterdir()) - before
     scale["by"] = 2.0
-    cache.take([0.6])
-    masks, changed = (held(tmp_path / f"0-{round(rate * block.size)}.safetensors") for rate in (0.5, 0.6))
+    cache.take([dict.fromkeys(dense, 0.6)])
+    masks, changed = sum(map(held, first)), sum(map(held, set(tmp_path.iterdir()) - before - first))
     assert masks == pytest.approx(block.size / 8, rel=0.01)
     assert changed == pytest.approx(block.size / 8 + 4 * block.size / 2, rel=0.05)
-    assert all(torch.equal(block.linears[name].weight_OI, cut(block, 0.6)[name]) for name in dense)
+    assert all(torch.equal(block.linears[name].weight_OI, cut(block, {})[name]) for name in dense)
 
 
 def held(file: Path) -> int:
@@ -162,7 +176,30 @@ def held(file: Path) -> int:
 
 def test_the_folder_is_removed_at_the_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with mask_cache.mask_cache(find_blocks(small_model()), lambda block, rate: {}) as cache:
+    with mask_cache.mask_cache(find_blocks(small_model()), lambda block, rates: {}) as cache:
         assert cache.folder.parent == tmp_path
         assert len(list(cache.folder.iterdir())) == 3
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_trial_by_linear_has_the_rates_of_the_blocks_until_they_are_changed(dicts: list[Batch]) -> None:
+    model, cut = small_model(), small_model()
+    block, name = find_blocks(cut)[1], "mlp.down_proj"
+    for other, rate in zip(find_blocks(cut), RATES, strict=True):
+        cut_block(Magnitude(), other, BlockStatistics(), rate)
+    expected = weights(cut)
+    before, blocks = weights(model), find_blocks(model)
+    with Magnitude().trial(model, blocks, statistics=NOTHING, device=model.device, batches=dicts) as trial:
+        linears = trial.by_linear()
+        assert list(linears.sizes) == [linear.size for block in blocks for linear in block.linears.values()]
+        rates = linears.split(RATES)
+        linears.take(rates)
+        assert same(model, expected)
+        by_block = linears.by_block(rates)
+        assert by_block[1] == dict.fromkeys(block.linears, 0.75)
+        rates[list(block.linears).index(name) + 7] = 0.25
+        linears.take(rates)
+        assert [block.linears[name].pruned / block.linears[name].size for block in blocks] == [0.25, 0.25, 0.5]
+        assert blocks[1].linears["mlp.up_proj"].pruned / blocks[1].linears["mlp.up_proj"].size == 0.75
+        assert linears.tokens == trial.tokens
+    assert same(model, before)

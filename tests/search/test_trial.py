@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.evaluation.perplexity import measure
-from lit_prune.search.trial import Trial, model_on_device
+from lit_prune.search.trial import Trial, mean_rates, model_on_device
 from tests.conftest import small_model
 
 
@@ -54,3 +54,34 @@ def test_the_model_is_moved_and_comes_back_whatever_happens(monkeypatch: pytest.
         assert moves == ["meta"]
         raise RuntimeError
     assert moves == ["meta", "cpu"]
+
+
+class Dense(AsItIs):
+    """Rates above 0 scale the head."""
+
+    def take(self, rates: Sequence[float]) -> None:
+        self.model.base_model.norm.weight.data.fill_(1 - sum(rates) / 6)
+
+
+@torch.no_grad()
+def test_the_divergence_is_from_the_unpruned_model(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    trial = Dense(model, [{"input_ids": batch} for batch in batches])
+    assert trial.divergence([0.0] * 3, 2) == pytest.approx(0, abs=1e-6)
+    trial.take([0.0] * 3)
+    ids = torch.cat(batches)[2:3]
+    dense = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    trial.take([1.0] * 3)
+    pruned = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    expected = float((dense.exp() * (dense - pruned)).sum(-1).mean())
+    trial.take([0.0] * 3)
+    assert trial.divergence([1.0] * 3, 2) == pytest.approx(expected, rel=1e-4)
+    assert expected > 0
+
+
+def test_a_trial_of_blocks_alone() -> None:
+    with pytest.raises(NotImplementedError, match="AsItIs has one rate per block"):
+        AsItIs(small_model(), []).by_linear()
+
+
+def test_mean_rates_by_hand() -> None:
+    assert mean_rates([{"a": 0.5, "b": 0.2}], [{"a": 10, "b": 20}]) == [pytest.approx(0.3)]
