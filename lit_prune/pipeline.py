@@ -40,7 +40,7 @@ from lit_prune.progress import log, track
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.reconstruct.finished import FinishedBlocks
 from lit_prune.reconstruct.losses import BlockLosses
-from lit_prune.reconstruct.reconstruction import Reconstruction
+from lit_prune.reconstruct.reconstruction import Reconstruction, check_batches
 
 DEFAULT = Recipe()
 MIN_SPARSITY_BEFORE = 1e-3  # below it a model counts as dense, in which a few weights are 0 by rounding
@@ -166,6 +166,8 @@ def prune(
     """Prunes ``model`` in place and returns the result; arguments and errors are those of :func:`score`."""
     check_offload_folder(model)
     batches = list(batches)
+    if recipe.reconstruction is not None:
+        check_batches(len(batches))
     finished = _finished(model, batches, recipe)
     scored = _score(model, batches, recipe, device, _needs(recipe), statistics)
     blocks = _with_rates(recipe.find(model), scored.linears)

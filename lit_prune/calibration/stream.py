@@ -43,13 +43,12 @@ class Stream:
     Attributes:
         hidden: The residual stream of every batch, (B, T, D), on the model's device.
         wraps: Whether the model's blocks return tuples.
-        blocks: Number of blocks.
     """
 
     def __init__(
         self, model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch], device: torch.device
     ) -> None:
-        self.device, self.blocks = device, len(blocks)
+        self.device = device
         self.offload_device = model.device
         self.masks: list[Tensor | None] = [_mask(batch) for batch in batches]
         self.hidden: list[Tensor] = []

@@ -58,12 +58,11 @@ class Reconstruction:
         yield
         if self.finished is not None and block in self.finished:
             self.losses.append(self.finished.restore(block))
-        else:
-            self.losses.append(self._reconstruct(block, targets))
-            if self.finished is not None:
-                self.finished.add(block, self.losses[-1])
-        if block.index < self.stream.blocks - 1:
             self.stream.run(block)
+            return
+        self.losses.append(self._reconstruct(block, targets))
+        if self.finished is not None:
+            self.finished.add(block, self.losses[-1])
 
     def note(self) -> str:
         """Returns the losses of the last block as text, for a progress bar."""
@@ -81,20 +80,32 @@ class Reconstruction:
 
     @torch.no_grad()
     def _reconstruct(self, block: Block, targets: Sequence[Tensor]) -> BlockLosses:
-        """Trains ``block``, and restores its weights if the loss on the held-out batches is not smaller."""
+        """Trains ``block`` and advances the stream; its weights come back if the held-out loss is not smaller."""
         before = [self._loss(block, targets, batches) for batches in (self._training, self._held_out)]
         trained = BlockTraining(self.settings, self.stream, block, targets).run(self._training)
         original = {name: block.module.get_parameter(name).detach().clone() for name in trained}
         _write(block, trained)
         held_out = self._loss(block, targets, self._held_out)
-        if not (kept := held_out < before[1]):
-            _write(block, original)
-            log(
-                f"Block {block.index} keeps the weights of the cut: its loss on held-out windows went from "
-                f"{before[1]:.4g} to {held_out:.4g}."
-            )
-        train = self._loss(block, targets, self._training) if kept else before[0]
-        return BlockLosses(before[0], train, before[1], held_out, kept)
+        if held_out < before[1]:
+            return BlockLosses(before[0], self._advance(block, targets), before[1], held_out, kept=True)
+        _write(block, original)
+        self.stream.run(block)
+        log(
+            f"Block {block.index} keeps the weights of the cut: its loss on held-out windows went from "
+            f"{before[1]:.4g} to {held_out:.4g}."
+        )
+        return BlockLosses(before[0], before[0], before[1], held_out, kept=False)
+
+    def _advance(self, block: Block, targets: Sequence[Tensor]) -> float:
+        """Advances the stream by ``block``, and returns the mean loss of a token over the training batches."""
+        loss = MeanError()
+        for index in range(len(self.stream.hidden)):
+            y_BTD = self.stream.output(index, block)
+            if index in self._training:
+                target_BTD = targets[index].to(self.stream.device)
+                loss.add(*relative_errors(y_BTD, target_BTD, self.stream.masks[index]))
+            self.stream.hidden[index] = y_BTD.to(self.stream.offload_device)
+        return loss.mean()
 
     def _loss(self, block: Block, targets: Sequence[Tensor], batches: Sequence[int]) -> float:
         """Returns the mean loss of a token over ``batches``."""
@@ -110,17 +121,22 @@ def reconstructing(reconstruction: Reconstruction | None, block: Block) -> Abstr
     return nullcontext() if reconstruction is None else reconstruction.block(block)
 
 
+def check_batches(number: int) -> None:
+    """Raises InputError if there are too few calibration batches to hold one out."""
+    if number < 2:
+        raise InputError(
+            f"`pruning.reconstruction` must have at least two calibration batches, one of which is held out, got "
+            f"{number}: raise `calibration.num_samples`, or lower `calibration.batch_size`."
+        )
+
+
 def _divided(batches: int) -> tuple[list[int], list[int]]:
     """Returns the numbers of the batches of this process to train on, and of those that are held out.
 
     Held out is the last eighth of the batches of all processes, of which ``batches`` are of this one.
     """
     total = distributed.all_reduce_count(batches)
-    if total < 2:
-        raise InputError(
-            f"`pruning.reconstruction` must have at least two calibration batches, one of which is held out, got "
-            f"{total}: raise `calibration.num_samples`, or lower `calibration.batch_size`."
-        )
+    check_batches(total)
     first_held_out = total - max(total // HELD_OUT, 1)
     numbers = [distributed.rank() + index * distributed.world_size() for index in range(batches)]
     training = [index for index, number in enumerate(numbers) if number < first_held_out]

@@ -36,7 +36,7 @@ class Reconstruct:
     """
 
     epochs: int = 4
-    lr: float = 1e-3
+    lr: float = 2e-3
     targets_from: Source = "dense"
     weight_decay: float = 0.1
     max_norm: float = 1.0
