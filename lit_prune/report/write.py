@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.allocate import write_plan
@@ -127,5 +128,11 @@ def _plan_header(plan: Path, report: ScoreReport) -> str:
 
 def _card(report: Report, plan: ExportPlan, format: ExportFormat, base: str, tokenizer: Tokenizer | None) -> str:
     imports = [structure.loading for structure in report.structures if structure.loading]
-    usage = format.usage(plan.outline, base if tokenizer is None else "this/folder", imports)
-    return model_card(report, base, usage)
+    source = "this/folder" if tokenizer is not None else _source_of_tokenizer(plan.model, base)
+    return model_card(report, base, format.usage(plan.outline, source, imports))
+
+
+def _source_of_tokenizer(model: PreTrainedModel, base: str) -> str:
+    """Returns the hub id of the base model; for one from a folder here or made in code, a text to be replaced."""
+    is_local = Path(model.name_or_path).exists()  # an empty name is the working directory
+    return "the/folder/of/its/tokenizer" if is_local else base

@@ -92,6 +92,7 @@ def test_a_plan_of_another_mean_says_what_to_ask_for(tmp_path: Path) -> None:
 
 def test_the_report_of_an_exported_folder_gains_its_verification(tmp_path: Path) -> None:
     plan, folder = ExportPlan.of(small_model()), RunFolder(str(tmp_path / "run"))
+    plan.model.name_or_path = "some/model"
     folder.claim()
     before = summary(plan, None, [])
     written, report = write_results(
@@ -105,10 +106,12 @@ def test_the_report_of_an_exported_folder_gains_its_verification(tmp_path: Path)
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert 'AutoTokenizer.from_pretrained("some/model")' in card  # there is none in the folder
 
+    plan.model.name_or_path = str(tmp_path)  # a folder that others do not have
     tasks = TaskResults("lm-eval 0.4", HarnessSettings(), {"arc": {"acc": 0.5, "samples": None}}, 1.0)
     report = replace(report, tasks=tasks)
     write_tasks(folder, plan, report, format=HuggingFace(), base="some/model", tokenizer=None)
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "| arc | acc 0.5000 |" in card
+    assert 'AutoTokenizer.from_pretrained("the/folder/of/its/tokenizer")' in card
     assert 'AutoModelForCausalLM.from_pretrained("this/folder")' in card
     assert json.loads((tmp_path / "run" / "report.json").read_text())["tasks"]["results"]["arc"]["acc"] == 0.5
