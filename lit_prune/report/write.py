@@ -134,5 +134,5 @@ def _card(report: Report, plan: ExportPlan, format: ExportFormat, base: str, tok
 
 def _source_of_tokenizer(model: PreTrainedModel, base: str) -> str:
     """Returns the hub id of the base model; for one from a folder here or made in code, a text to be replaced."""
-    is_local = Path(model.name_or_path).exists()  # an empty name is the working directory
+    is_local = Path(model.name_or_path or "").exists()  # an empty name is the working directory
     return "the/folder/of/its/tokenizer" if is_local else base
