@@ -26,6 +26,7 @@ from safetensors import safe_open
 from tables import table
 from transformers import AutoModelForCausalLM
 
+from lit_prune.allocate import Uniform
 from lit_prune.export.formats import ExportFormat, HuggingFace, Packed
 from lit_prune.export.plan import ExportPlan
 from lit_prune.models.load import load_model
@@ -38,7 +39,7 @@ PATTERNS: dict[str, Recipe] = {
     "0.5": Recipe(Magnitude(), 0.5),
     "0.6": Recipe(Magnitude(), 0.6),
     "0.7": Recipe(Magnitude(), 0.7),
-    "2:4": Recipe(Magnitude(NofM(2, 4)), 0.5),
+    "2:4": Recipe(Magnitude(NofM(2, 4)), 0.5, Uniform()),
 }
 FORMATS: dict[str, ExportFormat] = {"ordinary": HuggingFace(), "packed": Packed()}
 
