@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils.data import DataLoader
 
 from lit_prune.cli.main import main
@@ -28,6 +29,7 @@ QUICK = [
     "--pruning.calibration.seq_length=64",
 ]
 STANDING = {"FOLDER": "embedded", "CONFIG": "configs/quickstart.yaml"}  # what a page leaves to its reader
+DEFAULT_OUTPUT = "runs/lit_prune"
 OWN = ("prune_then_finetune", "evaluation")  # run by tests/test_workflow_docs.py
 ELSEWHERE = ("--push_to_hub", "--trainer.devices", "--tasks")  # what a test cannot have, or has a test of its own
 
@@ -82,6 +84,27 @@ def test_commands_are_understood(page: str, project: Path) -> None:
             Path(config).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy("configs/quickstart.yaml", config)
         assert Parsed(arguments).subcommand == arguments[0], (number, arguments)
+
+
+def output(command: list[str]) -> str:
+    """The folder that a command writes to, by its option or by its configuration."""
+    given = dict(zip(command, [*command[1:], ""], strict=True))
+    config = ROOT / given["--config"] if "--config" in given else None
+    settings = yaml.safe_load(config.read_text()) if config is not None and config.exists() else {}
+    return given.get("--output", settings.get("output", DEFAULT_OUTPUT))
+
+
+def test_every_command_writes_to_a_folder_of_its_own() -> None:
+    """A second command for the same folder would be refused; the same command may stand on several pages."""
+    writers: dict[str, set[str]] = {}
+    for command in {" ".join(command): command for page in PAGES for command in commands(page)}.values():
+        if command[0] in ("validate", "test") or "--overwrite" in command:
+            continue
+        if command[0] == "fit" and "--ckpt_path" in command:  # continues the run in its folder
+            continue
+        writers.setdefault(output(command), set()).add(" ".join(command))
+    assert len(writers) > 30
+    assert {folder: found for folder, found in writers.items() if len(found) > 1} == {}
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,12 @@ class Tasks:
             raise InputError(
                 "`lm_eval.chat` must be false for a tokenizer without a chat template, as this is: leave it out."
             )
-        manager = self._manager()
+        manager = self._manager
         if load:
             self._load(manager)
         return manager
 
+    @cached_property
     def _manager(self) -> Any:
         """The manager of the tasks in `include_path`, and of the harness's own only if a name is not among these.
 
