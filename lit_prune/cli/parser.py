@@ -17,12 +17,12 @@ import transformers  # noqa: E402
 import yaml  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402
-from lightning.pytorch.callbacks import TQDMProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning_utilities.core.enums import StrEnum  # noqa: E402
 
 import lit_prune  # noqa: E402
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback  # noqa: E402
+from lit_prune.callbacks.progress_bar import FitProgressBar  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, find_callback  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from lit_prune.checkpointing.resume import Resume  # noqa: E402
@@ -164,7 +164,7 @@ class LitPruneCLI(LightningCLI):
     def _callbacks_of_fit(self, config: Namespace) -> list[Any]:
         callbacks: list[Any] = []
         if config.trainer.enable_progress_bar is not False and "ProgressBar" not in str(config.trainer.callbacks):
-            callbacks.append(TQDMProgressBar())  # the rich one, Lightning's default, counts epochs to -2
+            callbacks.append(FitProgressBar())  # the rich one, Lightning's default, counts epochs to -2
         if config.trainer.enable_checkpointing is not False:
             callbacks.append(RunCheckpoint(str(Path(config.output) / "checkpoints"), config.checkpoint_every))
         return callbacks

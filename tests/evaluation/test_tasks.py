@@ -320,3 +320,22 @@ def test_the_task_that_ships_tells_a_good_model_from_a_bad_one(embedded: PreTrai
     pruned = task.run(embedded, tokenizer).results["python_docs_cloze"]
     assert dense["acc"] > 0.45
     assert pruned["acc"] < dense["acc"] - 2 * (dense["acc_stderr"] ** 2 + pruned["acc_stderr"] ** 2) ** 0.5
+
+
+def test_the_tasks_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lm_eval.tasks import TaskManager
+
+    listed: list[bool] = []
+
+    class Empty(TaskManager):
+        def __init__(self, include_path: str | None = None, include_defaults: bool = True) -> None:
+            listed.append(include_defaults)
+            super().__init__(include_path=include_path, include_defaults=False)
+
+        def match_tasks(self, task_list: list[str]) -> list[str]:
+            return task_list if listed[-1] else []
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", Empty)
+    tasks = Tasks(["arc_easy"])
+    assert tasks.check() is tasks.check()
+    assert listed == [False, True]
