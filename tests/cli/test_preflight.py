@@ -170,5 +170,5 @@ def test_on_disk_is_refused_where_it_cannot_be(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize("end", [{"max_time": "00:00:01:00"}, {"fast_dev_run": True}, {"max_epochs": 1}])
 def test_what_ends_a_training_without_a_number_of_steps(end: dict[str, Any]) -> None:
     unset = {"max_steps": -1, "max_epochs": None, "max_time": None, "fast_dev_run": False}
-    others = {"callbacks": None, "barebones": False, "accelerator": "auto"}
+    others = {"callbacks": None, "barebones": False, "accelerator": "auto", "precision": None}
     check_settings(Namespace(trainer=Namespace(**{**unset, **others, **end}), push_to_hub=None), "fit")
