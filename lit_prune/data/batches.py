@@ -100,7 +100,7 @@ def check_limits(trainer: Trainer) -> None:
 
 def _batches_allowed(loader: Any, limit: int | float, field: str) -> int:
     """Returns the number of batches of ``loader`` that a limit of the Trainer allows; raises InputError for none."""
-    if isinstance(limit, int):
+    if isinstance(limit, int) and limit > 0:
         return limit
     try:
         batches = len(loader)

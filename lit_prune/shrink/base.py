@@ -6,6 +6,7 @@ Suffixes: I inputs and O outputs of the writer of a part, U units, S inputs that
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -49,7 +50,6 @@ class UnitMethod(Method):
         rounds: Number of rounds in which the units of a block are removed.
         damping: Share of the mean of the Gram matrix's diagonal that is added to it.
         compensate: Whether weights are updated to make up for what is removed.
-        sizes_class: The structure that records the cut, which finds the part.
     """
 
     multiple: int
@@ -57,7 +57,6 @@ class UnitMethod(Method):
     damping: float
     compensate: bool
 
-    sizes_class: ClassVar[type[PartSizes]]
     needs: ClassVar[frozenset[str]] = frozenset({GRAM})
     chooses_linears: ClassVar[bool] = False
     needs_text: ClassVar[bool] = True
@@ -66,6 +65,11 @@ class UnitMethod(Method):
     supports_reconstruction: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
+
+    @property
+    @abstractmethod
+    def sizes_class(self) -> type[PartSizes]:
+        """The structure that records the cut, and finds the part."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -201,7 +205,7 @@ class UnitMethod(Method):
                 if reconstruction is None and block is not blocks[-1]:
                     residual.run(block)
         path = blocks[0].path.rpartition(".")[0]
-        sizes = type(self).sizes_class(units, full, dict(parts[0].fields), dict(parts[0].fixed), path)
+        sizes = self.sizes_class(units, full, dict(parts[0].fields), dict(parts[0].fixed), path)
         set_sizes(model, [block.module for block in blocks], sizes.sizes)
         structure.add_structure(model, sizes)
         return rates_from_units(units, full)
@@ -276,17 +280,17 @@ class UnitMethod(Method):
             raise self._refused(model, str(reason)) from reason
 
     def _find(self, linears: Mapping[str, PrunableLinear], config: Any) -> Part:
-        find: Callable[[Mapping[str, PrunableLinear], Any], Part] = type(self).sizes_class.find
+        find: Callable[[Mapping[str, PrunableLinear], Any], Part] = self.sizes_class.find
         return find(linears, config)
 
     def _recorded(self, model: PreTrainedModel) -> PartSizes | None:
         """The structure of earlier cuts by the same method."""
-        kind = type(self).sizes_class
+        kind = self.sizes_class
         return next((found for found in structure.structures(model) if isinstance(found, kind)), None)
 
     @property
     def _noun(self) -> str:
-        return type(self).sizes_class.noun
+        return self.sizes_class.noun
 
 
 def _parameters_of_a_unit(block: Block, part: Part) -> int:

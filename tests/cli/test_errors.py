@@ -24,9 +24,13 @@ MISTAKES = [
     (["--pruning.sparsty=0.5"], r"`--pruning.sparsty` is not an option. Did you mean --pruning.sparsity"),
     (
         ["--pruning.method=Wnda"],
-        r"`pruning.method` must be one of Magnitude, Slicing, .*Wanda.*got 'Wnda'. Did you mean Wanda",
+        r"`pruning.method` must be one of ADMM, HeadGroups, MLPWidth, Magnitude, Slicing, SparseGPT, Wanda, "
+        r"or .*got 'Wnda'. Did you mean Wanda",
     ),
-    (["--pruning.allocation=DPL"], r"`pruning.allocation` must be one of AlphaPruning, DLP, .*Did you mean DLP"),
+    (
+        ["--pruning.allocation=DPL"],
+        r"`pruning.allocation` must be one of AlphaPruning, Arithmetic, DLP, .*Did you mean DLP",
+    ),
     (
         ["--pruning.recovery=Lora"],
         r"`pruning.recovery` must be one of FullFineTuning, LoRA, MaskedLoRA, .*Did you mean LoRA",
@@ -36,7 +40,7 @@ MISTAKES = [
     (["--pruning.allocation=Plan"], r"`pruning.allocation.path` must be given: Plan needs it"),
     (
         ["--pruning.allocation=Search", "--pruning.allocation.start=DPL"],
-        r"`pruning.allocation.start` must be one of AlphaPruning, DLP, .*Did you mean DLP",
+        r"`pruning.allocation.start` must be one of AlphaPruning, Arithmetic, DLP, .*Did you mean DLP",
     ),
     (
         ["--pruning.method.pattern=NofN"],

@@ -165,7 +165,8 @@ def test_a_folder_with_blocks_of_different_sizes_is_exported_to_gguf() -> None:
     )
     assert len(set(model.config.block_sizes["intermediate_size"])) > 1
     run("export", "--model.pretrained=runs/x/model", "--format=gguf", "--output=runs/y")
-    assert report("runs/y")["bytes"] == report()["bytes"] < 4 * 4e6 * 0.9
+    assert report("runs/y")["bytes"] == pytest.approx(report()["bytes"], rel=2e-3)  # vectors are f32
+    assert report()["bytes"] < 2 * 4e6 * 0.9
     assert "Shrunk with MLPWidth" in Path("runs/y/model/README.md").read_text()
     found = LlamaCpp(Path("runs/y/model/model.gguf")).logprobs([*ids, 5, 6], 3)
     torch.testing.assert_close(found, logprobs(model, [*ids, 5, 6], 3), atol=0.01, rtol=0)
@@ -173,7 +174,7 @@ def test_a_folder_with_blocks_of_different_sizes_is_exported_to_gguf() -> None:
 
 def test_a_folder_is_exported_as_it_is() -> None:
     run("export", "--model.pretrained=embedded", "--output=runs/x")
-    assert AutoModelForCausalLM.from_pretrained("runs/x/model").dtype == torch.float32
+    assert AutoModelForCausalLM.from_pretrained("runs/x/model").dtype == torch.bfloat16
     assert "# embedded, exported with lit_prune" in Path("runs/x/model/README.md").read_text()
     assert list(report()["perplexity"]) == ["after"]
 
@@ -185,7 +186,7 @@ def test_a_fit_and_its_checkpoint_are_exported_to_gguf() -> None:
     assert first["export"]["merged"]
     assert first["export"]["perplexity"] == pytest.approx(first["perplexity"]["recovered"], rel=1e-3)
     main(["export", "--ckpt_path=runs/x/checkpoints/last.ckpt", "--format.outtype=q8_0", "--output=runs/y"])
-    assert report("runs/y")["bytes"] == pytest.approx(34 / 32 / 4 * first["bytes"], rel=1e-2)
+    assert report("runs/y")["bytes"] == pytest.approx(34 / 32 / 2 * first["bytes"], rel=1e-2)
     assert report("runs/y")["export"]["zeros_found"] >= first["export"]["zeros_expected"]
 
 

@@ -50,10 +50,10 @@ def test_a_structure_comes_back_from_the_config(model: PreTrainedModel) -> None:
     assert [described.sizes for described in describe(model)] == [(48,)]
 
 
-def test_one_of_a_kind_takes_the_place_of_the_earlier(model: PreTrainedModel) -> None:
+def test_the_latest_of_a_kind_replaces_the_earlier_and_comes_last(model: PreTrainedModel) -> None:
     for shape in (Vocabulary(48), Depth(), Vocabulary(40)):
         add_structure(model, shape)
-    assert structures(model) == (Vocabulary(40), Depth())
+    assert structures(model) == (Depth(), Vocabulary(40))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, final
+from typing import Literal, final, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -46,6 +46,11 @@ class GGUF(ExportFormat):
     """
 
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
+
+    def __post_init__(self) -> None:
+        types = ("auto", *get_args(OutType))
+        if self.outtype not in types:
+            raise InputError(f"`format.outtype` must be one of {', '.join(types)}, got {self.outtype!r}.")
 
     @property
     def tolerance(self) -> Tolerance:

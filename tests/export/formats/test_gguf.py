@@ -117,7 +117,7 @@ def test_blocks_of_different_sizes_with_biases_are_refused(tmp_path: Path) -> No
         GGUF().check_model(model, load_tokenizer("embedded"))
 
 
-@pytest.mark.parametrize("method", [MLPWidth(), HeadGroups()])
+@pytest.mark.parametrize("method", [MLPWidth(multiple=16), HeadGroups()])
 def test_what_was_shrunk_evenly_is_of_its_family(method: Method, tmp_path: Path) -> None:
     model, ids = small("llama"), list(range(5, 25))
     prune(model, [torch.randint(1, 64, (2, 16))], Recipe(method, 0.5, Uniform()))
