@@ -160,7 +160,7 @@ def test_a_folder_is_exported_to_gguf_and_run_by_llama_cpp(capsys: pytest.Captur
 def test_a_folder_with_blocks_of_different_sizes_is_exported_to_gguf() -> None:
     run("prune", "--output=runs/x", "--pruning.method=MLPWidth", "--pruning.sparsity=0.3")
     model, ids = (
-        AutoModelForCausalLM.from_pretrained("runs/x/model"),
+        AutoModelForCausalLM.from_pretrained("runs/x/model", dtype=torch.float32),
         load_tokenizer("embedded")("Open it")["input_ids"],
     )
     assert len(set(model.config.block_sizes["intermediate_size"])) > 1
@@ -169,7 +169,8 @@ def test_a_folder_with_blocks_of_different_sizes_is_exported_to_gguf() -> None:
     assert report()["bytes"] < 2 * 4e6 * 0.9
     assert "Shrunk with MLPWidth" in Path("runs/y/model/README.md").read_text()
     found = LlamaCpp(Path("runs/y/model/model.gguf")).logprobs([*ids, 5, 6], 3)
-    torch.testing.assert_close(found, logprobs(model, [*ids, 5, 6], 3), atol=0.01, rtol=0)
+    # llama.cpp rounds activations to bfloat16 where the weights are
+    torch.testing.assert_close(found, logprobs(model, [*ids, 5, 6], 3), atol=0.05, rtol=0)
 
 
 def test_a_folder_is_exported_as_it_is() -> None:
