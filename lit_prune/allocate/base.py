@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -47,9 +47,11 @@ class Allocation(ABC):
         by_linear: Whether every linear gets a rate of its own, which only methods that make zeros support.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    searches: ClassVar[bool] = False
-    by_linear: ClassVar[bool] = False
+    # without annotations: jsonargparse evaluates those of a base class with the names in the module of the subclass,
+    # and where one is missing there, it checks the type of no option of the subclass
+    needs = frozenset[str]()
+    searches = False
+    by_linear = False
 
     @abstractmethod
     def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:

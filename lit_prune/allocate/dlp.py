@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class DLP(Allocation):
     alpha: float = 0.15
     statistic: Literal["median", "mean", "max", "sum", "std", "var"] = "median"
 
-    needs: ClassVar[frozenset[str]] = frozenset({INPUTS})
+    needs = frozenset({INPUTS})
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 0.5:

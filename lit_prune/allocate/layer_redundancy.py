@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 from torch import Tensor
 
@@ -31,7 +31,7 @@ class LayerRedundancy(Allocation):
 
     base: float | None = None
 
-    needs: ClassVar[frozenset[str]] = frozenset({COSINE})
+    needs = frozenset({COSINE})
 
     def __post_init__(self) -> None:
         if self.base is not None and not 0 <= self.base < 1:

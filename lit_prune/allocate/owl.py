@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class OWL(Allocation):
     threshold: float = 5.0
     lam: float = 0.08
 
-    needs: ClassVar[frozenset[str]] = frozenset({INPUTS})
+    needs = frozenset({INPUTS})
 
     def __post_init__(self) -> None:
         if self.threshold < 1:

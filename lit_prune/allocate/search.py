@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 from torch import Tensor
 
@@ -82,7 +82,7 @@ class Search(Allocation):
     seed: int = 0
     state: str | None = field(default=None, repr=False)
 
-    searches: ClassVar[bool] = True
+    searches = True
 
     def __post_init__(self) -> None:
         from lit_prune.allocate.dlp import DLP  # here, since no allocation imports another at module level

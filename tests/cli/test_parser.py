@@ -1,14 +1,20 @@
 """The arguments, their defaults, and the configuration that a run writes."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse._parameter_resolvers import get_signature_parameters
 
+from lit_prune.allocate import Allocation
 from lit_prune.cli.main import main
-from lit_prune.pruning import SparseGPT
+from lit_prune.distill import Teacher
+from lit_prune.export.formats import ExportFormat
+from lit_prune.pruning import Method, Pattern, SparseGPT
+from lit_prune.recover import Recovery
 from tests.cli.conftest import report, run
 
 
@@ -120,3 +126,19 @@ def test_short_names_of_every_room_are_known() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "Slicing" in done.stdout.split()
+
+
+@pytest.mark.parametrize("base", [Allocation, ExportFormat, Method, Pattern, Recovery, Teacher])
+def test_the_type_of_every_option_of_a_class_is_known(base: type) -> None:
+    kinds = [kind for kind in concrete(base) if kind.__module__.startswith("lit_prune.")]
+    assert kinds
+    for kind in kinds:
+        for parameter in get_signature_parameters(kind, None):
+            assert not isinstance(parameter.annotation, str), f"{kind.__name__}.{parameter.name} would not be checked"
+
+
+def concrete(base: type) -> list[type]:
+    children: list[type] = base.__subclasses__()
+    return [child for child in children if not inspect.isabstract(child)] + [
+        leaf for child in children for leaf in concrete(child)
+    ]

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -41,7 +40,7 @@ class ExportFormat(ABC):
         stores_zeros: Whether pruned weights are stored like others.
     """
 
-    stores_zeros: ClassVar[bool] = True
+    stores_zeros = True  # not annotated, see ``Allocation``
 
     @property
     def tolerance(self) -> Tolerance:

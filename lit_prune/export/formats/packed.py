@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, final
+from typing import final
 
 import torch
 from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ class Packed(ExportFormat):
         InputError: for a model without masks, with quantised weights, or with weights that stay on disk.
     """
 
-    stores_zeros: ClassVar[bool] = False
+    stores_zeros = False
 
     def check(self, outline: Outline) -> None:
         """Raises InputError for a model that has nothing to pack, or whose weights are stored in another way."""
