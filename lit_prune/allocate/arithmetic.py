@@ -10,7 +10,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, Refined, meet_budget
+from lit_prune.allocate.base import Allocation, Refined, meet_budget, weighted_mean
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
@@ -120,13 +120,11 @@ class Arithmetic(Allocation):
         try:
             with counted(len(candidates) * len(windows), "Trying differences") as report:
                 for number, rates in enumerate(candidates):
-                    total = 0.0
                     for position, window in enumerate(windows):
                         if ((number,), window) not in measured.losses:
                             measured.losses[(number,), window] = trial.loss(rates, window)
-                        total += measured.losses[(number,), window] * tokens[position]
                         report(number * len(windows) + position + 1, "")
-                    losses.append(total / sum(tokens))
+                    losses.append(weighted_mean([measured.losses[(number,), window] for window in windows], tokens))
         finally:
             measured.save(key, list(candidates[losses.index(min(losses)) if losses else 0]))
         return losses

@@ -204,9 +204,14 @@ def _bisect(mean: Callable[[float], float], target: float) -> float:
     return above
 
 
-def weighted_mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+def weighted_mean(values: Sequence[float], sizes: Sequence[float]) -> float:
     """Returns the mean of ``values`` weighted by ``sizes``."""
     return sum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
+
+
+def mean_rate(rates: Mapping[str, float], sizes: Mapping[str, float]) -> float:
+    """Returns the mean rate of a block's linears, weighted by their sizes."""
+    return weighted_mean(list(rates.values()), [sizes[name] for name in rates])
 
 
 def min_max(values: Sequence[float]) -> list[float]:

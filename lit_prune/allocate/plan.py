@@ -11,7 +11,7 @@ from typing import Any, final
 import yaml
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, weighted_mean
+from lit_prune.allocate.base import Allocation, mean_rate, weighted_mean
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from lit_prune.models.families import Block
@@ -67,7 +67,7 @@ class Plan(Allocation):
                 f"`Plan.path`: block {block.index} in {self.path} must have the linears that are pruned, "
                 f"{', '.join(block.linears)}; {differing[0]} is {'not one' if differing[0] in planned else 'missing'}."
             )
-        mean = sum(planned[name] * linear.size for name, linear in block.linears.items()) / block.size
+        mean = mean_rate(planned, {name: linear.size for name, linear in block.linears.items()})
         if abs(mean - rate) > MEAN_TOLERANCE:
             raise InputError(
                 f"`Plan.path`: the rate of block {block.index} in {self.path} must be the mean of its linears, "

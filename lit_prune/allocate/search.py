@@ -12,14 +12,14 @@ from typing import Any, Literal, final, get_args
 
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, Refined
+from lit_prune.allocate.base import Allocation, Refined, mean_rate, weighted_mean
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from lit_prune.progress import counted, log
 from lit_prune.search.evolution import Evolution, Point, Rounds, Space
 from lit_prune.search.losses import MeasuredLosses
-from lit_prune.search.trial import LinearTrial, Trial, mean_rates
+from lit_prune.search.trial import LinearTrial, Trial
 
 Level = Literal["blocks", "linears"]
 Loss = Literal["cross_entropy", "kl"]
@@ -177,7 +177,8 @@ class Search(Allocation):
         # as many moves as between blocks: every linear that changes has to be pruned anew
         found = self._run(space, linears, {**key, "sizes of linears": linears.sizes}, moves=max(len(rates) // 3, 1))
         by_block, sizes = linears.by_block(found.rates), linears.by_block(linears.sizes)
-        return Refined(mean_rates(by_block, sizes), found.details, by_block)
+        means = [mean_rate(by_name, by_name_sizes) for by_name, by_name_sizes in zip(by_block, sizes, strict=True)]
+        return Refined(means, found.details, by_block)
 
     def _run(self, space: Space, trial: Trial, key: Mapping[str, Any], moves: int | None = None) -> Refined:
         bounds = {"lower": list(space.lower), "upper": list(space.upper)}
@@ -255,8 +256,7 @@ class _Run:
     def loss(self, point: Point, windows: Sequence[int]) -> float:
         """Returns the mean loss over the predicted tokens of some windows, reusing measurements."""
         tokens = [self.trial.tokens[window] for window in windows]
-        losses = [self._measure(point, window) for window in windows]
-        return sum(loss * count for loss, count in zip(losses, tokens, strict=True)) / sum(tokens)
+        return weighted_mean([self._measure(point, window) for window in windows], tokens)
 
     def _measure(self, point: Point, window: int) -> float:
         measurement = (point, window)

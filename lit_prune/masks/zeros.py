@@ -1,4 +1,4 @@
-"""Counts of zeros in tensors, and in the linears that a model's record lists as pruned."""
+"""Zeros in tensors, and in the linears that a model's record lists as pruned: their counts, and casts that add none."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ def zeros(tensors: Iterable[Tensor]) -> tuple[int, int]:
         zero += tensor.numel() - int(torch.count_nonzero(tensor))
         total += tensor.numel()
     return zero, total
+
+
+def cast(weight: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns ``weight`` in ``dtype``, kept weights that would round to 0 as the smallest normal number."""
+    # every zero counts as pruned, in the sparsity as well as in the masks of later training
+    converted = weight.to(dtype)
+    return torch.where(keep & (converted == 0), torch.finfo(dtype).tiny, converted)
 
 
 def pruned_blocks(model: PreTrainedModel) -> list[Block]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lit_prune.calibration.statistics import GRAM, InputStatistics
 from lit_prune.errors import InputError
+from lit_prune.masks.zeros import cast
 from lit_prune.pruning.base import MaskMethod, Propagate
 from lit_prune.pruning.patterns import Pattern
-from lit_prune.pruning.updates import DEAD_COLUMN, cast, not_finite
+from lit_prune.pruning.updates import DEAD_COLUMN, not_finite
 
 STAGES = 5  # the penalty grows from each to the next
 

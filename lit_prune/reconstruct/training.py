@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from lit_prune import distributed
 from lit_prune.calibration.stream import Stream
+from lit_prune.masks.zeros import cast
 from lit_prune.models.families import Block
 from lit_prune.models.linears import linears_of
 from lit_prune.reconstruct.losses import relative_errors
@@ -95,11 +96,7 @@ class BlockTraining:
         """Returns the new values of a parameter in its type; a weight that had no gradient has kept its value."""
         original, master = self.block.module.get_parameter(name).detach(), self.weights[name]
         has_gradient = optimizer.state[master]["exp_avg_sq"] != 0  # an expert without tokens has none
-        trained = master.detach().to(original.dtype)
-        # a weight that would round to 0 would count as pruned
-        tiny = torch.finfo(original.dtype).tiny
-        trained = torch.where((trained == 0) & (original != 0), tiny, trained)
-        return torch.where(has_gradient, trained, original)
+        return torch.where(has_gradient, cast(master.detach(), original != 0, original.dtype), original)
 
 
 def _summed(gradients: Sequence[Tensor]) -> Sequence[Tensor]:

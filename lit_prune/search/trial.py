@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -99,14 +99,6 @@ class LinearTrial(Trial):
     @abstractmethod
     def by_block(self, rates: Sequence[float]) -> list[dict[str, float]]:
         """Returns ``rates`` of the linears by block and name."""
-
-
-def mean_rates(linears: Sequence[Mapping[str, float]], sizes: Sequence[Mapping[str, float]]) -> list[float]:
-    """Returns the mean rate of each block's linears, weighted by their sizes."""
-    totals = [
-        sum(rate * size[name] for name, rate in rates.items()) for rates, size in zip(linears, sizes, strict=True)
-    ]
-    return [total / sum(size.values()) for total, size in zip(totals, sizes, strict=True)]
 
 
 def _finite(value: float) -> float:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Plan, Uniform, allocate
-from lit_prune.allocate.base import weighted_mean
+from lit_prune.allocate.base import mean_rate, weighted_mean
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from tests.allocate.blocks import rates
@@ -75,3 +75,7 @@ def test_a_score_is_one_finite_number_and_touches_nothing(leaf: type[Allocation]
     assert math.isfinite(found)
     assert found == leaf().score(weights, observed)
     assert all(torch.equal(before[name], weight) for name, weight in weights.items())
+
+
+def test_the_mean_rate_of_linears_by_hand() -> None:
+    assert mean_rate({"a": 0.5, "b": 0.2}, {"b": 20, "a": 10}) == pytest.approx(0.3)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lit_prune.allocate import Uniform
-from lit_prune.masks.zeros import zeros
+from lit_prune.masks.zeros import cast, zeros
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import score
@@ -28,3 +28,9 @@ def test_zeros_of_rounding_are_no_earlier_cut(share: float, before: float) -> No
     assert score(model, [ids], Recipe(Magnitude(), 0.5, Uniform())).sparsity_before == pytest.approx(before, abs=0.01)
     take_zeros(model, None, MaskedLoRA())
     assert structure.masked(model) is (before > 0)
+
+
+def test_a_kept_weight_that_half_precision_would_round_to_zero_stays() -> None:
+    cast_OI = cast(torch.tensor([[1e-9, 0.0, 2.0]]), torch.tensor([[True, False, True]]), torch.float16)
+    assert (cast_OI != 0).tolist() == [[True, False, True]]
+    assert cast_OI.dtype == torch.float16

@@ -1,9 +1,13 @@
+import pytest
 import torch
 
-from lit_prune.pruning.updates import cast
+from lit_prune.calibration.statistics import InputStatistics
+from lit_prune.errors import InputError
+from lit_prune.pruning import ADMM, SparseGPT
 
 
-def test_a_kept_weight_that_half_precision_would_round_to_zero_stays() -> None:
-    cast_OI = cast(torch.tensor([[1e-9, 0.0, 2.0]]), torch.tensor([[True, False, True]]), torch.float16)
-    assert (cast_OI != 0).tolist() == [[True, False, True]]
-    assert cast_OI.dtype == torch.float16
+@pytest.mark.parametrize("method", [ADMM(), SparseGPT()])
+def test_inputs_that_are_not_finite_are_refused(method: ADMM | SparseGPT) -> None:
+    statistics = InputStatistics(gram_II=torch.full((2, 2), torch.nan))
+    with pytest.raises(InputError, match="must give linears finite inputs, got NaN"):
+        method.prune([torch.ones(3, 2)], statistics, 0.5)

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.evaluation.perplexity import measure
-from lit_prune.search.trial import Trial, mean_rates, model_on_device
+from lit_prune.search.trial import Trial, model_on_device
 from tests.conftest import small_model
 
 
@@ -81,7 +81,3 @@ def test_the_divergence_is_from_the_unpruned_model(model: PreTrainedModel, batch
 def test_a_trial_of_blocks_alone() -> None:
     with pytest.raises(NotImplementedError, match="AsItIs has one rate per block"):
         AsItIs(small_model(), []).by_linear()
-
-
-def test_mean_rates_by_hand() -> None:
-    assert mean_rates([{"a": 0.5, "b": 0.2}], [{"a": 10, "b": 20}]) == [pytest.approx(0.3)]
