@@ -113,7 +113,7 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     pretends = any(isinstance(tensor, PretendedTensor) for tensor in tensors)
     if kwargs.get("device") is not None:
         pretends = torch.device(kwargs["device"]).type == "pretend"
-        kwargs = {**kwargs, "device": CPU}
+        kwargs = {**kwargs, "device": CPU} if pretends else kwargs  # `meta` stays: models are loaded on it
     if func is aten._to_copy.default:  # a copy, even to the device and the type that the tensor has
         kwargs = {name: value for name, value in kwargs.items() if name != "non_blocking"}
     if func is aten.histc.default and not args[0].is_floating_point():  # which a GPU takes
