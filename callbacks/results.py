@@ -261,7 +261,7 @@ class ResultsCallback(Callback):
         try:
             results = self.tasks.run(self._written(plan), tokenizer)
         except Exception as error:  # of the harness, the task, its data
-            return report, self._failure(self.tasks, error)
+            return report, self._failure(self.tasks, error, plan.outline)
         report = replace(report, tasks=results)
         write_tasks(self.folder, plan, report, format=self.format, base=base, tokenizer=tokenizer)
         return report, None
@@ -270,12 +270,18 @@ class ResultsCallback(Callback):
         """Returns the model of the folder: the one in memory unless its weights were rounded, which are reopened."""
         if not plan.rounded:
             return plan.reference
-        return self.format.open(self.folder.path / "model", plan.model.device, dtype=plan.compute_dtype)
+        return self.format.open(
+            self.folder.path / "model",
+            plan.model.device,
+            dtype=plan.compute_dtype,
+            trust_remote_code=plan.outline.custom_code,
+        )
 
-    def _failure(self, tasks: Tasks, error: Exception) -> InputError:
+    def _failure(self, tasks: Tasks, error: Exception, outline: Outline) -> InputError:
         """Returns the error with the command that runs the tasks again."""
         reason, folder = (str(error).strip() or type(error).__name__).splitlines()[0], self.folder.path / "model"
-        command = f"lit-prune evaluate --model.pretrained {folder} --tasks {','.join(tasks.names)}"
+        trust = " --model.trust_remote_code true" if outline.custom_code else ""
+        command = f"lit-prune evaluate --model.pretrained {folder}{trust} --tasks {','.join(tasks.names)}"
         failure = InputError(
             f"`tasks` could not be run: {reason}. The model is in {folder}: try again with `{command}`."
         )

@@ -21,7 +21,10 @@ def fill_lengths(config: Namespace) -> None:
     if not missing:
         return
     model = config.model
-    llm = load_config(model.pretrained) if model.architecture is None else architecture_config(model.architecture)
+    if model.architecture is None:
+        llm = load_config(model.pretrained, model.trust_remote_code)
+    else:
+        llm = architecture_config(model.architecture)
     limit = getattr(llm.get_text_config(), "max_position_embeddings", None)
     for field in missing:
         config[field] = min(defaults[field], limit or defaults[field])

@@ -130,6 +130,7 @@ class LitPruneCLI(LightningCLI):
             }
         )
         parser.link_arguments("model.pretrained", "data.tokenizer")
+        parser.link_arguments("model.trust_remote_code", "data.trust_remote_code")
 
     def before_instantiate_classes(self) -> None:
         """Checks the settings and the output folder, then adds the callbacks that write results and checkpoints."""

@@ -140,7 +140,7 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
         _check_random_start(model, pruning)
     _check_packing(model, datamodule)
     if verb in ("fit", "prune", "score"):
-        unloaded = skeleton(model.config, model.attn_implementation)
+        unloaded = skeleton(model.config, model.attn_implementation, model.trust_remote_code)
         check_without_weights(pruning.fit_plan, unloaded, datamodule, trains=verb == "fit")
         if verb != "score":
             results.check_format(pruning, unloaded, trains=verb == "fit", on_disk=model.on_disk)
@@ -156,7 +156,7 @@ def _check_export(
     """Checks that the format can hold the model; the form of a checkpoint is checked when that is loaded."""
     if model.on_disk:
         raise InputError("`model.on_disk` must be false for export, which loads the whole model.")
-    unloaded = skeleton(model.config)
+    unloaded = skeleton(model.config, trust_remote_code=model.trust_remote_code)
     if pruning.resume is None:
         results.format.check(Outline.of(unloaded))
     results.format.check_model(unloaded, datamodule.tokenizer)

@@ -60,6 +60,7 @@ class TextDataModule(LightningDataModule):
         val_windows: Number of windows, from the first on, that validation and test use; null uses all.
         seed: Seed of the order of the training windows.
         num_workers: Number of worker processes that load batches.
+        trust_remote_code: Run Python code that comes with the tokenizer.
 
     Raises:
         InputError: for files that are missing or empty, a column that does not exist, text shorter than one window, or
@@ -89,12 +90,14 @@ class TextDataModule(LightningDataModule):
         val_windows: int | None = None,
         seed: int = 0,
         num_workers: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.seq_length = WINDOW_TOKENS if seq_length is None else seq_length
         self.val_seq_length = self.seq_length if val_seq_length is None else val_seq_length
         self.batch_size, self.val_windows, self.seed, self.num_workers = batch_size, val_windows, seed, num_workers
-        self.tokenizer_name, self.instructions, self.bos = tokenizer, instructions, bos
+        self.tokenizer_name, self.trust_remote_code = tokenizer, trust_remote_code
+        self.instructions, self.bos = instructions, bos
         self.text_column, self.separator, self.packages = text_column, separator, packages
         self._vocabulary: int | None = None
         self._check_sizes()
@@ -107,7 +110,7 @@ class TextDataModule(LightningDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer, with the chat template of conversations, loaded on first use."""
-        tokenizer = load_tokenizer(self.tokenizer_name)
+        tokenizer = load_tokenizer(self.tokenizer_name, self.trust_remote_code)
         if self.instructions is not None:
             set_chat_template(tokenizer, self.instructions.chat_template, self.tokenizer_name)
         return tokenizer

@@ -18,6 +18,7 @@ from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import size_bytes
 from lit_prune.export.data_type import converted
 from lit_prune.models import structure
+from lit_prune.models.custom_code import runs_custom_code
 from lit_prune.models.families import CustomClass, custom_class, dense_family
 from lit_prune.models.on_disk import on_disk
 from lit_prune.models.quantised import (
@@ -90,6 +91,7 @@ class Outline:
             different sizes; else None.
         on_disk: Whether the weights are larger than memory and stay on disk.
         quantised: Whether the weights that are written are quantised.
+        custom_code: Whether the model is opened by code of its own, which is saved with it.
     """
 
     form: ExportForm
@@ -99,6 +101,7 @@ class Outline:
     custom_class: CustomClass | None = None
     on_disk: bool = False
     quantised: bool = False
+    custom_code: bool = False
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Outline:
@@ -113,6 +116,7 @@ class Outline:
             custom_class=custom_class(model.config),
             on_disk=on_disk(model) is not None,
             quantised=snapshot.quantisation is not None and form != "merged",
+            custom_code=runs_custom_code(model),
         )
 
     @classmethod
@@ -145,6 +149,7 @@ class Outline:
             custom_class=new_class or custom_class(model.config),
             on_disk=on_disk,
             quantised=quantised or (recovery is not None and recovery.quantises and form != "merged"),
+            custom_code=runs_custom_code(model),
         )
 
 

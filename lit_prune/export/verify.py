@@ -128,7 +128,13 @@ def verify(
         RuntimeError: if the reopened model differs.
         InputError: if the logits of the model in memory are not finite.
     """
-    opened = format.open(folder, plan.plain.device, dtype=plan.compute_dtype, on_disk=plan.outline.on_disk)
+    opened = format.open(
+        folder,
+        plan.plain.device,
+        dtype=plan.compute_dtype,
+        on_disk=plan.outline.on_disk,
+        trust_remote_code=plan.outline.custom_code,
+    )
     weights = without_adapter(opened)
     _compare_weights(plan.plain, weights, format.tolerance)
     expected, actual = _compare_zeros(plan, weights, achieved) if plan.outline.masked else (None, None)

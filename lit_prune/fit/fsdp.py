@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lit_prune import distributed
 from lit_prune.errors import InputError
 from lit_prune.models import structure
+from lit_prune.models.custom_code import runs_custom_code
 from lit_prune.models.families import blocks_path
 from lit_prune.recover import Snapshot, freeze_zeros
 from lit_prune.recover.merge import share_buffers
@@ -101,7 +102,9 @@ def gathered(model: PreTrainedModel) -> PreTrainedModel | None:
     if not distributed.is_rank_zero():
         return None
     with torch.device("meta"):
-        whole = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
+        whole = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model.config), dtype=model.dtype, trust_remote_code=runs_custom_code(model)
+        )
     Snapshot.of(model).rebuild(whole)
     whole.load_state_dict(state, assign=True)
     share_buffers(model, whole)

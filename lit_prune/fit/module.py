@@ -44,6 +44,8 @@ class PrunableLM(LightningModule):
         attn_implementation: Attention implementation, such as `sdpa` or `eager`; null is transformers' default.
         on_disk: Keep the weights in the safetensors files of `pretrained` and load one block at a time, for models
             larger than memory; not for fit.
+        trust_remote_code: Run Python code that comes with the model (and with its tokenizer), for families that
+            transformers does not have; with false, such a model is refused. Read the code first: it can do anything.
         gradient_checkpointing: Save memory by recomputing activations in the backward pass.
         lr: Peak learning rate of AdamW.
         weight_decay: Weight decay of AdamW; not applied to norms and biases.
@@ -64,6 +66,7 @@ class PrunableLM(LightningModule):
         dtype: Dtype = "auto",
         attn_implementation: str | None = None,
         on_disk: bool = False,
+        trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
         lr: float = 2e-4,
         weight_decay: float = 0.0,
@@ -80,7 +83,7 @@ class PrunableLM(LightningModule):
             raise InputError("`model.on_disk` must be false with `model.architecture`, which has no weights on disk.")
         self.pretrained, self.architecture, self.dtype_of_weights = pretrained, architecture, dtype
         self.attn_implementation, self.gradient_checkpointing = attn_implementation, gradient_checkpointing
-        self.on_disk = on_disk
+        self.on_disk, self.trust_remote_code = on_disk, trust_remote_code
         self.lr, self.weight_decay, self.betas = lr, weight_decay, betas
         self.warmup_steps, self.min_lr_share = warmup_steps, min_lr_share
         self.model: PreTrainedModel | None = None
@@ -92,7 +95,9 @@ class PrunableLM(LightningModule):
 
     def _config(self) -> PreTrainedConfig:
         """Returns the LLM's config, which is checked before any weights are read."""
-        return load_config(self.pretrained) if self.architecture is None else architecture_config(self.architecture)
+        if self.architecture is None:
+            return load_config(self.pretrained, self.trust_remote_code)
+        return architecture_config(self.architecture)
 
     def configure_model(self) -> None:
         """Loads or creates the LLM in the first call; under a sharding strategy, shards it in the call after `setup`.
@@ -118,7 +123,13 @@ class PrunableLM(LightningModule):
         if self._trainer is not None and self.trainer.state.fn == "fit":
             self.check_in_memory()
         if self.architecture is None:
-            model = load_model(self.pretrained, self.dtype_of_weights, self.attn_implementation, self.on_disk)
+            model = load_model(
+                self.pretrained,
+                self.dtype_of_weights,
+                self.attn_implementation,
+                self.on_disk,
+                trust_remote_code=self.trust_remote_code,
+            )
         else:
             model = new_model(self.architecture, self.dtype_of_weights)
         model.train()

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lit_prune.errors import InputError, near_misses
+from lit_prune.models.custom_code import custom_code_error
 from lit_prune.models.mappable import check_mappable
 from lit_prune.models.on_disk import keep_on_disk
 from lit_prune.models.quantised import convert, device_map, make_loadable, quantisation, unquantised
@@ -29,14 +30,19 @@ HUB_TIMEOUT_SECONDS = 10
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def load_config(pretrained: str) -> PreTrainedConfig:
+def load_config(pretrained: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Returns the Hugging Face config of ``pretrained`` without loading weights, except those of a .gguf file.
 
+    Args:
+        pretrained: A hub id, a folder, a .gguf file, or `embedded`.
+        trust_remote_code: Run the custom code of the model, if it has any.
+
     Raises:
-        InputError: if ``pretrained`` does not exist or is not a model, or if the hub cannot be reached.
+        InputError: if ``pretrained`` does not exist or is not a model, if the hub cannot be reached, or for custom code
+            that is not trusted.
     """
     source, extra = locate(pretrained)
-    config = _checked(AutoConfig.from_pretrained, source, "config.json", extra)
+    config = _checked(AutoConfig.from_pretrained, source, "config.json", extra, trust_remote_code)
     method = str((getattr(config, "quantization_config", None) or {}).get("quant_method"))
     if "fp8" in method:
         raise InputError(
@@ -48,7 +54,11 @@ def load_config(pretrained: str) -> PreTrainedConfig:
 
 
 def load_model(
-    pretrained: str, dtype: Dtype = "auto", attn_implementation: str | None = None, on_disk: bool = False
+    pretrained: str,
+    dtype: Dtype = "auto",
+    attn_implementation: str | None = None,
+    on_disk: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Returns the causal LM ``pretrained`` on the CPU, in eval mode.
 
@@ -57,22 +67,25 @@ def load_model(
         dtype: Data type of the weights; `auto` is the one they are stored in.
         attn_implementation: `sdpa`, `eager`, ...; None is the default of transformers.
         on_disk: Leave the weights in their files, see ``models.on_disk``.
+        trust_remote_code: Run the custom code of the model, if it has any.
 
     Raises:
-        InputError: if ``pretrained`` does not exist or is not a model, or if the hub cannot be reached; with
-            ``on_disk``, if the weights are not stored in the shapes and the data type that the model needs.
+        InputError: if ``pretrained`` does not exist or is not a model, if the hub cannot be reached, or for custom code
+            that is not trusted; with ``on_disk``, if the weights are not stored in the shapes and the data type that
+            the model needs.
     """
     source, extra = locate(pretrained)
-    placement = {} if extra else device_map(load_config(pretrained), "cpu")  # also refuses what can only be loaded
+    config = load_config(pretrained, trust_remote_code)
+    placement = {} if extra else device_map(config, "cpu")  # also refuses what can only be loaded
     if on_disk:
-        _check_on_disk(pretrained, source, extra, dtype)
+        _check_on_disk(pretrained, source, extra, config, dtype, trust_remote_code)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if extra:
         torch_dtype = torch.float32 if dtype == "auto" else torch_dtype
     if attn_implementation is not None:
         extra = {**extra, "attn_implementation": attn_implementation}
     extra = {**extra, **placement, "dtype": torch_dtype}
-    model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", extra)
+    model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", extra, trust_remote_code)
     make_loadable(model)
     if isinstance(torch_dtype, torch.dtype) and quantisation(model) is not None:
         convert(model, torch_dtype)
@@ -81,27 +94,37 @@ def load_model(
     return _plain(model) if "gguf_file" in extra else model
 
 
-def _check_on_disk(pretrained: str, source: str, extra: dict[str, Any], dtype: Dtype) -> None:
+def _check_on_disk(
+    pretrained: str,
+    source: str,
+    extra: dict[str, Any],
+    config: PreTrainedConfig,
+    dtype: Dtype,
+    trust_remote_code: bool,
+) -> None:
     if extra:
         raise InputError(
             f"`model.on_disk` must be false for the .gguf file {pretrained}, which is dequantised in memory: write it "
             "as safetensors first, by `save_pretrained`."
         )
-    config = load_config(pretrained)
     try:
-        check_mappable(source, config, None if dtype == "auto" else getattr(torch, dtype))
+        check_mappable(source, config, None if dtype == "auto" else getattr(torch, dtype), trust_remote_code)
     except (OSError, SafetensorError) as error:
         raise InputError(f"`model.pretrained` {source!r} cannot be loaded: {_first_line(error)}") from error
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
     """Returns the tokenizer of ``name``: a hub id, a folder, a .gguf file, or `embedded`.
 
+    Args:
+        name: The model that has the tokenizer.
+        trust_remote_code: Run the custom code of the tokenizer, if it has any.
+
     Raises:
-        InputError: if ``name`` has none, or if the hub cannot be reached.
+        InputError: if ``name`` has none, if the hub cannot be reached, or for custom code that is not trusted.
     """
     source, extra = locate(name)
-    return _checked(AutoTokenizer.from_pretrained, source, "tokenizer_config.json", extra)
+    return _checked(AutoTokenizer.from_pretrained, source, "tokenizer_config.json", extra, trust_remote_code)
 
 
 def new_model(architecture: dict[str, Any], dtype: Dtype = "float32") -> PreTrainedModel:
@@ -119,23 +142,30 @@ def new_model(architecture: dict[str, Any], dtype: Dtype = "float32") -> PreTrai
     return AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
 
 
-def skeleton(config: PreTrainedConfig, attn_implementation: str | None = None) -> PreTrainedModel:
+def skeleton(
+    config: PreTrainedConfig, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Returns the causal LM of a config on the meta device, with modules and shapes but without weights.
+
+    Args:
+        config: The config, which is not changed.
+        attn_implementation: `sdpa`, `eager`, ...; None is the default of transformers.
+        trust_remote_code: Run the custom code of the model, if it has any.
 
     Raises:
         InputError: if transformers has no causal LM for it, or not with that attention implementation.
     """
-    plain = unquantised(config)
+    plain, options = unquantised(config), {"trust_remote_code": trust_remote_code}
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(plain)
+            model = AutoModelForCausalLM.from_config(plain, **options)
     except ValueError as error:
         raise InputError(f"`model.pretrained` is no causal LM that transformers knows: {_first_line(error)}") from error
     if attn_implementation is None:
         return model
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(plain, attn_implementation=attn_implementation)
+            return AutoModelForCausalLM.from_config(plain, attn_implementation=attn_implementation, **options)
     except (ImportError, OSError, ValueError) as error:
         raise InputError(
             f"`model.attn_implementation` must be one that runs here, got {attn_implementation!r}: "
@@ -220,21 +250,18 @@ def _check_hub(repo: str) -> None:
         ) from error
 
 
-def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any]) -> Any:
+def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any], trust_remote_code: bool) -> Any:
     """Calls a ``from_pretrained`` and returns its result; its errors become InputErrors of one line."""
     if os.path.isdir(source) and not extra.get("gguf_file") and not os.path.exists(os.path.join(source, needed)):
         raise InputError(f"`model.pretrained` must be a Hugging Face model folder, got {source!r}: it has no {needed}.")
     try:
-        return loader(source, trust_remote_code=False, **extra)  # None would ask on a terminal
+        return loader(source, trust_remote_code=trust_remote_code, **extra)  # None would ask on a terminal
     except ImportError as error:
         remedy = " Install it by: pip install 'lit-prune[gguf]'." if extra.get("gguf_file") else ""
         raise InputError(f"`model.pretrained`: {_first_line(error)}{remedy}") from error
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
-            raise InputError(
-                f"`model.pretrained` {source!r} cannot be loaded: it needs code of its own, which is never run. Use a "
-                "model of a family that transformers has."
-            ) from error
+            raise custom_code_error(source, extra) from error
         damaged = _damaged_file(Path(source))
         if damaged is not None:
             raise InputError(

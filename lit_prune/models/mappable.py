@@ -50,7 +50,9 @@ def _files(source: str, local_only: bool) -> list[Path]:
     return [] if index is None else [Path(file) for file in get_checkpoint_shard_files(source, index, **options)[0]]
 
 
-def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
+def check_mappable(
+    source: str, config: PreTrainedConfig, dtype: torch.dtype | None, trust_remote_code: bool = False
+) -> None:
     """Checks that every matrix of a model is stored in the shape and data type in which the model computes.
 
     Only then can it be a view of the file. Vectors (norms, biases) may have another data type: they are small, so
@@ -60,6 +62,7 @@ def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | N
         source: A folder or hub id.
         config: The model's config.
         dtype: Requested data type; None is that of the config, or else the stored one.
+        trust_remote_code: Run the custom code of the model, if it has any.
 
     Raises:
         InputError: if transformers would have to convert a matrix in memory.
@@ -73,7 +76,7 @@ def check_mappable(source: str, config: PreTrainedConfig, dtype: torch.dtype | N
     first = next(tensor.dtype for tensor in stored.values() if tensor.dtype.is_floating_point)
     wanted = dtype or config.dtype or first
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     by_model_name = _renamed(stored, model)
     for names, parameter in _matrices(model):
         matching = [by_model_name[name] for name in names if name in by_model_name]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_prune.models.custom_code import runs_custom_code
 from lit_prune.models.quantised import (
     bitsandbytes_config,
     dense,
@@ -53,7 +54,9 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
 def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
     """Returns another model without an adapter whose weights are those of ``model``, not copied."""
     with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(unquantised(model.config), dtype=model.dtype)
+        plain = AutoModelForCausalLM.from_config(
+            unquantised(model.config), dtype=model.dtype, trust_remote_code=runs_custom_code(model)
+        )
     quantised = {name.replace(".base_layer", ""): module for name, module in quantised_linears(model)}
     for name, module in quantised.items():
         plain.set_submodule(name, sharing_weight(module))

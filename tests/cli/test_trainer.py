@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_prune.cli.main import main
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.masks.zeros import zeros
-from tests.cli.conftest import SMALL, files, last_cut, report, run
+from tests.cli.conftest import SMALL, check_refused, files, last_cut, report, run
+from tests.custom_code import write_custom_model
 
 
 def test_fit_prunes_recovers_and_leaves_a_hugging_face_folder(capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,3 +287,12 @@ def test_a_prune_on_disk_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="out of luck"):
         run("prune", "--output=runs/x", "--model.dtype=auto", "--model.on_disk=true")
     assert sorted(path.name for path in Path().iterdir()) == ["empty.yaml", "prunning.yaml", "train.txt", "val.txt"]
+
+
+def test_a_model_with_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    write_custom_model(Path("own"))
+    own = ["--model.pretrained=own", "--data.seq_length=64"]
+    check_refused(r"`model.trust_remote_code` must be true for 'own', .* \(own/configuration_own.py", capsys, *own)
+    run("prune", "--output=runs/x", *own, "--model.trust_remote_code=true")
+    assert report()["export"]["verified"]
+    assert Path("runs/x/model/modeling_own.py").is_file()

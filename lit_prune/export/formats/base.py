@@ -70,7 +70,13 @@ class ExportFormat(ABC):
 
     @abstractmethod
     def open(
-        self, folder: Path, device: torch.device, *, dtype: torch.dtype | None = None, on_disk: bool = False
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None = None,
+        on_disk: bool = False,
+        trust_remote_code: bool = False,
     ) -> PreTrainedModel:
         """Returns the model that :meth:`write` left in ``folder``, with its adapter if that was not merged.
 
@@ -81,6 +87,7 @@ class ExportFormat(ABC):
             device: Device of the weights.
             dtype: Data type of the weights in memory; None is the one that they are stored in.
             on_disk: Leave the weights in their files, for a model that is larger than memory.
+            trust_remote_code: Run the custom code that was written with the model, if it has any.
         """
 
     @abstractmethod

@@ -27,6 +27,7 @@ TOKENIZER_NOTE = (
     "Without lit_prune, pass `trust_remote_code=False` to the tokenizer, which needs no code: transformers 5 would ask "
     "whether to run that of the model."
 )
+CUSTOM_CODE_NOTE = "It contains the Python code that came with the model, which opens it."
 ADAPTER_NOTE = (
     "The adapter is saved beside the weights. It needs transformers 5 and peft: `from_pretrained` then loads both, "
     "while without peft it loads the weights alone, unrecovered. peft's own `AutoPeftModelForCausalLM` does not open a "
@@ -55,10 +56,13 @@ def write_folder(plan: ExportPlan, folder: Path, tokenizer: Tokenizer | None) ->
     add_earlier_names(folder)
 
 
-def open_folder(folder: Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+def open_folder(
+    folder: Path, device: torch.device, dtype: torch.dtype | None, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """Returns the model as transformers opens it; ``dtype`` is that of the weights, None the stored one."""
-    placement = device_map(AutoConfig.from_pretrained(folder), device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **placement)
+    options = {"trust_remote_code": trust_remote_code}
+    options |= device_map(AutoConfig.from_pretrained(folder, **options), device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", **options)
     model.to(device)  # type: ignore[arg-type]
     if dtype is not None:
         convert(model, dtype)
@@ -76,8 +80,9 @@ def usage(outline: Outline, tokenizer: str, imports: Sequence[str], note: str = 
         note: A sentence to add.
     """
     lines = [*imports, "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines.append('model = AutoModelForCausalLM.from_pretrained("this/folder")')
-    lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")')
+    trust = ", trust_remote_code=True" if outline.custom_code else ""
+    lines.append(f'model = AutoModelForCausalLM.from_pretrained("this/folder"{trust})')
+    lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}"{trust})')
     notes = [f"This folder was reopened and verified with transformers {transformers.__version__}."]
     if outline.quantised:
         notes.append("Its quantised weights need bitsandbytes.")
@@ -85,6 +90,7 @@ def usage(outline: Outline, tokenizer: str, imports: Sequence[str], note: str = 
         notes.append(ADAPTER_NOTE)
     elif not outline.reshaped and not note:
         notes.insert(1, f"Folders like it open with transformers {TRIED} too, if that knows the family.")
+    notes += [CUSTOM_CODE_NOTE] if outline.custom_code else []
     notes += [TOKENIZER_NOTE] if imports else []
     notes += [note] if note else []
     training = ["", TRAINING_NOTE] if outline.masked and outline.form in ("full precision", "merged") else []

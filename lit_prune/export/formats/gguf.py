@@ -117,7 +117,13 @@ class GGUF(ExportFormat):
         )
 
     def open(
-        self, folder: Path, device: torch.device, *, dtype: torch.dtype | None = None, on_disk: bool = False
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None = None,
+        on_disk: bool = False,
+        trust_remote_code: bool = False,
     ) -> PreTrainedModel:
         """Returns the model in the file, by default in the type of its matrices, or in float32 for q8_0."""
         return read_model(folder / FILE).to(device, dtype)  # type: ignore[arg-type]

@@ -32,10 +32,16 @@ class HuggingFace(ExportFormat):
         hugging_face.write_folder(plan, folder, tokenizer)
 
     def open(
-        self, folder: Path, device: torch.device, *, dtype: torch.dtype | None = None, on_disk: bool = False
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None = None,
+        on_disk: bool = False,
+        trust_remote_code: bool = False,
     ) -> PreTrainedModel:
         """Returns the model as transformers opens it."""
-        model = hugging_face.open_folder(folder, device, dtype)
+        model = hugging_face.open_folder(folder, device, dtype, trust_remote_code)
         return keep_on_disk(model) if on_disk else model
 
     def bytes(self, plan: ExportPlan) -> int:

@@ -64,10 +64,16 @@ class Packed(ExportFormat):
         pack_folder(folder)
 
     def open(
-        self, folder: Path, device: torch.device, *, dtype: torch.dtype | None = None, on_disk: bool = False
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None = None,
+        on_disk: bool = False,
+        trust_remote_code: bool = False,
     ) -> PreTrainedModel:
         """Returns the dense model that transformers unpacks."""
-        return hugging_face.open_folder(folder, device, dtype)
+        return hugging_face.open_folder(folder, device, dtype, trust_remote_code)
 
     def bytes(self, plan: ExportPlan) -> int:
         """Returns the bytes of the stored tensors, without the headers of safetensors."""

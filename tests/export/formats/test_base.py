@@ -42,7 +42,13 @@ class Sparse(ExportFormat):
         plan.plain.config.save_pretrained(folder)
 
     def open(
-        self, folder: Path, device: torch.device, *, dtype: torch.dtype | None = None, on_disk: bool = False
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        dtype: torch.dtype | None = None,
+        on_disk: bool = False,
+        trust_remote_code: bool = False,
     ) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype).eval()
