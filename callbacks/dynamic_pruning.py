@@ -57,11 +57,11 @@ class DynamicPruningCallback(Callback):
 
     Args:
         method: Pruning method: one that masks weights, such as Wanda or SparseGPT, or one that makes the LLM smaller,
-            such as MLPWidth, HeadGroups or Slicing; null prunes nothing, and `recovery` then trains the LLM as it is,
-            with the weights that are already pruned kept at zero.
+            such as MLPWidth, HeadGroups, Experts or Slicing; null prunes nothing, and `recovery` then trains the LLM
+            as it is, with the weights that are already pruned kept at zero.
         sparsity: Share to remove, in [0, 1), as the mean over the blocks: of the weights of the linears (see `budget`),
-            or for other methods of the channels, key/value groups or dimensions. With several cuts, the share after
-            the last one, or a list with one share per cut.
+            or for other methods of the channels, key/value groups, experts or dimensions. With several cuts, the
+            share after the last one, or a list with one share per cut.
         allocation: How the blocks are scored and the sparsity is distributed over them: DLP, OWL, AlphaPruning,
             LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP.
         reconstruction: Reconstruct, the training of every block, right after it is cut, towards the output that it had

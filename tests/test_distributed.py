@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from lit_prune import distributed
-from lit_prune.allocate import DLP, LayerRedundancy, Search
+from lit_prune.allocate import DLP, LayerRedundancy, Search, Uniform
 from lit_prune.calibration.statistics import COSINE, GRAM, INPUTS, BlockStatistics
 from lit_prune.calibration.stream import Stream, observe
 from lit_prune.data.loaders import ResumableLoader, ShardedSampler
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
+from lit_prune.experts import Experts
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.pruning import SparseGPT, Wanda
@@ -29,7 +30,7 @@ from tests.conftest import lively_model, small_model
 
 RECIPES = {
     "llama": (Wanda(propagate="pruned"), SparseGPT(), Slicing(), MLPWidth(multiple=8)),
-    "mixtral": (Wanda(),),  # with so few tokens some experts are seen by one process alone
+    "mixtral": (Wanda(), Experts()),  # with so few tokens some experts are seen by one process alone
 }
 BOUND = 1e-5  # relative: sums of float32 in another order
 
@@ -43,7 +44,8 @@ def windows() -> list[dict[str, torch.Tensor]]:
 
 def cut(family: str, method: Any) -> dict[str, Any]:
     model = lively_model(family)
-    recipe = Recipe(method, 0.5, LayerRedundancy() if isinstance(method, Slicing) else DLP())
+    allocation = {Slicing: LayerRedundancy(), Experts: Uniform()}.get(type(method), DLP())
+    recipe = Recipe(method, 0.5, allocation)
     pruned = prune(model, windows(), recipe)
     found = measure(model, windows(), "noise")
     return {

@@ -22,6 +22,7 @@ NAMES = [
     "DLP",
     "Distillation",
     "DynamicPruningCallback",
+    "Experts",
     "FullFineTuning",
     "HeadGroups",
     "InputError",

@@ -23,7 +23,9 @@ from lit_prune.errors import InputError
 from lit_prune.models.quantised import dequantised, is_quantised, pruned
 
 EXPERT_PARTS = ("gate_up_proj", "down_proj")
+OUTPUT = "output"
 See = Callable[[str, Tensor, Tensor | None], None]
+SeeExpert = Callable[[int, Tensor, Tensor], None]
 
 
 class PrunableLinear(ABC):
@@ -282,6 +284,23 @@ def watching(linears: Iterable[PrunableLinear], see: See) -> Iterator[None]:
 
 
 @contextmanager
+def watching_outputs(experts: nn.Module, see: SeeExpert) -> Iterator[None]:
+    """Calls ``see`` with what every expert adds to the output, whenever the mixture computes, for the context.
+
+    ``see`` gets the number of the expert, its output times the router's weight (S, out), and the positions (S,) of the
+    flattened batch that its rows belong to.
+    """
+    names = {(OUTPUT, expert): str(expert) for expert in range(len(getattr(experts, EXPERT_PARTS[0])))}
+
+    def see_output(name: str, y_SO: Tensor, rows_S: Tensor | None) -> None:
+        assert rows_S is not None
+        see(int(name), y_SO, rows_S)
+
+    with _one_by_one(experts, names, see_output):
+        yield
+
+
+@contextmanager
 def _one_by_one(experts: Any, names: dict[tuple[str, int], str], see: See) -> Iterator[None]:
     """Runs fused experts one after the other, because a fused kernel shows no expert's own input to a hook."""
 
@@ -305,6 +324,7 @@ def _one_by_one(experts: Any, names: dict[tuple[str, int], str], see: See) -> It
             inner_SI = experts._apply_gate(apply("gate_up_proj", expert, x_SI))
             show("down_proj", expert, inner_SI, rows_S)
             weighted_SO = apply("down_proj", expert, inner_SI) * weights_PK[rows_S, choice_S, None]
+            show(OUTPUT, expert, weighted_SO, rows_S)
             y_PO.index_add_(0, rows_S, weighted_SO.float())
         return y_PO.to(x_PI.dtype)
 
@@ -318,7 +338,9 @@ def _one_by_one(experts: Any, names: dict[tuple[str, int], str], see: See) -> It
             gate_SI, up_SI = apply("gate_up_proj", expert, x_SI).chunk(2, dim=-1)
             inner_SI = up_SI * experts.act_fn(gate_SI)
             show("down_proj", expert, inner_SI, rows_S)
-            outputs.append(torch.zeros_like(given_PI).index_copy(0, rows_S, apply("down_proj", expert, inner_SI)))
+            y_SO = apply("down_proj", expert, inner_SI)
+            show(OUTPUT, expert, y_SO, rows_S)
+            outputs.append(torch.zeros_like(given_PI).index_copy(0, rows_S, y_SO))
         return torch.cat(outputs)
 
     with patched_forward([experts], forward_llama4 if _is_llama4(experts) else forward):

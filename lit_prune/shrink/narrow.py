@@ -56,7 +56,7 @@ def set_weight(linear: PrunableLinear, weight_OI: Tensor, bias_O: Tensor | None)
 
 def adopt_sizes(layer: nn.Module, config: Any, index: int) -> None:
     """Gives the modules of a block the config and the sizes that those of a new block of ``config`` have."""
-    for module, like in zip(layer.modules(), _on_meta(layer, config, index).modules(), strict=True):
+    for module, like in zip(layer.modules(), on_meta(layer, config, index).modules(), strict=True):
         for name, value in vars(like).items():
             if type(value) is int or isinstance(value, (PreTrainedConfig, LayerConfig)):
                 setattr(module, name, value)
@@ -76,8 +76,8 @@ def check_part(layer: nn.Module, part: Part, config: Any, index: int) -> None:
     """
     kept_U = torch.arange(part.units)[: max(1, part.units - 1)]
     try:
-        expected = _on_meta(layer, config, index)
-        built = _on_meta(layer, LayerConfig(config, part.sizes(len(kept_U))), index)
+        expected = on_meta(layer, config, index)
+        built = on_meta(layer, LayerConfig(config, part.sizes(len(kept_U))), index)
     except Exception as error:  # whatever the constructor of an unknown family raises
         raise NoPart(f"its blocks cannot be built from their config: {error}") from error
     if _shapes(expected) != _shapes(layer):
@@ -125,7 +125,7 @@ def _set_class(model: PreTrainedModel, *, shrunk: bool) -> None:
     model.__class__ = kind
 
 
-def _on_meta(layer: nn.Module, config: Any, index: int) -> nn.Module:
+def on_meta(layer: nn.Module, config: Any, index: int) -> nn.Module:
     """Returns a block of the same class without weights."""
     kind: Any = type(layer)
     with torch.device("meta"):

@@ -1,0 +1,217 @@
+"""Experts: fewer experts in every mixture, by REAP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.allocate.base import TOLERANCE, Allocation
+from lit_prune.calibration.statistics import BlockStatistics
+from lit_prune.calibration.stream import Stream, on_device
+from lit_prune.errors import InputError
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.experts.counts import ExpertCounts
+from lit_prune.experts.mixture import (
+    Mixture,
+    NoMixture,
+    count_experts,
+    keep_experts,
+    mixture_of,
+    parameters_of_an_expert,
+)
+from lit_prune.experts.router import fewest_experts, groups_of_router, picked_experts
+from lit_prune.experts.saliency import saliency, salient_experts
+from lit_prune.models import structure
+from lit_prune.models.families import Block, dense_family, find_blocks
+from lit_prune.progress import track
+from lit_prune.pruning.base import Method, Propagate
+from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
+from lit_prune.shrink.rounding import units_from_rates
+
+
+@final
+@dataclass(frozen=True)
+class Experts(Method):
+    """Removes the experts that add least to the outputs of their mixture, everywhere as many.
+
+    The saliency of expert j is the mean over the tokens that are routed to it of g_j * |f_j(x)|_2, with the router's
+    weight g_j and the expert's output f_j(x) behind the blocks that are already shrunk (REAP, arXiv 2510.13999). An
+    expert that is never chosen goes first. The router loses its rows and biases; the other weights stay as they are.
+    What remains is a plain model of the family with a smaller `num_experts` (`num_local_experts`, `n_routed_experts`).
+
+    Args:
+        multiple: Number of which the number of experts is a multiple, unless all are kept.
+
+    Raises:
+        InputError: for a multiple below 1.
+    """
+
+    multiple: int = 1
+
+    chooses_linears: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = True
+    changes_shapes: ClassVar[bool] = True
+    supports_reconstruction: ClassVar[bool] = True
+    supports_parameters: ClassVar[bool] = True
+    propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        if self.multiple < 1:
+            raise InputError(f"`Experts.multiple` must be at least 1, got {self.multiple}.")
+
+    def check(self, model: PreTrainedModel, sparsity: float) -> None:
+        """Raises InputError if ``model`` has no mixtures, or ``sparsity`` leaves its router too few experts."""
+        blocks, config = find_blocks(model), model.config.get_text_config()
+        family, mixtures = dense_family(model.config), _mixtures(model, blocks)
+        counts = {mixture.count for mixture in mixtures if mixture is not None}
+        if not counts:
+            raise InputError(f"`pruning.method` Experts needs a mixture of experts; the family {family!r} has none.")
+        if len(counts) > 1:
+            raise _refused(model, f"its mixtures have different numbers of experts, {sorted(counts)}")
+        if not (picked := _picked(blocks)):
+            raise _refused(model, "its routers do not say how many experts they pick")
+        if self.multiple % (groups := groups_of_router(config)):
+            raise InputError(
+                f"`Experts.multiple` must be a multiple of {groups} for the family {family!r}, whose router "
+                f"picks from {groups} groups of experts (`n_group`), got {self.multiple}."
+            )
+        if sparsity > (most := self.max_rate(model)) + 1e-9:
+            raise InputError(
+                f"`pruning.sparsity` must be at most {most:.4g} for Experts, got {sparsity:g}: every mixture keeps "
+                f"{fewest_experts(config, picked, self.multiple)} of {max(self.sizes(model, blocks))} experts, since "
+                f"the router picks {picked} for a token."
+            )
+
+    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+        """Raises InputError unless every block gets the same rate."""
+        if not allocation.is_uniform():
+            raise InputError(
+                f"`pruning.allocation` must be Uniform for Experts, got {type(allocation).__name__}: the config "
+                "has one number of experts for all blocks."
+            )
+
+    def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        """Returns the number of experts of each block of the dense model, 0 for a block without a mixture."""
+        recorded = _recorded(model)
+        counts = [count_experts(block.module) for block in blocks]
+        return counts if recorded is None else [recorded.full if count else 0 for count in counts]
+
+    def current_rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[float]:
+        """Returns the share of experts that each block has lost in earlier cuts."""
+        recorded = _recorded(model)
+        return [
+            1 - recorded.experts / recorded.full if recorded and full else 0.0 for full in self.sizes(model, blocks)
+        ]
+
+    def max_rate(self, model: PreTrainedModel) -> float:
+        """Returns the rate that leaves as many experts as the router needs."""
+        config, blocks = model.config.get_text_config(), find_blocks(model)
+        return max(0.0, 1 - fewest_experts(config, _picked(blocks), self.multiple) / max(self.sizes(model, blocks)))
+
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns the rates rounded so that the number of experts is a multiple; 0 for blocks without a mixture."""
+        count = self._count(rates, sizes)
+        return [1 - count / full if full else 0.0 for full in sizes]
+
+    def size_multiple(self, model: PreTrainedModel) -> int:
+        """Returns the number of which the number of experts is a multiple."""
+        return self.multiple
+
+    def rate_of_parameters(
+        self,
+        share: float,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        lower: Sequence[float],
+        upper: float,
+        slack: float = 0.0,
+    ) -> float:
+        """Returns the rate at which ``share`` goes of the parameters before all cuts by this method.
+
+        If an expert has 3 parameters, and 80 of 120 experts with 1,000 parameters in all go, 0.24 of them go.
+        """
+        mixtures, full = _mixtures(model, blocks), self.sizes(model, blocks)
+        by_expert = [
+            0 if mixture is None else parameters_of_an_expert(block.module, mixture)
+            for block, mixture in zip(blocks, mixtures, strict=True)
+        ]
+        in_experts = sum(number * each for number, each in zip(full, by_expert, strict=True))
+        current = max(self.current_rates(model, blocks))
+        in_model = parameters(model) + current * in_experts
+        least, most = max(lower) * in_experts / in_model, max(*lower, upper) * in_experts / in_model
+        if not least - slack * in_experts / in_model - TOLERANCE <= share <= most + TOLERANCE:
+            raise InputError(
+                f"`pruning.sparsity` must be between {math.ceil(least * 1e4) / 1e4:g} and "
+                f"{math.floor(most * 1e4) / 1e4:g} of all parameters with `pruning.budget: parameters`, as "
+                "`pruning.min_rate`, `pruning.max_rate`, the router and earlier cuts allow for the experts, which "
+                f"have {in_experts / in_model:.1%} of them, got {share:g}."
+            )
+        return min(share * in_model / in_experts, 1.0)
+
+    def rounding(self, blocks: Sequence[Block]) -> float:
+        """Returns half a multiple as a share of the experts of a block."""
+        return self.multiple / 2 / max(1, *(count_experts(block.module) for block in blocks))
+
+    @torch.no_grad()
+    def apply(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        rates: Sequence[float],
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        stream: Callable[[], Stream],
+        reconstruction: Reconstruction | None = None,
+    ) -> list[float]:
+        """Removes the experts of one block after the other; see :meth:`Method.apply`."""
+        residual = stream() if reconstruction is None else reconstruction.stream
+        config, full = model.config.get_text_config(), self.sizes(model, blocks)
+        mixtures, count = _mixtures(model, blocks), self._count(rates, full)
+        note = None if reconstruction is None else reconstruction.note
+        for block, mixture in zip(track(blocks, "Shrinking blocks", note), mixtures, strict=True):
+            with on_device(block, device, changes=True), reconstructing(reconstruction, block):
+                if mixture is not None and count < mixture.count:
+                    kept_E = salient_experts(saliency(residual, block, mixture), count, groups_of_router(config))
+                    keep_experts(block.module, mixture, kept_E, config, block.index)
+                if reconstruction is None and block is not blocks[-1]:
+                    residual.run(block)
+        kept, path = max(mixture.count for mixture in mixtures if mixture), blocks[0].path.rpartition(".")[0]
+        counts = ExpertCounts(kept, max(full), sum(map(bool, full)), path)
+        counts.adopt(model)
+        structure.add_structure(model, counts)
+        return [counts.describe(model).achieved if number else 0.0 for number in full]
+
+    def _count(self, rates: Sequence[float], sizes: Sequence[int]) -> int:
+        """The number of experts that every mixture keeps."""
+        rate, full = next((rate, full) for rate, full in zip(rates, sizes, strict=True) if full)
+        return units_from_rates([rate], [full], self.multiple)[0]
+
+
+def _mixtures(model: PreTrainedModel, blocks: Sequence[Block]) -> list[Mixture | None]:
+    config = model.config.get_text_config()
+    try:
+        return [mixture_of(block.module, config, block.index) for block in blocks]
+    except NoMixture as reason:
+        raise _refused(model, str(reason)) from reason
+
+
+def _picked(blocks: Sequence[Block]) -> int:
+    """The number of experts that the routers pick for a token; 0 if they do not say."""
+    return max(picked_experts(block.module) for block in blocks)
+
+
+def _refused(model: PreTrainedModel, reason: str) -> InputError:
+    family = dense_family(model.config)
+    return InputError(f"`pruning.method` Experts cannot shrink the family {family!r}: {reason}.")
+
+
+def _recorded(model: PreTrainedModel) -> ExpertCounts | None:
+    """The structure of earlier cuts."""
+    return next((found for found in structure.structures(model) if isinstance(found, ExpertCounts)), None)
