@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lit_prune.progress import log
+
+LINES = 10  # that a fit of known length prints where there is no terminal
+STEPS_A_LINE = 100  # if its length is not known
 
 
 class FitProgressBar(TQDMProgressBar):
     """Lightning's bar of the training, which shows the last validation's perplexity but no bar of the validation.
 
-    A second bar below the first would flicker with every validation.
+    A second bar below the first would flicker with every validation. Without a terminal, where a bar would be written
+    once more at every step, it prints about ten lines.
     """
+
+    def init_train_tqdm(self) -> Tqdm:
+        """Returns the bar of the training, which is drawn on a terminal only."""
+        return super().init_train_tqdm() if sys.stdout.isatty() else Tqdm(disable=True)
 
     def init_validation_tqdm(self) -> Tqdm:
         """Returns a bar that is never drawn."""
         return Tqdm(disable=True)
+
+    def on_train_start(self, *args: Any) -> None:
+        """Creates the bar, and counts the steps of the fit."""
+        super().on_train_start(*args)
+        self._total, self._printed = self.trainer.estimated_stepping_batches, self.trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Advances the bar, or prints a line if it is time for one."""
+        super().on_train_batch_end(trainer, pl_module, *args)
+        step, is_known = trainer.global_step, self._total != math.inf
+        interval = math.ceil(self._total / LINES) if is_known else STEPS_A_LINE
+        is_new = step != self._printed  # with accumulated gradients a step has several batches
+        if self.is_enabled and not sys.stdout.isatty() and is_new and (step % interval == 0 or step == self._total):
+            self._printed = step
+            metrics = self.get_metrics(trainer, pl_module)
+            values = [f", {name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float)]
+            log(f"Step {step}{f' of {self._total}' if is_known else ''}{''.join(values)}")
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule

@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -20,7 +20,7 @@ def check_repository(repo: str) -> None:
     """Checks the id of a repository without asking the hub, so that a typo is refused before any work.
 
     Raises:
-        InputError: if ``repo`` is not a valid id, or the hub is switched off.
+        InputError: if ``repo`` is not a valid id, the hub is switched off, or there is no token for it.
     """
     try:
         validate_repo_id(repo)
@@ -28,6 +28,11 @@ def check_repository(repo: str) -> None:
         raise InputError(f"`push_to_hub` must be the id of a repository, such as name/model, got {repo!r}.") from error
     if constants.HF_HUB_OFFLINE:
         raise InputError(f"`push_to_hub` must be left out while HF_HUB_OFFLINE is set, got {repo!r}.")
+    if get_token() is None:
+        raise InputError(
+            f"`push_to_hub` must be left out without a token of the hub, got {repo!r}: log in by `hf auth login`, or "
+            "set HF_TOKEN."
+        )
 
 
 def push(folder: Path, repo: str) -> str:

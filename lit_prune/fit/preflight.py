@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
@@ -38,6 +38,7 @@ def check_fit(plan: FitPlan, trainer: Trainer) -> None:
 def check_trainer(plan: FitPlan, trainer: Trainer) -> None:
     """Raises InputError if ``trainer`` cannot carry out ``plan``, as far as that is known before any text is read."""
     _check_sharding(trainer)
+    _check_finetuning(plan, trainer)
     if plan.idle:
         return
     _check_averaging(trainer)
@@ -146,6 +147,18 @@ def check_overfitting(trainer: Trainer, datamodule: Any) -> None:
         raise InputError(
             f"`trainer.overfit_batches` must be 0 with TextDataModule, got {batches}: train on a short text, or give "
             "`trainer.limit_train_batches`."
+        )
+
+
+def _check_finetuning(plan: FitPlan, trainer: Trainer) -> None:
+    """Raises InputError for BackboneFinetuning without a `backbone`, or where a recovery says what is trained."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if not any(isinstance(callback, BackboneFinetuning) for callback in callbacks):
+        return
+    if not plan.idle or not hasattr(trainer.lightning_module, "backbone"):
+        raise InputError(
+            "`trainer.callbacks` must not hold BackboneFinetuning, which freezes and later trains a module's "
+            "`backbone`: here `pruning.recovery` says what is trained."
         )
 
 

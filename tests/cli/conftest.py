@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedModel
 
 from lit_prune.cli.main import main
 
@@ -54,10 +55,15 @@ def last_cut(folder: str = "runs/x") -> dict:
 
 
 def check_refused(message: str, capsys: pytest.CaptureFixture[str], *args: str, verb: str = "fit") -> None:
-    """Checks that ``args`` end the command in one line that matches ``message``, and that nothing is written."""
+    """Checks that ``args`` end the command in one line that matches ``message``, before any work.
+
+    No model is run, so that no perplexity is measured and no block scored, and nothing is written.
+    """
     before = sorted(Path().rglob("*"))
-    with pytest.raises(SystemExit) as ended:
-        run(verb, "--output=runs/x", *args)
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(PreTrainedModel, "__call__", lambda *_, **__: pytest.fail("a model was run"), raising=False)
+        with pytest.raises(SystemExit) as ended:
+            run(verb, "--output=runs/x", *args)
     printed = capsys.readouterr().err
     assert ended.value.code == 2
     line = next(line for line in printed.splitlines() if line.startswith("lit-prune: error: "))

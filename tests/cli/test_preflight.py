@@ -113,6 +113,44 @@ MISTAKES = [
         ],
         r"`trainer.callbacks` must not hold a DynamicPruningCallback",
     ),
+    (
+        ['--trainer.callbacks=[{"class_path": "EarlyStopping", "init_args": {"monitor": "val_loss"}}]'],
+        r"`EarlyStopping.monitor` must be one of train/loss, val/perplexity, got 'val_loss'",
+    ),
+    (["--trainer.callbacks=EMAWeightAveraging"], r"`trainer.callbacks` must not hold EMAWeightAveraging"),
+    (["--trainer.callbacks=BackboneFinetuning"], r"`trainer.callbacks` must not hold BackboneFinetuning"),
+    (["--trainer.logger=WandbLogger"], r"`WandbLogger` needs a package that is not installed: pip install 'wandb"),
+    (["--trainer.precision=transformer-engine"], r"`trainer.precision` must not be transformer-engine"),
+    (["--trainer.limit_val_batches=0.001"], r"`trainer.limit_val_batches`"),
+    (["--model.attn_implementation=flash_attention_2"], r"`model.attn_implementation` must be one that runs here"),
+    (["--format=gguf", "--pruning.method=Slicing", "--pruning.recovery=LoRA"], r"`format` GGUF"),
+    (["--pruning.max_rate=1.5"], r"`pruning.max_rate` must be"),
+    (
+        ["--pruning.reconstruction=Reconstruct", "--pruning.reconstruction.state=none/state"],
+        r"`pruning.reconstruction.state` must be in a folder that exists, got none/state",
+    ),
+    (
+        ["--pruning.reconstruction=Reconstruct", "--pruning.reconstruction.state=."],
+        r"`pruning.reconstruction.state` must be a folder that a reconstruction wrote",
+    ),
+    (
+        ["--pruning.reconstruction=Reconstruct", "--pruning.calibration.batch_size=4"],
+        r"`pruning.reconstruction` must have at least two calibration batches",
+    ),
+    (["--data.val_files=train.txt"], r"`data.val_files`"),
+]
+OTHER_VERBS = [
+    ("prune", ["--pruning.method=null"], r"`pruning.method` must be given"),
+    ("prune", ["--tasks=arc_easy", "--model.on_disk=true", "--model.dtype=auto"], r"`tasks` must be left out with"),
+    ("prune", ["--pruning.max_rate=0.4"], r"`pruning.sparsity` must be between 0 and 0.4"),
+    ("prune", ["--format=gguf", "--pruning.method=Slicing"], r"`format` GGUF"),
+    ("score", ["--pruning.method=null"], r"`pruning.method` must be given"),
+    ("score", ["--push_to_hub=me/model"], r"`push_to_hub` must be left out for score, which writes no model"),
+    ("score", ["--pruning.allocation.alpha=0.7"], r"`DLP.alpha` must be in"),
+    ("evaluate", [], r"`tasks` must be given, such as"),
+    ("validate", ["--ckpt_path=none.ckpt"], r"`ckpt_path` must be an existing checkpoint"),
+    ("export", [], r"`model.pretrained` or `ckpt_path` must be given"),
+    ("export", ["--model.pretrained=embedded", "--model.on_disk=true"], r"`model.on_disk` must be false for export"),
 ]
 
 
@@ -121,6 +159,13 @@ def test_a_mistake_is_one_clear_line_and_nothing_is_written(
     args: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_refused(message, capsys, *args)
+
+
+@pytest.mark.parametrize(("verb", "args", "message"), OTHER_VERBS, ids=lambda value: str(value)[:60])
+def test_a_mistake_of_another_verb(
+    verb: str, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_refused(message, capsys, *args, verb=verb)
 
 
 def test_what_settings_tell_is_refused_before_weights_and_text_are_read(

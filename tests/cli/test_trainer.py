@@ -233,6 +233,7 @@ def test_push_to_hub_comes_after_the_folder(
             sent.append(sorted(path.name for path in folder_path.iterdir()))
 
     monkeypatch.setattr("lit_prune.export.hub.HfApi", Hub)
+    monkeypatch.setattr("lit_prune.export.hub.get_token", lambda: "hf_x")
     run("prune", "--output=runs/x", "--push_to_hub=me/model")
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(sent[0])
     assert "Sent to https://hub/me/model" in capsys.readouterr().err

@@ -34,6 +34,7 @@ class StandIn:
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
     monkeypatch.setattr(hub, "HfApi", StandIn)
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_x")
     monkeypatch.setattr(StandIn, "done", [])
     monkeypatch.setattr(StandIn, "error", None)
     return StandIn
@@ -69,4 +70,11 @@ def test_what_can_be_asked_before(monkeypatch: pytest.MonkeyPatch) -> None:
         hub.check_repository("a/b/c")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="`push_to_hub` must be left out while HF_HUB_OFFLINE is set"):
+        hub.check_repository("me/model")
+
+
+def test_a_token_is_asked_for_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    with pytest.raises(InputError, match="`push_to_hub` must be left out without a token .*: log in by"):
         hub.check_repository("me/model")

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LambdaCallback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning, LambdaCallback, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, MixedPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -207,3 +207,17 @@ def test_a_training_that_a_teacher_reads_ahead_has_its_length_among_the_settings
     ahead = resume_settings(callback(distillation=Distillation(teacher=TopK())).fit_plan, trainer(), Foreign())
     assert "trainer.max_steps" not in usual
     assert ahead["trainer.max_steps"] == 4
+
+
+def test_a_callback_that_says_what_is_trained() -> None:
+    finetuning, idle = trainer(callbacks=[BackboneFinetuning()]), callback(method=None, recovery=None).fit_plan
+    message = "`trainer.callbacks` must not hold BackboneFinetuning, .*: here `pruning.recovery` says what is trained"
+    for plan in (callback().fit_plan, idle):
+        with pytest.raises(InputError, match=message):
+            check_trainer(plan, finetuning)
+    module = LightningModule()
+    module.backbone = torch.nn.Linear(2, 2)
+    finetuning.strategy.connect(module)
+    check_trainer(idle, finetuning)
+    with pytest.raises(InputError, match=message):
+        check_trainer(callback().fit_plan, finetuning)
