@@ -28,10 +28,10 @@ from lit_prune.pipeline import prune
 from lit_prune.progress import log
 from lit_prune.pruning import Method
 from lit_prune.random_states import random_states, restore_random_states
-from lit_prune.recipe import Recipe
+from lit_prune.recipe import Recipe, check_one_target
 from lit_prune.reconstruct import Reconstruct
 from lit_prune.recover import Recovery, freezes_zeros, restore_gradient_masks
-from lit_prune.schedule import Schedule, cuts
+from lit_prune.schedule import Cut, Schedule, cuts, shares
 
 
 @runtime_checkable
@@ -61,7 +61,10 @@ class DynamicPruningCallback(Callback):
             as it is, with the weights that are already pruned kept at zero.
         sparsity: Share to remove, in [0, 1), as the mean over the blocks: of the weights of the linears (see `budget`),
             or for other methods of the channels, key/value groups, experts or dimensions. With several cuts, the
-            share after the last one, or a list with one share per cut.
+            share after the last one, or a list with one share per cut. null is 0.5, unless there is a target.
+        target_parameters: Number of parameters that the last cut is to leave, such as 100M or 1.2B, instead of a
+            `sparsity`; for methods that remove parameters, such as MLPWidth.
+        target_bytes: Bytes that the exported weights are to take, such as 200MB, instead of a `sparsity`.
         allocation: How the blocks are scored and the sparsity is distributed over them: DLP, OWL, AlphaPruning,
             LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP.
         reconstruction: Reconstruct, the training of every block, right after it is cut, towards the output that it had
@@ -84,8 +87,9 @@ class DynamicPruningCallback(Callback):
             other methods require.
         ignore: Linears not to prune, as name suffixes or regular expressions.
         blocks: Dotted path of the decoder layers in the LLM, needed only for an unknown model family.
-        budget: What `sparsity` is a share of: `linears`, what the method removes (weights of the linears, channels), or
-            `parameters`, all parameters of the LLM with tied weights counted once, which takes a higher sparsity.
+        budget: What `sparsity` is a share of: `linears`, what the method removes (weights of the linears, channels);
+            `parameters`, all parameters of the LLM with tied weights counted once; or `bytes`, those of the exported
+            weights. The latter two take a higher sparsity.
         statistics: Folder or file of the statistics that `lit-prune score` wrote for the same model and calibration
             text. A cut at step 0 reads them instead of running the model.
         target: Dotted path of the LLM in the LightningModule.
@@ -103,7 +107,7 @@ class DynamicPruningCallback(Callback):
     def __init__(
         self,
         method: Method | None,
-        sparsity: float | list[float] = 0.5,
+        sparsity: float | list[float] | None = None,
         allocation: Allocation | None = None,
         reconstruction: Reconstruct | None = None,
         at_step: int | list[int] = 0,
@@ -118,18 +122,24 @@ class DynamicPruningCallback(Callback):
         ignore: Sequence[str] = (),
         blocks: str | None = None,
         budget: Budget = "linears",
+        target_parameters: int | str | None = None,
+        target_bytes: int | str | None = None,
         statistics: str | None = None,
         target: str = "model",
         measure: bool = True,
         keep_zeros: bool | None = None,
         full_checkpoint: bool = False,
     ) -> None:
-        steps = () if method is None else cuts(at_step, sparsity, schedule)
+        check_one_target(sparsity, target_parameters=target_parameters, target_bytes=target_bytes)
+        has_target = target_parameters is not None or target_bytes is not None
+        steps: tuple[Cut, ...] = ()
         recipe = None
         if method is not None:
+            final = 0.5 if sparsity is None else sparsity
+            steps = shares(at_step, schedule) if has_target else cuts(at_step, final, schedule)
             recipe = Recipe(
                 method=method,
-                sparsity=steps[-1].sparsity,
+                sparsity=None if has_target else steps[-1].sparsity,  # type: ignore[arg-type]
                 allocation=allocation or DLP(),
                 min_rate=min_rate,
                 max_rate=max_rate,
@@ -138,6 +148,8 @@ class DynamicPruningCallback(Callback):
                 blocks=blocks,
                 budget=budget,
                 reconstruction=reconstruction,
+                target_parameters=target_parameters,
+                target_bytes=target_bytes,
             )
         self.fit_plan = FitPlan(
             recipe=recipe,

@@ -38,6 +38,7 @@ from lit_prune.report.report import Report
 from lit_prune.report.summary import summary
 from lit_prune.report.table import table
 from lit_prune.report.write import Validation, write_results, write_tasks
+from lit_prune.target import StoredBytes
 
 AnyCallback = TypeVar("AnyCallback", bound=Callback)
 
@@ -197,6 +198,10 @@ class ResultsCallback(Callback):
         self.format.check(Outline.of(model))
         return ExportPlan.of(model, export_dtype(model, self.dtype, self._stored or stored_dtype(model)))
 
+    def stored_bytes(self, model: PreTrainedModel) -> StoredBytes:
+        """Returns the bytes that the weights of ``model`` would take in the exported folder, which a target counts."""
+        return self.format.stored_bytes(model, export_dtype(model, self.dtype, stored_dtype(model)))
+
     def _report(
         self, pruning: DynamicPruningCallback, plan: ExportPlan, name: str, measured: Measurement | None
     ) -> Report:
@@ -206,7 +211,7 @@ class ResultsCallback(Callback):
             pruning.fit_plan.recipe,
             pruning.run.done,
             pruning.run.baseline,
-            pruning.fit_plan.cuts[len(pruning.run.done) :],
+            pruning.run.plan.cuts[len(pruning.run.done) :],
             format=self.format,
         )
         # the time of cuts after step 0 is part of the training's, and is reported as their own

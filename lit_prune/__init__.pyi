@@ -47,4 +47,5 @@ from lit_prune.schedule import OneShot as OneShot
 from lit_prune.schedule import Schedule as Schedule
 from lit_prune.shrink import HeadGroups as HeadGroups
 from lit_prune.shrink import MLPWidth as MLPWidth
+from lit_prune.shrink import Shrink as Shrink
 from lit_prune.slice import Slicing as Slicing

@@ -131,7 +131,7 @@ def score(
         InputError: see :meth:`Recipe.check`; also for NaN or infinity in the activations, for no batches, and for
             statistics of another model or of other batches.
     """
-    return _score(model, list(batches), recipe, device, _needed_for_rates(recipe), statistics)
+    return _score(model, list(batches), recipe.resolved(model), device, _needed_for_rates(recipe), statistics)
 
 
 def score_with_statistics(
@@ -149,7 +149,8 @@ def score_with_statistics(
     reads those of the unpruned model. ``statistics`` that are passed in are returned with the new scores added.
     Arguments and errors are those of :func:`score`; for ``settings`` see ``cached_statistics.Key``.
     """
-    batches, needs = list(batches), frozenset({INPUTS, COSINE}) | _needs(recipe)
+    batches, recipe = list(batches), recipe.resolved(model)
+    needs = frozenset({INPUTS, COSINE}) | _needs(recipe)
     scored = _score(model, batches, recipe, device, needs, statistics)
     cached = statistics or CachedStatistics(key_of(model, batches, settings), needs, scored.statistics, {})
     return scored, replace(cached, scores=cached.scores | {repr(recipe.allocation): scored.scores})
@@ -165,7 +166,7 @@ def prune(
 ) -> Pruned:
     """Prunes ``model`` in place and returns the result; arguments and errors are those of :func:`score`."""
     check_offload_folder(model)
-    batches = list(batches)
+    batches, recipe = list(batches), recipe.resolved(model)
     if recipe.reconstruction is not None:
         check_batches(len(batches))
     finished = _finished(model, batches, recipe)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
 from lit_prune import distributed
 from lit_prune.allocate import DLP, Allocation, Uniform, allocate
 from lit_prune.allocate.base import TOLERANCE, weighted_mean
-from lit_prune.allocate.budget import Budget, Limits
+from lit_prune.allocate.budget import Budget, Limits, OutOfRange
 from lit_prune.errors import InputError
+from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.families import Block, check_experts_of, find_blocks
 from lit_prune.models.on_disk import on_disk
 from lit_prune.pruning import Method, Wanda
 from lit_prune.reconstruct import Reconstruct
 from lit_prune.reconstruct.finished import check_folder
+from lit_prune.target import StoredBytes, parse_bytes, parse_parameters
 
 
 @dataclass(frozen=True)
@@ -27,26 +30,29 @@ class Recipe:
     Args:
         method: The pruning method, which sets weights to zero, slices the model, or makes it smaller in another way.
         sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights, of the dimensions, or of
-            whatever else the method removes.
+            whatever else the method removes. None is 0.5, or what the target asks for, see :meth:`resolved`.
         allocation: The rule that scores the blocks and spreads the sparsity over them.
         min_rate: Smallest share that is removed from any block.
         max_rate: Largest share that is removed from any block.
         targets: Name suffixes or regular expressions of the linears to prune; None selects all in the blocks.
         ignore: Name suffixes or regular expressions of linears to leave alone.
         blocks: Dotted path of the decoder layers, for an unknown family.
-        budget: What `sparsity` is a share of: `linears`, what the method removes (weights of the linears, channels), or
-            `parameters`, all parameters of the model, tied weights counted once. Embeddings are never pruned, so the
-            linears then lose a larger share.
+        budget: What `sparsity` is a share of: `linears`, what the method removes (weights of the linears, channels);
+            `parameters`, all parameters of the model, tied weights counted once; or `bytes`, those of the exported
+            weights. Embeddings are never pruned, so the linears then lose a larger share.
+        target_parameters: Number of parameters that are to be left, such as 100M, instead of a sparsity.
+        target_bytes: Bytes that the exported weights are to take, such as 200MB, instead of a sparsity.
         reconstruction: The training of every block, right after it is cut, towards its former output; None leaves the
             blocks as the method cuts them.
 
     Raises:
         InputError: for a number out of its range, `targets` or `ignore` for a method that prunes whole blocks, a search
-            for a method without a trial, or a budget or a reconstruction that the method does not support.
+            for a method without a trial, more than one of sparsity and targets, or a budget, a target or a
+            reconstruction that the method does not support.
     """
 
     method: Method = field(default_factory=Wanda)
-    sparsity: float = 0.5
+    sparsity: float = None  # type: ignore[assignment]  # a float, until the recipe has a target
     allocation: Allocation = field(default_factory=DLP)
     min_rate: float = 0.0
     max_rate: float = 0.99
@@ -55,9 +61,12 @@ class Recipe:
     blocks: str | None = None
     budget: Budget = "linears"
     reconstruction: Reconstruct | None = None
+    target_parameters: int | str | None = None
+    target_bytes: int | str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
+        self._read_targets()
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise InputError(f"`pruning.sparsity` must be in [0, 1), the share to remove, got {self.sparsity}.")
         if not 0 <= self.min_rate <= self.max_rate <= 1:
             raise InputError(
@@ -81,16 +90,110 @@ class Recipe:
             )
         if self.budget not in get_args(Budget):
             raise InputError(f"`pruning.budget` must be one of {', '.join(get_args(Budget))}, got {self.budget!r}.")
-        if self.budget != "linears" and not self.method.supports_parameters:
-            raise InputError(
-                f"`pruning.budget` must be linears for {type(self.method).__name__}, whose rates do not tell how many "
-                f"parameters it removes, got {self.budget}."
-            )
+        self._check_budget()
         if self.reconstruction is not None and not self.method.supports_reconstruction:
             raise InputError(
                 f"`pruning.reconstruction` must be null for {type(self.method).__name__}, which gives blocks outputs "
                 "that cannot be compared with those of the dense blocks: leave it out, or choose another method."
             )
+
+    def _read_targets(self) -> None:
+        """Replaces the texts of the targets by numbers, and a sparsity that is not given by its default."""
+        parsers = {"target_parameters": parse_parameters, "target_bytes": parse_bytes}
+        texts = {name: getattr(self, name) for name in parsers if getattr(self, name) is not None}
+        check_one_target(self.sparsity, **texts)
+        for name, text in texts.items():
+            object.__setattr__(self, name, parsers[name](text))
+        if self.sparsity is None and not texts:
+            object.__setattr__(self, "sparsity", 0.5)
+
+    def _check_budget(self) -> None:
+        """Raises InputError for a budget or a target that the method does not support."""
+        method, target = type(self.method).__name__, self.target
+        if target is not None and self.budget != "linears":
+            raise InputError(
+                f"`pruning.budget` must be left out with `pruning.{target}`, which says what is counted, got "
+                f"{self.budget}."
+            )
+        field = f"`pruning.{target}` must be left out" if target is not None else "`pruning.budget` must be linears"
+        asked = f"got {self.budget if target is None else f'{getattr(self, target):,}'}"
+        if (target is not None or self.budget == "bytes") and self.method.makes_zeros:
+            raise InputError(
+                f"{field} for {method}, {asked}: it sets weights to zero, which are stored like others. Give "
+                "`pruning.sparsity`, with `--pruning.budget parameters` for a share of all parameters, or choose a "
+                "method that removes parameters, such as MLPWidth."
+            )
+        if (target is not None or self.budget != "linears") and not self.method.supports_parameters:
+            raise InputError(f"{field} for {method}, whose rates do not tell how many parameters it removes, {asked}.")
+
+    @property
+    def target(self) -> Literal["target_parameters", "target_bytes"] | None:
+        """Name of the target that the recipe has; None if it has a sparsity."""
+        if self.target_parameters is not None:
+            return "target_parameters"
+        return None if self.target_bytes is None else "target_bytes"
+
+    @property
+    def counts_bytes(self) -> bool:
+        """Whether the cut depends on the bytes of the exported weights."""
+        return self.target_bytes is not None or self.budget == "bytes"
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the recipe has a sparsity of what the method removes, or of all parameters."""
+        return self.target is None and self.budget != "bytes"
+
+    def resolved(self, model: PreTrainedModel, stored: StoredBytes | None = None) -> Recipe:
+        """Returns the recipe with a share of all parameters instead of a target or a share of bytes.
+
+        If 134.5 M parameters are to become 100 M, the share is 0.2565.
+
+        Args:
+            model: The model before the cut; it may be on the meta device.
+            stored: Bytes of its weights in the exported folder; None counts them in the model's data type.
+
+        Raises:
+            InputError: if no rates within the bounds reach it, with the sizes that can be reached.
+        """
+        if self.is_resolved:
+            return self
+        self.method.check(model, 0.0)
+        blocks, stored = self.find(model), stored or StoredBytes.of(model)
+        total = self.method.full_parameters(model, blocks)
+        full_bytes = stored.total + (total - parameters(model)) * stored.per_weight
+        full, per_weight = full_bytes, stored.per_weight
+        if self.target_parameters is not None:
+            full, per_weight = float(total), 1.0
+        asked = self.sparsity if self.target is None else 1 - int(getattr(self, self.target)) / full
+        share = asked * full / (total * per_weight)
+        fields: dict[str, Any] = {"target_parameters": None, "target_bytes": None, "budget": "parameters"}
+        resolved = replace(self, **fields, sparsity=min(max(share, 0.0), 1 - 1e-9))
+        try:
+            resolved.limits(model, blocks, share=share)
+        except OutOfRange as error:
+            raise self._unreachable(error, full, total * per_weight / full) from error
+        return resolved
+
+    def _unreachable(self, error: OutOfRange, full: float, scale: float) -> InputError:
+        """Returns the error for a target that cannot be reached.
+
+        Args:
+            error: What is possible, as shares of all parameters.
+            full: Number of parameters or bytes before any cut.
+            scale: Share of ``full`` that goes with all parameters.
+        """
+        least, most, method = error.least * scale, error.most * scale, type(self.method).__name__
+        if self.target is None:
+            return InputError(
+                f"`pruning.sparsity` must be between {math.ceil(least * 1e4) / 1e4:g} and "
+                f"{math.floor(most * 1e4) / 1e4:g} of all bytes with `pruning.budget: bytes`, as {error.bounds}, "
+                f"{error.part} of all parameters, got {self.sparsity:g}."
+            )
+        return InputError(
+            f"`pruning.{self.target}` must be between {math.ceil(full * (1 - most) - 1e-6):,} and "
+            f"{math.floor(full * (1 - least) + 1e-6):,} for {method}, as {error.bounds}, {error.part} of all "
+            f"parameters, got {getattr(self, self.target):,}."
+        )
 
     @property
     def needs_text(self) -> bool:
@@ -117,6 +220,8 @@ class Recipe:
 
     def bounded(self, model: PreTrainedModel) -> tuple[list[Block], Limits]:
         """Returns the blocks and the limits of their rates, with the checks and errors of :meth:`check`."""
+        if not self.is_resolved:
+            return self.resolved(model).bounded(model)
         self.method.check(model, self.sparsity)
         if self.reconstruction is not None and self.reconstruction.state is not None:
             check_folder(self.reconstruction.state)
@@ -143,18 +248,24 @@ class Recipe:
         self.spread(limits, [1.0] * len(blocks), equal=True)
         return blocks, limits
 
-    def limits(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Limits:
+    def limits(self, model: PreTrainedModel, blocks: Sequence[Block], *, share: float | None = None) -> Limits:
         """Returns the bounds of the blocks' rates, and the mean rate that gives the sparsity.
 
+        Args:
+            model: The model.
+            blocks: Its blocks.
+            share: Share of all parameters to remove, which may be out of range; None is the sparsity.
+
         Raises:
-            InputError: if the budget is a share of all parameters that the linears cannot give.
+            OutOfRange: if the budget is a share of all parameters that the linears cannot give.
         """
         least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.max_rate(model)))
         current, sizes = self.method.current_rates(model, blocks), self.method.sizes(model, blocks)
         lower, target = [max(least, rate) for rate in current], self.sparsity
         slack = self.method.rounding(blocks)  # by which an earlier cut may have exceeded its sparsity
         if self.budget == "parameters":
-            target = self.method.rate_of_parameters(self.sparsity, model, blocks, lower=lower, upper=upper, slack=slack)
+            asked = self.sparsity if share is None else share
+            target = self.method.rate_of_parameters(asked, model, blocks, lower=lower, upper=upper, slack=slack)
         return Limits(sizes, lower, upper, target, weighted_mean(current, sizes), slack)
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
@@ -170,9 +281,20 @@ class Recipe:
         return self.method.rates(rates, limits.sizes)
 
 
+def check_one_target(sparsity: object, **targets: object) -> None:
+    """Raises InputError if more than one of the sparsity and the targets is given."""
+    given = {name: value for name, value in {"sparsity": sparsity, **targets}.items() if value is not None}
+    if len(given) > 1:
+        names = " and ".join(f"`pruning.{name}`" for name in given)
+        values = " and ".join(str(value) for value in given.values())
+        remedy = " `--pruning.sparsity null` takes back that of a configuration." if sparsity is not None else ""
+        raise InputError(f"{names} must not be given together, got {values}: leave out all but one.{remedy}")
+
+
 def recipe_record(recipe: Recipe) -> dict[str, object]:
     """Returns ``recipe`` as a JSON-serialisable dict, with method and allocation as their ``repr``."""
-    return {
+    target = {} if recipe.target is None else {recipe.target: getattr(recipe, recipe.target)}
+    return target | {
         "method": repr(recipe.method),
         "allocation": repr(recipe.allocation),
         "sparsity": recipe.sparsity,

@@ -68,6 +68,16 @@ class Cubic(Schedule):
         return 1 - (1 - progress) ** 3
 
 
+def shares(at_step: int | Sequence[int], schedule: Schedule | None = None) -> tuple[Cut, ...]:
+    """Returns the cuts in order, each with its share of a final sparsity that is not known yet, in place of a sparsity.
+
+    Arguments and errors are those of :func:`cuts`; the share of the last cut is 1.
+    """
+    steps = [at_step] if isinstance(at_step, int) else list(at_step)
+    _check_steps(steps)
+    return tuple(Cut(step, share) for step, share in zip(steps, _shares(steps, schedule), strict=True))
+
+
 def cuts(
     at_step: int | Sequence[int], sparsity: float | Sequence[float], schedule: Schedule | None = None
 ) -> tuple[Cut, ...]:
@@ -89,19 +99,23 @@ def cuts(
     if not isinstance(sparsity, (int, float)):
         targets = list(sparsity)
         _check_listed(targets, steps, schedule)
-    elif len(steps) == 1:
-        targets = [sparsity]
     else:
-        chosen = schedule or Cubic()
-        if isinstance(chosen, OneShot):
-            raise InputError(
-                f"`pruning.schedule` must be Linear or Cubic for {len(steps)} cuts, got OneShot, which makes one. "
-                "Give one `pruning.at_step`, or another schedule."
-            )
-        targets = [sparsity * chosen.share(position) for position in progress(steps)]
-        targets[-1] = sparsity
+        targets = [sparsity * share for share in _shares(steps, schedule)]
     _check_targets(targets)
     return tuple(Cut(step, target) for step, target in zip(steps, targets, strict=True))
+
+
+def _shares(steps: Sequence[int], schedule: Schedule | None) -> list[float]:
+    """Returns the share of the final sparsity that each cut reaches; that of the last is exactly 1."""
+    if len(steps) == 1:
+        return [1.0]
+    chosen = schedule or Cubic()
+    if isinstance(chosen, OneShot):
+        raise InputError(
+            f"`pruning.schedule` must be Linear or Cubic for {len(steps)} cuts, got OneShot, which makes one. "
+            "Give one `pruning.at_step`, or another schedule."
+        )
+    return [*(chosen.share(position) for position in progress(steps)[:-1]), 1.0]
 
 
 def progress(steps: Sequence[int]) -> list[float]:

@@ -49,6 +49,7 @@ NAMES = [
     "RunCheckpoint",
     "Schedule",
     "Search",
+    "Shrink",
     "Slicing",
     "SparseDelta",
     "SparseGPT",

@@ -1,7 +1,7 @@
 import pytest
 
 from lit_prune.errors import InputError
-from lit_prune.schedule import Cubic, Cut, Linear, OneShot, Schedule, cuts, progress
+from lit_prune.schedule import Cubic, Cut, Linear, OneShot, Schedule, cuts, progress, shares
 
 
 def test_one_cut_takes_all() -> None:
@@ -66,3 +66,10 @@ def test_every_schedule_rises_to_1(kind: type[Schedule]) -> None:
 def test_what_cannot_be(args: tuple, message: str) -> None:
     with pytest.raises(InputError, match=message):
         cuts(*args)
+
+
+def test_shares_of_a_sparsity_that_is_not_known_yet() -> None:
+    assert shares(3) == (Cut(3, 1.0),)
+    assert [cut.sparsity for cut in shares([0, 1, 2])] == pytest.approx([19 / 27, 26 / 27, 1])
+    with pytest.raises(InputError, match="`pruning.at_step` must be at least 0"):
+        shares(-1)

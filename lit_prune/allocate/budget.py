@@ -13,8 +13,27 @@ from lit_prune.errors import InputError
 from lit_prune.masks.zeros import zeros
 from lit_prune.models.families import Block
 
-Budget = Literal["linears", "parameters"]
+Budget = Literal["linears", "parameters", "bytes"]
 TOLERANCE = 1e-6
+
+
+class OutOfRange(InputError):
+    """A share of all parameters that no rates within their bounds remove.
+
+    Args:
+        share: The share that was asked for.
+        least: Smallest possible share.
+        most: Largest possible share.
+        bounds: The end of `as ...`: what bounds the rates, and of which part of the model.
+        part: What share of the parameters that part has: `which have 59.2%`.
+    """
+
+    def __init__(self, share: float, least: float, most: float, *, bounds: str, part: str) -> None:
+        super().__init__(
+            f"`pruning.sparsity` must be between {math.ceil(least * 1e4) / 1e4:g} and {math.floor(most * 1e4) / 1e4:g} "
+            f"of all parameters with `pruning.budget: parameters`, as {bounds}, {part} of them, got {share:g}."
+        )
+        self.least, self.most, self.bounds, self.part = least, most, bounds, part
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,40 @@ class Limits:
         return self.current_sparsity if exceeded else self.target
 
 
+def rate_of_share(
+    share: float,
+    removable: Sequence[int],
+    total: int,
+    *,
+    lower: Sequence[float],
+    upper: float,
+    slack: float = 0.0,
+    bounds: str,
+) -> float:
+    """Returns the mean rate at which blocks lose ``share`` of all parameters.
+
+    If the blocks can lose 300 of 1,000 parameters, 0.24 of all are a rate of 0.8.
+
+    Args:
+        share: Share of all parameters.
+        removable: Number of parameters that each block would lose at a rate of 1.
+        total: Number of all parameters.
+        lower: Lower bound of each block's rate.
+        upper: Upper bound of every rate, except where a block's lower bound exceeds it.
+        slack: Share of ``removable`` by which an earlier cut may exceed the target.
+        bounds: For the error: what bounds the rates, and of which part of the model.
+
+    Raises:
+        OutOfRange: if no rates within the bounds give that share.
+    """
+    most_of_all = sum(removable) / total
+    least = sum(low * number for low, number in zip(lower, removable, strict=True)) / total
+    most = sum(max(low, upper) * number for low, number in zip(lower, removable, strict=True)) / total
+    if not least - slack * most_of_all - TOLERANCE <= share <= most + TOLERANCE:
+        raise OutOfRange(share, least, most, bounds=bounds, part=f"which have {most_of_all:.1%}")
+    return min(share / most_of_all, 1.0)
+
+
 def sparsity_of_linears(
     share: float,
     model: PreTrainedModel,
@@ -67,7 +120,7 @@ def sparsity_of_linears(
         slack: Share of the linears' weights by which existing zeros may exceed the target.
 
     Raises:
-        InputError: if no rates within the bounds give that share.
+        OutOfRange: if no rates within the bounds give that share.
     """
     zero, total = zeros(model.parameters())
     linear_zeros, in_linears = zeros(linear.weight_OI for block in blocks for linear in block.linears.values())
@@ -75,10 +128,9 @@ def sparsity_of_linears(
     least = (sum(low * block.size for low, block in zip(lower, blocks, strict=True)) + zeros_outside) / total
     most = (sum(max(low, upper) * block.size for low, block in zip(lower, blocks, strict=True)) + zeros_outside) / total
     if not least - slack * in_linears / total - TOLERANCE <= share <= most + TOLERANCE:
-        raise InputError(
-            f"`pruning.sparsity` must be between {math.ceil(least * 1e4) / 1e4:g} and {math.floor(most * 1e4) / 1e4:g} "
-            f"of all parameters with `pruning.budget: parameters`, as `pruning.min_rate`, `pruning.max_rate`, "
-            "the method and already pruned weights allow for the linears to prune, which are "
-            f"{in_linears / total:.1%} of them, got {share:g}."
+        bounds = (
+            "`pruning.min_rate`, `pruning.max_rate`, the method and already pruned weights allow for the linears to "
+            "prune"
         )
+        raise OutOfRange(share, least, most, bounds=bounds, part=f"which are {in_linears / total:.1%}")
     return min(max((share * total - zeros_outside) / in_linears, 0.0), 1.0)

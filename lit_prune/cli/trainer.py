@@ -91,7 +91,7 @@ class PruneTrainer(Trainer):
         """Prune a model in one shot, without training; writes the same folder as fit."""
         pruning, results = self._prepared(model, datamodule)
         llm, device = pruning.find_model(model), self.strategy.root_device
-        fit_plan = pruning.fit_plan
+        fit_plan = pruning.run.plan
         validation = validation_data(self) if fit_plan.measure else None
         assert fit_plan.recipe is not None
         calibration = calibration_batches(self, fit_plan.calibration)
@@ -102,17 +102,17 @@ class PruneTrainer(Trainer):
             with measured_cut(llm, inputs) as cut:
                 cut.pruned = prune(llm, inputs.batches, inputs.recipe, device=device, statistics=statistics)
             plan = results.plan(llm)
-            report = summary(plan, fit_plan.recipe, [cut.record], format=results.format)
+            report = summary(plan, pruning.fit_plan.recipe, [cut.record], format=results.format)
             with results.opened():
                 results.write(self, model, plan, report, validation)
 
     def score(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Score the blocks without pruning; writes scores, rates, a picture, a plan to edit and statistics to reuse."""
         pruning, results = self._prepared(model, datamodule)
-        recipe = pruning.fit_plan.recipe
+        recipe = pruning.run.plan.recipe
         assert recipe is not None
         llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.fit_plan.calibration)
-        check_caches(pruning.fit_plan, llm, batches, settings)
+        check_caches(pruning.run.plan, llm, batches, settings)
         device, names = self.strategy.root_device, statistics_key(settings, llm)
         scored, cached = score_with_statistics(
             llm, batches, recipe, device=device, settings=names, statistics=pruning.fit_plan.statistics
@@ -157,6 +157,7 @@ class PruneTrainer(Trainer):
         self._data_connector.attach_data(model, datamodule=datamodule)
         llm = self._loaded(model, pruning)
         if resume is not None:
+            pruning.run.resolve(self, llm)
             resume.load(model, [pruning, results])
         else:
             pruning.run.baseline = measure_baseline(llm, None, self.strategy.root_device)
@@ -194,7 +195,8 @@ class PruneTrainer(Trainer):
         self._data_connector.attach_data(model, datamodule=datamodule)
         llm = self._loaded(model, pruning)
         pruning.fit_plan.take_zeros(llm, trains=False)
-        pruning.fit_plan.recipe.check(llm)
+        pruning.run.resolve(self, llm)
+        pruning.run.plan.recipe.check(llm)
         return pruning, results
 
     def _loaded(self, model: LightningModule, pruning: DynamicPruningCallback) -> PreTrainedModel:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from lit_prune.masks.zeros import zeros
-from lit_prune.models.quantised import packed_bytes, quantised_linears
+from lit_prune.models.quantised import convertible, packed_bytes, quantised_linears
 from lit_prune.models.quantised import pruned as pruned_weights
 
 
@@ -25,6 +26,12 @@ def size_bytes(model: nn.Module) -> int:
     """
     rest, quantised = _split(model)
     return sum(parameter.nbytes for parameter in rest) + sum(packed_bytes(module) for module in quantised)
+
+
+def bytes_in(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Returns the bytes that the parameters would have after ``quantised.convert`` to ``dtype``."""
+    changed = {id(tensor): tensor for _, _, tensor in convertible(model, dtype) if isinstance(tensor, nn.Parameter)}
+    return size_bytes(model) + sum(tensor.numel() * (dtype.itemsize - tensor.itemsize) for tensor in changed.values())
 
 
 def full_bytes(model: PreTrainedModel) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -10,7 +9,8 @@ from typing import ClassVar, final
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import TOLERANCE, Allocation
+from lit_prune.allocate.base import Allocation
+from lit_prune.allocate.budget import rate_of_share
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.errors import InputError
@@ -58,6 +58,7 @@ class Experts(Method):
     changes_shapes: ClassVar[bool] = True
     supports_reconstruction: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
+    can_be_part: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
@@ -136,23 +137,28 @@ class Experts(Method):
 
         If an expert has 3 parameters, and 80 of 120 experts with 1,000 parameters in all go, 0.24 of them go.
         """
+        return rate_of_share(
+            share,
+            self.removable(model, blocks),
+            self.full_parameters(model, blocks),
+            lower=lower,
+            upper=upper,
+            slack=slack,
+            bounds="`pruning.min_rate`, `pruning.max_rate`, the router and earlier cuts allow for the experts",
+        )
+
+    def removable(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        """Returns the number of parameters that all experts of each block of the dense model have."""
         mixtures, full = _mixtures(model, blocks), self.sizes(model, blocks)
-        by_expert = [
-            0 if mixture is None else parameters_of_an_expert(block.module, mixture)
-            for block, mixture in zip(blocks, mixtures, strict=True)
+        return [
+            0 if mixture is None else number * parameters_of_an_expert(block.module, mixture)
+            for block, mixture, number in zip(blocks, mixtures, full, strict=True)
         ]
-        in_experts = sum(number * each for number, each in zip(full, by_expert, strict=True))
-        current = max(self.current_rates(model, blocks))
-        in_model = parameters(model) + current * in_experts
-        least, most = max(lower) * in_experts / in_model, max(*lower, upper) * in_experts / in_model
-        if not least - slack * in_experts / in_model - TOLERANCE <= share <= most + TOLERANCE:
-            raise InputError(
-                f"`pruning.sparsity` must be between {math.ceil(least * 1e4) / 1e4:g} and "
-                f"{math.floor(most * 1e4) / 1e4:g} of all parameters with `pruning.budget: parameters`, as "
-                "`pruning.min_rate`, `pruning.max_rate`, the router and earlier cuts allow for the experts, which "
-                f"have {in_experts / in_model:.1%} of them, got {share:g}."
-            )
-        return min(share * in_model / in_experts, 1.0)
+
+    def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
+        """Returns the number of parameters before all cuts by this method."""
+        current, in_experts = max(self.current_rates(model, blocks)), sum(self.removable(model, blocks))
+        return parameters(model) + round(current * in_experts)
 
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns half a multiple as a share of the experts of a block."""

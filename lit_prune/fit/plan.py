@@ -20,6 +20,7 @@ from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.recover import Recovery
 from lit_prune.recover.existing_masks import check_kept, check_unfilled, take_zeros
 from lit_prune.schedule import Cut
+from lit_prune.target import StoredBytes
 
 
 @final
@@ -29,7 +30,8 @@ class FitPlan:
 
     Args:
         recipe: Recipe of the cuts, with the sparsity of the last one; None without cuts.
-        cuts: Step of each cut and the sparsity after it; empty without a recipe.
+        cuts: Step of each cut and the sparsity after it, or with a target the share of the way to it, see
+            :meth:`resolved`; empty without a recipe.
         before: Recovery that trains the LLM before the first cut.
         recovery: Recovery that trains the LLM after each cut, or from the start without cuts.
         distillation: Knowledge distillation from the dense LLM.
@@ -66,6 +68,7 @@ class FitPlan:
                 )
             return
         method, count = self.recipe.method, len(self.cuts)
+        self._check_bytes()
         self._check_full(self.before, "before")
         if self.before is not None and self.cuts[0].step == 0:
             raise InputError(
@@ -113,6 +116,14 @@ class FitPlan:
         """The step of the last cut; 0 without cuts."""
         return self.cuts[-1].step if self.cuts else 0
 
+    def resolved(self, model: PreTrainedModel, stored: StoredBytes | None = None) -> FitPlan:
+        """Returns the plan with sparsities instead of a target or of shares of bytes; see :meth:`Recipe.resolved`."""
+        if self.recipe is None or self.recipe.is_resolved:
+            return self
+        recipe = self.recipe.resolved(model, stored)
+        scale = recipe.sparsity / (self.cuts[-1].sparsity or 1.0)
+        return replace(self, recipe=recipe, cuts=tuple(Cut(step, share * scale) for step, share in self.cuts))
+
     def student(self) -> Student:
         """Returns the description of the student that the teacher needs.
 
@@ -130,6 +141,8 @@ class FitPlan:
         """Returns the settings that a resumed run must share with the first, by field."""
         recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
         cuts: dict[str, Any] = {"at_step": list(self.steps), "sparsity": [share for _, share in self.cuts]}
+        if self.recipe is not None and self.recipe.target is not None:
+            cuts["sparsity"] = [None]
         objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
         if self.recipe is None:
             objects["calibration"] = None
@@ -209,6 +222,19 @@ class FitPlan:
             raise InputError(
                 f"`pruning.{field}` must leave the weights in full precision if a cut comes after it, got "
                 f"{recovery}: use MaskedLoRA, or LoRA before the first cut, and QLoRA as `pruning.recovery` of one cut."
+            )
+
+    def _check_bytes(self) -> None:
+        """Raises InputError for a budget of bytes whose weights are exported in 4 or 8 bits."""
+        assert self.recipe is not None
+        recovery = self.recovery
+        if not self.recipe.counts_bytes or recovery is None or not recovery.quantises:
+            return
+        if recovery.export_form(False) != "merged":
+            field = "target_bytes" if self.recipe.target is not None else "budget"
+            raise InputError(
+                f"`pruning.{field}` must not count bytes with {recovery}, whose weights are exported in another "
+                "precision than they are cut in: count parameters, or train with `--pruning.recovery.form merged`."
             )
 
     def _check_merge(self, recovery: Recovery | None, field: str, where: str) -> None:

@@ -105,8 +105,10 @@ def check_without_weights(plan: FitPlan, model: PreTrainedModel, datamodule: Any
     Checked are the family and the rates that the method supports, names of linears, settings of
     adapters, and the text and versions of cached statistics.
     """
+    if plan.recipe is not None and not plan.recipe.counts_bytes:  # the type of the exported weights is not known yet
+        plan = plan.resolved(model)
     if plan.recipe is not None:
-        plan.recipe.method.check(model, plan.recipe.sparsity)
+        plan.recipe.method.check(model, plan.recipe.sparsity if plan.recipe.is_resolved else 0.0)
         plan.recipe.find(model)
     for recovery in (plan.before, plan.recovery) if trains else ():
         if recovery is not None:

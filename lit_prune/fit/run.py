@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch import LightningModule, Trainer
 from transformers import PreTrainedModel
@@ -31,6 +31,15 @@ from lit_prune.recover.existing_masks import attach
 from lit_prune.report.plain import to_plain
 from lit_prune.report.records import Baseline, CutRecord, Record, with_perplexity
 from lit_prune.schedule import Cut
+from lit_prune.target import StoredBytes
+
+
+@runtime_checkable
+class CountsBytes(Protocol):
+    """A callback that knows in which type and format the weights are exported, such as a ResultsCallback."""
+
+    def stored_bytes(self, model: PreTrainedModel) -> StoredBytes:
+        """Returns the bytes that the weights of ``model`` would take in the exported folder."""
 
 
 class PruningRun:
@@ -40,6 +49,7 @@ class PruningRun:
         plan: The fit plan.
 
     Attributes:
+        plan: The fit plan; once the LLM is loaded, with sparsities instead of a target.
         done: Records of the cuts made so far, in order.
         baseline: Record of the LLM before a training without cuts; None if cuts are planned.
         source_weights: The weights that checkpoints can leave out; None if they hold all.
@@ -83,6 +93,7 @@ class PruningRun:
         check_unsharded(model)
         check_scaled_gradients(self.plan, trainer, model.dtype)
         trainer.precision_plugin.convert_module(model)  # Lightning itself converts the module only after `setup`
+        self.resolve(trainer, model)
         # parameters that the LightningModule leaves trainable, and that become trainable again without an adapter
         self._trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         if resume is None:
@@ -90,6 +101,22 @@ class PruningRun:
             self.plan.check(model)
         elif resume.record.snapshot is not None:
             self._resume(trainer, model, resume)
+
+    def resolve(self, trainer: Trainer, model: PreTrainedModel) -> None:
+        """Turns a target, or shares of bytes, into the sparsities of the plan.
+
+        Args:
+            trainer: The Trainer; one of its callbacks may know how the weights are exported.
+            model: The LLM, just loaded from its source.
+
+        Raises:
+            InputError: if no cut of the LLM reaches the target.
+        """
+        if self.plan.recipe is None or self.plan.recipe.is_resolved:
+            return
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        counts = next((callback for callback in callbacks if isinstance(callback, CountsBytes)), None)
+        self.plan = self.plan.resolved(model, None if counts is None else counts.stored_bytes(model))
 
     def begin(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Prepares the LLM of a new run for training up to the first cut; measures it first if there is no cut."""

@@ -245,7 +245,7 @@ def convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
     family in half precision. ``from_pretrained`` does not convert the other weights of a quantised folder.
     """
     new: dict[int, nn.Parameter] = {}  # by the identity of the old one, so that tied weights stay tied
-    for module, name, tensor in list(_convertible(model, dtype)):
+    for module, name, tensor in list(convertible(model, dtype)):
         if isinstance(tensor, nn.Parameter):
             new.setdefault(id(tensor), nn.Parameter(tensor.to(dtype), tensor.requires_grad))
             module._parameters[name] = new[id(tensor)]
@@ -254,7 +254,7 @@ def convert(model: PreTrainedModel, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def _convertible(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[nn.Module, str, Tensor]]:
+def convertible(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """Yields the tensors that :func:`convert` converts, each with its module and its name there."""
     float32 = build_glob_alternation(list(plan))[0] if (plan := model._get_dtype_plan(dtype)) else None
     for path, module in model.named_modules():

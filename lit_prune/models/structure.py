@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -119,6 +119,25 @@ def add_structure(model: PreTrainedModel, structure: Structure) -> None:
 def describe(model: PreTrainedModel) -> list[Description]:
     """Returns the description of each structure of ``model``, which has no adapter."""
     return [structure.describe(model) for structure in structures(model)]
+
+
+def joined(descriptions: Sequence[Description], name: str) -> Description:
+    """Returns one description of several structures that the same cut added; the picture shows the first.
+
+    Args:
+        descriptions: The descriptions, at least one, which is returned as it is if it is the only one.
+        name: Key of all of them in report.json, where their facts are stored by their own names.
+    """
+    first = descriptions[0]
+    if len(descriptions) == 1:
+        return first
+    return replace(
+        first,
+        name=name,
+        facts={"parts": {described.name: described.facts for described in descriptions}},
+        outcome=" ".join(described.outcome for described in descriptions),
+        rows={label: text for described in descriptions for label, text in described.rows.items()},
+    )
 
 
 def _structure(recorded: Mapping[str, Any]) -> Structure:

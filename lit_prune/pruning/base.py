@@ -18,6 +18,7 @@ from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
+from lit_prune.evaluation.sizes import parameters
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import Block, CustomClass
@@ -45,7 +46,10 @@ class Method(ABC):
         keeps_values: Whether weights that are not removed keep their values, bit for bit.
         supports_search: Whether the method implements :meth:`trial`, which an allocation that searches needs.
         supports_reconstruction: Whether blocks that the method has cut can be reconstructed, see :meth:`apply`.
-        supports_parameters: Whether the method implements :meth:`rate_of_parameters`, for `budget: parameters`.
+        supports_parameters: Whether the method implements :meth:`rate_of_parameters`, for the budgets
+            `parameters` and `bytes`, and for targets.
+        can_be_part: Whether the method implements :meth:`removable`, so that it can be a part of ``Shrink``.
+        structures: Number of structures that a cut adds to the record of the model, if the method changes shapes.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -57,6 +61,8 @@ class Method(ABC):
     supports_search: ClassVar[bool] = False
     supports_reconstruction: ClassVar[bool] = False
     supports_parameters: ClassVar[bool] = False
+    can_be_part: ClassVar[bool] = False
+    structures: int = 1
     propagate: Propagate = "dense"
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
@@ -119,9 +125,17 @@ class Method(ABC):
             slack: Share by which an earlier cut may exceed the target.
 
         Raises:
-            InputError: if no rates within the bounds give that share.
+            OutOfRange: if no rates within the bounds give that share.
         """
         raise NotImplementedError(f"{type(self).__name__} does not remove a share of all parameters")
+
+    def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
+        """Returns the number of parameters that the shares of :meth:`rate_of_parameters` refer to."""
+        return parameters(model)
+
+    def removable(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        """Returns the number of parameters that each block of the dense model would lose at a rate of 1."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be a part of Shrink")
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
         """Returns the smallest and the largest rate between ``least`` and ``most`` that the method supports."""

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCardData
 from lit_prune.report.report import Report
 from lit_prune.report.sections import Quantised
 from lit_prune.report.table import task_rows
-from lit_prune.report.wording import describe_budget, describe_protocol, describe_size, short
+from lit_prune.report.wording import describe_budget, describe_protocol, describe_size, describe_target, short
 
 QUANTISED_FORMS = {  # of the export, see ``export.plan.form_of``
     "adapter": "over them. The adapter is not merged, but saved beside the quantised weights.",
@@ -33,7 +33,7 @@ def model_card(report: Report, base: str, usage: str) -> str:
 
 Made from `{base}`. {_pruning(report)}{_cuts_not_made(report)}
 {_recovery(report)}
-Parameters: {describe_size(report)}.{_rounding(report)}
+Parameters: {describe_size(report)}.{_target(report)}{_rounding(report)}
 
 {_perplexities(report)}
 {_tasks(report)}
@@ -47,6 +47,11 @@ def _what_was_done(report: Report) -> str:
     if report.recipe and not report.baseline:
         return "pruned"
     return "trained" if "train" in report.seconds else "exported"
+
+
+def _target(report: Report) -> str:
+    """Returns the sentence about the size that was asked for; empty if a share was."""
+    return "" if report.target is None else f" Asked for were {describe_target(report.target)}."
 
 
 def _rounding(report: Report) -> str:

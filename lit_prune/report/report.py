@@ -20,7 +20,7 @@ from lit_prune.models.structure import Description
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.plain import OMIT, fields_to_plain, json_form, to_plain
 from lit_prune.report.records import SearchRecord
-from lit_prune.report.sections import CutSummary, Quantised, Shape, Sparsity
+from lit_prune.report.sections import CutSummary, Quantised, Shape, Sparsity, TargetSize
 from lit_prune.schedule import Cut
 
 PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "bitsandbytes", "torchmetrics", "datasets")
@@ -59,6 +59,7 @@ class Report:
         quantised: Quantisation of the model; None in full precision.
         shape: The structure that the cut gave the model; None if it changed no shape.
         structures: All structures of the model, those of earlier runs included.
+        target: The size that was asked for and the one that came out; None if a share was asked for.
         cuts: Every cut of the run.
         cuts_not_made: Planned cuts that the training ended before.
         baseline: Record of the model before a training without cuts, see ``models.structure``; None if this run cuts.
@@ -93,6 +94,7 @@ class Report:
     quantised: Quantised | None
     shape: Shape | None = field(metadata=json_form(key="slice", none_as=OMIT))
     structures: Sequence[Description] = field(default=(), metadata=json_form(key="sliced"))
+    target: TargetSize | None = field(default=None, metadata=json_form(none_as=OMIT))
     cuts: Sequence[CutSummary] = ()
     cuts_not_made: Sequence[Cut] = ()
     baseline: Mapping[str, Any] | None = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lit_prune.allocate.budget import Budget
 from lit_prune.evaluation.perplexity import Protocol
 from lit_prune.models.structure import Description
 from lit_prune.report.plain import OMIT, json_form, to_plain
@@ -38,25 +39,43 @@ class Sparsity:
 
 
 @dataclass(frozen=True)
+class TargetSize:
+    """The size that was asked for, and the one that came out.
+
+    Attributes:
+        unit: `parameters` or `bytes`, of the exported weights.
+        requested: The number asked for.
+        achieved: The number that came out.
+    """
+
+    unit: str
+    requested: int
+    achieved: int
+
+
+@dataclass(frozen=True)
 class Shape:
     """The structure that a cut gave a model, and the size of the model before and after the cut.
 
     Attributes:
         structure: Description of the structure, see ``models.structure``.
-        requested: Requested share to remove, mean over the blocks.
+        requested: Requested share to remove.
         dense: Size before the cut; None if it is not known.
         pruned: Size after the cut; None if it is not known.
+        budget: Meaning of ``requested``, see ``allocate.budget``.
     """
 
     structure: Description
     requested: float
     dense: ModelSize | None = None
     pruned: ModelSize | None = None
+    budget: Budget = "linears"
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the section of report.json."""
+        """Returns the section of report.json; the budget is left out if the share is the mean over the blocks."""
         sizes = {"dense": to_plain(self.dense), "pruned": to_plain(self.pruned)}
-        return {"requested": self.requested, **self.structure.facts, **sizes}
+        budget = {} if self.budget == "linears" else {"budget": self.budget}
+        return {"requested": self.requested, **budget, **self.structure.facts, **sizes}
 
 
 @dataclass(frozen=True)

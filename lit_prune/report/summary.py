@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lit_prune.allocate.budget import Budget
 from lit_prune.evaluation.sizes import full_bytes, parameters, pruned
 from lit_prune.export.formats import ExportFormat, HuggingFace
 from lit_prune.export.plan import ExportPlan
@@ -18,7 +19,7 @@ from lit_prune.recipe import Recipe
 from lit_prune.recover import adapter_config
 from lit_prune.report.records import Baseline, CutRecord, ModelSize
 from lit_prune.report.report import Report, versions
-from lit_prune.report.sections import CutSummary, Quantised, Shape, Sparsity
+from lit_prune.report.sections import CutSummary, Quantised, Shape, Sparsity, TargetSize
 from lit_prune.schedule import Cut
 
 
@@ -71,6 +72,7 @@ def summary(
         quantised=_quantised(plan),
         shape=_shape(plan, recipe, last, baseline),
         structures=structure.describe(plan.base),
+        target=_target(plan, recipe, cuts, format),
         cuts=[CutSummary.of(cut) for cut in cuts],
         cuts_not_made=cuts_not_made,
         baseline=None if baseline is None else baseline.record,
@@ -162,16 +164,37 @@ def _seconds(cuts: Sequence[CutRecord], first: str) -> dict[str, float]:
 
 def _shape(plan: ExportPlan, recipe: Recipe | None, last: CutRecord | None, baseline: Baseline | None) -> Shape | None:
     """Returns the structure of the last cut, in this run or before a training without cuts; None if there is none."""
-    if recipe is not None:
-        requested = recipe.sparsity if recipe.method.changes_shapes else None
-    else:
-        earlier = _recipe(last, baseline) or {}
-        requested = None if baseline is None or baseline.achieved else earlier.get("sparsity")
-    described = structure.describe(plan.base)
+    requested, described = _requested(recipe, last, baseline), structure.describe(plan.base)
     if requested is None or not described:  # training may have ended before the cut
         return None
     size = {} if last is None else {name: _in_written_type(size, plan) for name, size in last.size.items()}
-    return Shape(described[-1], requested, dense=size.get("before"), pruned=size.get("after"))
+    share, budget = requested
+    count = 1 if recipe is None else recipe.method.structures
+    shape = structure.joined(described[-count:], "shrink")
+    return Shape(shape, share, dense=size.get("before"), pruned=size.get("after"), budget=budget)
+
+
+def _requested(recipe: Recipe | None, last: CutRecord | None, baseline: Baseline | None) -> tuple[float, Budget] | None:
+    """Returns the share that a cut of shapes was to remove and its budget; None if there was no such cut."""
+    earlier: Mapping[str, Any] = _recipe(last, baseline) or {}
+    if recipe is not None and not recipe.method.changes_shapes:
+        return None
+    if recipe is None and (baseline is None or baseline.achieved):
+        return None
+    if recipe is not None and recipe.target is None:
+        return recipe.sparsity, recipe.budget
+    return None if earlier.get("sparsity") is None else (earlier["sparsity"], earlier.get("budget", "linears"))
+
+
+def _target(
+    plan: ExportPlan, recipe: Recipe | None, cuts: Sequence[CutRecord], format: ExportFormat
+) -> TargetSize | None:
+    """Returns the size that was asked for, and that of the exported weights; None without a target, or without cuts."""
+    if recipe is None or recipe.target is None or not cuts:
+        return None
+    unit = recipe.target.removeprefix("target_")
+    achieved = parameters(plan.plain) if unit == "parameters" else format.bytes(plan)
+    return TargetSize(unit, int(getattr(recipe, recipe.target)), achieved)
 
 
 def _in_written_type(size: ModelSize, plan: ExportPlan) -> ModelSize:

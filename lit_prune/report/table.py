@@ -18,6 +18,7 @@ from lit_prune.report.wording import (
     describe_reconstruction,
     describe_search,
     describe_size,
+    describe_target,
     short,
 )
 
@@ -83,6 +84,8 @@ def _rows(report: Report) -> dict[str, str]:
     if report.linears is not None:
         rows["rates of the linears"] = describe_linears(report.linears)
     rows["parameters"] = describe_size(report)
+    if report.target is not None:
+        rows["size requested"] = describe_target(report.target)
     if report.rounded:
         rows["data type"] = f"{report.dtype}, {report.dtype_in_memory} in memory"
     rows |= {f"task {name}": text for name, text in task_rows(report.tasks).items()}
@@ -114,7 +117,8 @@ def _sparsity_rows(sparsity: Sparsity) -> dict[str, str]:
 
 def _shape_rows(shape: Shape) -> dict[str, str]:
     """Returns the rows of the structure and, if they were measured, of the tokens per second."""
-    rows = {f"{shape.structure.name} requested, mean over blocks": f"{shape.requested:.4f}", **shape.structure.rows}
+    label = f"{shape.structure.name} requested, {describe_budget(shape.budget)}"
+    rows = {label: f"{shape.requested:.4f}", **shape.structure.rows}
     dense, pruned = (None if size is None else size.speed for size in (shape.dense, shape.pruned))
     if dense is None or pruned is None:
         return rows

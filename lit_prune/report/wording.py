@@ -10,6 +10,7 @@ from lit_prune.evaluation.perplexity import Protocol
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import Report
+from lit_prune.report.sections import TargetSize
 
 REFERENCES = ("dense", "before")  # names of the perplexity that the others are compared with; a report has one of them
 RECOVERED = ("recovered", "requantised")
@@ -115,8 +116,18 @@ def describe_linears(linears: Sequence[Mapping[str, float]] | None) -> str:
 
 
 def describe_budget(budget: str | None) -> str:
-    """Returns the meaning of a sparsity: the mean of the blocks' rates, or a share of all parameters."""
-    return "share of all parameters" if budget == "parameters" else "mean over blocks"
+    """Returns the meaning of a sparsity: the mean of the blocks' rates, or a share of all parameters or bytes."""
+    return "mean over blocks" if budget in (None, "linears") else f"share of all {budget}"
+
+
+def describe_target(target: TargetSize) -> str:
+    """Returns the size that was asked for, and the one that came out.
+
+    >>> describe_target(TargetSize("parameters", requested=100_000_000, achieved=99_500_000))
+    '100,000,000 parameters; 99,500,000 came out  (-0.50%)'
+    """
+    miss = target.achieved / target.requested - 1
+    return f"{target.requested:,} {target.unit}; {target.achieved:,} came out  ({miss:+.2%})"
 
 
 def describe_miss(missed: float | None) -> str:

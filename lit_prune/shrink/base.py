@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import TOLERANCE, Allocation
+from lit_prune.allocate.base import Allocation
+from lit_prune.allocate.budget import rate_of_share
 from lit_prune.calibration.statistics import GRAM, BlockStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
@@ -64,6 +65,7 @@ class UnitMethod(Method):
     supports_search: ClassVar[bool] = True
     supports_reconstruction: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
+    can_be_part: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     @property
@@ -159,20 +161,29 @@ class UnitMethod(Method):
 
         If a channel has 3 parameters, and 80 of 120 channels with 1,000 parameters in all go, 0.24 of them go.
         """
-        full, parts = self.sizes(model, blocks), [self._part(model, block) for block in blocks]
-        by_unit = [_parameters_of_a_unit(block, part) for block, part in zip(blocks, parts, strict=True)]
-        gone = sum((all_units - part.units) * each for all_units, part, each in zip(full, parts, by_unit, strict=True))
-        shares = [units * each / (parameters(model) + gone) for units, each in zip(full, by_unit, strict=True)]
-        least = sum(part * low for part, low in zip(shares, lower, strict=True))
-        most = sum(part * max(low, upper) for part, low in zip(shares, lower, strict=True))
-        if not least - slack * sum(shares) - TOLERANCE <= share <= most + TOLERANCE:
-            raise InputError(
-                f"`pruning.sparsity` must be between {math.ceil(least * 1e4) / 1e4:g} and "
-                f"{math.floor(most * 1e4) / 1e4:g} of all parameters with `pruning.budget: parameters`, as "
-                f"`pruning.min_rate`, `pruning.max_rate`, `multiple` and earlier cuts allow for the {self._noun}, "
-                f"which have {sum(shares):.1%} of them, got {share:g}."
-            )
-        return min(share / sum(shares), 1.0)
+        return rate_of_share(
+            share,
+            self.removable(model, blocks),
+            self.full_parameters(model, blocks),
+            lower=lower,
+            upper=upper,
+            slack=slack,
+            bounds=f"`pruning.min_rate`, `pruning.max_rate`, `multiple` and earlier cuts allow for the {self._noun}",
+        )
+
+    def removable(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        """Returns the number of parameters that all units of each block of the dense model have."""
+        units = zip(self.sizes(model, blocks), self._parameters_of_units(model, blocks), strict=True)
+        return [full * each for full, each in units]
+
+    def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
+        """Returns the number of parameters before all cuts by this method."""
+        left = [self._part(model, block).units for block in blocks]
+        counts = zip(self.sizes(model, blocks), left, self._parameters_of_units(model, blocks), strict=True)
+        return parameters(model) + sum((full - units) * each for full, units, each in counts)
+
+    def _parameters_of_units(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        return [_parameters_of_a_unit(block, self._part(model, block)) for block in blocks]
 
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns half a multiple as a share of the units of a block."""

@@ -92,5 +92,5 @@ def test_only_for_what_sets_weights_to_zero() -> None:
 
 
 def test_an_unknown_budget() -> None:
-    with pytest.raises(InputError, match="`pruning.budget` must be one of linears, parameters, got 'weights'"):
+    with pytest.raises(InputError, match="`pruning.budget` must be one of linears, parameters, bytes, got 'weights'"):
         Recipe(budget="weights")  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from lit_prune.pipeline import prune
 from lit_prune.pruning import Method, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
+from lit_prune.shrink import HeadGroups, Shrink
 from tests.conftest import lively_model, multimodal_model, small_model
 from tests.experts.models import MIXTURES, mixture_model
 
@@ -150,3 +151,15 @@ def test_the_loss_of_the_router_knows_the_number(batches: list[Tensor]) -> None:
     model = lively_model("mixtral", num_local_experts=6)
     prune(model, batches, Recipe(Experts(), 0.5, Uniform()))
     assert model(batches[0], labels=batches[0], output_router_logits=True).aux_loss.isfinite()
+
+
+def test_experts_and_groups_under_one_budget(batches: list[Tensor]) -> None:
+    """Experts have more parameters than groups, so that they are rounded first, and the groups make up for it."""
+    model = lively_model("mixtral", num_key_value_heads=4, num_local_experts=6)
+    before = parameters(model)
+    recipe = Recipe(Shrink([Experts(), HeadGroups()]), allocation=Uniform(), target_parameters=round(0.65 * before))
+    prune(model, batches, recipe)
+    experts, groups = model.config.num_local_experts, model.config.num_key_value_heads
+    assert (experts < 6, groups < 4) == (True, True)
+    one_group = 3 * 4 * 8 * 32  # of 8 rows or columns of four matrices, in 3 blocks
+    assert abs(parameters(model) - 0.65 * before) <= one_group / 2

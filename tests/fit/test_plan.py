@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lit_prune.allocate import DLP, Plan, write_plan
+from lit_prune.allocate import DLP, Plan, Uniform, write_plan
 from lit_prune.calibration.windows import Calibration
 from lit_prune.errors import InputError
 from lit_prune.fit.plan import FitPlan
@@ -15,6 +15,7 @@ from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
 from lit_prune.schedule import Cut
+from lit_prune.shrink import MLPWidth
 from tests.conftest import small_model
 
 ONE, TWO = (Cut(0, 0.5),), (Cut(0, 0.25), Cut(4, 0.5))
@@ -109,3 +110,24 @@ def test_an_adapter_on_a_tied_head_is_not_merged_before_a_cut() -> None:
     for given in (course(TWO, recovery=head), course((Cut(2, 0.5),), before=head, recovery=MaskedLoRA())):
         with pytest.raises(InputError, match="`MaskedLoRA.target_modules` must not have the head, lm_head, if a cut"):
             given.check(small_model())
+
+
+def test_a_target_becomes_the_sparsity_of_every_cut() -> None:
+    """The small Llama has 25,312 parameters, of which 6,912 are half of the channels."""
+    recipe = Recipe(MLPWidth(multiple=8), allocation=Uniform(), target_parameters=18_400)
+    plan = course((Cut(0, 0.25), Cut(4, 1.0)), recipe)
+    resolved = plan.resolved(small_model())
+    assert [cut.sparsity for cut in resolved.cuts] == pytest.approx([0.25 * 6912 / 25312, 6912 / 25312])
+    assert resolved.recipe is not None
+    assert resolved.recipe.sparsity == resolved.cuts[-1].sparsity
+    assert resolved.resolved(small_model()) is resolved
+    assert plan.settings()["pruning.sparsity"] is None
+    assert plan.settings()["pruning.target_parameters"] == 18_400
+    resolved.check(small_model())
+
+
+def test_bytes_of_weights_that_are_exported_in_4_bits() -> None:
+    recipe = Recipe(MLPWidth(), allocation=Uniform(), target_bytes=9)
+    with pytest.raises(InputError, match=r"`pruning.target_bytes` must not count bytes with QLoRA\(.*form merged"):
+        course(recipe=recipe, recovery=QLoRA())
+    course(recipe=recipe, recovery=QLoRA(form="merged"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import pytest
@@ -71,3 +71,19 @@ def test_a_structure_that_is_not_there(kind: str, message: str, model: PreTraine
     structure.write(model, structures=[{"kind": kind}])
     with pytest.raises(InputError, match=message):
         structures(model)
+
+
+def test_descriptions_of_one_cut_are_joined() -> None:
+    facts, rows = {"units": [8]}, {"channels": "8"}
+    widths = Description("mlp_width", facts, "Shrunk", "8 of 16.", rows, "channels", "size", (8,), 16, 0.5)
+    changes = {"facts": {"units": [2]}, "outcome": "2 of 4.", "rows": {"groups": "2"}, "sizes": (2,)}
+    groups = replace(widths, name="head_groups", **changes)  # type: ignore[arg-type]
+    joined = structure.joined([widths, groups], "shrink")
+    assert joined.facts == {"parts": {"mlp_width": {"units": [8]}, "head_groups": {"units": [2]}}}
+    assert (joined.name, joined.outcome, joined.rows) == (
+        "shrink",
+        "8 of 16. 2 of 4.",
+        {"channels": "8", "groups": "2"},
+    )
+    assert joined.sizes == (8,)
+    assert structure.joined([groups], "shrink") is groups

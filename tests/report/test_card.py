@@ -6,7 +6,7 @@ from huggingface_hub import ModelCard
 
 from lit_prune.evaluation.tasks import HarnessSettings, TaskResults
 from lit_prune.report.card import model_card
-from lit_prune.report.sections import Quantised, Sparsity
+from lit_prune.report.sections import Quantised, Sparsity, TargetSize
 from lit_prune.report.wording import describe_protocol
 from lit_prune.schedule import Cut
 from tests.report.reports import PROTOCOL, RECIPE, REPORT, SLICED, cut, sparsity
@@ -143,3 +143,9 @@ def test_zeros_that_are_not_stored() -> None:
     assert "39.00%. They are not stored, which makes the folder smaller; opened, the model is dense" in packed
     assert "4.0 MB in float32, packed; 8.0 MB with the zeros." in packed
     assert "39.00%. Zeros are stored like other weights" in model_card(REPORT, "some/model", "")
+
+
+def test_the_size_that_was_asked_for() -> None:
+    asked = replace(SLICED, target=TargetSize("bytes", requested=4_100_000, achieved=4_000_000))
+    assert ". Asked for were 4,100,000 bytes; 4,000,000 came out  (-2.44%)." in model_card(asked, "x", "")
+    assert "Asked for" not in model_card(SLICED, "x", "")

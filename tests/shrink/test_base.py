@@ -165,7 +165,7 @@ def test_a_trial_computes_what_a_cut_of_one_block_leaves(name: str, batches: lis
     model, cut = four_groups(), four_groups()
     recipe = Recipe(METHODS[name], 1 / 6, Search())
     seen: list[Trial] = []
-    statistics = _statistics(model, batches)
+    statistics = dense_statistics(model, batches)
     rates = [0.5, 0.0, 0.0]
     dicts = [{"input_ids": batch} for batch in batches]
     arguments: dict[str, Any] = {"statistics": statistics, "device": torch.device("cpu"), "batches": dicts}
@@ -178,7 +178,7 @@ def test_a_trial_computes_what_a_cut_of_one_block_leaves(name: str, batches: lis
     assert torch.equal(model(batches[0]).logits, four_groups()(batches[0]).logits)
 
 
-def _statistics(model: PreTrainedModel, batches: list[Tensor]) -> Any:
+def dense_statistics(model: PreTrainedModel, batches: list[Tensor]) -> Any:
     from lit_prune.calibration.statistics import GRAM
     from lit_prune.calibration.stream import Stream, observe
 

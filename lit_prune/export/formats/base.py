@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.export.plan import ExportPlan, Outline
+from lit_prune.target import StoredBytes
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,15 @@ class ExportFormat(ABC):
     @abstractmethod
     def bytes(self, plan: ExportPlan) -> int:
         """Returns the bytes that the weights take in a folder of this format."""
+
+    def stored_bytes(self, model: PreTrainedModel, dtype: torch.dtype) -> StoredBytes:
+        """Returns the bytes that the weights of ``model`` would take in a folder of this format, zeros included.
+
+        Args:
+            model: A model in full precision, without an adapter.
+            dtype: Data type in which it would be written.
+        """
+        return StoredBytes.of(model, dtype)
 
     def dtype(self, plan: ExportPlan) -> str:
         """Returns the name of the data type that the weights are stored in, such as `bfloat16`."""

@@ -18,6 +18,7 @@ from lit_prune.export.llama_cpp import OutType, check_packages, check_vocabulary
 from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.models.families import custom_class
 from lit_prune.progress import log
+from lit_prune.target import StoredBytes
 
 FILE = "model.gguf"
 # Families whose files ``gguf_file`` reads back and the tests run in llama.cpp.
@@ -111,7 +112,7 @@ class GGUF(ExportFormat):
             plan.plain,
             tokenizer,
             folder / FILE,
-            self._outtype(plan.plain),
+            self._outtype(plan.plain.dtype),
             name=Path(plan.model.name_or_path or type(plan.model).__name__).name,
             metadata={CONFIG: plan.plain.config.to_json_string(use_diff=False)},
         )
@@ -130,13 +131,19 @@ class GGUF(ExportFormat):
 
     def bytes(self, plan: ExportPlan) -> int:
         """Returns the bytes of the tensors, without those of the vocabulary."""
-        outtype = self._outtype(plan.plain)
+        outtype = self._outtype(plan.plain.dtype)
         return sum(_bytes(parameter, outtype) for parameter in plan.plain.parameters())
+
+    def stored_bytes(self, model: PreTrainedModel, dtype: torch.dtype) -> StoredBytes:
+        """Returns the bytes of the tensors of ``model`` in a file, without those of the vocabulary."""
+        outtype = self._outtype(dtype)
+        per_weight = {"f32": 4.0, "q8_0": 34 / 32}.get(outtype, 2.0)
+        return StoredBytes(sum(_bytes(parameter, outtype) for parameter in model.parameters()), per_weight)
 
     def dtype(self, plan: ExportPlan) -> str:
         """Returns the name of the data type of the matrices."""
         names = {outtype: str(dtype).removeprefix("torch.") for dtype, outtype in OUT_TYPES.items()}
-        outtype = self._outtype(plan.plain)
+        outtype = self._outtype(plan.plain.dtype)
         return names.get(outtype, outtype)
 
     def usage(self, outline: Outline, tokenizer: str, imports: Sequence[str] = ()) -> str:
@@ -148,14 +155,12 @@ class GGUF(ExportFormat):
         lines = ["```sh", command, "```", "", "transformers dequantises it:", "", "```python"]
         return "\n".join([*lines, "from transformers import AutoModelForCausalLM", "", python, "```"])
 
-    def _outtype(self, model: PreTrainedModel) -> OutType:
+    def _outtype(self, dtype: torch.dtype) -> OutType:
         if self.outtype != "auto":
             return self.outtype
-        if model.dtype not in OUT_TYPES:
-            raise InputError(
-                f"`format.outtype` must be given for a model in {str(model.dtype).removeprefix('torch.')}."
-            )
-        return OUT_TYPES[model.dtype]
+        if dtype not in OUT_TYPES:
+            raise InputError(f"`format.outtype` must be given for a model in {str(dtype).removeprefix('torch.')}.")
+        return OUT_TYPES[dtype]
 
 
 def _check_shape(model: PreTrainedModel) -> None:

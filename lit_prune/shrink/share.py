@@ -1,0 +1,74 @@
+"""The rates of several parts of the blocks, from the share that each block is to lose of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lit_prune.allocate.base import meet_budget, weighted_mean
+
+
+@dataclass(frozen=True)
+class PartRates:
+    """What one part can remove from the blocks.
+
+    Attributes:
+        removable: Number of parameters that the part has in each block of the dense model.
+        current: Share of its units that each block has lost already.
+        most: Largest rate of a block.
+        weight: Rate of the part relative to the others.
+        step: Half the share of its units that is removed at once.
+        sizes: Number of units of each block of the dense model.
+        rounded: Function of rates and ``sizes`` that returns the rates that are possible.
+    """
+
+    removable: Sequence[int]
+    current: Sequence[float]
+    most: float
+    weight: float
+    step: float
+    sizes: Sequence[int]
+    rounded: Callable[[Sequence[float], Sequence[int]], list[float]]
+
+
+def split(rates: Sequence[float], parts: Sequence[PartRates]) -> list[list[float]]:
+    """Returns the rates of every part, each possible for it, at which the blocks lose ``rates`` of all parts together.
+
+    Parts with large steps come first. What they lose more or less than planned because of their rounding, the others
+    lose less or more, in all blocks alike.
+
+    Args:
+        rates: Share that each block is to lose of the parameters of all parts.
+        parts: What the parts can remove.
+    """
+    planned = list(zip(*(_planned(rate, parts, block) for block, rate in enumerate(rates)), strict=True))
+    found, missing = [list(own) for own in planned], 0.0
+    order = sorted(range(len(parts)), key=lambda index: -parts[index].step * sum(parts[index].removable))
+    for done, index in enumerate(order):
+        part = parts[index]
+        shift = missing / sum(sum(parts[other].removable) for other in order[done:])
+        wanted = [
+            min(max(rate + shift, low), max(part.most, low))
+            for rate, low in zip(planned[index], part.current, strict=True)
+        ]
+        possible = part.rounded(wanted, part.sizes)
+        found[index] = [max(rate, low) for rate, low in zip(possible, part.current, strict=True)]
+        differences = zip(part.removable, planned[index], found[index], strict=True)
+        missing += sum(number * (rate - own) for number, rate, own in differences)
+    return found
+
+
+def _planned(rate: float, parts: Sequence[PartRates], block: int) -> list[float]:
+    """Returns the rates of the parts of one block, in the proportion of their weights, before rounding."""
+    sizes, lower = [part.removable[block] for part in parts], [part.current[block] for part in parts]
+    upper = [max(part.most, low) for part, low in zip(parts, lower, strict=True)]
+    if not sum(sizes):
+        return lower
+    target = min(max(rate, weighted_mean(lower, sizes)), weighted_mean(upper, sizes))
+    return meet_budget(
+        lambda amount: [min(amount * part.weight, high) for part, high in zip(parts, upper, strict=True)],
+        target,
+        sizes=sizes,
+        lower=lower,
+        upper=1.0,
+    )

@@ -1,0 +1,236 @@
+"""Shrink: several parts of a model made smaller under one budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, final
+
+import torch
+from transformers import PreTrainedModel
+
+from lit_prune.allocate.base import Allocation, weighted_mean
+from lit_prune.allocate.budget import rate_of_share
+from lit_prune.calibration.statistics import BlockStatistics
+from lit_prune.calibration.stream import Stream
+from lit_prune.calibration.windows import Batch
+from lit_prune.errors import InputError
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.models.families import Block, CustomClass, find_blocks
+from lit_prune.pruning.base import Method, Propagate
+from lit_prune.reconstruct.reconstruction import Reconstruction
+from lit_prune.search.trial import Trial
+from lit_prune.shrink.share import PartRates, split
+
+
+@final
+@dataclass(frozen=True)
+class Shrink(Method):
+    """Shrinks several parts of every block, such as the MLP and the attention, one after the other.
+
+    The rate of a block is the share that it loses of the parameters of all parts together. Every part loses that share
+    of its units, or shares in the proportion of `weights`. Parts with large units are rounded first, and the
+    others make up for it: of 3 key/value groups none or one goes at a rate of 0.25, and the channels of the MLP then
+    lose more or less. The second part is calibrated behind the model that the first one left, and so on.
+
+    Args:
+        parts: The methods, in the order in which they cut: MLPWidth, HeadGroups, and others that remove units of the
+            blocks.
+        weights: Rate of each part relative to the others; null gives all the same.
+
+    Raises:
+        InputError: for no parts, methods that cannot be parts, the same method twice, or weights that do not fit.
+    """
+
+    parts: Sequence[Method] | None = None
+    weights: Sequence[float] | None = None
+
+    chooses_linears: ClassVar[bool] = False
+    needs_text: ClassVar[bool] = True
+    changes_shapes: ClassVar[bool] = True
+    supports_parameters: ClassVar[bool] = True
+    propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise InputError("`Shrink.parts` must be a list of methods, such as [MLPWidth, HeadGroups], got none.")
+        names = [type(part).__name__ for part in self.parts]
+        for part, name in zip(self.parts, names, strict=True):
+            if not part.can_be_part:
+                raise InputError(
+                    f"`Shrink.parts` must be methods that remove units of the blocks, such as MLPWidth and HeadGroups, "
+                    f"got {name}: make that cut in another run."
+                )
+        if len(set(names)) < len(names):
+            raise InputError(f"`Shrink.parts` must be different methods, got {', '.join(names)}.")
+        weights = self.weights
+        if weights is not None and (len(weights) != len(names) or not all(weight > 0 for weight in weights)):
+            raise InputError(
+                f"`Shrink.weights` must be {len(names)} positive numbers, one a part, got {list(weights)}."
+            )
+
+    @property
+    def _parts(self) -> Sequence[Method]:
+        return self.parts or ()
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """The statistics that the parts read."""
+        return frozenset().union(*(part.needs for part in self._parts))
+
+    @property
+    def supports_search(self) -> bool:  # type: ignore[override]
+        """Whether all parts have trials."""
+        return all(part.supports_search for part in self._parts)
+
+    @property
+    def structures(self) -> int:  # type: ignore[override]
+        """Number of parts, each of which records a structure."""
+        return len(self._parts)
+
+    def check(self, model: PreTrainedModel, sparsity: float) -> None:
+        """Raises InputError if ``model`` does not have one of the parts, or ``sparsity`` would leave none of one."""
+        for part in self._parts:
+            part.check(model, 0.0)
+        if sparsity > (most := self.max_rate(model)) + 1e-9:
+            raise InputError(
+                f"`pruning.sparsity` must be at most {most:.4g} for Shrink, got {sparsity:g}: every part keeps one "
+                "`multiple` of units in every block."
+            )
+
+    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+        """Raises InputError if one of the parts does not support the rates that ``allocation`` gives."""
+        for part in self._parts:
+            part.check_rates(blocks, allocation, sparsity)
+
+    def custom_class(self, allocation: Allocation) -> CustomClass | None:
+        """Returns the kind of class that one of the parts makes of a model."""
+        return next((kind for part in self._parts if (kind := part.custom_class(allocation)) is not None), None)
+
+    def repeats(self) -> bool:
+        """Returns whether all parts can be cut again."""
+        return all(part.repeats() for part in self._parts)
+
+    def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        """Returns the number of parameters that all parts of each block of the dense model have."""
+        return self.removable(model, blocks)
+
+    def removable(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
+        """Returns the number of parameters that all parts of each block of the dense model have."""
+        return [sum(numbers) for numbers in zip(*(part.removable(model, blocks) for part in self._parts), strict=True)]
+
+    def current_rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[float]:
+        """Returns the share of these parameters that each block has lost in earlier cuts."""
+        parts = self._rates(model, blocks)
+        return [
+            weighted_mean([part.current[block] for part in parts], [part.removable[block] for part in parts])
+            for block in range(len(blocks))
+        ]
+
+    def max_rate(self, model: PreTrainedModel) -> float:
+        """Returns the rate at which every part has lost all that it can, in the block where that is least."""
+        parts = self._rates(model, blocks := find_blocks(model))
+        return min(
+            weighted_mean([part.most for part in parts], [part.removable[block] for part in parts])
+            for block in range(len(blocks))
+        )
+
+    def size_multiple(self, model: PreTrainedModel) -> int:
+        """Returns the greatest number of which all sizes that the parts change are multiples."""
+        return math.gcd(*(part.size_multiple(model) for part in self._parts))
+
+    def rate_of_parameters(
+        self,
+        share: float,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        lower: Sequence[float],
+        upper: float,
+        slack: float = 0.0,
+    ) -> float:
+        """Returns the mean rate at which ``share`` goes of the parameters before all cuts by the parts."""
+        bounds = (
+            "`pruning.min_rate`, `pruning.max_rate`, their multiples and earlier cuts allow for the parts of Shrink"
+        )
+        removable, total = self.removable(model, blocks), self.full_parameters(model, blocks)
+        return rate_of_share(share, removable, total, lower=lower, upper=upper, slack=slack, bounds=bounds)
+
+    def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
+        """Returns the number of parameters before all cuts by the parts."""
+        left = parameters(model)
+        return left + sum(part.full_parameters(model, blocks) - left for part in self._parts)
+
+    def rounding(self, blocks: Sequence[Block]) -> float:
+        """Returns the largest rounding of a part: the others make up for all but their own."""
+        return max(part.rounding(blocks) for part in self._parts)
+
+    def apply(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        rates: Sequence[float],
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        stream: Callable[[], Stream],
+        reconstruction: Reconstruction | None = None,
+    ) -> list[float]:
+        """Shrinks one part of all blocks after the other; see :meth:`Method.apply`."""
+        for part, own_rates in zip(self._parts, split(rates, self._rates(model, blocks)), strict=True):
+            part.apply(model, blocks, rates=own_rates, statistics=statistics, device=device, stream=stream)
+        return self.current_rates(model, blocks)
+
+    @contextmanager
+    def trial(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        batches: Sequence[Batch],
+    ) -> Iterator[Trial]:
+        """Runs ``model`` with the trials of all parts at once, which change different weights of it."""
+        rates = self._rates(model, blocks)
+        with ExitStack() as opened:
+            trials = [
+                opened.enter_context(part.trial(model, blocks, statistics=statistics, device=device, batches=batches))
+                for part in self._parts
+            ]
+            yield _JointTrial(model, batches, trials, rates)
+
+    def _rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[PartRates]:
+        """Returns what every part can remove from the blocks."""
+        weights = self.weights or [1.0] * len(self._parts)
+        return [
+            PartRates(
+                removable=part.removable(model, blocks),
+                current=part.current_rates(model, blocks),
+                most=part.max_rate(model),
+                weight=weight,
+                step=part.rounding(blocks),
+                sizes=part.sizes(model, blocks),
+                rounded=part.rates,
+            )
+            for part, weight in zip(self._parts, weights, strict=True)
+        ]
+
+
+class _JointTrial(Trial):
+    """A trial with one rate per block, which is split into the rates of trials of its parts."""
+
+    def __init__(
+        self, model: PreTrainedModel, batches: Sequence[Batch], trials: Sequence[Trial], parts: Sequence[PartRates]
+    ) -> None:
+        super().__init__(model, batches)
+        self.trials, self.parts = trials, parts
+        finest = min(parts, key=lambda part: part.step * sum(part.removable))
+        self.granularity = [max(1, round(2 * finest.step * number)) for number in finest.removable]
+
+    def take(self, rates: Sequence[float]) -> None:
+        """Gives every part the weights of its own rates."""
+        for trial, own_rates in zip(self.trials, split(rates, self.parts), strict=True):
+            trial.take(own_rates)

@@ -1,0 +1,61 @@
+"""The rates of several parts, by hand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from lit_prune.shrink.rounding import rates_from_units, units_from_rates
+from lit_prune.shrink.share import PartRates, split
+
+
+def part(units: int, removable: int, multiple: int = 1, given: Sequence[int] | None = None, **fields: Any) -> PartRates:
+    def rounded(rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        return rates_from_units(units_from_rates(rates, sizes, multiple), sizes)
+
+    settings: dict[str, Any] = {
+        "removable": given or [removable] * 2,
+        "current": [0.0] * 2,
+        "most": 1 - multiple / units,
+        "weight": 1.0,
+        "step": multiple / 2 / units,
+        "sizes": [units] * 2,
+        "rounded": rounded,
+    }
+    return PartRates(**settings | fields)
+
+
+def test_all_parts_lose_the_same_share() -> None:
+    assert split([0.5, 0.25], [part(100, 300), part(100, 100)]) == [[0.5, 0.25], [0.5, 0.25]]
+
+
+def test_weights() -> None:
+    """Twice the rate in a part with 100 of 400 parameters: (2 * 100 + 300) t = 0.25 * 400, t = 0.2."""
+    first, second = split([0.25, 0.25], [part(100, 300), part(100, 100, weight=2.0)])
+    assert (first, second) == (pytest.approx([0.2, 0.2]), pytest.approx([0.4, 0.4]))
+
+
+def test_a_fine_part_makes_up_for_the_rounding_of_a_coarse_one() -> None:
+    """0.4 of 3 groups is one, 33.3 of 100 parameters instead of 40: 6.7 more of 300 are 0.0222 of the channels."""
+    groups, channels = split([0.4, 0.4], [part(3, 100), part(900, 300)])
+    assert groups == pytest.approx([1 / 3, 1 / 3])
+    assert channels == pytest.approx([0.4 + 1 / 45, 0.4 + 1 / 45], abs=1e-3)
+
+
+def test_a_part_that_has_lost_all_that_it_can_leaves_the_rest_to_the_others() -> None:
+    """One of two groups is the most, 50 of 100; of 0.7 * 400 = 280, 230 of 300 are left to the channels."""
+    groups, channels = split([0.7, 0.7], [part(2, 100), part(900, 300)])
+    assert groups == [0.5, 0.5]
+    assert channels == pytest.approx([230 / 300] * 2, abs=1e-3)
+
+
+def test_what_is_gone_counts() -> None:
+    """The channels have lost 0.6, 180 of 300; of 0.5 * 400 = 200, 20 of 100 are left to the groups."""
+    groups, channels = split([0.5, 0.5], [part(10, 100), part(100, 300, current=[0.6, 0.6])])
+    assert groups == pytest.approx([0.2, 0.2])
+    assert channels == [0.6, 0.6]
+
+
+def test_a_block_without_any_part() -> None:
+    parts = [part(10, 0, given=[100, 0]), part(10, 0, given=[100, 0])]
+    assert split([0.5, 0.5], parts) == [pytest.approx([0.5, 0]), pytest.approx([0.5, 0])]

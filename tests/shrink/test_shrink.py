@@ -1,0 +1,160 @@
+"""Several parts shrunk under one budget.
+
+A block of the Llama here has 4 key/value groups with one head of 8 each, 8 * 32 weights in q, k, v and o, 4,096 in all,
+and 48 channels with 3 * 32, 4,608 in all.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lit_prune.allocate import LayerRedundancy, Search, Uniform
+from lit_prune.errors import InputError
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.models import structure
+from lit_prune.models.families import find_blocks
+from lit_prune.pipeline import prune
+from lit_prune.pruning import Wanda
+from lit_prune.recipe import Recipe
+from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
+from tests.conftest import lively_model, small_model
+from tests.shrink.given import Given
+from tests.shrink.test_base import dense_statistics, four_groups
+
+BOTH = Shrink([MLPWidth(multiple=8), HeadGroups()])
+FINE = Shrink([MLPWidth(multiple=1), HeadGroups()])
+
+
+def test_every_part_loses_its_share(batches: list[Tensor], tmp_path: Path) -> None:
+    model = four_groups()
+    dense, kind = parameters(model), type(model)
+    pruned = prune(model, batches, Recipe(BOTH, 0.5, Uniform()))
+    assert pruned.sizes == [4_096 + 4_608] * 3
+    assert pruned.achieved == [0.5] * 3
+    assert dense - parameters(model) == 3 * (4_096 + 4_608) / 2
+    names = [type(found).__name__ for found in structure.structures(model)]
+    assert names == ["MLPWidths", "HeadGroupCounts"]
+    model.save_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(opened) is kind
+    assert (opened.config.intermediate_size, opened.config.num_key_value_heads) == (24, 2)
+    assert torch.equal(opened(batches[0]).logits, model(batches[0]).logits)
+    assert [file.name for file in tmp_path.glob("*.py")] == []
+
+
+def test_blocks_of_different_sizes(batches: list[Tensor], tmp_path: Path) -> None:
+    model = four_groups()
+    prune(model, batches, Recipe(BOTH, 0.5, Given((0.25, 0.5, 0.75))))
+    model.save_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert opened.config.block_sizes["num_key_value_heads"] == [3, 2, 1]
+    widths = opened.config.block_sizes["intermediate_size"]
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) > 1
+    assert torch.equal(opened(batches[0]).logits, model(batches[0]).logits)
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    assert opened.generate(batches[0], **settings).tolist() == model.generate(batches[0], **settings).tolist()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("fields", [{"sparsity": 0.3, "budget": "parameters"}, {"target_parameters": 20_000}], ids=str)
+@pytest.mark.parametrize("allocation", [Uniform(), LayerRedundancy(base=0.1)], ids=str)
+def test_the_budget_is_met_to_half_a_channel(fields: dict[str, Any], allocation: Any, batches: list[Tensor]) -> None:
+    model = four_groups()
+    dense = parameters(model)
+    prune(model, batches, Recipe(FINE, allocation=allocation, **fields))
+    target = fields.get("target_parameters", 0.7 * dense)
+    assert abs(parameters(model) - target) <= 3 * 96 / 2
+
+
+def test_the_second_part_is_shrunk_behind_the_first(batches: list[Tensor]) -> None:
+    model, apart = four_groups(), four_groups()
+    prune(model, batches, Recipe(BOTH, 0.5, Uniform()))
+    for method in BOTH.parts or ():
+        prune(apart, batches, Recipe(method, 0.5, Uniform()))
+    assert torch.equal(model(batches[0]).logits, apart(batches[0]).logits)
+
+
+def test_a_second_cut_and_masks_on_top(batches: list[Tensor]) -> None:
+    model = four_groups()
+    prune(model, batches, Recipe(FINE, 0.25, Uniform()))
+    pruned = prune(model, batches, Recipe(FINE, 0.5, Uniform()))
+    assert pruned.sparsity_before == pytest.approx(0.25)
+    assert pruned.sparsity == pytest.approx(0.5)
+    assert prune(model, batches, Recipe(Wanda(), 0.5, Uniform())).sparsity == pytest.approx(0.5, abs=1e-2)
+
+
+def test_weights(batches: list[Tensor]) -> None:
+    """4 t of 4,096 and t of 4,608 parameters are 0.3 * 8,704, t = 0.124: 2 groups; 563 are left, 6 channels of 96."""
+    model = four_groups()
+    prune(model, batches, Recipe(Shrink(FINE.parts, weights=[1, 4]), 0.3, Uniform()))
+    widths, groups = structure.structures(model)
+    assert groups.units == [2] * 3  # type: ignore[attr-defined]
+    assert widths.units == [42] * 3  # type: ignore[attr-defined]
+
+
+def test_a_search_of_all_parts(batches: list[Tensor]) -> None:
+    search = Search(evaluations=20, offspring=2, survivors=1, final=1, step=0.25)
+    model, before = four_groups(), four_groups()
+    pruned = prune(model, batches, Recipe(FINE, 0.5, search))
+    assert pruned.search["loss_end"] <= pruned.search["loss_start"]
+    assert parameters(before) - parameters(model) == pytest.approx(3 * (4_096 + 4_608) / 2, abs=3 * 96)
+
+
+def test_a_trial_swaps_the_weights_of_all_parts(batches: list[Tensor]) -> None:
+    model, dicts = four_groups(), [{"input_ids": batch} for batch in batches]
+    dense = model(batches[0]).logits
+    arguments: dict[str, Any] = {"statistics": dense_statistics(model, batches), "device": torch.device("cpu")}
+    with BOTH.trial(model, find_blocks(model), **arguments, batches=dicts) as trial, torch.no_grad():
+        trial.take([0.5, 0.0, 0.0])
+        tried = model(batches[0]).logits
+        zeros = [float((layer.mlp.down_proj.weight == 0).float().mean()) for layer in model.model.layers]
+        groups = [float((layer.self_attn.o_proj.weight == 0).float().mean()) for layer in model.model.layers]
+    assert (zeros, groups) == (pytest.approx([0.5, 0, 0]), pytest.approx([0.5, 0, 0]))
+    assert not torch.equal(tried, dense)
+    assert torch.equal(model(batches[0]).logits, dense)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"`Shrink.parts` must be a list of methods, such as \[MLPWidth, HeadGroups\], got none"),
+        ({"parts": []}, "`Shrink.parts` must be a list of methods"),
+        ({"parts": [Wanda()]}, "`Shrink.parts` must be methods that remove units of the blocks, .* got Wanda"),
+        ({"parts": [BOTH]}, "`Shrink.parts` must be methods that remove units .* got Shrink"),
+        ({"parts": [MLPWidth(), MLPWidth()]}, "`Shrink.parts` must be different methods, got MLPWidth, MLPWidth"),
+        ({"parts": [MLPWidth()], "weights": [1, 2]}, r"`Shrink.weights` must be 1 positive numbers, .* got \[1, 2\]"),
+        ({"parts": [MLPWidth()], "weights": [0]}, r"`Shrink.weights` must be 1 positive numbers, .* got \[0\]"),
+    ],
+)
+def test_settings(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Shrink(**given)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "family", "message"),
+    [
+        (Recipe(BOTH, 0.9, Uniform()), "llama", "`pruning.sparsity` must be at most 0.7"),
+        (Recipe(BOTH, 0.3, Uniform()), "gpt2", "HeadGroups cannot shrink the family 'gpt2'"),
+        (Recipe(BOTH, 0.3, LayerRedundancy()), "falcon", "MLPWidth and the family 'falcon'|HeadGroups cannot shrink"),
+        (
+            Recipe(BOTH, allocation=Uniform(), target_parameters=9),
+            "llama",
+            "must be between .* allow for the parts of S",
+        ),
+    ],
+)
+def test_what_is_refused(recipe: Recipe, family: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe.check(small_model(family))
+
+
+def test_a_family_with_biases(batches: list[Tensor]) -> None:
+    model = lively_model("phi", num_key_value_heads=4)
+    dense = parameters(model)
+    prune(model, batches, Recipe(FINE, 0.3, Uniform(), budget="parameters"))
+    assert parameters(model) / dense == pytest.approx(0.7, abs=0.005)
