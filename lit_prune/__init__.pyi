@@ -14,6 +14,7 @@ from lit_prune.callbacks import ResultsCallback as ResultsCallback
 from lit_prune.callbacks import RunCheckpoint as RunCheckpoint
 from lit_prune.data.chat.conversations import Instructions as Instructions
 from lit_prune.data.datamodule import TextDataModule as TextDataModule
+from lit_prune.depth import Depth as Depth
 from lit_prune.distill import Copy as Copy
 from lit_prune.distill import Distillation as Distillation
 from lit_prune.distill import SparseDelta as SparseDelta

@@ -20,6 +20,7 @@ NAMES = [
     "Copy",
     "Cubic",
     "DLP",
+    "Depth",
     "Distillation",
     "DynamicPruningCallback",
     "Experts",

@@ -95,6 +95,10 @@ class Structure(ABC):
     def describe(self, model: PreTrainedModel) -> Description:
         """Returns the description for the report of ``model``, which has the structure and no adapter."""
 
+    def of_blocks(self, kept: Sequence[int]) -> Structure:
+        """Returns the structure of the same model with the blocks ``kept`` alone; the same without sizes by block."""
+        return self
+
 
 def structures(model: PreTrainedModel) -> tuple[Structure, ...]:
     """Returns the structures of ``model``, in the order in which they were added."""
@@ -114,6 +118,15 @@ def add_structure(model: PreTrainedModel, structure: Structure) -> None:
     """Adds ``structure`` to the record of ``model`` as the last one, replacing an earlier one of the same class."""
     others = [present for present in structures(model) if type(present) is not type(structure)]
     write(model, **{STRUCTURES: [present.record() for present in (*others, structure)]})
+
+
+def keep_blocks(model: PreTrainedModel, structure: Structure, kept: Sequence[int]) -> None:
+    """Adds ``structure``, which has the blocks ``kept`` alone, to the record of ``model`` as the first one.
+
+    The others follow as they are for these blocks, since a dense model loses blocks before those get other sizes.
+    """
+    others = [present.of_blocks(kept) for present in structures(model) if type(present) is not type(structure)]
+    write(model, **{STRUCTURES: [present.record() for present in (structure, *others)]})
 
 
 def describe(model: PreTrainedModel) -> list[Description]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +64,10 @@ class PartSizes(Structure):
             if units < part.units:
                 narrow(layer, part, torch.arange(units))
         set_sizes(model, layers, self.sizes)
+
+    def of_blocks(self, kept: Sequence[int]) -> PartSizes:
+        """Returns the sizes of the blocks ``kept``."""
+        return replace(self, units=[self.units[block] for block in kept], full=[self.full[block] for block in kept])
 
     def describe(self, model: PreTrainedModel) -> Description:
         """Returns the numbers of units of the blocks and the share that was removed."""

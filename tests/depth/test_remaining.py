@@ -1,0 +1,71 @@
+"""The structure of a model that has lost blocks."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from lit_prune.allocate import LayerRedundancy, Uniform
+from lit_prune.depth import Depth
+from lit_prune.depth.remaining import RemainingBlocks, runs_of, spans
+from lit_prune.models.structure import describe, structures
+from lit_prune.pipeline import prune
+from lit_prune.pruning import Method
+from lit_prune.recipe import Recipe
+from lit_prune.recover import Snapshot
+from lit_prune.shrink import MLPWidth
+from tests.conftest import small_model
+
+
+def test_spans() -> None:
+    assert spans([3, 7, 8, 9]) == "3, 7 to 9"
+    assert spans([]) == "none"
+    assert runs_of([3, 7, 8]) == [[3], [7, 8]]
+
+
+def test_description() -> None:
+    described = RemainingBlocks([0, 1, 5], 6, 300, "model.layers").describe(small_model())
+    assert described.facts == {"achieved": 0.5, "blocks": 6, "removed": [2, 3, 4], "remaining": [0, 1, 5]}
+    assert described.outcome == "3 of 6 blocks remain; removed are 2 to 4."
+    assert described.rows == {
+        "blocks removed, share": "0.5000",
+        "blocks that remain": "3 of 6, without 2 to 4",
+    }
+    assert described.sizes == (1, 1, 0, 0, 0, 1)
+    assert described.loading == ""
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_dense_model_is_rebuilt(family: str, batches: list[Tensor]) -> None:
+    model, fresh = small_model(family), small_model(family)
+    prune(model, batches, Recipe(Depth(), 1 / 3, Uniform()))
+    stored = json.loads(json.dumps(Snapshot.of(model).to_dict()))
+    for _ in range(2):
+        Snapshot.from_dict(stored).rebuild(fresh)
+    assert structures(fresh) == structures(model)
+    assert fresh.config.to_dict() == model.config.to_dict()
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(fresh(batches[0]).logits, model(batches[0]).logits)
+
+
+@pytest.mark.parametrize("depth_first", [True, False])
+def test_blocks_and_channels_in_either_order(depth_first: bool, batches: list[Tensor]) -> None:
+    """The sizes of the blocks that remain are recorded for these alone, and can be reduced again."""
+    methods: list[Method] = [Depth(), MLPWidth(multiple=8)]
+    model, fresh = small_model(), small_model()
+    for method in methods if depth_first else methods[::-1]:
+        prune(model, batches, Recipe(method, 1 / 3, LayerRedundancy(base=0.1)))
+    assert [type(found).__name__ for found in structures(model)] == ["RemainingBlocks", "MLPWidths"]
+    Snapshot.of(model).rebuild(fresh)
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    assert type(fresh) is type(model)
+    assert torch.equal(fresh(batches[0]).logits, model(batches[0]).logits)
+    prune(model, batches, Recipe(MLPWidth(multiple=8), 0.5, Uniform()))
+    assert type(model) is LlamaForCausalLM
+    assert model.config.intermediate_size == 24
+    assert describe(model)[0].sizes.count(0) == 1
+    assert [len(described.sizes) for described in describe(model)] == [3, 2]
