@@ -1,4 +1,4 @@
-"""MLPWidth and HeadGroups at several shares of channels and of all parameters, without recovery.
+"""MLPWidth, HeadGroups and Depth at several shares of channels and of all parameters, without recovery.
 
     python benchmarks/shrinking.py --pretrained FOLDER --train_files TEXT --val_files RAW --results FILE.jsonl
 
@@ -13,6 +13,7 @@ from functools import partial
 from resumable import Row, arguments
 
 from lit_prune.allocate import DLP, LayerRedundancy, Uniform
+from lit_prune.depth import Depth
 from lit_prune.recipe import Recipe
 from lit_prune.shrink import HeadGroups, MLPWidth
 
@@ -31,6 +32,9 @@ def cases() -> Iterator[tuple[str, Recipe]]:
             yield name, Recipe(MLPWidth(), share, allocation, budget="parameters")
     for allocation in (Uniform(), LayerRedundancy()):
         yield f"HeadGroups, a third, {type(allocation).__name__}", Recipe(HeadGroups(), 1 / 3, allocation)
+    for method in (Depth(), Depth(refit=True), Depth(contiguous=True), Depth(contiguous=True, refit=True)):
+        kind = ("neighbours" if method.contiguous else "least change") + (", refitted" if method.refit else "")
+        yield f"Depth, 0.20 of the blocks, {kind}", Recipe(method, 0.2, Uniform())
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -57,11 +57,11 @@ class DynamicPruningCallback(Callback):
 
     Args:
         method: Pruning method: one that masks weights, such as Wanda or SparseGPT, or one that makes the LLM smaller,
-            such as MLPWidth, HeadGroups, Experts or Slicing; null prunes nothing, and `recovery` then trains the LLM
-            as it is, with the weights that are already pruned kept at zero.
+            such as MLPWidth, HeadGroups, Depth, Experts or Slicing; null prunes nothing, and `recovery` then trains
+            the LLM as it is, with the weights that are already pruned kept at zero.
         sparsity: Share to remove, in [0, 1), as the mean over the blocks: of the weights of the linears (see `budget`),
-            or for other methods of the channels, key/value groups, experts or dimensions. With several cuts, the
-            share after the last one, or a list with one share per cut. null is 0.5, unless there is a target.
+            or for other methods of the channels, key/value groups, blocks, experts or dimensions. With several cuts,
+            the share after the last one, or a list with one share per cut. null is 0.5, unless there is a target.
         target_parameters: Number of parameters that the last cut is to leave, such as 100M or 1.2B, instead of a
             `sparsity`; for methods that remove parameters, such as MLPWidth.
         target_bytes: Bytes that the exported weights are to take, such as 200MB, instead of a `sparsity`.

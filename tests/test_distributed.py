@@ -15,6 +15,7 @@ from lit_prune.allocate import DLP, LayerRedundancy, Search, Uniform
 from lit_prune.calibration.statistics import COSINE, GRAM, INPUTS, BlockStatistics
 from lit_prune.calibration.stream import Stream, observe
 from lit_prune.data.loaders import ResumableLoader, ShardedSampler
+from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.experts import Experts
@@ -29,7 +30,7 @@ from lit_prune.slice import Slicing
 from tests.conftest import lively_model, small_model
 
 RECIPES = {
-    "llama": (Wanda(propagate="pruned"), SparseGPT(), Slicing(), MLPWidth(multiple=8)),
+    "llama": (Wanda(propagate="pruned"), SparseGPT(), Slicing(), MLPWidth(multiple=8), Depth(refit=True, damping=1.0)),
     "mixtral": (Wanda(), Experts()),  # with so few tokens some experts are seen by one process alone
 }
 BOUND = 1e-5  # relative: sums of float32 in another order
@@ -44,7 +45,7 @@ def windows() -> list[dict[str, torch.Tensor]]:
 
 def cut(family: str, method: Any) -> dict[str, Any]:
     model = lively_model(family)
-    allocation = {Slicing: LayerRedundancy(), Experts: Uniform()}.get(type(method), DLP())
+    allocation = {Slicing: LayerRedundancy(), Experts: Uniform(), Depth: Uniform()}.get(type(method), DLP())
     recipe = Recipe(method, 0.5, allocation)
     pruned = prune(model, windows(), recipe)
     found = measure(model, windows(), "noise")

@@ -88,7 +88,7 @@ def _draw_sizes(axis: Any, structure: Description) -> None:
     axis.bar(blocks, sizes, color=BLUE, label=f"remaining {structure.noun} (left)")
     removed = [structure.full - size for size in sizes]
     axis.bar(blocks, removed, bottom=sizes, color=PALE, label="removed (left)")
-    label = f"mean {structure.noun}, {mean:.0f} of {structure.full} (left)"
+    label = f"mean {structure.noun}, {mean:.{0 if structure.full > 1 else 2}f} of {structure.full} (left)"
     axis.axhline(mean, color=DARK, linestyle=":", label=label)
     axis.set(ylabel=structure.unit, ylim=(0, structure.full * 1.05))
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.allocate import Uniform
 from lit_prune.calibration.windows import Calibration
+from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.models.families import find_blocks
 from lit_prune.models.quantised import compute_exactly, is_quantised, mask
@@ -31,6 +32,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "2:4": {"method": Wanda(NofM(2, 4)), "allocation": Uniform()},
     "slices": {"method": Slicing()},
     "channels": {"method": MLPWidth()},
+    "blocks": {"method": Depth(), "allocation": Uniform()},
 }
 RECOVERIES: dict[str, Recovery | None] = {
     "none": None,
@@ -57,7 +59,14 @@ REFUSED: dict[tuple[str, str, str], str] = {
     ("masks", "LoRA", "gradual"): FOLDS,
     **{(cut, name, "gradual"): FULL for cut in ("masks", "channels") for name in QLORAS},
 }
-TABLE = [(cut, name, time) for cut in CUTS for name in RECOVERIES for time in TIMES]
+SOME_OF_BLOCKS = (("LoRA", "gradual"), ("QLoRA", "later"), ("full", "step 0"))  # the rest is as for channels
+TABLE = [
+    (cut, name, time)
+    for cut in CUTS
+    for name in RECOVERIES
+    for time in TIMES
+    if cut != "blocks" or (name, time) in SOME_OF_BLOCKS
+]
 
 
 class Tiny(Foreign):
@@ -124,7 +133,9 @@ def test_it_runs_and_keeps_its_promises(cut: str, recovery: str, time: str, tmp_
         found, expected = opened(ids).logits, model(ids).logits
     far = 0.2 if recovery == "QLoRA requantised" else 1e-4  # rounded once more
     assert (found - expected).abs().max() <= far * expected.abs().max()
-    merged = {"none": False, "full": False, "LoRA": cut in ("slices", "channels"), "QLoRA": False}.get(recovery, True)
+    merged = {"none": False, "full": False, "LoRA": cut in ("slices", "channels", "blocks"), "QLoRA": False}.get(
+        recovery, True
+    )
     beside = adapter_config(opened) is not None
     assert report["merged"] is report["export"]["verified"] is True if merged else report["merged"] is False
     assert beside is (recovery in ("LoRA", "QLoRA") and not merged)
@@ -133,6 +144,10 @@ def test_it_runs_and_keeps_its_promises(cut: str, recovery: str, time: str, tmp_
     if cut == "slices":
         assert opened.config.slice_sizes == report["slice"]["sizes"] + [report["slice"]["head_size"]]
         assert report["slice"]["achieved"] == pytest.approx(SPARSITY, abs=0.1)
+        return
+    if cut == "blocks":
+        assert opened.config.num_hidden_layers == len(report["depth"]["remaining"]) == 1
+        assert report["depth"]["achieved"] == SPARSITY
         return
     if cut == "channels":
         assert [layer.mlp.down_proj.in_features for layer in opened.model.layers] == report["mlp_width"]["units"]

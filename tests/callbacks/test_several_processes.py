@@ -29,6 +29,7 @@ CASES = {
         "--pruning.recovery.quantization=int8",
     ],
     "channels later": ["--pruning.at_step=2", "--pruning.method=MLPWidth", "--pruning.calibration.num_samples=32"],
+    "blocks later": ["--pruning.at_step=2", "--pruning.method=Depth", "--pruning.method.refit=true"],
     "slices later": [  # more tokens than dimensions, or the axes hang on the last bit
         "--pruning.sparsity=0.25",
         "--pruning.at_step=2",

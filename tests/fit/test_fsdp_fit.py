@@ -42,6 +42,7 @@ CASES = {
         "--trainer.accumulate_grad_batches=2",
     ],
     "channels": ["--pruning.method=MLPWidth", "--pruning.calibration.num_samples=32"],
+    "blocks": ["--pruning.method=Depth", "--pruning.method.refit=true"],
     "FullFineTuning, weights in bfloat16": ["--pruning.recovery=FullFineTuning", "--model.dtype=bfloat16"],
     "slices": [
         "--pruning.sparsity=0.25",

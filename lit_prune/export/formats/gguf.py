@@ -166,7 +166,8 @@ class GGUF(ExportFormat):
 def _check_shape(model: PreTrainedModel) -> None:
     """Raises InputError for a shape that llama.cpp cannot load.
 
-    Its Qwen2 has heads that add up to the width of the residual stream, and its blocks of different sizes no biases.
+    Its Qwen2 has heads that add up to the width of the residual stream, its SmolLM3 a fixed pattern of rotary
+    embeddings, and its blocks of different sizes no biases.
     """
     config = model.config
     width = head_dim(config)
@@ -174,6 +175,12 @@ def _check_shape(model: PreTrainedModel) -> None:
         raise InputError(
             f"`format` GGUF must have a Qwen2 with as many dimensions in its heads as in its residual stream, got "
             f"{config.num_attention_heads} of {width} for {config.hidden_size}: use `--format HuggingFace`."
+        )
+    without_rope = [block for block, rotates in enumerate(getattr(config, "no_rope_layers", None) or []) if not rotates]
+    if config.model_type == "smollm3" and without_rope != list(range(3, config.num_hidden_layers, 4)):
+        raise InputError(
+            "`format` GGUF must have a SmolLM3 with rotary embeddings in all blocks but every fourth, which llama.cpp "
+            f"takes for granted, got none in {without_rope}: use `--format HuggingFace`."
         )
     if custom_class(config) == "shrunk" and any(name.endswith("_proj.bias") for name, _ in model.named_parameters()):
         raise InputError(

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import Uniform
+from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.export.formats import GGUF
 from lit_prune.export.formats.gguf import FAMILIES, FILE
@@ -117,12 +118,18 @@ def test_blocks_of_different_sizes_with_biases_are_refused(tmp_path: Path) -> No
         GGUF().check_model(model, load_tokenizer("embedded"))
 
 
-@pytest.mark.parametrize("method", [MLPWidth(multiple=16), HeadGroups()])
+@pytest.mark.parametrize("method", [MLPWidth(multiple=16), HeadGroups(), Depth()])
 def test_what_was_shrunk_evenly_is_of_its_family(method: Method, tmp_path: Path) -> None:
     model, ids = small("llama"), list(range(5, 25))
     prune(model, [torch.randint(1, 64, (2, 16))], Recipe(method, 0.5, Uniform()))
     verify(tmp_path, write(model, tmp_path), GGUF())
     torch.testing.assert_close(LlamaCpp(tmp_path / FILE).logprobs(ids, 4), logprobs(model, ids, 4), atol=0.01, rtol=0)
+
+
+def test_a_smollm3_with_other_blocks_without_rotary_embeddings_is_refused() -> None:
+    model = small("smollm3", no_rope_layers=[1, 0, 1])
+    with pytest.raises(InputError, match=r"must have a SmolLM3 with rotary embeddings .* got none in \[1\]"):
+        GGUF().check_model(model, load_tokenizer("embedded"))
 
 
 @pytest.mark.parametrize(("dtype", "outtype"), TYPES)
