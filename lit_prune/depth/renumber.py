@@ -82,7 +82,8 @@ def renumbered(config: Any, kept: Sequence[int]) -> dict[str, Any]:
         config: The config of the language model.
         kept: Numbers of the blocks that stay.
     """
-    blocks, fields = config.num_hidden_layers, {"num_hidden_layers": len(kept)}
+    blocks: int = config.num_hidden_layers
+    fields: dict[str, Any] = {"num_hidden_layers": len(kept)}
     new_number = {old: new for new, old in enumerate(kept)}
     present = {name: value for name, value in config.to_dict().items() if value is not None}
     if present.get("decoder_sparse_step", 1) != 1:
