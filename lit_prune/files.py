@@ -23,6 +23,8 @@ from pathlib import Path
 from lit_prune.errors import InputError
 
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+CACHE_ERRORS = {errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+CACHES = ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_MODULES_CACHE")  # environment variables, like HF_HOME
 REPLACED = "replaced"  # name of the old folder, inside the draft's folder, while the new one is renamed
 
 
@@ -47,6 +49,28 @@ def _error_number(error: BaseException) -> int:
     # safetensors, written in Rust, raises its own error, which gives the number only in its text
     match = re.search(r"\(os error (\d+)\)", str(error))
     return int(match.group(1)) if match else 0
+
+
+def cache_error(error: BaseException) -> InputError | None:
+    """Returns the error for a cache of Hugging Face's libraries that cannot be written to; None for any other error.
+
+    transformers, datasets and huggingface_hub read even local files, and a model's own code, by way of their caches.
+    """
+    from huggingface_hub import constants
+
+    homes = [constants.HF_HOME, *(os.environ.get(name) for name in CACHES)]
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in CACHE_ERRORS and isinstance(cause.filename, str):
+            path = Path(cause.filename).absolute()
+            for home in (Path(home).absolute() for home in homes if home):
+                if home == path or home in path.parents or path in home.parents:
+                    return InputError(
+                        "`HF_HOME`, the environment variable, must name a folder that can be written to, where Hugging "
+                        f"Face's libraries keep their cache: {path} cannot ({os.strerror(cause.errno)})."
+                    )
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 @contextmanager

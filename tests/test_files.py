@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from lit_prune.errors import InputError
-from lit_prune.files import atomic_write, clear_draft, disk_error, write_text
+from lit_prune.files import atomic_write, cache_error, clear_draft, disk_error, write_text
 
 
 def test_atomic_write_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -99,3 +99,16 @@ def test_errors_of_a_disk_are_told_from_others() -> None:
     assert disk_error(chained) == "Read-only file system"
     assert disk_error(FileNotFoundError(errno.ENOENT, "any")) is None
     assert disk_error(ValueError("any")) is None
+
+
+@pytest.mark.parametrize("name", ["home", "home/datasets/text", "."])
+def test_a_cache_that_cannot_be_written_to(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    wrapped = RuntimeError("while building")
+    wrapped.__cause__ = OSError(errno.EROFS, "any", str(tmp_path / name))
+    message = rf"`HF_HOME`, .*: {(tmp_path / name).resolve()} cannot \(Read-only file system\)"
+    with pytest.raises(InputError, match=message):
+        raise cache_error(wrapped) or wrapped
+    assert cache_error(OSError(errno.EROFS, "any", str(tmp_path / "another" / "file"))) is None
+    assert cache_error(OSError(errno.ENOENT, "any", str(tmp_path / "home"))) is None
+    assert cache_error(ValueError(str(tmp_path / "home"))) is None

@@ -14,6 +14,7 @@ import fsspec
 from datasets import Dataset, load_dataset
 
 from lit_prune.errors import InputError
+from lit_prune.files import cache_error
 
 BUILDERS = {
     ".txt": "text",
@@ -97,7 +98,8 @@ class FileList:
                 raise InputError(f"`{self.field}` must name files with text in them, none has a row.") from error
             for path in self.paths if builder != "parquet" else ():
                 _check_encoding(self.field, path, encoding)
-            raise InputError(f"`{self.field}` cannot be read as {builder}: {root_cause(error)}") from error
+            unreadable = InputError(f"`{self.field}` cannot be read as {builder}: {root_cause(error)}")
+            raise cache_error(error) or unreadable from error
 
 
 def kind(path: Path) -> str:

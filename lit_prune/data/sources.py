@@ -15,6 +15,7 @@ from lit_prune.data.base import Part, Source
 from lit_prune.data.files import FileList, root_cause
 from lit_prune.data.python_docs import python_docs
 from lit_prune.errors import InputError, near_misses
+from lit_prune.files import cache_error
 from lit_prune.models.load import HUB_TIMEOUT_SECONDS
 from lit_prune.progress import log
 
@@ -151,10 +152,11 @@ class HubDataset(Source):
         try:
             return load_dataset(source, self.name, split=self.splits[part])
         except Exception as error:  # the exception depends on the hub's answer and on the data set's format
-            raise InputError(
+            unloadable = InputError(
                 f"`data.source` {source!r} (name {self.name}, split {self.splits[part]}) cannot be loaded: "
                 f"{root_cause(error).rstrip('.')}. For local text use `data.train_files` and `data.val_files`."
-            ) from error
+            )
+            raise cache_error(error) or unloadable from error
 
     def describe(self, part: Part) -> str:
         """Returns the id, the configuration and the split."""

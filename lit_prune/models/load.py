@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lit_prune.errors import InputError, near_misses
+from lit_prune.files import cache_error
 from lit_prune.models.custom_code import custom_code_error
 from lit_prune.models.mappable import check_mappable
 from lit_prune.models.on_disk import keep_on_disk
@@ -240,9 +241,8 @@ def _check_hub(repo: str) -> None:
             "such model on the hub (a private or gated one needs `hf auth login`)."
         ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise InputError(
-            f"`model.pretrained`: the hub answered {_first_line(error)!r} for {repo!r}; {remedy}."
-        ) from error
+        answer = InputError(f"`model.pretrained`: the hub answered {_first_line(error)!r} for {repo!r}; {remedy}.")
+        raise cache_error(error) or answer from error
     except Exception as error:  # the http library's own connection errors share no base with OSError
         raise InputError(
             f"`model.pretrained`: there is no folder {repo!r} here, and the hub cannot be reached to look for it there "
@@ -262,6 +262,8 @@ def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any], trust
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise custom_code_error(source, extra) from error
+        if (unwritable := cache_error(error)) is not None:
+            raise unwritable from error
         damaged = _damaged_file(Path(source))
         if damaged is not None:
             raise InputError(

@@ -124,3 +124,14 @@ def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: str, mess
 def test_files_that_are_not_there() -> None:
     with pytest.raises(InputError, match="`data.train_files` must name files that are there, got none.txt"):
         find("none.txt")
+
+
+def test_text_is_not_blamed_for_a_cache_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("A line.\n")
+    (tmp_path / "home").write_text("a file where the folder should be")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "home" / "datasets"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
+    with pytest.raises(InputError, match="`HF_HOME`, the environment variable, must name a folder that can be written"):
+        FileList.find("data.train_files", [str(tmp_path / "a.txt")]).read(None)
