@@ -84,9 +84,10 @@ JOBS = [
 
 @dataclass
 class Cost:
-    """Seconds, and the peak of resident memory above the value at the start."""
+    """Seconds, CPU seconds, and the peak of resident memory above the value at the start."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_bytes: int = 0
 
 
@@ -106,11 +107,12 @@ def cost() -> Iterator[Cost]:
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    begin = time.perf_counter()
+    begin, cpu_begin = time.perf_counter(), time.process_time()
     try:
         yield measured_cost
     finally:
         measured_cost.seconds = time.perf_counter() - begin
+        measured_cost.cpu_seconds = time.process_time() - cpu_begin
         done.set()
         sampler.join()
 

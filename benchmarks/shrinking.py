@@ -1,59 +1,211 @@
-"""MLPWidth, HeadGroups and Depth at several shares of channels and of all parameters, without recovery.
+"""Perplexity, size, cost and speed of shrunk models, untrained and after 100 steps of training.
 
-    python benchmarks/shrinking.py --pretrained FOLDER --train_files TEXT --val_files RAW --results FILE.jsonl
+    python benchmarks/shrinking.py --pretrained FOLDER --train_files TEXT --val_files RAW
+    python benchmarks/shrinking.py --pretrained FOLDER --train_files TEXT --val_files RAW --cases "MLPWidth.*-15%"
+    python benchmarks/shrinking.py --num_samples 8 --seq_length 256 --val_length 256   # the embedded model
 
-The results file has one JSON object per case, and an interrupted benchmark continues.
+Shares are those of all parameters of the dense model, embeddings included. Cases come in the order of their importance;
+`--cases` is a regular expression of those to run. The results file (--results) has one JSON object per case; cases that
+it contains are not run again. `multiple` is the CPU time of scoring and shrinking in multiples of F, one plain forward
+pass of the windows through the decoder, and `bytes` those of the parameters in 16 bits. The dense and the shrunk model
+of a speed case generate by turns in one process; llama.cpp runs both as .gguf files in f16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-from resumable import Row, arguments
+import recoveries
+import tables
+from forwards import cost, cost_of, forward
+from jsonargparse import ArgumentParser
+from resumable import Protocol, Results, Row
+from speed import in_llama_cpp, in_transformers
+from transformers import PreTrainedModel
 
-from lit_prune.allocate import DLP, LayerRedundancy, Uniform
+from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Search, Uniform
 from lit_prune.depth import Depth
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.evaluation.sizes import parameters
+from lit_prune.models.load import load_config, load_model
+from lit_prune.pipeline import prune
+from lit_prune.pruning import Method
 from lit_prune.recipe import Recipe
 from lit_prune.shrink import HeadGroups, MLPWidth
+from lit_prune.slice import Slicing, sizes_from_rates, sliced_parameters
 
-CHANNELS = (0.25, 0.5)
-SHARES = (0.10, 0.15, 0.20, 0.30)  # of all parameters
+SHARES = (0.15, 0.30, 0.20, 0.10)  # of all parameters, by importance
+HEALINGS = {
+    "LoRA": ["--pruning.recovery=LoRA", "--pruning.recovery.r=16"],
+    "distillation": ["--pruning.recovery=LoRA", "--pruning.recovery.r=16", "--pruning.distillation.weight=0.5"],
+}
 
 
-def cases() -> Iterator[tuple[str, Recipe]]:
-    """Yields the name and the recipe of every case."""
-    for share in CHANNELS:
-        yield f"MLPWidth, {share:.2f} of the channels, Uniform", Recipe(MLPWidth(), share, Uniform())
-        yield f"MLPWidth, {share:.2f}, not compensated", Recipe(MLPWidth(compensate=False), share, Uniform())
+def allocations(folder: Path, share: float) -> Iterator[Allocation]:
+    """Yields the allocations of MLPWidth; the search starts from LayerRedundancy."""
+    yield from (DLP(), LayerRedundancy())
+    yield Search(LayerRedundancy(), evaluations=80, state=str(folder / f"search-{share}.json"))
+
+
+def by_share(method: Method, share: float, allocation: Allocation) -> tuple[str, Recipe]:
+    """Returns the name and the recipe of a case by its share of all parameters."""
+    name = f"{type(method).__name__} by {type(allocation).__name__}, -{share:.0%}"
+    return name, Recipe(method, share, allocation, budget="parameters")
+
+
+def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
+    """Yields the name and the recipe of every case without training, besides those of slices."""
     for share in SHARES:
-        for allocation in (Uniform(), LayerRedundancy(), DLP()):
-            name = f"MLPWidth, {share:.2f} of all parameters, {type(allocation).__name__}"
-            yield name, Recipe(MLPWidth(), share, allocation, budget="parameters")
-    for allocation in (Uniform(), LayerRedundancy()):
-        yield f"HeadGroups, a third, {type(allocation).__name__}", Recipe(HeadGroups(), 1 / 3, allocation)
-    for method in (Depth(), Depth(refit=True), Depth(contiguous=True), Depth(contiguous=True, refit=True)):
-        kind = ("neighbours" if method.contiguous else "least change") + (", refitted" if method.refit else "")
-        yield f"Depth, 0.20 of the blocks, {kind}", Recipe(method, 0.2, Uniform())
+        yield by_share(MLPWidth(), share, Uniform())
+    for share in SHARES:
+        yield from (by_share(MLPWidth(), share, allocation) for allocation in allocations(folder, share))
+    for share in SHARES:
+        yield by_share(HeadGroups(), share, Uniform())
+        for contiguous, refit in ((False, False), (False, True), (True, False), (True, True)):
+            name, recipe = by_share(Depth(contiguous=contiguous, refit=refit), share, Uniform())
+            yield f"{name}{', neighbours' * contiguous}{', refitted' * refit}", recipe
+    for share in SHARES:
+        name, recipe = by_share(MLPWidth(compensate=False), share, Uniform())
+        yield f"{name}, not compensated", recipe
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Returns the rows as a table in Markdown."""
-    dense = rows[0]["parameters"]
-    lines = [
-        f"| {row['case']} | {row['parameters'] / 1e6:.1f} M | {row['parameters'] / dense - 1:+.1%} "
-        f"| {row['perplexity']:.2f} |"
-        for row in rows
-    ]
-    return "\n".join(["| case | parameters | change | perplexity |", "| --- | ---: | ---: | ---: |", *lines])
+class Cases:
+    """Runs the cases that are missing from the results file and match a pattern.
+
+    Args:
+        protocol: The model and the texts.
+        results: The results file.
+        pattern: Regular expression of the names of the cases to run.
+    """
+
+    def __init__(self, protocol: Protocol, results: Results, pattern: str) -> None:
+        self.protocol, self.results, self.pattern = protocol, results, re.compile(pattern)
+
+    def once(self, case: str, run: Any) -> None:
+        """Runs a case unless its name does not match or it is in the file."""
+        if self.pattern.search(case):
+            self.results.once(case, run)
+
+    def measured(self, model: PreTrainedModel) -> Row:
+        """Returns the perplexity and the size of ``model``."""
+        data, count = self.protocol.data, parameters(model)
+        perplexity = measure(model, data.val_dataloader(), data.describe("val")).perplexity
+        return {"perplexity": perplexity, "parameters": count, "bytes": 2 * count}
+
+    def dense(self) -> Row:
+        """Returns the row of the dense model."""
+        return self.measured(load_model(self.protocol.pretrained, "float32"))
+
+    def cut(self, recipe: Recipe) -> Row:
+        """Returns the row of a recipe, run between two plain forward passes."""
+        model, batches = load_model(self.protocol.pretrained, "float32"), self.protocol.batches()
+        before = self.forward_seconds(model)
+        with cost() as spent:
+            pruned = prune(model, batches, recipe)
+        after = self.forward_seconds(load_model(self.protocol.pretrained, "float32"))
+        return self.measured(model) | {
+            "rates": pruned.rates,
+            "seconds": spent.seconds,
+            "multiple": 2 * spent.cpu_seconds / (before + after),
+            "peak_bytes": spent.peak_bytes,
+        }
+
+    def forward_seconds(self, model: PreTrainedModel) -> float:
+        """Returns the CPU seconds of a plain forward pass of all windows, from a quarter of them."""
+        batches = self.protocol.batches()
+        some = batches[: max(len(batches) // 4, 1)]
+        return cost_of(partial(forward, model, some)).cpu_seconds * len(batches) / len(some)
+
+    def sliced(self, share: float) -> Row:
+        """Returns the row of the slice that leaves at most the parameters of the dense model without ``share``."""
+        target = (1 - share) * parameters(load_model(self.protocol.pretrained, "float32"))
+        low, high = 0.0, 0.95  # mean slice
+        while high - low > 0.005:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._sliced_parameters(middle) <= target else (middle, high)
+        return self.cut(Recipe(Slicing(), round(high, 3), Uniform())) | {"slice": round(high, 3)}
+
+    def _sliced_parameters(self, mean: float) -> int:
+        config = load_config(self.protocol.pretrained)
+        full, blocks = config.hidden_size, config.num_hidden_layers
+        sizes = sizes_from_rates([mean] * blocks, full, Slicing().multiple)
+        return sliced_parameters(config, [*sizes, full])
+
+    def healed(self, healing: str, share: float, folder: Path) -> Row:
+        """Returns the row of a fit with 100 steps after MLPWidth by Uniform."""
+        settings = self.protocol
+        options = [
+            "--config=configs/smollm2_dlp_lora.yaml",
+            f"--model.pretrained={settings.pretrained}",
+            "--data.source=python-docs",
+            *([f"--data.train_files={settings.train_files}"] if settings.train_files else []),
+            *([f"--data.val_files={settings.val_files}"] if settings.val_files else []),
+            f"--data.val_windows={settings.val_windows}",
+            f"--data.val_seq_length={settings.val_length}",
+            f"--data.seq_length={settings.seq_length}",
+            f"--pruning.calibration.seq_length={settings.seq_length}",
+            f"--pruning.calibration.num_samples={settings.num_samples}",
+            "--trainer.precision=bf16-mixed",
+            "--trainer.val_check_interval=1000",
+            "--pruning.method=MLPWidth",
+            "--pruning.allocation=Uniform",
+            "--pruning.budget=parameters",
+            f"--pruning.sparsity={share}",
+            *HEALINGS[healing],
+        ]
+        row = recoveries.fit(options, folder / f"{healing}-{share}")
+        perplexity = row["perplexity"]
+        return {"pruned": perplexity["pruned"], "perplexity": perplexity["recovered"], "seconds": row["seconds"]}
+
+    def speed(self, share: float, runtime: Any) -> Row:
+        """Returns the tokens per second of the dense model and of MLPWidth by Uniform, which no weight changes."""
+        dense, shrunk = (load_model(self.protocol.pretrained, "float32") for _ in range(2))
+        prune(shrunk, self.protocol.batches()[:1], by_share(MLPWidth(compensate=False), share, Uniform())[1])
+        return runtime(dense, shrunk)
+
+    def run(self) -> None:
+        """Runs the cases in the order of their importance."""
+        folder = self.results.path.parent
+        self.once("dense", self.dense)
+        cuts = list(untrained(folder))
+        self._cuts(cuts[: len(SHARES)])
+        self._healed(0.15, folder)
+        for share in sorted(SHARES, key=lambda share: abs(share - 0.20)):
+            self.once(f"speed in transformers, -{share:.0%}", partial(self.speed, share, in_transformers))
+            llama_cpp = partial(in_llama_cpp, tokenizer=self.protocol.data.tokenizer)
+            self.once(f"speed in llama.cpp, -{share:.0%}", partial(self.speed, share, llama_cpp))
+        self._cuts(cuts[len(SHARES) :])
+        for share in SHARES:
+            self.once(f"Slicing by Uniform, -{share:.0%}", partial(self.sliced, share))
+        for share in SHARES[1:]:
+            self._healed(share, folder)
+
+    def _cuts(self, cases: list[tuple[str, Recipe]]) -> None:
+        for name, recipe in cases:
+            self.once(name, partial(self.cut, recipe))
+
+    def _healed(self, share: float, folder: Path) -> None:
+        for healing in HEALINGS:
+            case = f"MLPWidth by Uniform, -{share:.0%}, 100 steps of {healing}"
+            self.once(case, partial(self.healed, healing, share, folder))
 
 
 def main() -> None:
-    """Runs the missing cases and prints the table."""
-    protocol, results = arguments(__doc__, "runs/shrinking.jsonl", num_samples=16, val_windows=6)
-    rows = [results.once("dense", partial(protocol.run, None))]
-    rows += [results.once(name, partial(protocol.run, recipe)) for name, recipe in cases()]
-    print(f"\n{rows[0]['protocol']}\n\n{table(rows)}")
+    """Runs the missing cases and prints the tables."""
+    parser = ArgumentParser(description=__doc__)
+    parser.add_class_arguments(Protocol, as_group=False)
+    parser.add_argument("--results", default="runs/shrinking/results.jsonl", help="Results file.")
+    parser.add_argument("--cases", default="", help="Regular expression of the names of the cases to run.")
+    parser.set_defaults(num_samples=16, val_windows=6)
+    settings = parser.parse_args()
+    results, pattern = Results(settings.pop("results")), settings.pop("cases")
+    Cases(Protocol(**settings.as_dict()), results, pattern).run()
+    for name in ("shrinking", "shrinking healed", "shrinking speed"):
+        print(tables.TABLES[name][1](results.rows))
 
 
 if __name__ == "__main__":

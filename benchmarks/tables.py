@@ -190,6 +190,46 @@ def reconstruction_recoveries(rows: Sequence[Row]) -> str:
     return table(["sparsity", "recovery", "before", "after"], sorted(lines), words=2)
 
 
+def shrinking(rows: Sequence[Row]) -> str:
+    """Returns the table of perplexities, parameters, bytes and cost of shrunk models without training."""
+    lines = []
+    for row in rows:
+        match = re.fullmatch(r"(\w+) by (\w+), -(\d+)%((?:, (?:not compensated|neighbours|refitted))*)", row["case"])
+        if match is not None:
+            size = [f"{row['parameters'] / 1e6:.1f}", f"{row['bytes'] / 1e6:.1f}"]
+            cells = [*size, f"{row['perplexity']:.2f}", f"{row['multiple']:.1f}"]
+            lines.append([f"-{match[3]}%", match[1] + match[4], match[2], *cells])
+    head = ["parameters", "method", "allocation", "M", "MB in 16 bits", "perplexity", "F"]
+    return table(head, sorted(lines, key=lambda line: (int(line[0][1:-1]), float(line[5]))), words=3)
+
+
+def shrinking_healed(rows: Sequence[Row]) -> str:
+    """Returns the table of perplexities of shrunk models before and after 100 steps of training."""
+    lines = []
+    for row in rows:
+        match = re.fullmatch(r"(\w+) by (\w+), -(\d+)%, 100 steps of (\w+)", row["case"])
+        if match is not None:
+            change = [f"{row['pruned']:.2f}", f"{row['perplexity']:.2f}"]
+            lines.append([f"-{match[3]}%", f"{match[1]}, {match[2]}", match[4], *change])
+    head = ["parameters", "shrunk by", "100 steps of", "before", "after"]
+    return table(head, sorted(lines, key=lambda line: int(line[0][1:-1])), words=3)
+
+
+def shrinking_speed(rows: Sequence[Row]) -> str:
+    """Returns the table of tokens per second of the dense and the shrunk model."""
+    lines = []
+    for row in rows:
+        match = re.fullmatch(r"speed in ([\w.]+), -(\d+)%", row["case"])
+        if match is not None:
+            cells = [
+                f"{row[part]['speeds'][0]:,.1f} to {row[part]['speeds'][1]:,.1f} ({row[part]['ratio']:.2f} x)"
+                for part in ("prefill", "decode")
+            ]
+            lines.append([f"-{match[2]}%", match[1], *cells])
+    head = ["parameters", "in", "prefill, tokens per second", "decode, tokens per second"]
+    return table(head, sorted(lines, key=lambda line: int(line[0][1:-1])), words=2)
+
+
 def _windows(case: str) -> int:
     return int(re.findall(r"(\d+) windows", case)[0])
 
@@ -230,6 +270,9 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "reconstruction": ("reconstruction", reconstructions),
     "reconstruction allocations": ("reconstruction", reconstruction_allocations),
     "reconstruction recoveries": ("reconstruction", reconstruction_recoveries),
+    "shrinking": ("shrinking", shrinking),
+    "shrinking healed": ("shrinking", shrinking_healed),
+    "shrinking speed": ("shrinking", shrinking_speed),
     "gpu": ("gpu-*", gpu),
 }
 

@@ -48,6 +48,10 @@ RUNS = {
         *(*FIT, "--pruning.method=Slicing", "--pruning.sparsity=0.3", "--pruning.recovery=LoRA"),
         *("--pruning.allocation=LayerRedundancy", "--pruning.allocation.base=0.2"),
     ],
+    "shrunk": [
+        *(*FIT, "--pruning.method=MLPWidth", "--pruning.sparsity=0.3", "--pruning.recovery=LoRA"),
+        *("--pruning.allocation=LayerRedundancy", "--pruning.method.multiple=32"),
+    ],
     "two_of_four": [  # behind pruned blocks, as is its default, SparseGPT multiplies the differences of kernels
         *("prune", "--pruning.method=SparseGPT", "--pruning.method.propagate=dense", "--pruning.allocation=Uniform"),
         *("--pruning.method.pattern=NofM", "--pruning.method.pattern.n=2", "--pruning.method.pattern.m=4"),

@@ -33,6 +33,7 @@ from lit_prune.models.quantised import compute_exactly
 from lit_prune.pruning import Magnitude, MixedNofM, NofM, SparseGPT, Unstructured, Wanda
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA
 from lit_prune.schedule import Cubic, Linear
+from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.slice import Slicing
 from tests.callbacks.test_combinations import Gone, pruned
 from tests.callbacks.test_dynamic_pruning import QUIET, Foreign, loader
@@ -42,7 +43,8 @@ SEED = int(os.environ.get("LIT_PRUNE_SEED", "0"))
 SECONDS = float(os.environ.get("LIT_PRUNE_SOAK_SECONDS", "120"))
 STEPS, WARM, MB, MOST_MB = 4, 10, 2**20, 100
 FAMILIES = ("llama", "opt", "qwen2", "phi", "gpt2", "gemma3_text", "mixtral")
-ROUNDING = {MixedNofM: 0.1, NofM: 1e-3, Unstructured: 1e-3}  # of the budget; slices are asked by their report
+HALF_A_SIZE = {Slicing: 0.1, MLPWidth: 0.1, HeadGroups: 0.26}  # 8 of 64, 8 or 16 of 128, 1 of 2
+ROUNDING = {MixedNofM: 0.1, NofM: 1e-3, Unstructured: 1e-3}  # of the budget; shapes are asked by their report
 
 
 class Somebodys(Foreign):
@@ -56,8 +58,9 @@ class Somebodys(Foreign):
 def drawn(draw: random.Random) -> dict[str, Any]:
     """The settings of a callback, of which some make no sense together."""
     pattern = draw.choice([Unstructured(), Unstructured(), NofM(2, 4), MixedNofM(8)])
-    method = draw.choice([Magnitude(pattern), Wanda(pattern), SparseGPT(pattern), Slicing()])
-    even = isinstance(pattern, NofM) and not isinstance(method, Slicing)
+    smaller = draw.choice([MLPWidth(multiple=8), HeadGroups(), MLPWidth(multiple=16, compensate=False)])
+    method = draw.choice([Magnitude(pattern), Wanda(pattern), SparseGPT(pattern), Slicing(), smaller])
+    even = isinstance(pattern, NofM) and method.makes_zeros
     starts = [DLP(), OWL(), AlphaPruning(), LayerRedundancy(), Uniform()]
     searched = Search(start=draw.choice(starts), evaluations=12, offspring=2, survivors=1)
     steps = sorted(draw.sample(range(STEPS), draw.choice([1, 1, 1, 2, 3])))
@@ -113,7 +116,7 @@ def assert_kept(settings: dict[str, Any], model: PreTrainedModel, gone: dict[str
     opened = AutoModelForCausalLM.from_pretrained(run / "model")
     compute_exactly(opened)
     assert_budget(settings, report)
-    if not isinstance(settings["method"], Slicing):
+    if settings["method"].makes_zeros:
         assert_zeros(gone, pruned(opened))
     assert_perplexity(opened, model, report, loader(1, rows=8))
     assert list(run.rglob(".*.partial-*")) == []
@@ -131,8 +134,11 @@ def assert_zeros(gone: dict[str, Tensor], after: dict[str, Tensor]) -> None:
 
 def assert_budget(settings: dict[str, Any], report: dict[str, Any]) -> None:
     method = settings["method"]
-    if isinstance(method, Slicing):
-        assert report["slice"]["achieved"] == pytest.approx(settings["sparsity"], abs=0.1)  # widths in steps of 8 of 64
+    if method.changes_shapes:
+        shape = report["slice" if isinstance(method, Slicing) else method.sizes_class.name]
+        kept = shape["pruned"]["parameters"] / shape["dense"]["parameters"]
+        achieved = 1 - kept if settings["budget"] == "parameters" else shape["achieved"]
+        assert achieved == pytest.approx(settings["sparsity"], abs=HALF_A_SIZE[type(method)])
         return
     told = report["sparsity"]
     key = "achieved_all" if settings["budget"] == "parameters" else "achieved_linears"

@@ -61,7 +61,7 @@ def run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sys.argv", args)
         runpy.run_path(args[0], run_name="__main__")
         return
-    begins = [*TEXT, "--model.pretrained=small"] if "configs/quickstart.yaml" in args else []
+    begins = [*TEXT, "--model.pretrained=small"] if any(word.startswith("configs/quickstart") for word in args) else []
     progress = [] if args[0] == "evaluate" else ["--trainer.enable_progress_bar=false"]
     main([*args, *QUICK.get(args[0], []), *begins, *progress])
 

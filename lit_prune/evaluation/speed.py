@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,21 +25,71 @@ class Speed:
     decode: float
 
 
-@torch.no_grad()
 def tokens_per_second(model: PreTrainedModel) -> Speed:
     """Returns the tokens per second of one sequence, the best of three runs after a warm-up run.
 
     Prefill is one forward pass over 512 tokens (or half of the model's limit, if that is less); decode is the 32
     forward passes of one token that follow it, with a KV cache. The token ids are arbitrary.
     """
+    return compare_speed([model])[0]
+
+
+@torch.no_grad()
+def compare_speed(models: Sequence[PreTrainedModel]) -> list[Speed]:
+    """Returns what :func:`tokens_per_second` does for each model; they run by turns, so that all are slowed alike."""
+    runs: list[list[tuple[float, float]]] = [[] for _ in models]
+    for _ in range(REPEATS + 1):
+        for model, seconds in zip(models, runs, strict=True):
+            with evaluating(model):
+                seconds.append(_run(model, *_lengths(model)))
+    return [_best(model, seconds[1:]) for model, seconds in zip(models, runs, strict=True)]
+
+
+def without_weights(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Returns a copy of ``model`` on the meta device; None if one of its shapes cannot be built from its config."""
+    kind: Any = type(model)
+    try:
+        with torch.device("meta"):
+            like: PreTrainedModel = kind(copy.deepcopy(model.config)).to(model.dtype)
+    except Exception:  # whatever the constructor of an unknown family raises
+        return None
+    shapes = [[(name, tensor.shape) for name, tensor in one.named_parameters()] for one in (model, like)]
+    return like if shapes[0] == shapes[1] else None
+
+
+@torch.no_grad()
+def with_random_weights(like: PreTrainedModel, buffers: PreTrainedModel) -> PreTrainedModel:
+    """Returns ``like``, a model on the meta device, with random weights, which take as long to multiply as others.
+
+    Args:
+        like: The result of :func:`without_weights`.
+        buffers: A model on the device to use, whose buffers of the same names and shapes are copied.
+    """
+    like = like.to_empty(device=buffers.device).eval()
+    like.tie_weights()  # to_empty has untied them
+    tile = 0.02 * torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))  # random numbers for all are slow
+    for parameter in like.parameters():
+        repeated = tile.to(parameter).repeat(-(-parameter.numel() // len(tile)))
+        parameter.copy_(repeated[: parameter.numel()].view_as(parameter))
+    known = dict(buffers.named_buffers())
+    for name, buffer in like.named_buffers():
+        found = known.get(name)
+        buffer.copy_(found) if found is not None and found.shape == buffer.shape else buffer.zero_()
+    return like
+
+
+def _lengths(model: PreTrainedModel) -> tuple[Tensor, int]:
+    """The prompt, and the number of tokens after it."""
     text = model.config.get_text_config()  # of a multimodal model; else the config itself
     limit = getattr(text, "max_position_embeddings", None) or 2 * PREFILL_TOKENS
     prefill, decode = min(PREFILL_TOKENS, limit // 2), min(DECODE_TOKENS, limit // 2)
-    prompt_BT = torch.arange(prefill, device=model.device)[None] % text.vocab_size
-    with evaluating(model):
-        runs = [_run(model, prompt_BT, decode) for _ in range(REPEATS + 1)][1:]
+    return torch.arange(prefill, device=model.device)[None] % text.vocab_size, decode
+
+
+def _best(model: PreTrainedModel, runs: Sequence[tuple[float, float]]) -> Speed:
+    prompt_BT, decode = _lengths(model)
     return Speed(
-        prefill=prefill / min(seconds for seconds, _ in runs),
+        prefill=prompt_BT.shape[1] / min(seconds for seconds, _ in runs),
         decode=decode / min(seconds for _, seconds in runs),
     )
 

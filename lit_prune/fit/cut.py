@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +14,10 @@ from lit_prune.calibration.cached_statistics import CachedStatistics
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import Measurement, measure
 from lit_prune.evaluation.sizes import parameters, size_bytes
-from lit_prune.evaluation.speed import tokens_per_second
+from lit_prune.evaluation.speed import compare_speed, tokens_per_second, with_random_weights, without_weights
 from lit_prune.models.on_disk import placed
 from lit_prune.pipeline import Pruned
+from lit_prune.progress import log
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.report.records import CutRecord, ModelSize, SearchRecord
 
@@ -85,9 +86,14 @@ def measured_cut(model: PreTrainedModel, inputs: CutInputs) -> Iterator[Measured
             cut.pruned = prune(model, inputs.batches, inputs.recipe)
     """
     cut = MeasuredCut(inputs)
-    before = _measure(model, "before", inputs)
+    compared = inputs.measured and inputs.moves and inputs.recipe.method.changes_shapes
+    uncut = without_weights(model) if compared else None
+    before = _measure(model, "before", inputs, alone=uncut is None)
     yield cut
-    cut.record = _record(inputs, before, cut.pruned, _measure(model, "after", inputs))
+    after = _measure(model, "after", inputs, alone=uncut is None)
+    if uncut is not None:
+        before, after = _by_turns(uncut, before, model, after)
+    cut.record = _record(inputs, before, cut.pruned, after)
 
 
 def _record(inputs: CutInputs, before: _State, pruned: Pruned, after: _State) -> CutRecord:
@@ -113,18 +119,42 @@ def _record(inputs: CutInputs, before: _State, pruned: Pruned, after: _State) ->
     )
 
 
-def _measure(model: PreTrainedModel, when: str, inputs: CutInputs) -> _State:
-    """Returns the measurements of the model that ``inputs`` ask for."""
+def _measure(model: PreTrainedModel, when: str, inputs: CutInputs, *, alone: bool) -> _State:
+    """Returns the measurements of the model that ``inputs`` ask for; those of its speed only if ``alone``."""
     model = placed(model, inputs.device) if inputs.moves else model
-    perplexity = size = None
+    perplexity = None
     if inputs.measured and inputs.validation is not None:
         label = f"Perplexity, {when} the cut"
         streamed = not inputs.moves
         perplexity = measure(model, *inputs.validation, label=label, device=inputs.device, streamed=streamed)
-    if inputs.recipe.method.changes_shapes:
-        speed = tokens_per_second(model) if inputs.measured else None
-        size = ModelSize(parameters(model), size_bytes(model), speed)
-    return _State(perplexity, size)
+    if not inputs.recipe.method.changes_shapes:
+        return _State(perplexity, None)
+    speed = tokens_per_second(model) if inputs.measured and alone else None
+    return _State(perplexity, ModelSize(parameters(model), size_bytes(model), speed))
+
+
+def _by_turns(uncut: PreTrainedModel, before: _State, model: PreTrainedModel, after: _State) -> tuple[_State, _State]:
+    """Returns both states with speeds that are measured by turns.
+
+    Args:
+        uncut: The model before the cut, without weights.
+        before: Its state.
+        model: The model after the cut, on the device that it was measured on.
+        after: Its state.
+
+    Without memory for both models, the states are returned as they are.
+    """
+    try:
+        speeds = compare_speed([with_random_weights(uncut, model), model])
+    except torch.OutOfMemoryError:
+        log("The speed before the cut was not measured: both models together do not fit into the device's memory.")
+        return before, after
+    states = [
+        state._replace(size=replace(state.size, speed=speed))
+        for state, speed in zip((before, after), speeds, strict=True)
+        if state.size is not None
+    ]
+    return states[0], states[1]
 
 
 def _seconds(measured: Measurement | None, when: str) -> dict[str, float]:

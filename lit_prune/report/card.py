@@ -7,7 +7,14 @@ from huggingface_hub import ModelCardData
 from lit_prune.report.report import Report
 from lit_prune.report.sections import Quantised
 from lit_prune.report.table import task_rows
-from lit_prune.report.wording import describe_budget, describe_protocol, describe_size, describe_target, short
+from lit_prune.report.wording import (
+    describe_budget,
+    describe_gains,
+    describe_protocol,
+    describe_size,
+    describe_target,
+    short,
+)
 
 QUANTISED_FORMS = {  # of the export, see ``export.plan.form_of``
     "adapter": "over them. The adapter is not merged, but saved beside the quantised weights.",
@@ -34,7 +41,7 @@ def model_card(report: Report, base: str, usage: str) -> str:
 Made from `{base}`. {_pruning(report)}{_cuts_not_made(report)}
 {_recovery(report)}
 Parameters: {describe_size(report)}.{_target(report)}{_rounding(report)}
-
+{_gains(report)}
 {_perplexities(report)}
 {_tasks(report)}
 ## How to open it
@@ -60,6 +67,15 @@ def _rounding(report: Report) -> str:
         return ""
     last = "" if report.protocol is None else f" The last perplexity is theirs, computed in {report.dtype_in_memory}."
     return f" The weights were {report.dtype_in_memory} in memory and are written in {report.dtype}.{last}"
+
+
+def _gains(report: Report) -> str:
+    """Returns the list of what another shape saves; empty if the shape is that of the dense model."""
+    rows = {} if report.shape is None else describe_gains(report.shape)
+    lines = [f"- {label}: {text}" for label, text in rows.items()]
+    if len(lines) > 1:
+        lines.append("\nSpeeds are those of one sequence, and both models were measured by turns in one process.")
+    return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 
 
 def _perplexities(report: Report) -> str:

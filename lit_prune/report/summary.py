@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate.budget import Budget
 from lit_prune.evaluation.sizes import full_bytes, parameters, pruned
+from lit_prune.evaluation.speed import Speed
 from lit_prune.export.formats import ExportFormat, HuggingFace
 from lit_prune.export.plan import ExportPlan
 from lit_prune.masks.zeros import share_of_zeros, zero_shares
@@ -70,7 +71,7 @@ def summary(
         dtype=format.dtype(plan),
         dtype_in_memory=str(plan.model.dtype).removeprefix("torch."),
         quantised=_quantised(plan),
-        shape=_shape(plan, recipe, last, baseline),
+        shape=_shape(plan, recipe, cuts, baseline),
         structures=structure.describe(plan.base),
         target=_target(plan, recipe, cuts, format),
         cuts=[CutSummary.of(cut) for cut in cuts],
@@ -162,16 +163,19 @@ def _seconds(cuts: Sequence[CutRecord], first: str) -> dict[str, float]:
     return total
 
 
-def _shape(plan: ExportPlan, recipe: Recipe | None, last: CutRecord | None, baseline: Baseline | None) -> Shape | None:
+def _shape(
+    plan: ExportPlan, recipe: Recipe | None, cuts: Sequence[CutRecord], baseline: Baseline | None
+) -> Shape | None:
     """Returns the structure of the last cut, in this run or before a training without cuts; None if there is none."""
-    requested, described = _requested(recipe, last, baseline), structure.describe(plan.base)
+    requested, described = _requested(recipe, cuts[-1] if cuts else None, baseline), structure.describe(plan.base)
     if requested is None or not described:  # training may have ended before the cut
         return None
-    size = {} if last is None else {name: _in_written_type(size, plan) for name, size in last.size.items()}
+    sizes = (_size_before(cuts), cuts[-1].size.get("after") if cuts else None)
+    dense, pruned = (None if size is None else _in_written_type(size, plan) for size in sizes)
     share, budget = requested
     count = 1 if recipe is None else recipe.method.structures
     shape = structure.joined(described[-count:], "shrink")
-    return Shape(shape, share, dense=size.get("before"), pruned=size.get("after"), budget=budget)
+    return Shape(shape, share, dense=dense, pruned=pruned, budget=budget)
 
 
 def _requested(recipe: Recipe | None, last: CutRecord | None, baseline: Baseline | None) -> tuple[float, Budget] | None:
@@ -195,6 +199,23 @@ def _target(
     unit = recipe.target.removeprefix("target_")
     achieved = parameters(plan.plain) if unit == "parameters" else format.bytes(plan)
     return TargetSize(unit, int(getattr(recipe, recipe.target)), achieved)
+
+
+def _size_before(cuts: Sequence[CutRecord]) -> ModelSize | None:
+    """Returns the size before the first cut, whose speed is that after the last one over the ratios of all cuts.
+
+    Both speeds of a cut are measured by turns, and those of different cuts at different times.
+    """
+    first = cuts[0].size.get("before") if cuts else None
+    if first is None or len(cuts) == 1:
+        return first
+    speed = cuts[-1].size["after"].speed
+    for cut in cuts:
+        before, after = cut.size["before"].speed, cut.size["after"].speed
+        if speed is None or before is None or after is None:
+            return replace(first, speed=None)
+        speed = Speed(speed.prefill * before.prefill / after.prefill, speed.decode * before.decode / after.decode)
+    return replace(first, speed=speed)
 
 
 def _in_written_type(size: ModelSize, plan: ExportPlan) -> ModelSize:

@@ -12,6 +12,7 @@ from lit_prune.report.sections import Shape, Sparsity
 from lit_prune.report.wording import (
     describe_budget,
     describe_change,
+    describe_gains,
     describe_linears,
     describe_miss,
     describe_protocol,
@@ -116,16 +117,9 @@ def _sparsity_rows(sparsity: Sparsity) -> dict[str, str]:
 
 
 def _shape_rows(shape: Shape) -> dict[str, str]:
-    """Returns the rows of the structure and, if they were measured, of the tokens per second."""
-    label = f"{shape.structure.name} requested, {describe_budget(shape.budget)}"
-    rows = {label: f"{shape.requested:.4f}", **shape.structure.rows}
-    dense, pruned = (None if size is None else size.speed for size in (shape.dense, shape.pruned))
-    if dense is None or pruned is None:
-        return rows
-    speeds = {"prefill": (dense.prefill, pruned.prefill), "decode": (dense.decode, pruned.decode)}
-    for name, (before, after) in speeds.items():
-        rows[f"tokens per second, {name}"] = f"{after:,.1f}, dense {before:,.1f}  ({after / before:.2f} x dense)"
-    return rows
+    """Returns the rows of the structure, and of what it saves."""
+    requested = {f"{shape.structure.name} requested, {describe_budget(shape.budget)}": f"{shape.requested:.4f}"}
+    return requested | shape.structure.rows | describe_gains(shape)
 
 
 def _cut_rows(report: Report) -> dict[str, str]:

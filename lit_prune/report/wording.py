@@ -10,7 +10,7 @@ from lit_prune.evaluation.perplexity import Protocol
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import Report
-from lit_prune.report.sections import TargetSize
+from lit_prune.report.sections import Shape, TargetSize
 
 REFERENCES = ("dense", "before")  # names of the perplexity that the others are compared with; a report has one of them
 RECOVERED = ("recovered", "requantised")
@@ -172,3 +172,21 @@ def _describe_head(report: Report) -> str:
     if report.untied_parameters is None:
         return ""
     return f"; {report.untied_parameters:,} of them are the head, which is no longer tied to the embedding"
+
+
+def describe_gains(shape: Shape) -> dict[str, str]:
+    """Returns the memory and the tokens per second of a model of another shape beside the dense one's, by label.
+
+    Empty if the sizes are not known; without the speeds if they were not measured.
+    """
+    dense, pruned = shape.dense, shape.pruned
+    if dense is None or pruned is None:
+        return {}
+    change = f"{pruned.bytes / dense.bytes - 1:+.1%}"
+    rows = {"memory when opened": f"{pruned.bytes / 1e6:,.1f} MB, dense {dense.bytes / 1e6:,.1f} MB  ({change})"}
+    if dense.speed is None or pruned.speed is None:
+        return rows
+    for name in ("prefill", "decode"):
+        before, after = getattr(dense.speed, name), getattr(pruned.speed, name)
+        rows[f"tokens per second, {name}"] = f"{after:,.1f}, dense {before:,.1f}  ({after / before:.2f} x dense)"
+    return rows

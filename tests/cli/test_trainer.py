@@ -121,7 +121,7 @@ def test_score_once_sweep_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_score_searches_and_its_plan_says_how_it_went(capsys: pytest.CaptureFixture[str]) -> None:
-    quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    quickstart = Path(__file__).parents[2] / "configs" / "quickstart_masks.yaml"
     search = ["--pruning.allocation=Search", "--pruning.allocation.start=OWL", "--pruning.allocation.start.lam=0.1"]
     search += ["--pruning.allocation.evaluations=40", "--pruning.allocation.state=state.json", "--pruning.sparsity=0.6"]
     score = ["score", f"--config={quickstart}", *SMALL, *files(), *search]

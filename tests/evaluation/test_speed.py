@@ -1,3 +1,4 @@
+import pytest
 import torch
 from transformers import PreTrainedModel
 
@@ -27,3 +28,31 @@ def test_a_model_without_a_limit() -> None:
     found = speed.tokens_per_second(model)
     assert found.prefill > 0
     assert found.decode > 0
+
+
+def test_models_run_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [small_model(num_hidden_layers=count) for count in (1, 2)]
+    turns: list[int] = []
+    monkeypatch.setattr(speed, "_run", lambda model, *_: (turns.append(len(model.model.layers)), (2.0, 4.0))[1])
+    assert speed.compare_speed(models) == [speed.Speed(prefill=32 / 2, decode=32 / 4)] * 2
+    assert turns == [1, 2] * 4
+
+
+def test_a_copy_without_weights_gets_random_ones_of_the_same_shapes(model: PreTrainedModel) -> None:
+    like = speed.without_weights(model)
+    assert like is not None
+    assert {parameter.device.type for parameter in like.parameters()} == {"meta"}
+    filled = speed.with_random_weights(like, model)
+    shapes = [
+        [(name, tensor.shape, tensor.dtype) for name, tensor in one.named_parameters()] for one in (model, filled)
+    ]
+    assert shapes[0] == shapes[1]
+    assert all(float(parameter.std()) > 0.01 for parameter in filled.parameters())
+    buffers = zip(model.buffers(), filled.buffers(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in buffers)
+    assert filled(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_a_model_of_other_shapes_than_its_config_has_no_copy(model: PreTrainedModel) -> None:
+    model.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(3, 3))  # type: ignore[union-attr]
+    assert speed.without_weights(model) is None

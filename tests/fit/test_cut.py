@@ -7,6 +7,7 @@ from lit_prune.allocate import DLP, Uniform
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.evaluation.sizes import parameters
+from lit_prune.evaluation.speed import Speed
 from lit_prune.fit.cut import CutInputs
 from lit_prune.masks.zeros import zeros
 from lit_prune.pipeline import score_with_statistics
@@ -65,6 +66,40 @@ def test_a_cut_that_changes_shapes_says_what_the_model_weighs(measured: bool) ->
     assert (before.parameters, after.parameters) == (dense, parameters(model))
     assert (before.bytes, after.bytes) == (4 * before.parameters, 4 * after.parameters)
     assert all((size.speed is not None and size.speed.decode > 0) is measured for size in (before, after))
+
+
+def test_both_speeds_of_a_cut_are_measured_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = small_model(), []
+    dense = parameters(model)
+
+    def compare(models: list[Any]) -> list[Speed]:
+        seen.extend(parameters(one) for one in models)
+        return [Speed(1.0, 2.0), Speed(3.0, 4.0)]
+
+    monkeypatch.setattr("lit_prune.fit.cut.compare_speed", compare)
+    record = cut(model, inputs(Recipe(Slicing(), 0.25)))
+    assert seen == [dense, parameters(model)]
+    assert [record.size[when].speed for when in ("before", "after")] == [Speed(1.0, 2.0), Speed(3.0, 4.0)]
+
+
+def test_a_device_without_memory_for_both_models(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_: object) -> list[Speed]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("lit_prune.fit.cut.compare_speed", full)
+    record = cut(small_model(), inputs(Recipe(Slicing(), 0.25)))
+    assert [size.speed for size in record.size.values()] == [None, None]
+    printed = capsys.readouterr()
+    assert "both models together do not fit" in printed.out + printed.err
+
+
+def test_speeds_are_measured_apart_where_no_second_model_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_prune.fit.cut.compare_speed", lambda _: pytest.fail("two models were in memory"))
+    monkeypatch.setattr("lit_prune.fit.cut.tokens_per_second", lambda _: Speed(1.0, 2.0))
+    record = cut(small_model(), inputs(Recipe(Slicing(), 0.25), moves=False))
+    assert [size.speed for size in record.size.values()] == [Speed(1.0, 2.0)] * 2
 
 
 def test_a_second_cut_knows_what_was_removed_before() -> None:

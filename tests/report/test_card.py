@@ -9,7 +9,7 @@ from lit_prune.report.card import model_card
 from lit_prune.report.sections import Quantised, Sparsity, TargetSize
 from lit_prune.report.wording import describe_protocol
 from lit_prune.schedule import Cut
-from tests.report.reports import PROTOCOL, RECIPE, REPORT, SLICED, cut, sparsity
+from tests.report.reports import PROTOCOL, RECIPE, REPORT, SHAPE, SLICED, cut, sparsity
 
 FOUND = replace(
     sparsity(REPORT, before=0.5, achieved_linears=0.51), recipe=None, baseline={"masked": True}, adapter=None
@@ -120,6 +120,11 @@ def test_a_sliced_model() -> None:
     assert "Sliced with Wanda(), rates per block by DLP(): the residual stream has 40 to 56 of its 64" in card
     assert "merged into the weights.\n" in card
     assert "zero" not in card
+    assert "\n- memory when opened: 4.0 MB, dense 3.0 MB  (+33.3%)\n- tokens per second, prefill: 150.0, dense" in card
+    assert "\n\nSpeeds are those of one sequence, and both models were measured by turns in one process.\n\n" in card
+    slow = replace(SLICED, shape=replace(SHAPE, dense=replace(SHAPE.dense, speed=None)))
+    assert "memory when opened" in model_card(slow, "some/model", "USAGE")
+    assert "by turns" not in model_card(slow, "some/model", "USAGE")
 
 
 def test_the_tasks() -> None:

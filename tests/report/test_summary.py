@@ -7,17 +7,19 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate import Uniform
 from lit_prune.evaluation.sizes import parameters
+from lit_prune.evaluation.speed import Speed
 from lit_prune.export.plan import ExportPlan
 from lit_prune.fit.baseline import measure_baseline
 from lit_prune.fit.cut import CutInputs
 from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.recover import LoRA, MaskedLoRA
-from lit_prune.report.records import CutRecord
+from lit_prune.report.records import CutRecord, ModelSize
 from lit_prune.report.report import Report
 from lit_prune.report.summary import summary
 from lit_prune.report.wording import describe_size
 from lit_prune.schedule import Cut
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
 from tests.fit.cuts import cut
@@ -108,6 +110,26 @@ def test_a_model_that_was_sliced_by_this_run() -> None:
     assert found.shape.dense == record.size["before"]
     assert not found.masked
     assert found.sparsity.requested is None
+
+
+def test_two_cuts_are_compared_with_the_model_before_the_first() -> None:
+    recipe = Recipe(MLPWidth(multiple=8), 0.5, Uniform())
+    model, record = pruned(recipe)
+    sizes = [
+        ModelSize(10 - part, 40 - part, Speed(speed, 2 * speed)) for part, speed in enumerate((2.0, 3.0, 6.0, 8.0))
+    ]
+    records = [replace(record, step=step, size={"before": sizes[step], "after": sizes[step + 1]}) for step in (0, 2)]
+    shape = report(model, recipe, records).shape
+    assert shape is not None
+    assert shape.pruned == sizes[3]
+    assert shape.dense is not None
+    assert shape.dense.speed is not None
+    assert (shape.dense.parameters, shape.dense.bytes) == (10, 40)
+    assert (shape.dense.speed.prefill, shape.dense.speed.decode) == pytest.approx((4.0, 8.0))
+    records[0] = replace(records[0], size={"before": sizes[0], "after": replace(sizes[1], speed=None)})
+    unmeasured = report(model, recipe, records).shape
+    assert unmeasured is not None
+    assert unmeasured.dense == replace(sizes[0], speed=None)
 
 
 def test_a_model_that_was_sliced_before_and_masked_by_this_run() -> None:

@@ -97,6 +97,7 @@ def test_another_shape_has_its_own_rows_and_its_speed() -> None:
     shown = rows(table(SLICED))
     assert shown["slice requested, mean over blocks"] == "0.2500"
     assert shown["widths of the blocks"] == "40 to 56 of 64"
+    assert shown["memory when opened"] == "4.0 MB, dense 3.0 MB  (+33.3%)"
     assert shown["tokens per second, prefill"] == "150.0, dense 100.0  (1.50 x dense)"
     assert shown["tokens per second, decode"] == "9.0, dense 10.0  (0.90 x dense)"
     assert not any("sparsity" in label for label in shown)
