@@ -173,6 +173,28 @@ def test_a_folder_with_blocks_of_different_sizes_is_exported_to_gguf() -> None:
     torch.testing.assert_close(found, logprobs(model, [*ids, 5, 6], 3), atol=0.05, rtol=0)
 
 
+def test_a_shrunk_folder_is_masked_and_packed(capsys: pytest.CaptureFixture[str]) -> None:
+    shrinking = ["--pruning.method=MLPWidth", "--pruning.allocation=Uniform", "--pruning.sparsity=0.25"]
+    run("prune", "--output=runs/narrow", *shrinking)
+    narrow = ["--model.pretrained=runs/narrow/model"]
+    masking = ["--pruning.method=Magnitude", "--pruning.allocation=Uniform", "--pruning.sparsity=0.5"]
+    run("prune", "--output=runs/masked", *narrow, *masking, "--format=packed")
+    told = report("runs/masked")
+    assert list(told["perplexity"]) == ["before", "pruned", "recovered"]
+    assert told["sparsity"]["achieved_linears"] == pytest.approx(0.5, abs=1e-4)
+    assert told["parameters"] == report("runs/narrow")["parameters"] == 4_033_728 - 8 * 128 * 3 * 192
+    assert told["bytes"] < 0.75 * told["bytes_unpacked"]
+    opened = AutoModelForCausalLM.from_pretrained("runs/masked/model")
+    assert (type(opened).__name__, opened.config.intermediate_size) == ("LlamaForCausalLM", 384)
+    zero, total = zeros(weight for name, weight in opened.named_parameters() if "_proj" in name)
+    assert zero / total == pytest.approx(0.5, abs=1e-4)
+    check_refused(
+        "`model` must not have masks for MLPWidth", capsys, "--model.pretrained=runs/masked/model", *shrinking
+    )
+    check_refused("must have the adapter merged", capsys, *narrow, *masking, "--format=gguf", "--pruning.recovery=LoRA")
+    check_refused("without pruned weights, got Packed", capsys, *narrow, "--format=packed", verb="export")
+
+
 def test_a_folder_is_exported_as_it_is() -> None:
     run("export", "--model.pretrained=embedded", "--output=runs/x")
     assert AutoModelForCausalLM.from_pretrained("runs/x/model").dtype == torch.bfloat16

@@ -12,6 +12,7 @@ import transformers
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lit_prune.allocate import LayerRedundancy, Uniform
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.export.formats import HuggingFace
 from lit_prune.export.formats.folder import BASE, TRIED, name_base
@@ -24,6 +25,7 @@ from lit_prune.recipe import Recipe
 from lit_prune.recover import LoRA, MaskedLoRA, QLoRA, Recovery
 from lit_prune.recover.base import ExportForm
 from lit_prune.recover.merge import without_adapter
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 from tests.conftest import WIDE, export, small_model
 
@@ -194,15 +196,18 @@ def test_a_tied_head_with_a_merged_adapter_is_a_matrix_of_its_own(
     assert parameters(opened) == parameters(plan.plain) == parameters(plan.base) + 64 * 64
 
 
-def read_in_a_fresh_process(folder: Path) -> float:
-    """The sum of the logits of eight tokens, in a process that has transformers but not lit_prune."""
+def read_in_a_fresh_process(*folders: Path, trusted: Path | None = None) -> list[float]:
+    """The sums of the logits of eight tokens, in a process that has transformers but not lit_prune."""
     code = (
         "import sys, torch; sys.modules['lit_prune'] = None\n"
         "from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r})\n"
-        "print(model(torch.arange(1, 9)[None]).logits.double().sum().item())\n"
+        f"for folder in {[str(folder) for folder in folders]!r}:\n"
+        f"    trust = folder == {str(trusted)!r}\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)\n"
+        "    print(model(torch.arange(1, 9)[None]).logits.double().sum().item())\n"
     )
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return [float(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("recovery", [LoRA(), MaskedLoRA(target_modules=TIED)])
@@ -216,7 +221,25 @@ def test_a_fresh_process_opens_it_without_lit_prune(
             torch.nn.init.normal_(parameter, std=0.05)
     export(model, tmp_path)
     expected = model(torch.arange(1, 9)[None]).logits.double().sum().item()
-    assert abs(read_in_a_fresh_process(tmp_path) - expected) < 1e-3
+    assert read_in_a_fresh_process(tmp_path) == pytest.approx([expected], abs=1e-3)
+
+
+def test_a_fresh_process_opens_shrunk_models_without_lit_prune(batches: list[torch.Tensor], tmp_path: Path) -> None:
+    """With equal sizes plainly, with different ones by the code in the folder."""
+    expected = []
+    for name, allocation in {"equal": Uniform(), "different": LayerRedundancy(base=0.1)}.items():
+        shrunk = small_model()
+        prune(shrunk, batches, Recipe(MLPWidth(multiple=8), 0.5, allocation))
+        export(shrunk, tmp_path / name)
+        expected.append(shrunk(torch.arange(1, 9)[None]).logits.double().sum().item())
+    assert json.loads((tmp_path / "equal" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert not list((tmp_path / "equal").glob("*.py"))
+    assert (
+        len(set(json.loads((tmp_path / "different" / "config.json").read_text())["block_sizes"]["intermediate_size"]))
+        > 1
+    )
+    opened = read_in_a_fresh_process(tmp_path / "equal", different := tmp_path / "different", trusted=different)
+    assert opened == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_card_says_how_the_folder_is_opened() -> None:
