@@ -125,7 +125,7 @@ def print_tables(rows: Sequence[Row]) -> None:
 def main() -> None:
     """Reads the command line, runs the missing cases and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/quickstart.yaml", help="Configuration of all runs.")
+    parser.add_argument("--config", default="configs/quickstart_masks.yaml", help="Configuration of all runs.")
     parser.add_argument("--runs", type=Path, default=Path("runs/recoveries"), help="Folder of the runs.")
     parser.add_argument("--full_lr", type=float, default=5e-4, help="Learning rate of FullFineTuning.")
     parser.add_argument("--only", default="", help="Run only the cases whose name contains this text.")

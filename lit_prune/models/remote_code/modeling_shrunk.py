@@ -14,6 +14,7 @@ A model whose layers all have the same sizes needs no class of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -94,6 +95,26 @@ class ShrunkCausalLM(PreTrainedModel):
         self.post_init()
 
 
+def block_configs(config: Any) -> list[SimpleNamespace]:
+    """Returns the sizes of every layer in the form that vLLM's DeciLM reads: Llama with MLPs of different widths.
+
+    Raises:
+        AttributeError: if the layers differ in anything else. DeciLM has the same number of queries in all of them.
+    """
+    sizes = getattr(config, "block_sizes", None) or {}
+    if other := sorted(sizes.keys() - {"intermediate_size"}):
+        raise AttributeError(f"`block_configs`: all layers must have the same {', '.join(other)} for vLLM.")
+    heads = config.num_attention_heads // config.num_key_value_heads
+    widths = sizes.get("intermediate_size") or [config.intermediate_size] * config.num_hidden_layers
+    return [
+        SimpleNamespace(
+            attention=SimpleNamespace(no_op=False, n_heads_in_group=heads),
+            ffn=SimpleNamespace(no_op=False, intermediate_size=width),
+        )
+        for width in widths
+    ]
+
+
 def _classes(family: str) -> tuple[Any, Any]:
     """Creates the config class and the model class of shrunk models of a family."""
     base_config: Any = CONFIG_MAPPING[family]
@@ -105,6 +126,8 @@ def _classes(family: str) -> tuple[Any, Any]:
         "model_type": f"{PREFIX}{family}",
         "block_sizes": None,
     }
+    if family == "llama":
+        fields["block_configs"] = property(block_configs)
     config = type(f"Shrunk{base_config.__name__}", (base_config,), fields)
     described = {"__module__": __name__, "__doc__": f"{base.__name__}, shrunk.", "config_class": config}
     return config, type(f"Shrunk{base.__name__}", (ShrunkCausalLM, base), described)

@@ -152,3 +152,23 @@ def test_a_wrong_number_of_sizes() -> None:
 
 def test_families_are_mixed_in() -> None:
     assert all(issubclass(kind, ShrunkCausalLM) for kind in SHRUNK.values())
+
+
+def test_the_blocks_as_vllm_reads_them(tmp_path: Path) -> None:
+    """vLLM's DeciLM takes the width of an MLP as it is, unless there is an ffn_mult, which it would round to 256."""
+    model = shrunk_model()
+    model.save_pretrained(tmp_path)
+    blocks = AutoConfig.from_pretrained(tmp_path).block_configs
+    assert [block.ffn.intermediate_size for block in blocks] == [8, 40, 24]
+    for block, layer in zip(blocks, decoder_layers(model), strict=True):
+        assert (block.attention.no_op, block.ffn.no_op, hasattr(block.ffn, "ffn_mult")) == (False, False, False)
+        groups = model.config.num_attention_heads // block.attention.n_heads_in_group
+        assert layer.self_attn.k_proj.out_features == groups * model.config.head_dim  # type: ignore[union-attr]
+        assert layer.mlp.gate_proj.out_features == block.ffn.intermediate_size  # type: ignore[union-attr]
+    assert "block_configs" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_different_heads_are_nothing_for_vllm() -> None:
+    with pytest.raises(AttributeError, match="must have the same num_attention_heads, num_key_value_heads for vLLM"):
+        _ = shrunk_model(sizes=HEADS).config.block_configs
+    assert not hasattr(shrunk_model("qwen3").config, "block_configs")
