@@ -7,7 +7,6 @@ Suffixes: U units, R rows of one unit, K columns of one unit.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +122,7 @@ def groups_of(linears: Mapping[str, PrunableLinear], config: Any) -> Part:
     separate, fused = _one(linears, "q_proj"), _one(linears, "qkv_proj")
     writer = next((name for suffix in ATTENTION_WRITERS if (name := _one(linears, suffix))), None)
     if writer is None or not (separate or fused):
-        raise _no_groups(linears, config)
+        raise _no_groups(linears)
     width = linears[writer].weight_OI.shape[1]
     head_dim, per_group = width // heads, heads // groups
     queries_UK = torch.arange(width).view(groups, per_group * head_dim)
@@ -132,7 +131,7 @@ def groups_of(linears: Mapping[str, PrunableLinear], config: Any) -> Part:
         parent = separate.removesuffix("q_proj")
         rows = {separate: queries_UK, f"{parent}k_proj": keys_UK, f"{parent}v_proj": keys_UK}
         if not rows.keys() <= linears.keys():
-            raise _no_groups(linears, config)
+            raise _no_groups(linears)
     else:
         assert fused is not None
         rows = {fused: torch.cat([queries_UK, width + keys_UK, width + groups * head_dim + keys_UK], dim=1)}
@@ -140,10 +139,9 @@ def groups_of(linears: Mapping[str, PrunableLinear], config: Any) -> Part:
     return Part(rows, writer, queries_UK, fields, {"head_dim": head_dim})
 
 
-def _no_groups(linears: Collection[str], config: Any) -> NoPart:
-    """Returns the reason for an attention of an unknown layout, which is often that of a family without a head_dim."""
-    field = inspect.getattr_static(_class_of(config), "head_dim", None)
-    if field is None or isinstance(field, property):
+def _no_groups(linears: Collection[str]) -> NoPart:
+    """Returns the reason for an attention of an unknown layout."""
+    if _one(linears, "query_key_value") or _one(linears, "c_attn"):  # Falcon, GPT-2, GPT-NeoX and the like
         return NoPart("its config has no field for the width of a head: the heads always fill the hidden size")
     return NoPart(f"no attention of a known layout is among its linears, {_names(linears)}")
 
@@ -163,14 +161,9 @@ def _width_field(config: Any, width: int) -> str:
 
 def _declares(config: Any, name: str) -> bool:
     """Whether the class of a config has the field; its instances keep whatever else is in a config.json."""
-    return hasattr(_class_of(config), name)
-
-
-def _class_of(config: Any) -> type:
-    """The class of the model's config, also from the config of a layer."""
     while isinstance(config, LayerConfig):
         config = config.shared
-    return type(config)
+    return hasattr(type(config), name)
 
 
 def _one(linears: Collection[str], suffix: str) -> str | None:

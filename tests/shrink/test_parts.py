@@ -66,7 +66,7 @@ def test_a_head_is_a_group_without_grouped_queries() -> None:
         (mlp_of, "mamba2", "no MLP of a known layout"),
         (mlp_of, "bloom", "no field with the 128 channels"),
         (groups_of, "gpt2", "no field for the width of a head: the heads always fill the hidden size"),
-        (groups_of, "falcon", "no field for the width of a head"),  # its head_dim follows from the others
+        (groups_of, "falcon", "no field for the width of a head"),
         (groups_of, "deepseek_v2", "no attention of a known layout"),
     ],
 )
