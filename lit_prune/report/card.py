@@ -74,7 +74,10 @@ def _gains(report: Report) -> str:
     rows = {} if report.shape is None else describe_gains(report.shape)
     lines = [f"- {label}: {text}" for label, text in rows.items()]
     if len(lines) > 1:
-        lines.append("\nSpeeds are those of one sequence, and both models were measured by turns in one process.")
+        dtype = report.dtype_in_memory
+        lines.append(
+            f"\nSpeeds are those of one sequence in {dtype}; both models were measured by turns in one process."
+        )
     return "".join(f"\n{line}" for line in lines) + ("\n" if lines else "")
 
 

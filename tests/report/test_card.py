@@ -121,7 +121,10 @@ def test_a_sliced_model() -> None:
     assert "merged into the weights.\n" in card
     assert "zero" not in card
     assert "\n- memory when opened: 4.0 MB, dense 3.0 MB  (+33.3%)\n- tokens per second, prefill: 150.0, dense" in card
-    assert "\n\nSpeeds are those of one sequence, and both models were measured by turns in one process.\n\n" in card
+    assert (
+        "\n\nSpeeds are those of one sequence in float32; both models were measured by turns in one process.\n\n"
+        in card
+    )
     slow = replace(SLICED, shape=replace(SHAPE, dense=replace(SHAPE.dense, speed=None)))
     assert "memory when opened" in model_card(slow, "some/model", "USAGE")
     assert "by turns" not in model_card(slow, "some/model", "USAGE")
