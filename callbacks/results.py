@@ -98,16 +98,9 @@ class ResultsCallback(Callback):
             if distributed.is_rank_zero():
                 self.folder.check()
                 self.check_tasks(getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
-            self.add_logger(trainer)
-
-    def add_logger(self, trainer: Trainer) -> None:
-        """Gives a Trainer without a logger one that writes CSV, if ``csv_log`` is set.
-
-        The logger creates no file before it logs. The command calls this before the `setup` of all callbacks, some of
-        which need a logger there.
-        """
-        if self.csv_log and trainer.logger is None:
-            trainer.logger = self._csv = CSVLogger(self.folder.path, name="logs")
+            # some callbacks need a logger in their own `setup`; this one creates no file before it logs
+            if self.csv_log and trainer.logger is None:
+                trainer.logger = self._csv = CSVLogger(self.folder.path, name="logs")
 
     def check_model(self, trainer: Trainer, model: PreTrainedModel) -> None:
         """Checks the format; the DynamicPruningCallback calls this once the model is loaded, before any work."""

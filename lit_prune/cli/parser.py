@@ -211,8 +211,6 @@ class LitPruneCLI(LightningCLI):
         find_callback(self.trainer, DynamicPruningCallback).resume = self.resume
         results = find_callback(self.trainer, ResultsCallback)
         results.format = self.config_init[self.subcommand].format  # instantiated after the callback was made
-        if self.subcommand == "fit":
-            results.add_logger(self.trainer)
         check_objects(self.subcommand, self.trainer, self.model, self.datamodule)
 
     def fit(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 from jsonargparse._parameter_resolvers import get_signature_parameters
-from lightning.pytorch.loggers import CSVLogger
 
 from lit_prune.allocate import Allocation
 from lit_prune.cli.main import main
@@ -143,11 +142,3 @@ def concrete(base: type) -> list[type]:
     return [child for child in children if not inspect.isabstract(child)] + [
         leaf for child in children for leaf in concrete(child)
     ]
-
-
-def test_callbacks_find_a_logger_in_their_setup(monkeypatch: pytest.MonkeyPatch) -> None:
-    loggers: list[object] = []
-    monkeypatch.setattr("lightning.pytorch.Trainer.fit", lambda self, *_: loggers.extend(self.loggers))
-    run("fit", "--output=runs/x")
-    assert [type(logger) for logger in loggers] == [CSVLogger]
-    assert not Path("runs").exists()
