@@ -258,12 +258,17 @@ def _search_key(model: PreTrainedModel, batches: Iterable[Batch | Tensor], recip
 
 def _needs(recipe: Recipe) -> frozenset[str]:
     """Returns the kinds of statistics of the unpruned model that a cut reads."""
-    return _needed_for_rates(recipe) | (recipe.method.needs if recipe.method.propagate == "dense" else frozenset())
+    return recipe.allocation.needs | _needed_for_pruning(recipe)
 
 
 def _needed_for_rates(recipe: Recipe) -> frozenset[str]:
     """Returns the kinds of statistics of the unpruned model that the rates depend on."""
-    return recipe.allocation.needs | (recipe.method.needs if recipe.allocation.searches else frozenset())
+    return recipe.allocation.needs | (_needed_for_pruning(recipe) if recipe.allocation.searches else frozenset())
+
+
+def _needed_for_pruning(recipe: Recipe) -> frozenset[str]:
+    """Returns the kinds of statistics of the unpruned model by which the method prunes."""
+    return recipe.method.needs if recipe.method.propagate == "dense" else frozenset()
 
 
 def _score(
@@ -344,9 +349,17 @@ def _refine(
         return Refined(rates, linears=recipe.allocation.linears(blocks))
     key = _search_key(model, batches, recipe)
     trial_device, dicts = torch.device(device or model.device), _dicts(model, batches)
-    trial = recipe.method.trial(model, blocks, statistics=statistics, device=trial_device, batches=dicts)
-    with evaluating(model), trial as opened:
-        return recipe.allocation.refine(rates, limits, trial=opened, key=key)
+    with evaluating(model):
+        statistics = recipe.method.trial_statistics(
+            model,
+            blocks,
+            rates=rates,
+            statistics=statistics,
+            device=trial_device,
+            stream=lambda: _stream(model, blocks, batches, device),
+        )
+        with recipe.method.trial(model, blocks, statistics=statistics, device=trial_device, batches=dicts) as opened:
+            return recipe.allocation.refine(rates, limits, trial=opened, key=key)
 
 
 def _weights(block: Block) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from lit_prune.models.families import Block, CustomClass
 from lit_prune.progress import track
 from lit_prune.pruning.patterns import Pattern, Unstructured
 from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
+from lit_prune.search.behind_pruned import statistics_behind_pruned
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, model_on_device
 
@@ -175,6 +176,28 @@ class Method(ABC):
                 False. Every block is cut ``with reconstructing(reconstruction, block)``.
         """
 
+    def trial_statistics(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        rates: Sequence[float],
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        stream: Callable[[], Stream],
+    ) -> Sequence[BlockStatistics]:
+        """Returns the statistics for :meth:`trial`: ``statistics``, or those that a cut at ``rates`` would prune by.
+
+        Args:
+            model: The causal LM, in eval mode, which is left as it was.
+            blocks: Its blocks.
+            rates: The rates that the trials start from.
+            statistics: Statistics of each block of the unpruned model.
+            device: Device on which a block computes.
+            stream: Returns a stream of the calibration batches that begins at the first block's input.
+        """
+        return statistics
+
     def trial(
         self,
         model: PreTrainedModel,
@@ -189,7 +212,8 @@ class Method(ABC):
         Args:
             model: The causal LM, in eval mode.
             blocks: Its blocks.
-            statistics: Statistics of each block of the unpruned model, all that ``needs`` names.
+            statistics: Statistics of each block by which it is pruned, all that ``needs`` names; see
+                :meth:`trial_statistics`.
             device: Device on which the whole model runs meanwhile.
             batches: The calibration batches.
         """
@@ -320,6 +344,25 @@ class MaskMethod(Method):
         structure.write(model, masked=True)
         return [self.current_rate(block) for block in blocks]
 
+    def trial_statistics(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        rates: Sequence[float],
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        stream: Callable[[], Stream],
+    ) -> Sequence[BlockStatistics]:
+        """Returns statistics behind blocks pruned at ``rates`` if the cut uses such; see the base class."""
+        if not self.needs or self.propagate != "pruned":
+            return statistics
+
+        def cut(block: Block, observed: BlockStatistics) -> dict[str, Tensor]:
+            return self._pruned(block, observed, self._rates_of_linears(block, rates[block.index]))
+
+        return statistics_behind_pruned(blocks, cut, stream=stream(), needs=self.needs, device=device)
+
     @contextmanager
     def trial(
         self,
@@ -332,24 +375,26 @@ class MaskMethod(Method):
     ) -> Iterator[Trial]:
         """Runs ``model`` itself, with pruned weights swapped into its blocks; see :meth:`Method.trial`.
 
-        They are pruned by the statistics of the unpruned model even if ``propagate`` is pruned: SparseGPT then needs
-        the Gram matrices of all blocks at once (see its `propagate`).
+        The statistics of all blocks are held at once, for SparseGPT their Gram matrices (see its `propagate`).
         """
-
         current = [_current(block) for block in blocks]
 
         def split(index: int, rate: float) -> dict[str, float]:
             return self._split(blocks[index], rate, current[index])
 
         def pruned(block: Block, rates: Mapping[str, float]) -> dict[str, Tensor]:
-            weights: dict[str, Tensor] = {}
-            for group in groups_of(block, statistics[block.index], rates):
-                weights |= zip(group.names, self.prune(group.weights, group.statistics, group.rate), strict=True)
-            return weights
+            return self._pruned(block, statistics[block.index], rates)
 
         granularity = [self.pattern.granularity(block.size) for block in blocks]
         with model_on_device(model, device), mask_cache(blocks, pruned) as cache:
             yield MaskedTrial(model, batches, cache, granularity, split)
+
+    def _pruned(self, block: Block, statistics: BlockStatistics, rates: Mapping[str, float]) -> dict[str, Tensor]:
+        """Returns the pruned weights of the linears of ``block`` by name."""
+        weights: dict[str, Tensor] = {}
+        for group in groups_of(block, statistics, rates):
+            weights |= zip(group.names, self.prune(group.weights, group.statistics, group.rate), strict=True)
+        return weights
 
     def _rates_of_linears(self, block: Block, rate: float) -> dict[str, float]:
         """Returns the rate of each linear, as planned one by one, or with mean ``rate``."""

@@ -31,6 +31,7 @@ from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
 from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
+from lit_prune.search.behind_pruned import statistics_behind_pruned
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, model_on_device
 from lit_prune.shrink.narrow import adopt_sizes, check_part, narrow, set_sizes, set_weight
@@ -246,6 +247,24 @@ class UnitMethod(Method):
             return drop_units(weight_IO.float(), gram_II, columns_UK, count)
         return remove_units(weight_IO, gram_II, columns_UK, count, rounds=self.rounds, damping=self.damping)
 
+    def trial_statistics(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        rates: Sequence[float],
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        stream: Callable[[], Stream],
+    ) -> Sequence[BlockStatistics]:
+        """Returns statistics behind blocks shrunk at ``rates``; see :meth:`Method.trial_statistics`."""
+        zeroed = _Zeroed(self, model, blocks)
+
+        def cut(block: Block, observed: BlockStatistics) -> dict[str, Tensor]:
+            return zeroed.weights(block, observed, zeroed.split(block.index, rates[block.index]))
+
+        return statistics_behind_pruned(zeroed.blocks, cut, stream=stream(), needs=self.needs, device=device)
+
     @contextmanager
     def trial(
         self,
@@ -258,30 +277,15 @@ class UnitMethod(Method):
     ) -> Iterator[Trial]:
         """Runs ``model`` itself, with zeros for the columns of removed units, which computes the same as without them.
 
-        The weights are refitted by the statistics of the unpruned model, and biases are not; see :meth:`Method.trial`.
+        Biases are not refitted; see :meth:`Method.trial`.
         """
-        full = self.sizes(model, blocks)
-        parts = [self._part(model, block) for block in blocks]
-        writers = [
-            replace(block, linears={part.writer: block.linears[part.writer]})
-            for block, part in zip(blocks, parts, strict=True)
-        ]
-
-        def split(index: int, rate: float) -> dict[str, float]:
-            return {parts[index].writer: rate}
+        zeroed = _Zeroed(self, model, blocks)
 
         def pruned(block: Block, rates: Mapping[str, float]) -> dict[str, Tensor]:
-            part, weight_OI = parts[block.index], next(iter(block.linears.values())).weight_OI
-            kept = min(part.units, units_from_rates([rates[part.writer]], [full[block.index]], self.multiple)[0])
-            gram_II = statistics[block.index].grams[part.writer].to(weight_OI.device)
-            removal = self._removal(weight_OI.T, gram_II, part, kept)
-            columns_S = part.columns_UK.to(weight_OI.device)[removal.kept_U].flatten().sort().values
-            zeroed_OI = torch.zeros_like(weight_OI)
-            zeroed_OI[:, columns_S] = removal.weight_SO.T.to(weight_OI.dtype)
-            return {part.writer: zeroed_OI}
+            return zeroed.weights(block, statistics[block.index], rates)
 
-        with model_on_device(model, device), mask_cache(writers, pruned) as cache:
-            yield MaskedTrial(model, batches, cache, [self.multiple] * len(blocks), split)
+        with model_on_device(model, device), mask_cache(zeroed.blocks, pruned) as cache:
+            yield MaskedTrial(model, batches, cache, [self.multiple] * len(blocks), zeroed.split)
 
     def _part(self, model: PreTrainedModel, block: Block) -> Part:
         config = layer_config(model.config.get_text_config(), block.index)
@@ -302,6 +306,43 @@ class UnitMethod(Method):
     @property
     def _noun(self) -> str:
         return self.sizes_class.noun
+
+
+class _Zeroed:
+    """The writers of all blocks with zeros for the columns of removed units, at any rates.
+
+    Args:
+        method: The method.
+        model: The causal LM.
+        blocks: Its blocks.
+
+    Attributes:
+        blocks: The blocks, with the writer as their only linear.
+    """
+
+    def __init__(self, method: UnitMethod, model: PreTrainedModel, blocks: Sequence[Block]) -> None:
+        self.method, self._full = method, method.sizes(model, blocks)
+        self._parts = [method._part(model, block) for block in blocks]
+        self.blocks = [
+            replace(block, linears={part.writer: block.linears[part.writer]})
+            for block, part in zip(blocks, self._parts, strict=True)
+        ]
+
+    def split(self, index: int, rate: float) -> dict[str, float]:
+        """Returns the rate of the writer of a block, by its name."""
+        return {self._parts[index].writer: rate}
+
+    def weights(self, block: Block, statistics: BlockStatistics, rates: Mapping[str, float]) -> dict[str, Tensor]:
+        """Returns the weight of the writer of ``block`` at its rate, by its name."""
+        part, multiple = self._parts[block.index], self.method.multiple
+        weight_OI = block.linears[part.writer].weight_OI
+        kept = min(part.units, units_from_rates([rates[part.writer]], [self._full[block.index]], multiple)[0])
+        gram_II = statistics.grams[part.writer].to(weight_OI.device)
+        removal = self.method._removal(weight_OI.T, gram_II, part, kept)
+        columns_S = part.columns_UK.to(weight_OI.device)[removal.kept_U].flatten().sort().values
+        zeroed_OI = torch.zeros_like(weight_OI)
+        zeroed_OI[:, columns_S] = removal.weight_SO.T.to(weight_OI.dtype)
+        return {part.writer: zeroed_OI}
 
 
 def _parameters_of_a_unit(block: Block, part: Part) -> int:
