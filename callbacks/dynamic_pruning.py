@@ -65,6 +65,8 @@ class DynamicPruningCallback(Callback):
         target_parameters: Number of parameters that the last cut is to leave, such as 100M or 1.2B, instead of a
             `sparsity`; for methods that remove parameters, such as MLPWidth.
         target_bytes: Bytes that the exported weights are to take, such as 200MB, instead of a `sparsity`.
+        target_perplexity: Perplexity on the validation batches that the LLM must not exceed right after the cut,
+            instead of a `sparsity`: the greatest sparsity that keeps it is found to 0.01 by about eight cuts of copies.
         allocation: How the blocks are scored and the sparsity is distributed over them: DLP, OWL, AlphaPruning,
             LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP.
         reconstruction: Reconstruct, the training of every block, right after it is cut, towards the output that it had
@@ -124,22 +126,26 @@ class DynamicPruningCallback(Callback):
         budget: Budget = "linears",
         target_parameters: int | str | None = None,
         target_bytes: int | str | None = None,
+        target_perplexity: float | None = None,
         statistics: str | None = None,
         target: str = "model",
         measure: bool = True,
         keep_zeros: bool | None = None,
         full_checkpoint: bool = False,
     ) -> None:
-        check_one_target(sparsity, target_parameters=target_parameters, target_bytes=target_bytes)
-        has_target = target_parameters is not None or target_bytes is not None
+        sizes: dict[str, Any] = {"target_parameters": target_parameters, "target_bytes": target_bytes}
+        check_one_target(sparsity, **sizes, target_perplexity=target_perplexity)
         steps: tuple[Cut, ...] = ()
-        recipe = None
+        recipe, final = None, 0.5 if sparsity is None else sparsity
+        has_size = any(size is not None for size in sizes.values())
         if method is not None:
-            final = 0.5 if sparsity is None else sparsity
+            has_target = has_size or target_perplexity is not None
             steps = shares(at_step, schedule) if has_target else cuts(at_step, final, schedule)
+            # a size is turned into a sparsity once the LLM is known, and a perplexity when the cut is made
+            share: Any = None if has_size else 0.0 if has_target else steps[-1].sparsity
             recipe = Recipe(
                 method=method,
-                sparsity=None if has_target else steps[-1].sparsity,  # type: ignore[arg-type]
+                sparsity=share,
                 allocation=allocation or DLP(),
                 min_rate=min_rate,
                 max_rate=max_rate,
@@ -148,8 +154,7 @@ class DynamicPruningCallback(Callback):
                 blocks=blocks,
                 budget=budget,
                 reconstruction=reconstruction,
-                target_parameters=target_parameters,
-                target_bytes=target_bytes,
+                **sizes,
             )
         self.fit_plan = FitPlan(
             recipe=recipe,
@@ -163,6 +168,7 @@ class DynamicPruningCallback(Callback):
             keep_zeros=keep_zeros,
             measure=measure,
             full_checkpoint=full_checkpoint,
+            target_perplexity=target_perplexity,
         )
         self.run, self.target = PruningRun(self.fit_plan), target
         self.resume: Resume | None = None
@@ -236,7 +242,7 @@ class DynamicPruningCallback(Callback):
         """Makes the cut that is due, at the first of the batches whose gradients its step accumulates."""
         if not self.run.is_due(trainer.global_step):
             return
-        log(f"Step {trainer.global_step}: cutting to a sparsity of {self.run.next_sparsity:.4g}")
+        log(f"Step {trainer.global_step}: cutting to {self.run.next_aim}")
         pl_module.zero_grad(set_to_none=True)
         model = self.find_model(pl_module)
         with self.run.cutting(trainer, model) as cut:

@@ -268,6 +268,18 @@ class Recipe:
             target = self.method.rate_of_parameters(asked, model, blocks, lower=lower, upper=upper, slack=slack)
         return Limits(sizes, lower, upper, target, weighted_mean(current, sizes), slack)
 
+    def sparsities(self, model: PreTrainedModel) -> tuple[float, float]:
+        """Returns the smallest and the largest sparsity that the bounds of the rates allow, to four digits."""
+        blocks = self.find(model)
+        try:
+            limits = self.limits(model, blocks, share=2.0)  # for a share of all parameters, out of range
+        except OutOfRange as error:
+            least, most = error.least, error.most
+        else:
+            least = weighted_mean(limits.lower, limits.sizes)
+            most = weighted_mean([max(limits.upper, low) for low in limits.lower], limits.sizes)
+        return math.ceil(max(least, 0.0) * 1e4) / 1e4, math.floor(min(most, 0.9999) * 1e4) / 1e4
+
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:
         """Returns the rate of every block; with ``equal`` the same for all, which shows if any are possible."""
         rates = allocate(

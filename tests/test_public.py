@@ -60,6 +60,7 @@ NAMES = [
     "Uniform",
     "Unstructured",
     "Wanda",
+    "find_sparsity",
     "keep_zeros",
     "pipeline",
     "prune",

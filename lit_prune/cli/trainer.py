@@ -98,6 +98,7 @@ class PruneTrainer(Trainer):
         check_caches(fit_plan, llm, *calibration)
         measured, statistics = fit_plan.measure, fit_plan.statistics
         inputs = CutInputs(fit_plan.recipe, *calibration, validation, device, measured=measured, statistics=statistics)
+        inputs = inputs.with_sparsity(llm, fit_plan.target_perplexity)
         with offload_folder(llm, results.folder.path), self._logging():
             with measured_cut(llm, inputs) as cut:
                 cut.pruned = prune(llm, inputs.batches, inputs.recipe, device=device, statistics=statistics)
@@ -111,6 +112,10 @@ class PruneTrainer(Trainer):
         pruning, results = self._prepared(model, datamodule)
         recipe = pruning.run.plan.recipe
         assert recipe is not None
+        if pruning.fit_plan.target_perplexity is not None:
+            raise InputError(
+                "`pruning.target_perplexity` must be left out for score, which cuts nothing: use `lit-prune prune`."
+            )
         llm, (batches, settings) = pruning.find_model(model), calibration_batches(self, pruning.fit_plan.calibration)
         check_caches(pruning.run.plan, llm, batches, settings)
         device, names = self.strategy.root_device, statistics_key(settings, llm)

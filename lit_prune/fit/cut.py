@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from lit_prune.calibration.cached_statistics import CachedStatistics
 from lit_prune.calibration.windows import Batch
+from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import Measurement, measure
 from lit_prune.evaluation.sizes import parameters, size_bytes
 from lit_prune.evaluation.speed import compare_speed, tokens_per_second, with_random_weights, without_weights
+from lit_prune.find_sparsity import FoundSparsity, find_sparsity
 from lit_prune.models.on_disk import placed
 from lit_prune.pipeline import Pruned
 from lit_prune.progress import log
@@ -44,6 +46,7 @@ class CutInputs:
             time.
         step: Optimizer step before which the cut is made.
         statistics: Cached statistics of the model and the batches, used instead of running the model.
+        found: The search for the recipe's sparsity; None if that was given.
     """
 
     recipe: Recipe
@@ -55,6 +58,21 @@ class CutInputs:
     moves: bool = True
     step: int = 0
     statistics: CachedStatistics | None = None
+    found: FoundSparsity | None = None
+
+    def with_sparsity(self, model: PreTrainedModel, perplexity: float | None) -> CutInputs:
+        """Returns the inputs with the greatest sparsity that keeps ``perplexity``; unchanged if that is None.
+
+        Raises:
+            InputError: see ``find_sparsity``, and without validation batches.
+        """
+        if perplexity is None:
+            return self
+        if self.validation is None:
+            raise InputError("`pruning.target_perplexity` must have validation batches, got none: give some.")
+        settings: dict[str, Any] = {"device": self.device, "statistics": self.statistics}
+        found = find_sparsity(model, self.batches, self.recipe, self.validation, perplexity, **settings)
+        return replace(self, recipe=replace(self.recipe, sparsity=found.sparsity), found=found)
 
 
 class MeasuredCut:
@@ -116,6 +134,7 @@ def _record(inputs: CutInputs, before: _State, pruned: Pruned, after: _State) ->
         sparsity_before=pruned.sparsity_before,
         reconstruction=pruned.reconstruction,
         linears=pruned.linears,
+        found=inputs.found,
     )
 
 

@@ -14,6 +14,7 @@ from lit_prune.calibration.cached_statistics import CachedStatistics
 from lit_prune.calibration.windows import Calibration
 from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
+from lit_prune.find_sparsity import check_single_cut
 from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.recipe import Recipe, recipe_record
@@ -42,6 +43,7 @@ class FitPlan:
             many.
         measure: Whether perplexity is measured before and after each cut.
         full_checkpoint: Whether every checkpoint holds all weights.
+        target_perplexity: Perplexity that the cut must not exceed, instead of a sparsity; see ``find_sparsity``.
 
     Raises:
         InputError: for several cuts if one of the parts allows only one, and for settings that contradict each other.
@@ -58,6 +60,7 @@ class FitPlan:
     keep_zeros: bool | None
     measure: bool = True
     full_checkpoint: bool = False
+    target_perplexity: float | None = None
 
     def __post_init__(self) -> None:
         if self.recipe is None:
@@ -69,6 +72,7 @@ class FitPlan:
             return
         method, count = self.recipe.method, len(self.cuts)
         self._check_bytes()
+        self._check_target_perplexity()
         self._check_full(self.before, "before")
         if self.before is not None and self.cuts[0].step == 0:
             raise InputError(
@@ -116,10 +120,22 @@ class FitPlan:
         """The step of the last cut; 0 without cuts."""
         return self.cuts[-1].step if self.cuts else 0
 
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the plan has sparsities instead of a target."""
+        return self.recipe is None or (self.recipe.is_resolved and self.target_perplexity is None)
+
     def resolved(self, model: PreTrainedModel, stored: StoredBytes | None = None) -> FitPlan:
-        """Returns the plan with sparsities instead of a target or of shares of bytes; see :meth:`Recipe.resolved`."""
-        if self.recipe is None or self.recipe.is_resolved:
+        """Returns the plan with sparsities instead of a target or of shares of bytes; see :meth:`Recipe.resolved`.
+
+        For a perplexity it is the smallest possible sparsity, until the cut finds another one.
+        """
+        if self.recipe is None or self.is_resolved:
             return self
+        if self.target_perplexity is not None:
+            self.recipe.method.check(model, 0.0)
+            least = self.recipe.sparsities(model)[0]
+            return replace(self, recipe=replace(self.recipe, sparsity=least), cuts=(Cut(self.last_step, least),))
         recipe = self.recipe.resolved(model, stored)
         scale = recipe.sparsity / (self.cuts[-1].sparsity or 1.0)
         return replace(self, recipe=recipe, cuts=tuple(Cut(step, share * scale) for step, share in self.cuts))
@@ -141,7 +157,9 @@ class FitPlan:
         """Returns the settings that a resumed run must share with the first, by field."""
         recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
         cuts: dict[str, Any] = {"at_step": list(self.steps), "sparsity": [share for _, share in self.cuts]}
-        if self.recipe is not None and self.recipe.target is not None:
+        if self.target_perplexity is not None:
+            cuts |= {"sparsity": [None], "target_perplexity": [self.target_perplexity]}
+        elif self.recipe is not None and self.recipe.target is not None:
             cuts["sparsity"] = [None]
         objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
         if self.recipe is None:
@@ -223,6 +241,23 @@ class FitPlan:
                 f"`pruning.{field}` must leave the weights in full precision if a cut comes after it, got "
                 f"{recovery}: use MaskedLoRA, or LoRA before the first cut, and QLoRA as `pruning.recovery` of one cut."
             )
+
+    def _check_target_perplexity(self) -> None:
+        """Raises InputError for what a search for the sparsity of a perplexity does not allow."""
+        assert self.recipe is not None
+        limit = self.target_perplexity
+        if limit is None:
+            return
+        if not limit > 1:
+            raise InputError(f"`pruning.target_perplexity` must be above 1, got {limit:g}.")
+        if len(self.cuts) > 1:
+            raise InputError(
+                f"`pruning.at_step` must be one step with `pruning.target_perplexity`, got {len(self.cuts)}: find the "
+                "sparsity by `lit-prune prune`, and give it as `pruning.sparsity`."
+            )
+        if not self.measure:
+            raise InputError("`pruning.measure` must be true with `pruning.target_perplexity`, got false.")
+        check_single_cut(self.recipe)
 
     def _check_bytes(self) -> None:
         """Raises InputError for a budget of bytes whose weights are exported in 4 or 8 bits."""

@@ -105,7 +105,8 @@ def check_without_weights(plan: FitPlan, model: PreTrainedModel, datamodule: Any
     Checked are the family and the rates that the method supports, names of linears, settings of
     adapters, and the text and versions of cached statistics.
     """
-    if plan.recipe is not None and not plan.recipe.counts_bytes:  # the type of the exported weights is not known yet
+    known = plan.target_perplexity is None and not (plan.recipe is not None and plan.recipe.counts_bytes)
+    if known:  # other targets depend on the weights, and on the type in which they are exported
         plan = plan.resolved(model)
     if plan.recipe is not None:
         plan.recipe.method.check(model, plan.recipe.sparsity if plan.recipe.is_resolved else 0.0)

@@ -70,10 +70,12 @@ class PruningRun:
         return self.plan.cuts[len(self.done)] if len(self.done) < len(self.plan.cuts) else None
 
     @property
-    def next_sparsity(self) -> float:
-        """The sparsity after the next cut."""
+    def next_aim(self) -> str:
+        """The sparsity after the next cut, or the perplexity that it must not exceed, in words."""
         assert self.next_cut is not None
-        return self.next_cut.sparsity
+        if self.plan.target_perplexity is not None:
+            return f"a perplexity of at most {self.plan.target_perplexity:g}"
+        return f"a sparsity of {self.next_cut.sparsity:.4g}"
 
     def is_due(self, step: int) -> bool:
         """Returns whether the next cut has to be made before the optimizer step ``step``."""
@@ -112,7 +114,7 @@ class PruningRun:
         Raises:
             InputError: if no cut of the LLM reaches the target.
         """
-        if self.plan.recipe is None or self.plan.recipe.is_resolved:
+        if self.plan.is_resolved:
             return
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         counts = next((callback for callback in callbacks if isinstance(callback, CountsBytes)), None)
@@ -174,7 +176,7 @@ class PruningRun:
             moves=not shards_weights(trainer),
             step=step,
             statistics=self.plan.statistics,
-        )
+        ).with_sparsity(model, self.plan.target_perplexity)
         source = self.source_weights
         keeps_values = recipe.method.keeps_values and recipe.reconstruction is None
         with source.through_cut(model, keeps_values=keeps_values) if source else nullcontext():

@@ -9,6 +9,7 @@ from lit_prune.report.sections import Quantised
 from lit_prune.report.table import task_rows
 from lit_prune.report.wording import (
     describe_budget,
+    describe_found,
     describe_gains,
     describe_protocol,
     describe_size,
@@ -57,7 +58,9 @@ def _what_was_done(report: Report) -> str:
 
 
 def _target(report: Report) -> str:
-    """Returns the sentence about the size that was asked for; empty if a share was."""
+    """Returns the sentence about the size or the perplexity that was asked for; empty if a share was."""
+    if report.target_perplexity is not None:
+        return f" Asked for was a perplexity of {describe_found(report.target_perplexity)}."
     return "" if report.target is None else f" Asked for were {describe_target(report.target)}."
 
 

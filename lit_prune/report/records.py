@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from lit_prune.evaluation.perplexity import Measurement, Protocol
 from lit_prune.evaluation.speed import Speed
+from lit_prune.find_sparsity import FoundSparsity, SparsityTrial
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.plain import OMIT, json_form
 
@@ -83,6 +84,7 @@ class CutRecord:
         sparsity_before: Share that was removed before the cut; 0 for a dense model.
         reconstruction: Losses of every block before and after its reconstruction; empty without one.
         linears: Planned rates of each block's linears by name; None if they all have the block's rate.
+        found: The search for the sparsity of a perplexity; None if the sparsity was given.
     """
 
     step: int
@@ -101,11 +103,15 @@ class CutRecord:
     sparsity_before: float = 0.0
     reconstruction: list[BlockLosses] = field(default_factory=list)
     linears: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
+    found: FoundSparsity | None = field(default=None, metadata=json_form(none_as=OMIT))
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> CutRecord:
         """Returns the record whose JSON form is ``stored``."""
         plain = dict(stored)
+        if found := plain.pop("found", None):
+            trials = tuple(SparsityTrial(**trial) for trial in found["trials"])
+            plain["found"] = FoundSparsity(**{**found, "trials": trials})
         return cls(
             protocol=_protocol(plain.pop("protocol")),
             size={when: ModelSize.from_dict(size) for when, size in plain.pop("size").items()},

@@ -16,6 +16,7 @@ from typing import Any
 from lit_prune.evaluation.perplexity import Measurement, Protocol
 from lit_prune.evaluation.tasks import TaskResults
 from lit_prune.export.verify import Verification
+from lit_prune.find_sparsity import FoundSparsity
 from lit_prune.models.structure import Description
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.plain import OMIT, fields_to_plain, json_form, to_plain
@@ -60,6 +61,7 @@ class Report:
         shape: The structure that the cut gave the model; None if it changed no shape.
         structures: All structures of the model, those of earlier runs included.
         target: The size that was asked for and the one that came out; None if a share was asked for.
+        target_perplexity: The search for the sparsity of a perplexity; None if another target was given.
         cuts: Every cut of the run.
         cuts_not_made: Planned cuts that the training ended before.
         baseline: Record of the model before a training without cuts, see ``models.structure``; None if this run cuts.
@@ -95,6 +97,7 @@ class Report:
     shape: Shape | None = field(metadata=json_form(key="slice", none_as=OMIT))
     structures: Sequence[Description] = field(default=(), metadata=json_form(key="sliced"))
     target: TargetSize | None = field(default=None, metadata=json_form(none_as=OMIT))
+    target_perplexity: FoundSparsity | None = field(default=None, metadata=json_form(none_as=OMIT))
     cuts: Sequence[CutSummary] = ()
     cuts_not_made: Sequence[Cut] = ()
     baseline: Mapping[str, Any] | None = None

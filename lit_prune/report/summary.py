@@ -74,6 +74,7 @@ def summary(
         shape=_shape(plan, recipe, cuts, baseline),
         structures=structure.describe(plan.base),
         target=_target(plan, recipe, cuts, format),
+        target_perplexity=None if last is None else last.found,
         cuts=[CutSummary.of(cut) for cut in cuts],
         cuts_not_made=cuts_not_made,
         baseline=None if baseline is None else baseline.record,
@@ -185,7 +186,7 @@ def _requested(recipe: Recipe | None, last: CutRecord | None, baseline: Baseline
         return None
     if recipe is None and (baseline is None or baseline.achieved):
         return None
-    if recipe is not None and recipe.target is None:
+    if recipe is not None and recipe.target is None and (last is None or last.found is None):
         return recipe.sparsity, recipe.budget
     return None if earlier.get("sparsity") is None else (earlier["sparsity"], earlier.get("budget", "linears"))
 

@@ -12,6 +12,7 @@ from lit_prune.report.sections import Shape, Sparsity
 from lit_prune.report.wording import (
     describe_budget,
     describe_change,
+    describe_found,
     describe_gains,
     describe_linears,
     describe_miss,
@@ -20,6 +21,7 @@ from lit_prune.report.wording import (
     describe_search,
     describe_size,
     describe_target,
+    describe_trials,
     short,
 )
 
@@ -87,6 +89,9 @@ def _rows(report: Report) -> dict[str, str]:
     rows["parameters"] = describe_size(report)
     if report.target is not None:
         rows["size requested"] = describe_target(report.target)
+    if report.target_perplexity is not None:
+        rows["perplexity requested"] = describe_found(report.target_perplexity)
+        rows["sparsities tried"] = describe_trials(report.target_perplexity)
     if report.rounded:
         rows["data type"] = f"{report.dtype}, {report.dtype_in_memory} in memory"
     rows |= {f"task {name}": text for name, text in task_rows(report.tasks).items()}

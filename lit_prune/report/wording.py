@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lit_prune.evaluation.perplexity import Protocol
+from lit_prune.find_sparsity import FoundSparsity
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import Report
@@ -128,6 +129,25 @@ def describe_target(target: TargetSize) -> str:
     """
     miss = target.achieved / target.requested - 1
     return f"{target.requested:,} {target.unit}; {target.achieved:,} came out  ({miss:+.2%})"
+
+
+def describe_found(found: FoundSparsity) -> str:
+    """Returns the perplexity that was asked for, and the sparsity that was found for it."""
+    return (
+        f"at most {short(found.limit, 'g')}; a sparsity of {found.sparsity:.4f} has {short(found.perplexity)}, found "
+        f"to {found.tolerance:g} in {len(found.trials)} trials"
+    )
+
+
+def describe_trials(found: FoundSparsity) -> str:
+    """Returns the sparsities that were tried, with their perplexities, from the smallest on.
+
+    >>> trials = (SparsityTrial(0.5, 60.0), SparsityTrial(0.25, 24.0))
+    >>> describe_trials(FoundSparsity(0.25, 24.0, 30.0, 20.0, 0.25, trials))
+    '0.2500: 24.000, 0.5000: 60.000'
+    """
+    trials = sorted(found.trials, key=lambda trial: trial.sparsity)
+    return ", ".join(f"{trial.sparsity:.4f}: {short(trial.perplexity)}" for trial in trials)
 
 
 def describe_miss(missed: float | None) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.cli.conftest import check_refused, report, run
+from tests.cli.conftest import check_refused, last_cut, report, run
 
 WIDTH = ["--pruning.method=MLPWidth", "--pruning.allocation=Uniform"]
 CHANNELS = 64 * 3 * 192 * 8  # parameters of one multiple of channels in each of the 8 blocks of the embedded model
@@ -59,6 +59,19 @@ pruning:
     assert "Shrunk with Shrink(parts=[MLPWidth(multiple=16" in card
     assert "of their 512 channels of the MLP" in card
     assert "key/value groups" in card
+
+
+@pytest.mark.parametrize("verb", ["prune", "fit"])
+def test_a_perplexity(verb: str) -> None:
+    run(verb, "--output=runs/x", "--pruning.method=Magnitude", "--pruning.target_perplexity=40")
+    found, after = report()["target_perplexity"], last_cut()["perplexity"]["after"]
+    assert (found["limit"], found["perplexity"]) == (40, after)
+    assert found["dense"] == last_cut()["perplexity"]["before"] < 40
+    assert 30 < after <= 40
+    assert last_cut()["requested"] == found["sparsity"] == report()["sparsity"]["requested"]
+    assert len(found["trials"]) == 8
+    card = Path("runs/x/model/README.md").read_text()
+    assert f"Asked for was a perplexity of at most 40; a sparsity of {found['sparsity']:.4f} has " in card
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ MISTAKES = [
     (["--pruning.at_step=soon"], r"`pruning.at_step` must be a whole number or a list, got soon\.$"),
     (["--pruning.schedule=Qubic"], r"`pruning.schedule` must be one of Cubic, Linear, OneShot, .*Did you mean Cubic"),
     (["--pruning.before=MaskLoRA"], r"`pruning.before` must be one of FullFineTuning, .*Did you mean MaskedLoRA"),
-    (["--pruning.budget=weights"], r"`pruning.budget` must be one of linears, parameters, got weights\.$"),
+    (["--pruning.budget=weights"], r"`pruning.budget` must be one of linears, parameters, bytes, got weights\.$"),
     (["--pruning.budget=linear"], r"`pruning.budget` must be one of .*, got linear\. Did you mean linears\?$"),
     (
         ["--pruning.sparsity=50%"],

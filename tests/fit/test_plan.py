@@ -131,3 +131,18 @@ def test_bytes_of_weights_that_are_exported_in_4_bits() -> None:
     with pytest.raises(InputError, match=r"`pruning.target_bytes` must not count bytes with QLoRA\(.*form merged"):
         course(recipe=recipe, recovery=QLoRA())
     course(recipe=recipe, recovery=QLoRA(form="merged"))
+
+
+def test_a_perplexity_instead_of_a_sparsity() -> None:
+    plan = course(
+        (Cut(0, 1.0),), Recipe(Wanda(), 0.0, DLP(), min_rate=0.1), recovery=MaskedLoRA(), target_perplexity=30.0
+    )
+    resolved = plan.resolved(small_model())
+    assert resolved.cuts == (Cut(0, 0.1),)  # the least, until the cut is made
+    resolved.check(small_model())
+    assert plan.settings()["pruning.sparsity"] is None
+    assert plan.settings()["pruning.target_perplexity"] == 30.0
+    with pytest.raises(InputError, match="`pruning.target_perplexity` must be above 1, got 0.5"):
+        course((Cut(0, 1.0),), target_perplexity=0.5)
+    with pytest.raises(InputError, match="`pruning.at_step` must be one step with `pruning.target_perplexity`, got 2"):
+        course(TWO, target_perplexity=30.0)

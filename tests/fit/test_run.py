@@ -31,10 +31,10 @@ def plan(**fields: Any) -> PruningRun:
 def test_a_cut_is_due_from_its_step_on_until_it_is_made() -> None:
     run = plan(at_step=[2, 4], sparsity=[0.2, 0.5], recovery=MaskedLoRA())
     assert [run.is_due(step) for step in (0, 1, 2, 3)] == [False, False, True, True]
-    assert run.next_sparsity == 0.2
+    assert run.next_aim == "a sparsity of 0.2"
     run.done.append(None)  # type: ignore[arg-type]
     assert [run.is_due(step) for step in (2, 4)] == [False, True]
-    assert run.next_sparsity == 0.5
+    assert run.next_aim == "a sparsity of 0.5"
     run.done.append(None)  # type: ignore[arg-type]
     assert run.next_cut is None
     assert not run.is_due(100)

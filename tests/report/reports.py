@@ -1,10 +1,12 @@
 """Reports to render."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 from lit_prune.evaluation.perplexity import Protocol
 from lit_prune.evaluation.speed import Speed
+from lit_prune.find_sparsity import FoundSparsity, SparsityTrial
 from lit_prune.models.structure import Description
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.records import CutRecord, ModelSize, SearchRecord
@@ -13,6 +15,8 @@ from lit_prune.report.sections import CutSummary, Shape, Sparsity
 
 PROTOCOL = Protocol(data="text", windows=3, seq_length=16, tokens=45, dtype="float32")
 SEARCH = SearchRecord(evaluations=399, generations=33, windows=2, loss_start=4.25, loss_end=3.75)
+TRIALS = (SparsityTrial(0.5, 60.0), SparsityTrial(0.25, 24.0), SparsityTrial(0.375, math.inf))
+FOUND = FoundSparsity(sparsity=0.25, perplexity=24.0, limit=30.0, dense=20.0, tolerance=0.2, trials=TRIALS)
 LOSSES = [BlockLosses(0.4, 0.2, 0.5, 0.3, True), BlockLosses(0.6, 0.6, 0.7, 0.9, False)]
 RECIPE = {"method": "Wanda()", "allocation": "DLP()", "sparsity": 0.5}
 CUT = CutRecord(

@@ -10,7 +10,7 @@ from lit_prune.evaluation.speed import Speed
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.plain import to_plain
 from lit_prune.report.records import Baseline, CutRecord, ModelSize, with_perplexity
-from tests.report.reports import CUT, PROTOCOL, SEARCH
+from tests.report.reports import CUT, FOUND, PROTOCOL, SEARCH
 
 SIZE = {"before": ModelSize(10, 40, Speed(2.0, 1.0)), "after": ModelSize(8, 32, None)}
 BASELINE = Baseline(0, {"masked": True}, {"before": 20.0}, {"perplexity_before": 1.0}, PROTOCOL, [0.5, 0.5], 0.5)
@@ -47,3 +47,10 @@ def test_one_more_perplexity_leaves_the_record_as_it_was() -> None:
     assert record.perplexity == {"before": 20.0, "after": 60.0, "quantised": 66.0}
     assert list(record.seconds.items())[-1] == ("perplexity_quantised", 5.0)
     assert "quantised" not in CUT.perplexity
+
+
+def test_a_search_for_a_perplexity_comes_back(tmp_path: Path) -> None:
+    record = replace(CUT, found=FOUND)
+    torch.save(to_plain(record), tmp_path / "state.ckpt")
+    assert CutRecord.from_dict(torch.load(tmp_path / "state.ckpt", weights_only=True)) == record
+    assert "found" not in to_plain(CUT)

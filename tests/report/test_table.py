@@ -8,9 +8,10 @@ from rich.console import Console
 
 from lit_prune.evaluation.tasks import HarnessSettings, TaskResults
 from lit_prune.report.report import TaskReport
+from lit_prune.report.sections import TargetSize
 from lit_prune.report.table import block_table, table, task_rows, task_table
 from lit_prune.schedule import Cut
-from tests.report.reports import LOSSES, REPORT, SCORES, SEARCH, SHAPE, SLICED, cut, perplexity, sparsity
+from tests.report.reports import FOUND, LOSSES, REPORT, SCORES, SEARCH, SHAPE, SLICED, cut, perplexity, sparsity
 
 TASKS = TaskResults(
     "lm-eval 0.4",
@@ -147,3 +148,15 @@ def test_a_reconstruction_has_a_row() -> None:
     assert "reconstruction" not in rows(table(REPORT))
     row = rows(table(replace(REPORT, reconstruction=LOSSES)))["reconstruction"]
     assert row.startswith("mean loss of a block 0.5000 to 0.4000")
+
+
+def test_a_perplexity_that_was_asked_for() -> None:
+    shown = rows(table(replace(REPORT, target_perplexity=FOUND)))
+    assert shown["perplexity requested"] == "at most 30; a sparsity of 0.2500 has 24.000, found to 0.2 in 3 trials"
+    assert shown["sparsities tried"] == "0.2500: 24.000, 0.3750: not finite, 0.5000: 60.000"
+
+
+def test_a_size_that_was_asked_for() -> None:
+    shown = rows(table(replace(SLICED, target=TargetSize("parameters", 100_000_000, 99_500_000))))
+    assert shown["size requested"] == "100,000,000 parameters; 99,500,000 came out  (-0.50%)"
+    assert "slice requested, share of all bytes" in rows(table(replace(SLICED, shape=replace(SHAPE, budget="bytes"))))

@@ -1,0 +1,114 @@
+"""The greatest sparsity that keeps a perplexity."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lit_prune.allocate import Search, Uniform
+from lit_prune.errors import InputError
+from lit_prune.evaluation.perplexity import measure
+from lit_prune.find_sparsity import find_sparsity, greatest
+from lit_prune.models.load import load_tokenizer
+from lit_prune.pipeline import prune
+from lit_prune.pruning import Magnitude
+from lit_prune.recipe import Recipe
+from lit_prune.reconstruct import Reconstruct
+from lit_prune.shrink import MLPWidth
+from tests.conftest import small_model
+
+MASKS = Recipe(Magnitude(), allocation=Uniform())
+TEXT = "Return the number of items in a container, or raise an error if the object has no length."
+
+
+@pytest.fixture
+def validation() -> tuple[list[dict[str, Tensor]], str]:
+    ids = torch.tensor([load_tokenizer("embedded")(TEXT)["input_ids"]])
+    return [{"input_ids": ids}], "text"
+
+
+def test_greatest_by_hand() -> None:
+    tried: list[float] = []
+
+    def allows(number: float) -> bool:
+        tried.append(number)
+        return number <= 0.6
+
+    assert greatest(allows, 0, 1, 0.2) == 0.5
+    assert tried == [0.5, 0.75, 0.625]
+    assert greatest(lambda number: False, 0, 1, 0.2) is None
+    assert greatest(lambda number: True, 0, 1, 0.2) == 0.875
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sparsities"),
+    [
+        (MASKS, (0.0, 0.99)),
+        (replace(MASKS, min_rate=0.1, max_rate=0.8), (0.1, 0.8)),
+        (Recipe(MLPWidth(multiple=8), allocation=Uniform()), (0.0, 0.8333)),  # 40 of 48 channels
+        # the 11,520 parameters of those, of 25,312
+        (Recipe(MLPWidth(multiple=8), allocation=Uniform(), budget="parameters"), (0.0, 0.4551)),
+        (replace(MASKS, budget="parameters"), (0.0013, 0.9024)),  # (0.99 * 23,040 + 32 zeros of the padding) / 25,312
+    ],
+)
+def test_the_sparsities_of_a_recipe(recipe: Recipe, sparsities: tuple[float, float]) -> None:
+    assert recipe.sparsities(small_model()) == sparsities
+
+
+def test_the_greatest_sparsity_is_found(embedded: PreTrainedModel, validation: Any) -> None:
+    dense = measure(embedded, *validation).perplexity
+    weights = embedded.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
+    found = find_sparsity(embedded, [], MASKS, validation, 2 * dense, tolerance=0.05)
+    assert torch.equal(embedded.state_dict()["model.layers.0.mlp.up_proj.weight"], weights)
+    assert (found.dense, found.limit) == (dense, 2 * dense)
+    assert [trial.sparsity for trial in found.trials[:2]] == [0.99, 0.495]
+    assert len(found.trials) == 1 + 5  # 0.99 / 2^5 is below 0.05
+    above = [trial for trial in found.trials if trial.sparsity > found.sparsity]
+    assert all(trial.perplexity > 2 * dense for trial in above)
+    assert min(trial.sparsity for trial in above) - found.sparsity <= 0.05
+    prune(embedded, [], replace(MASKS, sparsity=found.sparsity))
+    assert measure(embedded, *validation).perplexity == found.perplexity <= 2 * dense
+
+
+def test_channels(embedded: PreTrainedModel, validation: Any) -> None:
+    dense = measure(embedded, *validation).perplexity
+    recipe = Recipe(MLPWidth(compensate=False), allocation=Uniform())
+    batches = [batch["input_ids"] for batch in validation[0]]
+    found = find_sparsity(embedded, batches, recipe, validation, 1.5 * dense, tolerance=0.2)
+    prune(embedded, batches, replace(recipe, sparsity=found.sparsity))
+    assert measure(embedded, *validation).perplexity == pytest.approx(found.perplexity, rel=1e-6)
+    assert 0 < found.sparsity < 0.875
+
+
+def test_what_cannot_be_reached(embedded: PreTrainedModel, validation: Any) -> None:
+    with pytest.raises(InputError, match=r"must be at least \d+\.\d+, that of the model before the cut, got 1\.5"):
+        find_sparsity(embedded, [], MASKS, validation, 1.5)
+    few = replace(MASKS, max_rate=0.1)
+    with pytest.raises(
+        InputError, match=r"must be below .*, that of the largest sparsity that the recipe allows, 0\.1"
+    ):
+        find_sparsity(embedded, [], few, validation, 1e6)
+    dense = measure(embedded, *validation).perplexity
+    many = replace(MASKS, min_rate=0.9)
+    with pytest.raises(
+        InputError, match=r"must be at least .*, that of a sparsity of 0\.945, the smallest that was tr"
+    ):
+        find_sparsity(embedded, [], many, validation, dense * 1.01, tolerance=0.05)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            replace(MASKS, allocation=Search()),
+            "`pruning.allocation` must not be Search with `pruning.target_perplexity`",
+        ),
+        (replace(MASKS, reconstruction=Reconstruct(state="x")), "`pruning.reconstruction.state` must be null with"),
+    ],
+)
+def test_settings_with_which_a_cut_cannot_be_tried_often(recipe: Recipe, message: str, validation: Any) -> None:
+    with pytest.raises(InputError, match=message):
+        find_sparsity(small_model(), [], recipe, validation, 100.0)
