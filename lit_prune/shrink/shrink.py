@@ -183,6 +183,28 @@ class Shrink(Method):
             part.apply(model, blocks, rates=own_rates, statistics=statistics, device=device, stream=stream)
         return self.current_rates(model, blocks)
 
+    def trial_statistics(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        rates: Sequence[float],
+        statistics: Sequence[BlockStatistics],
+        device: torch.device,
+        stream: Callable[[], Stream],
+    ) -> Sequence[BlockStatistics]:
+        """Returns the statistics of every part behind the parts that are cut before; see the base class."""
+        found = [BlockStatistics() for _ in blocks]
+        with ExitStack() as opened:
+            for part, own_rates in zip(self._parts, split(rates, self._rates(model, blocks)), strict=True):
+                observed = part.trial_statistics(
+                    model, blocks, rates=own_rates, statistics=statistics, device=device, stream=stream
+                )
+                trial = part.trial(model, blocks, statistics=observed, device=device, batches=[])
+                opened.enter_context(trial).take(own_rates)
+                found = [_merged(one, other) for one, other in zip(found, observed, strict=True)]
+        return found
+
     @contextmanager
     def trial(
         self,
@@ -217,6 +239,12 @@ class Shrink(Method):
             )
             for part, weight in zip(self._parts, weights, strict=True)
         ]
+
+
+def _merged(one: BlockStatistics, other: BlockStatistics) -> BlockStatistics:
+    """Returns the statistics of the linears of both."""
+    norms, grams = {**one.norms, **other.norms}, {**one.grams, **other.grams}
+    return BlockStatistics(norms, other.cosine, grams, {**one.shared_inputs, **other.shared_inputs})
 
 
 class _JointTrial(Trial):

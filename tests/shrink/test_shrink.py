@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lit_prune.allocate import LayerRedundancy, Search, Uniform
+from lit_prune.calibration.statistics import BlockStatistics
+from lit_prune.calibration.stream import Stream
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
@@ -116,6 +118,20 @@ def test_a_trial_swaps_the_weights_of_all_parts(batches: list[Tensor]) -> None:
     assert (zeros, groups) == (pytest.approx([0.5, 0, 0]), pytest.approx([0.5, 0, 0]))
     assert not torch.equal(tried, dense)
     assert torch.equal(model(batches[0]).logits, dense)
+
+
+def test_a_trial_at_the_start_is_the_cut(batches: list[Tensor]) -> None:
+    model, cut, dicts = four_groups(), four_groups(), [{"input_ids": batch} for batch in batches]
+    blocks, device, rates = find_blocks(model), torch.device("cpu"), [0.5, 0.5, 0.5]
+    arguments: dict[str, Any] = {"device": device, "stream": lambda: Stream(model, blocks, dicts, device)}
+    empty = [BlockStatistics() for _ in blocks]
+    statistics = BOTH.trial_statistics(model, blocks, rates=rates, statistics=empty, **arguments)
+    assert torch.equal(model(batches[0]).logits, four_groups()(batches[0]).logits)
+    with BOTH.trial(model, blocks, statistics=statistics, device=device, batches=dicts) as trial, torch.no_grad():
+        trial.take(rates)
+        tried = model(batches[0]).logits
+    prune(cut, batches, Recipe(BOTH, 0.5, Uniform()))
+    torch.testing.assert_close(tried, cut(batches[0]).logits.detach(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
