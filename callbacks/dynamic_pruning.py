@@ -57,8 +57,8 @@ class DynamicPruningCallback(Callback):
 
     Args:
         method: Pruning method: one that masks weights, such as Wanda or SparseGPT, or one that makes the LLM smaller,
-            such as MLPWidth, HeadGroups, Depth, Experts or Slicing; null prunes nothing, and `recovery` then trains
-            the LLM as it is, with the weights that are already pruned kept at zero.
+            such as MLPWidth, HeadGroups, HiddenWidth, Depth, Experts or Slicing; null prunes nothing, and `recovery`
+            then trains the LLM as it is, with the weights that are already pruned kept at zero.
         sparsity: Share to remove, in [0, 1), as the mean over the blocks: of the weights of the linears (see `budget`),
             or for other methods of the channels, key/value groups, blocks, experts or dimensions. With several cuts,
             the share after the last one, or a list with one share per cut. null is 0.5, unless there is a target.

@@ -24,6 +24,7 @@ from lit_prune.errors import InputError as InputError
 from lit_prune.experts import Experts as Experts
 from lit_prune.find_sparsity import find_sparsity as find_sparsity
 from lit_prune.fit.module import PrunableLM as PrunableLM
+from lit_prune.hidden import HiddenWidth as HiddenWidth
 from lit_prune.masks.keep_zeros import keep_zeros as keep_zeros
 from lit_prune.pipeline import prune as prune
 from lit_prune.pipeline import score as score

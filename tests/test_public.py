@@ -26,6 +26,7 @@ NAMES = [
     "Experts",
     "FullFineTuning",
     "HeadGroups",
+    "HiddenWidth",
     "InputError",
     "Instructions",
     "LayerRedundancy",

@@ -24,8 +24,8 @@ MISTAKES = [
     (["--pruning.sparsty=0.5"], r"`--pruning.sparsty` is not an option. Did you mean --pruning.sparsity"),
     (
         ["--pruning.method=Wnda"],
-        r"`pruning.method` must be one of ADMM, Depth, Experts, HeadGroups, MLPWidth, Magnitude, Shrink, Slicing, "
-        r"SparseGPT, Wanda, or .*got 'Wnda'. Did you mean Wanda",
+        r"`pruning.method` must be one of ADMM, Depth, Experts, HeadGroups, HiddenWidth, MLPWidth, Magnitude, "
+        r"Shrink, Slicing, SparseGPT, Wanda, or .*got 'Wnda'. Did you mean Wanda",
     ),
     (
         ["--pruning.allocation=DPL"],
