@@ -103,7 +103,7 @@ class TextData(DatasetKind):
         rows = text_column(rows, column, where)
         if not any(text.strip() for text in rows["text"]):
             raise InputError(f"`data`: the {part} text must not be empty, {where} has none.")
-        return rows
+        return rows if self.separator is not None else _without_empty(rows, where)
 
     def _joined(self, rows: Dataset) -> Dataset:
         """The documents to tokenise: every row, or all rows joined if there is a separator."""
@@ -161,6 +161,14 @@ def text_column(rows: Dataset, column: str, where: str) -> Dataset:
     if missing := rows.data.column("text").null_count:
         log(f"{missing} of {len(rows)} rows of {where} have no text and are left out.")
         rows = rows.filter(lambda row: row["text"] is not None)
+    return rows
+
+
+def _without_empty(rows: Dataset, where: str) -> Dataset:
+    """Returns the rows that are not empty; the others would be documents of nothing but an end-of-text token."""
+    if empty := sum(not text.strip() for text in rows["text"]):
+        log(f"{empty} of {len(rows)} rows of {where} are empty and are left out.")
+        rows = rows.filter(lambda row: row["text"].strip() != "")
     return rows
 
 

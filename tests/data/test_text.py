@@ -46,6 +46,17 @@ def test_rows_end_in_the_end_of_text_token_or_are_joined(tmp_path: Path) -> None
     assert joined.stream("train").tolist() == data.tokenizer("\n\n".join(rows))["input_ids"]
 
 
+def test_empty_rows_are_no_documents(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["first row of text", "", " \n", "second row of text"]
+    file = lines(tmp_path / "rows.jsonl", [{"text": row} for row in rows])
+    filled = lines(tmp_path / "filled.jsonl", [{"text": rows[0]}, {"text": rows[3]}])
+    stream = TextDataModule(train_files=file, seq_length=2).stream("train")
+    assert torch.equal(stream, TextDataModule(train_files=filled, seq_length=2).stream("train"))
+    assert capsys.readouterr().err.count(f"2 of 4 rows of {file} are empty and are left out.") == 1
+    joined = TextDataModule(train_files=file, seq_length=2, separator="|")
+    assert torch.equal(joined.stream("train"), torch.tensor(joined.tokenizer("|".join(rows))["input_ids"]).int())
+
+
 def test_every_window_begins_with_bos_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
     tokenizer, bos = with_bos(tmp_path / "tokenizer")
     texts = {"train": SENTENCE * 9, "val": "Open the file and read its lines.\n" * 9}
