@@ -1,22 +1,30 @@
 """Bytes, loading time and peak memory of packed folders, against the ordinary folders of the same models.
 
-    MALLOC_MMAP_THRESHOLD_=1000000 python benchmarks/packed.py --pretrained FOLDER
+    OMP_NUM_THREADS=1 python benchmarks/packed.py --pretrained FOLDER
 
-The model is pruned by Magnitude in bfloat16 and written in both formats. Each folder is opened in processes of its own,
-in turn with the other. The least time counts, seconds of CPU with the files in the system's cache, until every weight
-has been read: transformers maps the files of an ordinary folder without reading them. Anonymous memory is RssAnon in
-/proc (Linux), without the pages of mapped files, which the system drops when it needs memory. An interrupted run
-continues from the file of results.
+The model is pruned by Magnitude in bfloat16 and written in both formats. The folders are opened by turns, each time in
+a process of its own, with the files in the system's cache. Medians of seconds of CPU are reported:
+
+- of opening a folder until every weight has been read, in processes that have imported everything before. transformers
+  maps the files of an ordinary folder into memory; it is opened a second time with its bytes read (`disable_mmap`).
+- of a whole program, which imports lit_prune and transformers, opens a folder and runs the model on 8 tokens.
+
+Peaks of memory are those of RssAnon in /proc (Linux), which does not count mapped files, since the system drops their
+pages when it needs memory. An interrupted run continues from the file of results.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -42,6 +50,13 @@ PATTERNS: dict[str, Recipe] = {
     "2:4": Recipe(Magnitude(NofM(2, 4)), 0.5, Uniform()),
 }
 FORMATS: dict[str, ExportFormat] = {"ordinary": HuggingFace(), "packed": Packed()}
+WAYS = {"mapped": ("ordinary", False), "read": ("ordinary", True), "packed": ("packed", False)}  # format, disable_mmap
+PROGRAM = """
+import sys, torch, lit_prune
+from transformers import AutoModelForCausalLM
+
+AutoModelForCausalLM.from_pretrained(sys.argv[1])(torch.arange(8)[None])
+"""
 
 
 def write(pretrained: str, recipe: Recipe, work: Path) -> None:
@@ -73,49 +88,63 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def open_in_processes(work: Path, times: int) -> dict[str, Any]:
-    """Returns the least seconds and the greatest peaks of memory of ``times`` processes for each folder."""
-    costs: dict[str, list[dict[str, float]]] = {name: [] for name in FORMATS}
+    """Returns the median seconds of CPU and peak of memory for each way of opening a folder."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["__main__", "lit_prune.models.remote_code.modeling_shrunk"])
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    peaks: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(times):
-        for name in FORMATS:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                costs[name].append(pool.apply(open_here, [str(work / name)]))
-    extreme = {"seconds": min, "cpu_seconds": min, "anonymous": max, "resident": max}
-    return {
-        name: {key: of(cost[key] for cost in measured) for key, of in extreme.items()}
-        for name, measured in costs.items()
-    }
+        for way, (name, read) in WAYS.items():
+            for costs, of in ((seconds, seconds_here), (peaks, peak_here)):
+                with server.Pool(1) as pool:
+                    costs[way].append(pool.apply(of, [str(work / name), read]))
+    return {way: {"seconds": median(seconds[way]), "peak": median(peaks[way])} for way in WAYS}
 
 
-def open_here(folder: str) -> dict[str, float]:
-    """Returns the cost of opening a folder and reading its weights: seconds, seconds of CPU, and peaks of memory."""
-    start, peak, done = _memory(), [0, 0], threading.Event()
+def seconds_here(folder: str, read: bool) -> float:
+    """Returns the seconds of CPU that a folder is opened in, until every weight has been read."""
+    begin = time.process_time()
+    model = AutoModelForCausalLM.from_pretrained(folder, disable_mmap=read)
+    for parameter in model.parameters():
+        parameter.view(torch.int16).max()
+    return time.process_time() - begin
 
-    def look() -> None:
-        peak[:] = [max(pair) for pair in zip(peak, _memory(), strict=True)]
+
+def peak_here(folder: str, read: bool) -> int:
+    """Returns the bytes of anonymous memory that opening a folder takes at most."""
+    before, peak, done = _memory(), 0, threading.Event()
 
     def watch() -> None:
+        nonlocal peak
         while not done.wait(0.002):
-            look()
+            peak = max(peak, _memory())
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    begin, begin_cpu = time.perf_counter(), time.process_time()
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    for parameter in model.parameters():
-        parameter.view(torch.int16).max()
-    seconds, cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+    model = AutoModelForCausalLM.from_pretrained(folder, disable_mmap=read)
     done.set()
     watcher.join()
-    look()
-    anonymous, resident = (most - before for most, before in zip(peak, start, strict=True))
-    return {"seconds": seconds, "cpu_seconds": cpu, "anonymous": anonymous, "resident": resident}
+    peak = max(peak, _memory())
+    del model
+    return peak - before
 
 
-def _memory() -> list[int]:
-    """Returns the anonymous and the whole resident memory of this process."""
+def _memory() -> int:
+    """Returns the anonymous memory of this process in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    fields = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
-    return [fields["RssAnon"], sum(fields.values())]
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def run_programs(work: Path, times: int) -> dict[str, float]:
+    """Returns the median seconds of CPU of a program that opens a folder and runs the model, for each format."""
+    seconds: dict[str, list[float]] = {name: [] for name in FORMATS}
+    for _ in range(times):
+        for name in FORMATS:
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run([sys.executable, "-c", PROGRAM, str(work / name)], check=True, stderr=subprocess.DEVNULL)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds[name].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return {name: median(measured) for name, measured in seconds.items()}
 
 
 def measure(pretrained: str, recipe: Recipe, work: Path, times: int) -> Row:
@@ -124,7 +153,8 @@ def measure(pretrained: str, recipe: Recipe, work: Path, times: int) -> Row:
     try:
         write(pretrained, recipe, work)
         folders = {name: sum(file.stat().st_size for file in (work / name).glob("*.safetensors")) for name in FORMATS}
-        return {"linears": linear_bytes(work), "folders": folders, "open": open_in_processes(work, times)}
+        costs = {"open": open_in_processes(work, times), "program": run_programs(work, times)}
+        return {"linears": linear_bytes(work), "folders": folders, **costs}
     finally:
         shutil.rmtree(work)
 
@@ -151,13 +181,16 @@ def cost_table(rows: Sequence[Row]) -> str:
     """Returns the table of bytes, loading time and peak memory of packed folders, against the ordinary ones."""
     lines = []
     for row in rows:
-        linears, folders, opened = row["linears"], row["folders"], row["open"]
+        linears, folders, opened, program = row["linears"], row["folders"], row["open"], row["program"]
         shares = [f"{sizes['packed'] / sizes['ordinary']:.1%}" for sizes in (linears, folders)]
-        seconds = [f"{opened[name]['cpu_seconds']:.2f}" for name in FORMATS]
-        above = opened["packed"]["anonymous"] - linears["ordinary"]
-        lines.append([row["case"], *shares, *seconds, f"{above / 1e6:.1f}", f"{linears['largest'] / 1e6:.1f}"])
-    head = ["sparsity", "bytes of the linears", "of the folder", "s, ordinary", "s, packed"]
-    return table([*head, "MB beside the unpacked linears", "MB of the largest"], lines)
+        seconds = [f"{opened[way]['seconds']:.2f}" for way in WAYS]
+        programs = [f"{program[name]:.2f}" for name in FORMATS]
+        above = opened["packed"]["peak"] - linears["ordinary"]
+        memory = [f"{size / 1e6:.1f}" for size in (above, opened["mapped"]["peak"], linears["largest"])]
+        lines.append([row["case"], *shares, *seconds, *programs, *memory])
+    opening = ["s, mapped", "s, read", "s, packed", "s, program, mapped", "s, program, packed"]
+    memory = ["MB beside the unpacked linears", "MB beside the mapped file", "MB of the largest linear"]
+    return table(["sparsity", "bytes of the linears", "of the folder", *opening, *memory], lines)
 
 
 if __name__ == "__main__":

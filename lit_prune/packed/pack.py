@@ -19,10 +19,12 @@ from lit_prune.packed.unpack import (
     BITS,
     CHUNK,
     CONFIG,
+    FILE_FIELD,
     INDEX,
     INTEGERS,
     LAYOUT,
     METHOD,
+    NO_FILE,
     QUANTIZATION,
     VERSION,
     checksum,
@@ -120,13 +122,15 @@ def pack_bits(entries: Tensor) -> Tensor:
 def pack_folder(folder: Path) -> None:
     """Packs every weight of an ordinary Hugging Face folder that becomes smaller, in place, shard by shard.
 
-    Adds the entry of the config by which transformers finds the quantiser, and the program that unpacks the folder.
+    Adds the entries of the config by which transformers finds the quantiser or says what to install, and the program
+    that unpacks the folder.
     """
     sizes = {file.name: _pack_file(file) for file in unpack.weight_files(folder)}
     if (folder / INDEX).exists():
         unpack.write_index(folder / INDEX, sizes)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    unpack.write_json(folder / CONFIG, {**config, QUANTIZATION: {"quant_method": METHOD, "version": VERSION}})
+    added = {QUANTIZATION: {"quant_method": METHOD, "version": VERSION}, FILE_FIELD: NO_FILE}
+    unpack.write_json(folder / CONFIG, config | added)
     shutil.copyfile(unpack.__file__, folder / "unpack.py")
 
 

@@ -6,17 +6,19 @@ packed weight at a time is unpacked, so that memory holds the dense model and li
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lit_prune.packed.unpack import BITS, LAYOUT, METHOD, VERSION, check_file, check_version, unpack
+from lit_prune.packed.unpack import BITS, FILE_FIELD, LAYOUT, METHOD, VERSION, check_file, check_version, unpack
 
 
 @register_quantization_config(METHOD)
@@ -46,6 +48,15 @@ class PackedQuantizer(HfQuantizer):
         """Raises ValueError for a version of the layout that this package does not read."""
         check_version({"version": self.quantization_config.version})  # type: ignore[attr-defined]
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Returns the config without the entry by which transformers alone says what to install.
+
+        Of the methods that transformers calls before it looks for the files, this one is given the config.
+        """
+        if hasattr(config, FILE_FIELD):
+            delattr(config, FILE_FIELD)
+        return config
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Checks all files; raises ValueError with the name of the first tensor that is damaged."""
         names = [name for file in kwargs["checkpoint_files"] for name in check_file(Path(file))]
@@ -59,6 +70,10 @@ class PackedQuantizer(HfQuantizer):
     def get_load_operations(self) -> dict[str, Any]:
         """Returns the operation that unpacks."""
         return {"dequantize": Unpack}
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Returns the conversions of the weights that the family itself does not convert."""
+        return [UnpackingConverter(stored, name, [Unpack(self)]) for name, stored in self.serialized_names.items()]
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Returns the family's conversions with unpacking before them, and those of the other weights."""
@@ -79,6 +94,17 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Whether the loaded model can be trained."""
         return True
+
+
+class UnpackingConverter(WeightConverter):  # type: ignore[misc]
+    """A conversion that is copied fast: transformers copies it for every stored tensor."""
+
+    __slots__ = ()
+
+    def __deepcopy__(self, memo: Any) -> UnpackingConverter:
+        copied = copy(self)
+        copied.collected_tensors, copied.layer_targets = defaultdict(list), defaultdict(set)
+        return copied
 
 
 class Unpack(ConversionOps):

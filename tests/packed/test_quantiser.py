@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from lit_prune.export.formats import HuggingFace, Packed
 from lit_prune.export.plan import ExportPlan
-from lit_prune.packed.unpack import CONFIG, METHOD, QUANTIZATION, Damaged
+from lit_prune.packed.unpack import CONFIG, FILE_FIELD, METHOD, QUANTIZATION, Damaged
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe
@@ -34,6 +34,7 @@ def test_every_family_opens_as_the_ordinary_folder(any_model: PreTrainedModel, t
     model, info = AutoModelForCausalLM.from_pretrained(packed, output_loading_info=True)
     assert not any(info.values()), info
     assert not hasattr(model.config, QUANTIZATION)
+    assert not hasattr(model.config, FILE_FIELD)
     assert_equal(model, expected)
     model.save_pretrained(tmp_path / "saved")  # it is an ordinary model, and saved as one
     saved, before = (folder / "model.safetensors" for folder in (tmp_path / "saved", ordinary))
@@ -71,11 +72,15 @@ for kind in (AutoModelForCausalLM, LlamaForCausalLM):
 
 def test_transformers_alone_says_what_to_install_and_loads_nothing(model: PreTrainedModel, tmp_path: Path) -> None:
     _, packed = folders(model, tmp_path)
-    program = f"from transformers import LlamaForCausalLM; LlamaForCausalLM.from_pretrained({str(packed)!r}); print(1)"
+    call = f"LlamaForCausalLM.from_pretrained({str(packed)!r}, ignore_mismatched_sizes=True)"
+    program = f"from transformers import LlamaForCausalLM; {call}; print(1)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert "got lit_prune (pip install lit-prune, then import lit_prune) - supported types are" in done.stderr
+    first, *_, last = done.stderr.splitlines()
+    assert "got lit_prune (pip install lit-prune, then import lit_prune) - supported types are" in first
+    assert last.startswith("ValueError: The transformers file in the config seems to be incorrect")
+    assert last.endswith("these weights are packed by lit_prune (pip install lit-prune, then import lit_prune)")
 
 
 def test_a_damaged_weight_is_named_before_anything_is_loaded(model: PreTrainedModel, tmp_path: Path) -> None:
