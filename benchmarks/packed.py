@@ -160,12 +160,17 @@ def measure(pretrained: str, recipe: Recipe, work: Path, times: int) -> Row:
 
 
 def main(
-    pretrained: str = "embedded", work: str = "runs/packed", results: str = "runs/packed.jsonl", times: int = 5
+    pretrained: str = "embedded",
+    sparsities: Sequence[str] = tuple(PATTERNS),
+    work: str = "runs/packed",
+    results: str = "runs/packed.jsonl",
+    times: int = 5,
 ) -> None:
-    """Measures and prints the table.
+    """Measures and prints the tables.
 
     Args:
         pretrained: The dense model.
+        sparsities: Rows of the tables: sparsities and patterns.
         work: Folder for the pruned models; it is deleted.
         results: Results file, one JSON object per line.
         times: Number of processes that open each folder.
@@ -173,24 +178,26 @@ def main(
     rows = [
         Results(results).once(name, lambda recipe=recipe: measure(pretrained, recipe, Path(work), times))  # type: ignore[misc]
         for name, recipe in PATTERNS.items()
+        if name in sparsities
     ]
-    print(cost_table(rows))
+    print(cost_tables(rows))
 
 
-def cost_table(rows: Sequence[Row]) -> str:
-    """Returns the table of bytes, loading time and peak memory of packed folders, against the ordinary ones."""
-    lines = []
+def cost_tables(rows: Sequence[Row]) -> str:
+    """Returns the tables of bytes, and of seconds and memory, of packed folders against the ordinary ones."""
+    sizes, costs = [], []
     for row in rows:
         linears, folders, opened, program = row["linears"], row["folders"], row["open"], row["program"]
-        shares = [f"{sizes['packed'] / sizes['ordinary']:.1%}" for sizes in (linears, folders)]
-        seconds = [f"{opened[way]['seconds']:.2f}" for way in WAYS]
-        programs = [f"{program[name]:.2f}" for name in FORMATS]
+        shares = [f"{bytes['packed'] / bytes['ordinary']:.1%}" for bytes in (linears, folders)]
+        sizes.append([row["case"], *shares])
+        seconds = [f"{opened[way]['seconds']:.2f}" for way in WAYS] + [f"{program[name]:.2f}" for name in FORMATS]
         above = opened["packed"]["peak"] - linears["ordinary"]
         memory = [f"{size / 1e6:.1f}" for size in (above, opened["mapped"]["peak"], linears["largest"])]
-        lines.append([row["case"], *shares, *seconds, *programs, *memory])
-    opening = ["s, mapped", "s, read", "s, packed", "s, program, mapped", "s, program, packed"]
-    memory = ["MB beside the unpacked linears", "MB beside the mapped file", "MB of the largest linear"]
-    return table(["sparsity", "bytes of the linears", "of the folder", *opening, *memory], lines)
+        costs.append([row["case"], *seconds, *memory])
+    opening = ["s to open, mapped", "read", "packed", "s of a program, ordinary", "packed"]
+    memory = ["MB beside the unpacked linears", "beside a mapped file", "of the largest linear"]
+    bytes_table = table(["sparsity", "bytes of the linears", "of the folder"], sizes)
+    return f"{bytes_table}\n\n{table(['sparsity', *opening, *memory], costs)}"
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from lit_prune.files import atomic_write
 from lit_prune.packed import unpack
 from lit_prune.packed.unpack import (
     BITS,
+    CHECKSUMS,
     CHUNK,
     CONFIG,
     FILE_FIELD,
@@ -31,6 +32,7 @@ from lit_prune.packed.unpack import (
     code_width,
     combinations,
     count_bits,
+    plain_checksum,
 )
 
 GROUPS = (4, 8)  # numbers of consecutive weights that are tried as groups with equally many stored ones
@@ -91,7 +93,8 @@ def pack(weight: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     packed = [_pack_groups(chunk, layout.n, layout.m) if layout.m else _pack_mask(chunk) for chunk in words]
     values, bits = (torch.cat(parts) for parts in zip(*packed, strict=True))
     values = values.view(weight.dtype)
-    entries = [layout.n, layout.m, checksum(values, bits), *weight.shape]
+    crc = checksum(values, bits, layout.n, layout.m, weight.shape)
+    entries = [layout.n, layout.m, crc, *weight.shape]
     return values, bits, torch.tensor(entries)
 
 
@@ -137,12 +140,17 @@ def pack_folder(folder: Path) -> None:
 def _pack_file(file: Path) -> dict[str, int]:
     """Packs the weights in one file; returns the bytes of its tensors by name."""
     tensors: dict[str, Tensor] = {}
+    checksums: dict[str, int] = {}  # of the tensors that stay as they are
     with safe_open(file, framework="pt") as stored:
         for name in stored.keys():  # noqa: SIM118 (no mapping)
             tensor = stored.get_tensor(name)
             layout = layout_of(tensor)
-            packed = [tensor] if layout is None else pack(tensor, layout)
-            tensors |= {name + end: part for end, part in zip(("", BITS, LAYOUT), packed, strict=False)}
+            if layout is None:
+                tensors[name], checksums[name] = tensor, plain_checksum(tensor)
+            else:
+                tensors |= {
+                    name + end: part for end, part in zip(("", BITS, LAYOUT), pack(tensor, layout), strict=True)
+                }
         with atomic_write(file) as draft:
-            save_file(tensors, draft, {"format": "pt"})
+            save_file(tensors, draft, {"format": "pt", CHECKSUMS: json.dumps(checksums)})
     return {name: tensor.nbytes for name, tensor in tensors.items()}

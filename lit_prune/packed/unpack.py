@@ -14,8 +14,9 @@ Layout, version 1. Instead of a weight called NAME the safetensors hold three te
 The bits of a byte are counted from the lowest. All other weights are zero. If n = m = 0, NAME_bits is a mask: its bit i
 is 1 if weight i, in row-major order, is stored. Otherwise every m consecutive weights of a row have n stored ones, and
 NAME_bits has b = ceil(log2(C(m, n))) bits for each of these groups, the lowest first: the rank of its n positions among
-``itertools.combinations(range(m), n)``. Bits behind the last are 0. The CRC-32 is that of the bytes of NAME followed by
-those of NAME_bits.
+``itertools.combinations(range(m), n)``. Bits behind the last are 0. The CRC-32 is that of the bytes of NAME, those of
+NAME_bits and a text like "bfloat16 0 0 2048 8192": data type, n, m and shape. The CRC-32 of each tensor that is not
+packed is in the metadata of the safetensors, whose entry "checksums" is a JSON object with the names as keys.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import math
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,12 @@ INSTALL = "pip install lit-prune, then import lit_prune"
 # refuses the name of a file of weights that is none. With lit_prune the quantiser removes that name.
 METHOD = f"lit_prune ({INSTALL})"
 NO_FILE, FILE_FIELD = f"none, these weights are packed by lit_prune ({INSTALL})", "transformers_weights"
-BITS, LAYOUT = "_bits", "_layout"
+BITS, LAYOUT, CHECKSUMS = "_bits", "_layout", "checksums"
 CONFIG, QUANTIZATION = "config.json", "quantization_config"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; as floats, -0.0 would be 0.0
-CHUNK = 2**18  # weights that are unpacked at a time; divisible by 64, so that a chunk of groups begins with a byte
+CHUNK = 2**16  # weights that are unpacked at a time; divisible by 64, so that a chunk of groups begins with a byte
 # for each byte, its eight bits as one int64 (eight bools), so that unpacking a byte is one look-up
 BYTES = (torch.arange(256)[:, None] >> torch.arange(8) & 1).to(torch.uint8).view(torch.int64).flatten()
 
@@ -64,7 +65,7 @@ class Damaged(ValueError):
 def unpack(values: Tensor, bits: Tensor, layout: Tensor) -> Tensor:
     """Returns the weight that three stored tensors describe; they must have passed :func:`check`.
 
-    Beside the result it takes a few megabytes of memory.
+    Beside the result it takes less than a megabyte of memory.
     """
     n, m, _, *shape = layout.tolist()
     integers = INTEGERS[values.itemsize]
@@ -124,9 +125,15 @@ def count_bits(size: int, n: int, m: int) -> int:
     return size // m * code_width(n, m) if m else size
 
 
-def checksum(values: Tensor, bits: Tensor) -> int:
-    """Returns the CRC-32 of the stored values and bits."""
-    return zlib.crc32(_buffer(bits), zlib.crc32(_buffer(values)))
+def checksum(values: Tensor, bits: Tensor, n: int, m: int, shape: Sequence[int]) -> int:
+    """Returns the CRC-32 of a packed weight: its stored values, its bits, its data type and its layout."""
+    described = " ".join(map(str, (str(values.dtype).removeprefix("torch."), n, m, *shape)))
+    return zlib.crc32(described.encode(), zlib.crc32(_buffer(bits), zlib.crc32(_buffer(values))))
+
+
+def plain_checksum(tensor: Tensor) -> int:
+    """Returns the CRC-32 of a tensor that is not packed."""
+    return zlib.crc32(_buffer(tensor))
 
 
 def _buffer(tensor: Tensor) -> Any:
@@ -147,7 +154,7 @@ def check(name: str, values: Tensor, bits: Tensor, layout: Tensor) -> None:
     expected = int.from_bytes(_buffer(bits), "little").bit_count() if is_mask else size // m * n
     if values.shape != (expected,):
         raise Damaged(f"{name} is damaged: {expected} values are marked as stored, and {values.numel()} are there.")
-    if checksum(values, bits) != crc:
+    if checksum(values, bits, n, m, shape) != crc:
         raise Damaged(f"{name} is damaged: its values or bits are not those that were written.")
 
 
@@ -175,16 +182,30 @@ def check_version(config: Mapping[str, Any]) -> None:
 
 
 def check_file(file: Path) -> list[str]:
-    """Returns the names of the packed weights in a file of weights, after checking every one of them.
+    """Returns the names of the packed weights in a file of weights, after checking all of its tensors.
 
     Raises:
-        Damaged: for a weight that cannot be unpacked to what was written, and for a file that was cut off.
+        Damaged: for a tensor that is not or would not be unpacked to what was written, and for a file that was cut off.
     """
     with _opened(file) as stored:
         names = packed_names(set(stored.keys()))
         for name in names:
             check(name, *(stored.get_tensor(name + end) for end in ("", BITS, LAYOUT)))
+        for name, crc in json.loads((stored.metadata() or {}).get(CHECKSUMS, "{}")).items():
+            if name not in stored.keys():  # noqa: SIM118 (no mapping)
+                raise Damaged(f"{name} is missing in {file.name}.")
+            if plain_checksum(stored.get_tensor(name)) != crc:
+                raise Damaged(f"{name} is damaged: its values are not those that were written.")
     return names
+
+
+def _check_shards(folder: Path) -> None:
+    """Raises Damaged, with the first of its tensors, if a file is missing that the index names."""
+    index = folder / INDEX
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else {}
+    for name, shard in shards.items():
+        if not (folder / shard).exists():
+            raise Damaged(f"{name} is missing: {folder} has no {shard}.")
 
 
 def _opened(file: Path) -> Any:
@@ -192,7 +213,8 @@ def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise Damaged(f"{_first_cut_off(file) or 'its header'} in {file.name} is damaged: {error}.") from error
+        damaged = _first_cut_off(file) or "the header"
+        raise Damaged(f"{damaged} in {file.name} is damaged: {error}.") from error
 
 
 def _first_cut_off(file: Path) -> str | None:
@@ -225,11 +247,12 @@ def unpack_folder(folder: Path, output: Path) -> None:
     Raises:
         ValueError: for a folder that is not packed, or is damaged; nothing is written then.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = _read_config(folder / CONFIG)
     if (config.get(QUANTIZATION) or {}).get("quant_method") != METHOD:
         raise ValueError(f"{folder} is not packed by lit_prune: its config.json does not say so.")
     check_version(config.pop(QUANTIZATION))
     config.pop(FILE_FIELD, None)
+    _check_shards(folder)
     files = weight_files(folder)
     for file in files:
         check_file(file)
@@ -242,6 +265,14 @@ def unpack_folder(folder: Path, output: Path) -> None:
     write_json(output / CONFIG, config)
     if (output / INDEX).exists():
         write_index(output / INDEX, sizes)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    return config
 
 
 def weight_files(folder: Path) -> list[Path]:

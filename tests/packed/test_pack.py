@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
 from lit_prune.packed.pack import layout_of, pack, pack_bits, pack_folder
@@ -122,6 +122,10 @@ def test_a_folder_names_its_quantiser_and_keeps_other_files(tmp_path: Path) -> N
     pack_folder(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} - before.keys() == {"unpack.py"}
     changed = {name for name, content in before.items() if (tmp_path / name).read_bytes() != content}
-    assert changed == {"config.json"}  # the model is dense
+    assert changed == {"config.json", "model.safetensors"}
+    stored = load_file(tmp_path / "model.safetensors")  # the model is dense: only checksums were added
+    expected = load(before["model.safetensors"])
+    assert stored.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stored.items())
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == {"a"}
     assert INTEGERS[2] == torch.int16

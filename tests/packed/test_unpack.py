@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -37,7 +39,7 @@ PAIRS, CODES = torch.tensor([3.0, 9.0, 5.0, 7.0]), torch.tensor([19], dtype=torc
 
 
 def layout(n: int, m: int, values: Tensor, bits: Tensor, *shape: int) -> Tensor:
-    return torch.tensor([n, m, checksum(values, bits), *shape])
+    return torch.tensor([n, m, checksum(values, bits, n, m, shape), *shape])
 
 
 def test_a_mask_by_hand() -> None:
@@ -76,9 +78,20 @@ def test_without_numpy_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_weight_that_is_damaged(values: Tensor, bits: Tensor, entries: list[int | None], message: str) -> None:
-    crc = checksum(values, bits)
+    n, m, _, *shape = entries
+    crc = checksum(values, bits, n, m, shape)  # type: ignore[arg-type]
     with pytest.raises(Damaged, match=message):
         check("w", values, bits, torch.tensor([crc if entry is None else entry for entry in entries]))
+
+
+def test_a_shape_or_type_that_was_altered() -> None:
+    crc = checksum(VALUES, MASK, 0, 0, (2, 4))
+    assert crc == zlib.crc32(VALUES.numpy().tobytes() + bytes([146]) + b"float32 0 0 2 4")
+    check("w", VALUES, MASK, torch.tensor([0, 0, crc, 2, 4]))
+    altered = [(VALUES, [0, 0, crc, 4, 2]), (VALUES.view(torch.int32), [0, 0, crc, 2, 4])]
+    for values, entries in altered:
+        with pytest.raises(Damaged, match=r"w is damaged: its values or bits are not those that were written\."):
+            check("w", values, MASK, torch.tensor(entries))
 
 
 def test_an_unknown_version() -> None:
@@ -112,8 +125,26 @@ def test_a_file_that_was_cut_off_names_its_first_tensor(tmp_path: Path) -> None:
     with pytest.raises(Damaged, match=rf"{last} in {file.name} is damaged"):
         check_file(file)
     file.write_bytes(content[:4])
-    with pytest.raises(Damaged, match=rf"its header in {file.name} is damaged"):
+    with pytest.raises(Damaged, match=rf"the header in {file.name} is damaged"):
         check_file(file)
+
+
+def test_a_tensor_that_is_not_packed_is_checked_too(tmp_path: Path) -> None:
+    _, packed = folders(tmp_path)
+    files = sorted(packed.glob("model-*.safetensors"))
+    file = next(file for file in files if "model.norm.weight" in load_file(file))
+    with safe_open(file, framework="pt") as stored:
+        tensors, metadata = load_file(file), stored.metadata()
+    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}, file, metadata)
+    with pytest.raises(Damaged, match=r"model\.norm\.weight is damaged: its values are not those that were written"):
+        check_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "model.norm.weight"}, file, metadata)
+    with pytest.raises(Damaged, match=rf"model\.norm\.weight is missing in {file.name}\."):
+        check_file(file)
+    file.unlink()
+    with pytest.raises(Damaged, match=rf"is missing: .*packed has no {file.name}\."):
+        unpack_folder(packed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("end", ["", "_bits", "_layout"])
@@ -152,6 +183,9 @@ def test_the_program_in_the_folder_needs_neither_lit_prune_nor_transformers(tmp_
     for file in ordinary.glob("*.safetensors"):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
     again = subprocess.run([*command[:2], str(ordinary), str(tmp_path / "x")], capture_output=True, text=True)
+    (packed / CONFIG).write_text("{")
+    broken = subprocess.run([*command[:2], str(packed), str(tmp_path / "x")], capture_output=True, text=True)
+    assert broken.stderr.startswith(f"{packed / CONFIG} is not valid JSON: Expecting property name")
     assert again.returncode == 1
     assert again.stderr == f"{ordinary} is not packed by lit_prune: its config.json does not say so.\n"
 
