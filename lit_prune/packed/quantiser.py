@@ -96,7 +96,7 @@ class PackedQuantizer(HfQuantizer):
         return True
 
 
-class UnpackingConverter(WeightConverter):  # type: ignore[misc]
+class UnpackingConverter(WeightConverter):
     """A conversion that is copied fast: transformers copies it for every stored tensor."""
 
     __slots__ = ()
