@@ -11,7 +11,7 @@ from lit_prune.errors import InputError
 
 def test_a_length_that_is_left_open_is_what_the_model_takes() -> None:
     def filled(**model: object) -> tuple[int, int]:
-        fields = {"pretrained": "embedded", "architecture": None} | model
+        fields = {"pretrained": "embedded", "architecture": None, "trust_remote_code": False} | model
         config = Namespace(model=Namespace(**fields), data=Namespace(seq_length=None))
         config["pruning.calibration.seq_length"] = None
         fill_lengths(config)

@@ -101,6 +101,9 @@ def test_the_command_line_is_frozen(capsys: pytest.CaptureFixture[str]) -> None:
             "sparsity",
             "statistics",
             "target",
+            "target_bytes",
+            "target_parameters",
+            "target_perplexity",
             "targets",
         ]
     )
