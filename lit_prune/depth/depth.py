@@ -25,7 +25,7 @@ from lit_prune.models.families import Block, find_blocks
 from lit_prune.models.on_disk import on_disk
 from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
 from lit_prune.progress import log
-from lit_prune.pruning.base import Method
+from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
 
 
@@ -58,6 +58,7 @@ class Depth(Method):
     chooses_linears: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
+    propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
