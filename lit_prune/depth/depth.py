@@ -28,6 +28,8 @@ from lit_prune.progress import log
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
 
+MAX_RATE = 0.99  # the default of `pruning.max_rate`
+
 
 @final
 @dataclass(frozen=True)
@@ -103,6 +105,15 @@ class Depth(Method):
         """Returns the share of blocks that earlier cuts removed, for every block, whose mean it is."""
         return [_share(len(blocks), _dense_blocks(model, blocks))] * len(blocks)
 
+    def bounds(self, least: float, most: float) -> tuple[float, float]:
+        """Returns 0 and 1; raises InputError for bounds that the user changed."""
+        if least > 0 or most < MAX_RATE:
+            raise InputError(
+                f"`pruning.min_rate` must be 0 and `pruning.max_rate` at least {MAX_RATE} for Depth, by which a block "
+                f"goes or stays, got {least:g} and {most:g}."
+            )
+        return 0.0, 1.0
+
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns 1 for the blocks with the highest rates, and for others the share that was removed before.
 
@@ -138,7 +149,7 @@ class Depth(Method):
             lower=[sum(lower) / len(lower)],
             upper=min(upper, (every - 1) / every),
             slack=slack,
-            bounds="`pruning.max_rate`, earlier cuts and the block that remains at least allow for the blocks",
+            bounds="earlier cuts and the block that remains at least allow for the blocks",
         )
 
     def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:

@@ -58,9 +58,9 @@ class RemainingBlocks(Structure):
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """Returns ascending numbers as text, with neighbours together: 3, 7, 8, 9 as `3, 7 to 9`."""
-    runs = runs_of(numbers)
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs) or "none"
+    """Returns ascending numbers as text, with three and more neighbours together: 3, 7, 8, 9 as `3, 7 to 9`."""
+    texts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs_of(numbers)]
+    return ", ".join(texts) or "none"
 
 
 def runs_of(numbers: Iterable[int]) -> list[list[int]]:

@@ -39,7 +39,7 @@ def draw(report: Report | ScoreReport) -> Figure:
     figure = Figure(figsize=(10, 4) if several else (7.5, 4), layout="constrained")
     axes = figure.subplots(1, 2 if several else 1, width_ratios=[3, 1] if several else [1], squeeze=False)[0]
     _draw_blocks(axes[0], report)
-    other = _draw_scores(axes[0], report.scores or [])
+    other = _draw_scores(axes[0], _scores(report))
     handles = [handle for axis in (axes[0], other) for handle in axis.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), LEGEND_COLUMNS), fontsize=8)
     axes[0].set_title(_title(report), fontsize=9)
@@ -91,6 +91,13 @@ def _draw_sizes(axis: Any, structure: Description) -> None:
     label = f"mean {structure.noun}, {mean:.{0 if structure.full > 1 else 2}f} of {structure.full} (left)"
     axis.axhline(mean, color=DARK, linestyle=":", label=label)
     axis.set(ylabel=structure.unit, ylim=(0, structure.full * 1.05))
+
+
+def _scores(report: Report | ScoreReport) -> Sequence[float]:
+    """Returns the scores, unless an earlier cut removed blocks that the picture shows."""
+    scores = report.scores or []
+    shape = report.shape if isinstance(report, Report) else None
+    return scores if shape is None or len(scores) == len(shape.structure.sizes) else []
 
 
 def _draw_scores(axis: Any, scores: Sequence[float]) -> Any:

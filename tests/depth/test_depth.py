@@ -83,7 +83,7 @@ def test_scores_tell_which_blocks_would_go(batches: list[Tensor]) -> None:
 
 def test_a_plan(batches: list[Tensor], tmp_path: Path) -> None:
     plan = tmp_path / "plan.yaml"
-    plan.write_text(yaml.safe_dump({0: 0, 1: 0.99, 2: 0.02, 3: 0, 4: 0.99, 5: 0}))
+    plan.write_text(yaml.safe_dump({0: 0, 1: 1, 2: 0, 3: 0, 4: 1, 5: 0}))
     model = lively_model("llama", **SIX)
     cut(model, batches, Depth(), 1 / 3, Plan(str(plan)))
     assert remaining(model) == [0, 2, 3, 5]
@@ -170,6 +170,12 @@ def test_settings_that_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         cut(small_model(**SIX), batches, method, sparsity, allocation)
+
+
+def test_bounds_of_the_rates_are_refused(batches: list[Tensor]) -> None:
+    message = "`pruning.min_rate` must be 0 and `pruning.max_rate` at least 0.99 for Depth, .* got 0.1 and 1"
+    with pytest.raises(InputError, match=message):
+        prune(small_model(), batches, Recipe(Depth(), 1 / 3, Uniform(), min_rate=0.1, max_rate=1.0))
 
 
 def test_a_damping_of_zero() -> None:
