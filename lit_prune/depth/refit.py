@@ -123,7 +123,9 @@ def _solve(outputs: Sequence[Tensor], dense: Stream, short: Stream, damping: flo
         m_BTD = m_PD.view_as(dense.hidden[index]).to(dense.device).float()
         change_BTD = dense.hidden[index].to(dense.device).float() - short.hidden[index].to(dense.device).float()
         m_PD, change_PD = dense.unmasked(index, m_BTD), dense.unmasked(index, change_BTD)
-        gram_DD, cross_DD = gram_DD + (m_PD.T @ m_PD).cpu(), cross_DD + (m_PD.T @ change_PD).cpu()
+        # in float64 the order of the sum hardly matters: one process and several find the same weights
+        gram_DD = gram_DD + (m_PD.T @ m_PD).cpu().double()
+        cross_DD = cross_DD + (m_PD.T @ change_PD).cpu().double()
     return transformation(distributed.all_reduce_sum(gram_DD), distributed.all_reduce_sum(cross_DD), damping)
 
 

@@ -29,7 +29,13 @@ CASES = {
         "--pruning.recovery.quantization=int8",
     ],
     "channels later": ["--pruning.at_step=2", "--pruning.method=MLPWidth", "--pruning.calibration.num_samples=32"],
-    "blocks later": ["--pruning.at_step=2", "--pruning.method=Depth", "--pruning.method.refit=true"],
+    "blocks later": [
+        "--pruning.at_step=2",
+        "--pruning.method=Depth",
+        "--pruning.method.refit=true",
+        "--pruning.allocation=Uniform",
+        "--pruning.calibration.num_samples=32",
+    ],
     "slices later": [  # more tokens than dimensions, or the axes hang on the last bit
         "--pruning.sparsity=0.25",
         "--pruning.at_step=2",
@@ -46,6 +52,7 @@ RUNS = [("masks later", 2)] + [
         ("masks later, quantised", 2),
         ("slices later", 2),
         ("channels later", 2),
+        ("blocks later", 2),
         ("masks later", 4),
     )
 ]

@@ -42,7 +42,12 @@ CASES = {
         "--trainer.accumulate_grad_batches=2",
     ],
     "channels": ["--pruning.method=MLPWidth", "--pruning.calibration.num_samples=32"],
-    "blocks": ["--pruning.method=Depth", "--pruning.method.refit=true"],
+    "blocks": [
+        "--pruning.method=Depth",
+        "--pruning.method.refit=true",
+        "--pruning.allocation=Uniform",
+        "--pruning.calibration.num_samples=32",
+    ],
     "FullFineTuning, weights in bfloat16": ["--pruning.recovery=FullFineTuning", "--model.dtype=bfloat16"],
     "slices": [
         "--pruning.sparsity=0.25",
