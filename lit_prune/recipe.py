@@ -245,7 +245,9 @@ class Recipe:
         self.method.check_rates(blocks, self.allocation, limits.effective_target)
         self.allocation.check(limits.sizes, limits.effective_target, limits.lower, limits.upper)
         self.allocation.linears(blocks)
-        self.spread(limits, [1.0] * len(blocks), equal=True)
+        equal_rates = self.spread(limits, [1.0] * len(blocks), equal=True)
+        if self.allocation.is_uniform():
+            self.method.check_sizes(model, blocks, equal_rates)
         return blocks, limits
 
     def limits(self, model: PreTrainedModel, blocks: Sequence[Block], *, share: float | None = None) -> Limits:

@@ -25,12 +25,12 @@ from lit_prune.hidden.moments import Moments, compensation, scale_of_norm, scale
 from lit_prune.hidden.size import HiddenSize
 from lit_prune.hidden.stream_width import (
     LAYOUTS,
-    config_error,
     layout_of,
     narrow_ends,
     narrow_layer,
     parameters_of_a_dimension,
     set_width,
+    stream_fields,
 )
 from lit_prune.models import structure
 from lit_prune.models.families import Block, dense_family
@@ -38,6 +38,7 @@ from lit_prune.models.remote_code.modeling_sliced import Layout, SlicedCausalLM,
 from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
+from lit_prune.shrink.narrow import config_error
 from lit_prune.shrink.rounding import units_from_rates
 
 
@@ -96,7 +97,8 @@ class HiddenWidth(Method):
                 "`model` must not have masks for HiddenWidth, which would fill their zeros: shrink the dense model, "
                 "then mask the shrunk one."
             )
-        if self.multiple < width and (reason := config_error(model, self.multiple)):
+        fields = stream_fields(model.config.get_text_config(), self.multiple)
+        if self.multiple < width and (reason := config_error(model.config.get_text_config(), fields)):
             raise InputError(
                 f"`HiddenWidth.multiple` must give widths that the config accepts, got {self.multiple}: {reason} "
                 "Choose a multiple of the number of attention heads."

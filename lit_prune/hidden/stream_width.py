@@ -5,7 +5,6 @@ Suffixes: K dimensions that stay.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,15 +34,9 @@ def head_dim(config: Any) -> int:
     return size
 
 
-def config_error(model: PreTrainedModel, width: int) -> str | None:
-    """Returns the reason for which the family's config does not accept a width; None if it does."""
-    config = copy.deepcopy(model.config.get_text_config())
-    fields = {**config.to_dict(), "hidden_size": width, "head_dim": head_dim(config)}
-    try:
-        type(config).from_dict(fields)
-    except Exception as error:  # whatever the config of a family raises
-        return str(error.__cause__ or error)
-    return None
+def stream_fields(config: Any, width: int) -> dict[str, int]:
+    """Returns the fields of the config of a model whose stream has ``width`` dimensions."""
+    return {"hidden_size": width, "head_dim": head_dim(config)}
 
 
 def parameters_of_a_dimension(model: PreTrainedModel) -> int:
@@ -65,10 +58,9 @@ def narrow_layer(layer: nn.Module, layout: Layout, kept_K: Tensor, config: Any, 
         config: The config of the model's text part, still with the former width.
         index: Number of the block.
     """
-    sizes = {"hidden_size": len(kept_K), "head_dim": head_dim(config)}
     for module, axis in _modules_of_layer(layer, layout):
         keep_dimensions(module, kept_K, axis)
-    adopt_sizes(layer, LayerConfig(layer_config(config, index), sizes), index)
+    adopt_sizes(layer, LayerConfig(layer_config(config, index), stream_fields(config, len(kept_K))), index)
 
 
 @torch.no_grad()
@@ -97,7 +89,8 @@ def narrow_ends(model: PreTrainedModel, layout: Layout, kept_K: Tensor) -> None:
 def set_width(model: PreTrainedModel, width: int) -> None:
     """Records the width in the config, and the size of a head, and in those modules that remember it."""
     config: Any = model.config.get_text_config()
-    config.head_dim, config.hidden_size = head_dim(config), width
+    for name, value in stream_fields(config, width).items():
+        setattr(config, name, value)
     for index, layer in enumerate(model.get_submodule(layout_of(model).layers).children()):
         adopt_sizes(layer, layer_config(config, index), index)
 

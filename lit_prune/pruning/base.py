@@ -74,6 +74,11 @@ class Method(ABC):
     ) -> None:
         """Raises InputError if the method does not support the rates that ``allocation`` gives."""
 
+    def check_sizes(  # noqa: B027 (most leave sizes that any config accepts)
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]
+    ) -> None:
+        """Raises InputError if the config of ``model`` does not accept the sizes that equal ``rates`` leave."""
+
     def custom_class(self, allocation: Allocation) -> CustomClass | None:
         """Returns the kind of class that a model becomes with the rates of ``allocation``; None if it keeps its own."""
         return None

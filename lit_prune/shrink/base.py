@@ -34,7 +34,7 @@ from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
 from lit_prune.search.behind_pruned import statistics_behind_pruned
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, model_on_device
-from lit_prune.shrink.narrow import adopt_sizes, check_part, narrow, set_sizes, set_weight
+from lit_prune.shrink.narrow import adopt_sizes, check_part, config_error, narrow, set_sizes, set_weight
 from lit_prune.shrink.obs import Removal, drop_units, remove_units
 from lit_prune.shrink.parts import NoPart, Part
 from lit_prune.shrink.rounding import rates_from_units, units_from_rates
@@ -119,6 +119,20 @@ class UnitMethod(Method):
             raise InputError(
                 f"`pruning.allocation` must be Uniform for {type(self).__name__} and the family {family!r}: blocks of "
                 f"different sizes are supported for {', '.join(SHRUNK)}."
+            )
+
+    def check_sizes(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> None:
+        """Raises InputError if the config does not accept the number of units that equal ``rates`` leave."""
+        full, part, config = self.sizes(model, blocks), self._part(model, blocks[0]), model.config.get_text_config()
+        units = units_from_rates(rates, full, self.multiple)[0]
+        if reason := config_error(config, part.sizes(units)):
+            accepted = {count for count in range(1, full[0] + 1) if config_error(config, part.sizes(count)) is None}
+            counts = range(self.multiple, full[0] + 1)
+            multiple = next((each for each in counts if accepted.issuperset(range(each, full[0] + 1, each))), full[0])
+            raise InputError(
+                f"`pruning.sparsity` must leave a number of {self._noun} that the config accepts, got {units} of "
+                f"{full[0]}: {reason} It accepts every multiple of {multiple}: set `multiple` of "
+                f"{type(self).__name__} to that."
             )
 
     def custom_class(self, allocation: Allocation) -> CustomClass | None:

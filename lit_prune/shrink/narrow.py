@@ -88,6 +88,15 @@ def check_part(layer: nn.Module, part: Part, config: Any, index: int) -> None:
         raise NoPart(f"its config has no place for the sizes of {wrong[0]}")
 
 
+def config_error(config: PreTrainedConfig, fields: Mapping[str, int]) -> str | None:
+    """Returns the reason for which the class of a config does not accept it with other ``fields``; None if it does."""
+    try:
+        type(config).from_dict({**config.to_dict(), **fields})
+    except Exception as error:  # whatever the config of a family raises
+        return str(error.__cause__ or error)
+    return None
+
+
 def set_sizes(model: PreTrainedModel, layers: Iterable[nn.Module], sizes: Mapping[str, Sequence[int]]) -> None:
     """Records the sizes of the blocks in the config of ``model``, and gives the model the class that has them.
 

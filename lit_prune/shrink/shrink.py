@@ -105,6 +105,11 @@ class Shrink(Method):
         for part in self._parts:
             part.check_rates(blocks, allocation, sparsity)
 
+    def check_sizes(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> None:
+        """Raises InputError if the config does not accept the sizes that one of the parts leaves."""
+        for part, own_rates in zip(self._parts, split(rates, self._rates(model, blocks)), strict=True):
+            part.check_sizes(model, blocks, own_rates)
+
     def custom_class(self, allocation: Allocation) -> CustomClass | None:
         """Returns the kind of class that one of the parts makes of a model."""
         return next((kind for part in self._parts if (kind := part.custom_class(allocation)) is not None), None)

@@ -6,7 +6,6 @@ import torch
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.hidden.stream_width import (
     LAYOUTS,
-    config_error,
     head_dim,
     keep_dimensions,
     layout_of,
@@ -14,6 +13,7 @@ from lit_prune.hidden.stream_width import (
     narrow_layer,
     parameters_of_a_dimension,
     set_width,
+    stream_fields,
 )
 from lit_prune.models.load import new_model
 from tests.conftest import small_model
@@ -53,8 +53,7 @@ def test_a_bias_goes_with_the_rows() -> None:
     assert (linear.in_features, linear.out_features) == (1, 2)
 
 
-def test_head_dim_and_the_config() -> None:
-    model = small_model("llama")
-    assert head_dim(model.config) == 8
-    assert config_error(model, 24) is None
-    assert config_error(model, 30) == "The hidden size (30) is not a multiple of the number of attention heads (4)."
+def test_fields() -> None:
+    config = small_model("llama").config
+    assert head_dim(config) == 8
+    assert stream_fields(config, 24) == {"hidden_size": 24, "head_dim": 8}

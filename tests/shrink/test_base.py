@@ -17,7 +17,7 @@ from lit_prune.pipeline import prune
 from lit_prune.pruning import Method, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.search.trial import Trial
-from lit_prune.shrink import HeadGroups, MLPWidth
+from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from lit_prune.slice import Slicing
 from tests.conftest import FAMILIES, lively_model, small_model
 from tests.shrink.given import Given
@@ -105,9 +105,9 @@ def test_a_second_cut_counts_the_first(batches: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("method", [MLPWidth(multiple=1, rounds=1), HeadGroups()], ids=str)
-@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("family", ["mistral", "phi"])
 def test_a_share_of_all_parameters(family: str, method: Method, batches: list[Tensor]) -> None:
-    model = four_groups(family, tie_word_embeddings=family == "llama")
+    model = four_groups(family, tie_word_embeddings=family == "mistral")
     before = parameters(model)
     blocks, shares = find_blocks(model), (0.05, 0.2)
     unit = (before - parameters(_with_one_unit_less(method, family, batches))) / 3
@@ -117,7 +117,7 @@ def test_a_share_of_all_parameters(family: str, method: Method, batches: list[Te
 
 
 def _with_one_unit_less(method: Method, family: str, batches: list[Tensor]) -> PreTrainedModel:
-    model = four_groups(family, tie_word_embeddings=family == "llama")
+    model = four_groups(family, tie_word_embeddings=family == "mistral")
     units = method.sizes(model, find_blocks(model))[0]
     prune(model, batches, Recipe(method, 1 / units, Uniform()))
     return model
@@ -200,6 +200,20 @@ def dense_statistics(model: PreTrainedModel, batches: list[Tensor]) -> Any:
 def test_what_is_refused(method: Method, family: str, sparsity: float, message: str) -> None:
     with pytest.raises(InputError, match=message):
         Recipe(method, sparsity, Uniform()).check(small_model(family))
+
+
+def test_numbers_that_the_config_does_not_accept() -> None:
+    """Three heads do not divide the 32 dimensions of the stream: nothing could open the folder."""
+    message = (
+        r"must leave a number of key/value groups that the config accepts, got 3 of 4: The hidden size \(32\) is not a "
+        r"multiple of the number of attention heads \(3\)\. It accepts every multiple of 2: set `multiple` of Head"
+    )
+    for method in (HeadGroups(), Shrink([HeadGroups()])):
+        with pytest.raises(InputError, match=message):
+            Recipe(method, 0.25, Uniform()).check(four_groups())
+    Recipe(HeadGroups(multiple=2), 0.25, Uniform()).check(four_groups())
+    Recipe(HeadGroups(), 0.25, Uniform()).check(four_groups("qwen3"))
+    Recipe(HeadGroups(), 0.25, DLP()).check(four_groups())  # blocks of different sizes keep the number of the config
 
 
 def test_different_sizes_need_a_class() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from lit_prune.models.families import find_blocks
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig
-from lit_prune.shrink.narrow import adopt_sizes, check_part, narrow, set_sizes
+from lit_prune.shrink.narrow import adopt_sizes, check_part, config_error, narrow, set_sizes
 from lit_prune.shrink.parts import NoPart, groups_of, mlp_of
 from tests.conftest import FAMILIES, WITHOUT_ENTRY, lively_model, small_model
 
@@ -113,3 +113,10 @@ def test_trained_parameters_stay_trained() -> None:
         "fc2.weight": True,
         "fc2.bias": True,
     }
+
+
+def test_what_a_config_accepts() -> None:
+    config = small_model("llama").config
+    assert config_error(config, {"hidden_size": 24}) is None
+    told = "The hidden size (30) is not a multiple of the number of attention heads (4)."
+    assert config_error(config, {"hidden_size": 30}) == told

@@ -65,7 +65,7 @@ def test_blocks_of_different_sizes(batches: list[Tensor], tmp_path: Path) -> Non
 @pytest.mark.parametrize("fields", [{"sparsity": 0.3, "budget": "parameters"}, {"target_parameters": 20_000}], ids=str)
 @pytest.mark.parametrize("allocation", [Uniform(), LayerRedundancy(base=0.1)], ids=str)
 def test_the_budget_is_met_to_half_a_channel(fields: dict[str, Any], allocation: Any, batches: list[Tensor]) -> None:
-    model = four_groups()
+    model = four_groups("mistral")
     dense = parameters(model)
     prune(model, batches, Recipe(FINE, allocation=allocation, **fields))
     target = fields.get("target_parameters", 0.7 * dense)
@@ -81,7 +81,7 @@ def test_the_second_part_is_shrunk_behind_the_first(batches: list[Tensor]) -> No
 
 
 def test_a_second_cut_and_masks_on_top(batches: list[Tensor]) -> None:
-    model = four_groups()
+    model = four_groups("mistral")
     prune(model, batches, Recipe(FINE, 0.25, Uniform()))
     pruned = prune(model, batches, Recipe(FINE, 0.5, Uniform()))
     assert pruned.sparsity_before == pytest.approx(0.25)
