@@ -41,7 +41,7 @@ from lit_prune.fit.module import PrunableLM  # noqa: E402
 from lit_prune.progress import log  # noqa: E402
 
 # Prefixes of Lightning's advice, and regular expressions of its warnings, that do not concern users of the command.
-ADVICE = ("Tip:", "Seed set to", "GPU available", "TPU available")
+ADVICE = ("Tip:", "Seed set to", "GPU available", "TPU available", "Loading `train_dataloader` to estimate")
 WARNINGS = (".*does not have many workers.*", ".*isinstance.treespec, LeafSpec.*", ".*Checkpoint directory.*")
 # Arguments that hold for one call of the command only, and are not saved in config.yaml.
 NOT_SAVED = ("ckpt_path", "weights_only", "verbose", "merge", "push_to_hub")

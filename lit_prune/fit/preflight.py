@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BackboneFinetuning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import BackboneFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from transformers import PreTrainedModel
@@ -22,6 +22,13 @@ from lit_prune.errors import InputError
 from lit_prune.fit.plan import FitPlan
 from lit_prune.pipeline import check_expected_statistics, check_search, check_statistics
 from lit_prune.reconstruct.reconstruction import check_batches
+
+COPIES = "its copy of the weights does not follow their changes"
+UNSUPPORTED_CALLBACKS: dict[type[Callback], str] = {
+    WeightAveraging: COPIES,
+    StochasticWeightAveraging: COPIES,
+    ModelPruning: "it replaces the weights that are pruned by its own products with masks",
+}
 
 
 def check_fit(plan: FitPlan, trainer: Trainer) -> None:
@@ -41,7 +48,7 @@ def check_trainer(plan: FitPlan, trainer: Trainer) -> None:
     _check_finetuning(plan, trainer)
     if plan.idle:
         return
-    _check_averaging(trainer)
+    _check_callbacks(trainer)
     check_processes(trainer)
     _check_precision(trainer)
     if trainer.max_steps != -1:
@@ -165,13 +172,13 @@ def _check_finetuning(plan: FitPlan, trainer: Trainer) -> None:
         )
 
 
-def _check_averaging(trainer: Trainer) -> None:
-    """Raises InputError for callbacks that keep a copy of the weights, which a cut or an adapter makes useless."""
+def _check_callbacks(trainer: Trainer) -> None:
+    """Raises InputError for callbacks that change weights, or keep a copy of them, beside a cut or an adapter."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)):
+        reasons = [reason for kind, reason in UNSUPPORTED_CALLBACKS.items() if isinstance(callback, kind)]
+        if reasons:
             raise InputError(
-                f"`trainer.callbacks` must not hold {type(callback).__name__} beside pruning or recovery: its copy of "
-                "the weights does not follow their changes."
+                f"`trainer.callbacks` must not hold {type(callback).__name__} beside pruning or recovery: {reasons[0]}."
             )
 
 

@@ -6,7 +6,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BackboneFinetuning, LambdaCallback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    LambdaCallback,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, MixedPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
@@ -93,11 +99,13 @@ def test_a_cut_after_the_end() -> None:
         check_data(plan, ThreeSteps(accelerator="cpu", logger=False, max_epochs=1))
 
 
-@pytest.mark.parametrize("average", [WeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-3)])
-def test_callbacks_with_a_copy_of_the_weights(average: Callback) -> None:
-    check_trainer(callback(method=None, recovery=None).fit_plan, trainer(callbacks=[average]))
-    with pytest.raises(InputError, match=f"`trainer.callbacks` must not hold {type(average).__name__} beside pruning"):
-        check_trainer(callback().fit_plan, trainer(callbacks=[average]))
+@pytest.mark.parametrize(
+    "other", [WeightAveraging(), StochasticWeightAveraging(swa_lrs=1e-3), ModelPruning("l1_unstructured")]
+)
+def test_callbacks_that_do_not_go_with_a_cut(other: Callback) -> None:
+    check_trainer(callback(method=None, recovery=None).fit_plan, trainer(callbacks=[other]))
+    with pytest.raises(InputError, match=f"`trainer.callbacks` must not hold {type(other).__name__} beside pruning"):
+        check_trainer(callback().fit_plan, trainer(callbacks=[other]))
 
 
 def test_precision_that_replaces_the_linears() -> None:
