@@ -22,7 +22,7 @@ from lit_prune.pipeline import prune, score
 from lit_prune.pruning import Magnitude, MixedNofM, NofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
-from lit_prune.shrink import HeadGroups, MLPWidth
+from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from lit_prune.slice import Slicing
 from tests.conftest import FAMILIES, export, lively_model
 
@@ -332,7 +332,12 @@ def test_search_on_disk_is_refused(batches: list[torch.Tensor], tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "recipe",
-    [Recipe(Slicing(), 0.25), Recipe(MLPWidth(multiple=8), 0.5), Recipe(HeadGroups(), 0.5, Uniform())],
+    [
+        Recipe(Slicing(), 0.25),
+        Recipe(MLPWidth(multiple=8), 0.5),
+        Recipe(HeadGroups(), 0.5, Uniform()),
+        Recipe(Shrink([MLPWidth(multiple=8), HeadGroups()]), 0.5, Uniform()),
+    ],
     ids=lambda recipe: type(recipe.method).__name__,
 )
 def test_other_shapes_on_disk(recipe: Recipe, batches: list[torch.Tensor], tmp_path: Path) -> None:
