@@ -128,7 +128,7 @@ class PrunableLM(LightningModule):
                 self.dtype_of_weights,
                 self.attn_implementation,
                 self.on_disk,
-                trust_remote_code=self.trust_remote_code,
+                self.trust_remote_code,
             )
         else:
             model = new_model(self.architecture, self.dtype_of_weights)
