@@ -19,6 +19,7 @@ from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.experts import Experts
+from lit_prune.hidden import HiddenWidth
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.pruning import SparseGPT, Wanda
@@ -30,7 +31,10 @@ from lit_prune.slice import Slicing
 from tests.conftest import lively_model, small_model
 
 RECIPES = {
-    "llama": (Wanda(propagate="pruned"), SparseGPT(), Slicing(), MLPWidth(multiple=8), Depth(refit=True, damping=1.0)),
+    "llama": (
+        *(Wanda(propagate="pruned"), SparseGPT(), Slicing(), MLPWidth(multiple=8)),
+        *(HiddenWidth(multiple=8), Depth(refit=True, damping=1.0)),
+    ),
     "mixtral": (Wanda(), Experts()),  # with so few tokens some experts are seen by one process alone
 }
 BOUND = 1e-5  # relative: sums of float32 in another order
@@ -45,8 +49,8 @@ def windows() -> list[dict[str, torch.Tensor]]:
 
 def cut(family: str, method: Any) -> dict[str, Any]:
     model = lively_model(family)
-    allocation = {Slicing: LayerRedundancy(), Experts: Uniform(), Depth: Uniform()}.get(type(method), DLP())
-    recipe = Recipe(method, 0.5, allocation)
+    uniform = dict.fromkeys((Depth, Experts, HiddenWidth), Uniform())
+    recipe = Recipe(method, 0.5, {Slicing: LayerRedundancy(), **uniform}.get(type(method), DLP()))
     pruned = prune(model, windows(), recipe)
     found = measure(model, windows(), "noise")
     return {
