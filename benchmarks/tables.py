@@ -204,13 +204,15 @@ def shrinking(rows: Sequence[Row]) -> str:
 
 
 def shrinking_healed(rows: Sequence[Row]) -> str:
-    """Returns the table of perplexities of shrunk models before and after 100 steps of training."""
+    """Returns the table of perplexities before and after 100 steps; what it says before anyone has trained them."""
     lines = []
     for row in rows:
         match = re.fullmatch(r"(\w+) by (\w+), -(\d+)%, 100 steps of (\w+)", row["case"])
         if match is not None:
             change = [f"{row['pruned']:.2f}", f"{row['perplexity']:.2f}"]
             lines.append([f"-{match[3]}%", f"{match[1]}, {match[2]}", match[4], *change])
+    if not lines:
+        return "Not measured yet.\n"
     head = ["parameters", "shrunk by", "100 steps of", "before", "after"]
     return table(head, sorted(lines, key=lambda line: int(line[0][1:-1])), words=3)
 

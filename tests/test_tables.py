@@ -17,9 +17,10 @@ def test_a_page_has_the_measured_tables(page: Path) -> None:
 
 def test_every_table_stands_on_a_page() -> None:
     text = "".join(page.read_text() for page in WITH_TABLES)
-    measured = [name for name in tables.TABLES if name != "gpu"]  # which says so where nobody has measured it
+    unmeasured = ("gpu", "shrinking healed")  # which say so where nobody has measured them
+    measured = [name for name in tables.TABLES if name not in unmeasured]
     assert [name for name in measured if f"<!-- table: {name} -->\n|" not in text] == []
-    assert "<!-- table: gpu -->\n" in text
+    assert all(f"<!-- table: {name} -->\n" in text for name in unmeasured)
 
 
 def test_a_table_is_replaced_between_its_marks() -> None:
