@@ -29,6 +29,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,15 @@ def _mask(bits: Tensor, begin: int, count: int) -> Tensor:
 
 def _group_mask(bits: Tensor, begin: int, count: int, n: int, m: int) -> Tensor:
     """Returns which of ``count`` weights from ``begin`` on are stored, by the codes of their groups."""
+    return _masks_by_code(n, m).to(bits.device)[_codes(bits, begin // m, count // m, n, m)].view(torch.bool)
+
+
+@cache
+def _masks_by_code(n: int, m: int) -> Tensor:
+    """Returns the mask of every code as one integer of m bytes, so that a group is one look-up."""
     sets = combinations(n, m)
     masks = torch.zeros(len(sets), m, dtype=torch.bool).scatter_(1, sets, True)
-    as_numbers = masks.view(INTEGERS[m]).flatten().to(bits.device)  # so that a group is one look-up
-    return as_numbers[_codes(bits, begin // m, count // m, n, m)].view(torch.bool)
+    return masks.view(INTEGERS[m]).flatten()
 
 
 def _ones(keep: Tensor) -> Tensor:
@@ -102,9 +108,15 @@ def _ones(keep: Tensor) -> Tensor:
 
 
 def _codes(bits: Tensor, first: int, count: int, n: int, m: int) -> Tensor:
-    """Returns the codes of ``count`` groups from the group ``first`` on, which is divisible by 8; int64."""
+    """Returns the codes of ``count`` groups from the group ``first`` on, which is divisible by 8; int32 or int64."""
     width = code_width(n, m)
     stored = bits[first * width // 8 : ((first + count) * width + 7) // 8]
+    if bits.is_cpu and np:
+        columns = np.unpackbits(stored.numpy(), count=count * width, bitorder="little").reshape(count, width)
+        codes = columns[:, 0].copy()
+        for place in range(1, width):
+            codes |= columns[:, place] << place
+        return torch.from_numpy(codes).int()
     padded = torch.nn.functional.pad(stored, (0, -len(stored) % width)).view(-1, width).long()
     words = (padded << 8 * torch.arange(width, device=bits.device)).sum(1)  # of eight codes, in at most 56 bits
     return (words[:, None] >> width * torch.arange(8, device=bits.device) & 2**width - 1).flatten()[:count]
