@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from lit_prune.models.load import load_config, load_model
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Method
 from lit_prune.recipe import Recipe
+from lit_prune.reconstruct import Reconstruct
 from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.slice import Slicing, sizes_from_rates, sliced_parameters
 
@@ -61,6 +63,9 @@ def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
     """Yields the name and the recipe of every case without training, besides those of slices."""
     for share in SHARES:
         yield by_share(MLPWidth(), share, Uniform())
+    for share in SHARES:
+        name, recipe = by_share(MLPWidth(), share, Uniform())
+        yield f"{name}, reconstructed", replace(recipe, reconstruction=Reconstruct())
     for share in SHARES:
         yield from (by_share(MLPWidth(), share, allocation) for allocation in allocations(folder, share))
     for share in SHARES:

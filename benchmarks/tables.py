@@ -194,7 +194,7 @@ def shrinking(rows: Sequence[Row]) -> str:
     """Returns the table of perplexities, parameters, bytes and cost of shrunk models without training."""
     lines = []
     for row in rows:
-        match = re.fullmatch(r"(\w+) by (\w+), -(\d+)%((?:, (?:not compensated|neighbours|refitted))*)", row["case"])
+        match = re.fullmatch(r"(\w+) by (\w+), -(\d+)%((?:, (?:not compensated|reconstructed|neighbours|refitted))*)", row["case"])
         if match is not None:
             size = [f"{row['parameters'] / 1e6:.1f}", f"{row['bytes'] / 1e6:.1f}"]
             cells = [*size, f"{row['perplexity']:.2f}", f"{row['multiple']:.1f}"]
