@@ -25,6 +25,7 @@ METHODS = ("Magnitude", "Wanda", "SparseGPT")
 METHODS_BY_COST = ("Wanda", "SparseGPT", "ADMM")
 PATTERNS = ("2:4", "4:8", "N:8 by OWL", "N:8 by DLP")
 MEANS = (0.20, 0.25, 0.30)
+SHRINKING = "not compensated|reconstructed|neighbours|refitted"  # settings of shrunk models
 WIDTHS = ("constant", "LayerRedundancy, base 0.05 below", "LayerRedundancy, base 0.10 below", "DLP")
 RECOVERIES = {  # name of the case: label of the row
     "LoRA, {}": "LoRA, separate adapter",
@@ -194,7 +195,7 @@ def shrinking(rows: Sequence[Row]) -> str:
     """Returns the table of perplexities, parameters, bytes and cost of shrunk models without training."""
     lines = []
     for row in rows:
-        match = re.fullmatch(r"(\w+) by (\w+), -(\d+)%((?:, (?:not compensated|reconstructed|neighbours|refitted))*)", row["case"])
+        match = re.fullmatch(rf"(\w+) by (\w+), -(\d+)%((?:, (?:{SHRINKING}))*)", row["case"])
         if match is not None:
             size = [f"{row['parameters'] / 1e6:.1f}", f"{row['bytes'] / 1e6:.1f}"]
             cells = [*size, f"{row['perplexity']:.2f}", f"{row['multiple']:.1f}"]
