@@ -68,7 +68,8 @@ class DynamicPruningCallback(Callback):
         target_perplexity: Perplexity on the validation batches that the LLM must not exceed right after the cut,
             instead of a `sparsity`: the greatest sparsity that keeps it is found to 0.01 by about eight cuts of copies.
         allocation: How the blocks are scored and the sparsity is distributed over them: DLP, OWL, AlphaPruning,
-            LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP.
+            LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP. Give
+            Uniform to methods that make the LLM smaller: with equal blocks it keeps the family's own class.
         reconstruction: Reconstruct, the training of every block, right after it is cut, towards the output that it had
             before; null leaves the blocks as the method cuts them. Slicing does not allow it.
         at_step: Optimizer step before which to prune, or a list of steps for several cuts; 0 is the start of fit.

@@ -47,6 +47,8 @@ class AlphaPruning(Allocation):
 
     epsilon: float = 0.3
 
+    ranks_blocks = False
+
     def __post_init__(self) -> None:
         if not 0 <= self.epsilon < 1:
             raise InputError(f"`AlphaPruning.epsilon` must be in [0, 1), got {self.epsilon}.")

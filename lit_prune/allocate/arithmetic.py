@@ -50,6 +50,8 @@ class Arithmetic(Allocation):
     seed: int = 0
     state: str | None = field(default=None, repr=False)
 
+    ranks_blocks = False
+
     def __post_init__(self) -> None:
         if self.difference is not None and not self.difference >= 0:
             raise InputError(f"`Arithmetic.difference` must be at least 0, or null, got {self.difference}.")

@@ -45,6 +45,8 @@ class Allocation(ABC):
         needs: The kinds of statistics that :meth:`score` reads, from ``lit_prune.calibration.statistics``.
         searches: Whether :meth:`refine` measures other rates and returns better ones.
         by_linear: Whether every linear gets a rate of its own, which only methods that make zeros support.
+        ranks_blocks: Whether the blocks with the highest rates are those that the model can spare as a whole, as Depth
+            requires. False for rules that rate the weights of a block.
     """
 
     # without annotations: jsonargparse evaluates those of a base class with the names in the module of the subclass,
@@ -52,6 +54,7 @@ class Allocation(ABC):
     needs = frozenset[str]()
     searches = False
     by_linear = False
+    ranks_blocks = True
 
     @abstractmethod
     def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:

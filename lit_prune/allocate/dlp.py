@@ -38,6 +38,7 @@ class DLP(Allocation):
     statistic: Literal["median", "mean", "max", "sum", "std", "var"] = "median"
 
     needs = frozenset({INPUTS})
+    ranks_blocks = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 0.5:

@@ -36,6 +36,7 @@ class OWL(Allocation):
     lam: float = 0.08
 
     needs = frozenset({INPUTS})
+    ranks_blocks = False
 
     def __post_init__(self) -> None:
         if self.threshold < 1:

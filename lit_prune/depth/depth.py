@@ -38,8 +38,9 @@ class Depth(Method):
 
     The sparsity is the share of blocks, rounded to whole ones. With the allocation Uniform, those go whose output
     differs least from their input, by 1 - the mean over tokens of their cosine (ShortGPT). With any other allocation,
-    those go to which it gives the highest rates: with LayerRedundancy the same, with a Plan those that it names. The
-    other blocks do not change unless `refit` is true, so that a model with masks keeps its zeros.
+    those go to which it gives the highest rates: with LayerRedundancy the same, with a Plan those that it names. DLP,
+    OWL, AlphaPruning and Arithmetic, whose rates are for weights, are refused. The other blocks do not change unless
+    `refit` is true, so that a model with masks keeps its zeros.
 
     Args:
         contiguous: Remove neighbouring blocks, those over which the residual stream changes least.
@@ -90,11 +91,17 @@ class Depth(Method):
             )
 
     def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
-        """Raises InputError for an allocation that chooses blocks where they must be neighbours."""
+        """Raises InputError for rates that do not tell which blocks can go, or that choose where neighbours must go."""
         if self.contiguous and not allocation.is_uniform():
             raise InputError(
                 "`pruning.allocation` must be Uniform for Depth with `contiguous`, which chooses the blocks by itself, "
                 f"got {type(allocation).__name__}."
+            )
+        if not (allocation.ranks_blocks or allocation.is_uniform()):
+            raise InputError(
+                f"`pruning.allocation` must be Uniform, LayerRedundancy or Plan for Depth, got "
+                f"{type(allocation).__name__}, whose rates are for weights and do not tell which whole blocks can go: "
+                "pass `--pruning.allocation Uniform`."
             )
 
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:

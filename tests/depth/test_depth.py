@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from lit_prune.allocate import Allocation, LayerRedundancy, Plan, Uniform
+from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, Arithmetic, LayerRedundancy, Plan, Uniform
 from lit_prune.calibration.stream import Stream
 from lit_prune.depth import Depth
 from lit_prune.depth.distance import distances
@@ -30,6 +30,7 @@ from tests.conftest import lively_model, small_model
 from tests.depth.skipping import skipping
 
 SIX = {"num_hidden_layers": 6}
+FOR_WEIGHTS = (DLP(), OWL(), AlphaPruning(), Arithmetic(difference=0.01))
 
 
 def cut(
@@ -162,8 +163,12 @@ def test_weights_that_stay_on_disk(batches: list[Tensor], tmp_path: Path) -> Non
     [
         (Depth(), 0.92, Uniform(), r"`pruning.sparsity` must be at most 0.8333 for Depth, got 0.92: one of 6 blocks"),
         (Depth(contiguous=True), 0.5, LayerRedundancy(), "`pruning.allocation` must be Uniform for Depth with `contig"),
+        *(
+            (Depth(), 0.5, rule, f"LayerRedundancy or Plan for Depth, got {type(rule).__name__}, ")
+            for rule in FOR_WEIGHTS
+        ),
     ],
-    ids=["sparsity", "allocation"],
+    ids=["sparsity", "contiguous", *(type(rule).__name__ for rule in FOR_WEIGHTS)],
 )
 def test_settings_that_are_refused(
     method: Depth, sparsity: float, allocation: Allocation, message: str, batches: list[Tensor]
