@@ -76,9 +76,10 @@ class Depth(Method):
         blocks = find_blocks(model)
         every = _dense_blocks(model, blocks)
         if _rounded(every * sparsity) >= every:
+            most = self.max_sparsity(model, blocks)
             raise InputError(
-                f"`pruning.sparsity` must be at most {(every - 1) / every:.4g} for Depth, got {sparsity:g}: one of "
-                f"{every} blocks remains."
+                f"`pruning.sparsity` must be at most {most:.4g} for Depth, got {sparsity:g}: one of {every} blocks "
+                "remains."
             )
         if len(blocks) > 1:
             check_renumbering(model, _path(blocks))
@@ -111,6 +112,11 @@ class Depth(Method):
     def current_rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[float]:
         """Returns the share of blocks that earlier cuts removed, for every block, whose mean it is."""
         return [_share(len(blocks), _dense_blocks(model, blocks))] * len(blocks)
+
+    def max_sparsity(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns the share of blocks whose removal leaves one."""
+        every = _dense_blocks(model, blocks)
+        return (every - 1) / every
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
         """Returns 0 and 1; raises InputError for bounds that the user changed."""
@@ -147,14 +153,13 @@ class Depth(Method):
 
         If 10 blocks have 80 of 100 parameters, 0.16 of all parameters are 2 blocks, a share of 0.2.
         """
-        every = _dense_blocks(model, blocks)
         in_blocks = _gone(model) + sum(parameters(block.module) for block in blocks)
         return rate_of_share(
             share,
             [in_blocks],
             self.full_parameters(model, blocks),
             lower=[sum(lower) / len(lower)],
-            upper=min(upper, (every - 1) / every),
+            upper=min(upper, self.max_sparsity(model, blocks)),
             slack=slack,
             bounds="earlier cuts and the block that remains at least allow for the blocks",
         )
@@ -229,7 +234,7 @@ class Depth(Method):
 
 def _remove(model: PreTrainedModel, blocks: Sequence[Block], removed: Sequence[int]) -> None:
     """Removes blocks from ``model`` and adds this to its record."""
-    earlier, path = _recorded(model), _path(blocks)
+    earlier, path = RemainingBlocks.of(model), _path(blocks)
     kept = [block.index for block in blocks if block.index not in removed]
     numbers = range(len(blocks)) if earlier is None else earlier.remaining
     gone = _gone(model) + sum(parameters(blocks[block].module) for block in removed)
@@ -238,19 +243,14 @@ def _remove(model: PreTrainedModel, blocks: Sequence[Block], removed: Sequence[i
     structure.keep_blocks(model, remaining, kept)
 
 
-def _recorded(model: PreTrainedModel) -> RemainingBlocks | None:
-    """Returns the structure of earlier cuts."""
-    return next((found for found in structure.structures(model) if isinstance(found, RemainingBlocks)), None)
-
-
 def _gone(model: PreTrainedModel) -> int:
     """Returns the number of parameters of the blocks that earlier cuts removed."""
-    earlier = _recorded(model)
+    earlier = RemainingBlocks.of(model)
     return 0 if earlier is None else earlier.removed_parameters
 
 
 def _dense_blocks(model: PreTrainedModel, blocks: Sequence[Block]) -> int:
-    earlier = _recorded(model)
+    earlier = RemainingBlocks.of(model)
     return len(blocks) if earlier is None else earlier.blocks
 
 

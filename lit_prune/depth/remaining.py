@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 from transformers import PreTrainedModel
 
 from lit_prune.depth.renumber import drop_blocks
-from lit_prune.models.structure import Description, Structure
+from lit_prune.models.structure import Description, Structure, structures
 
 
 @final
@@ -29,11 +29,20 @@ class RemainingBlocks(Structure):
     removed_parameters: int
     path: str
 
+    rebuilt_first: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> RemainingBlocks | None:
+        """Returns the structure of ``model``; None if it has all blocks."""
+        return next((found for found in structures(model) if isinstance(found, cls)), None)
+
     def rebuild(self, model: PreTrainedModel) -> None:
-        """Removes the other blocks of a dense model; see :meth:`Structure.rebuild`."""
+        """Removes the other blocks of a model that has them, all or some; see :meth:`Structure.rebuild`."""
         layers: Any = model.get_submodule(self.path)
         if len(layers) != len(self.remaining):
-            drop_blocks(model, self.path, self.remaining)
+            earlier = self.of(model)
+            present = list(range(self.blocks) if earlier is None else earlier.remaining)
+            drop_blocks(model, self.path, [present.index(block) for block in self.remaining])
 
     def describe(self, model: PreTrainedModel) -> Description:
         """Returns the numbers of the blocks that remain, and of those that were removed."""

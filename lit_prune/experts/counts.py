@@ -8,7 +8,7 @@ from typing import Any, final
 
 from transformers import PreTrainedModel
 
-from lit_prune.experts.mixture import EXPERT_FIELDS, expert_fields, keep_experts, mixture_of
+from lit_prune.experts.mixture import EXPERT_FIELDS, count_experts, expert_fields, keep_experts, mixture_of
 from lit_prune.models.structure import Description, Structure
 from lit_prune.shrink.narrow import adopt_sizes
 
@@ -21,13 +21,11 @@ class ExpertCounts(Structure):
     Attributes:
         experts: Number of experts of every mixture.
         full: Number of experts of every mixture of the dense model.
-        mixtures: Number of blocks with a mixture.
         path: Dotted path of the list of blocks.
     """
 
     experts: int
     full: int
-    mixtures: int
     path: str
 
     def rebuild(self, model: PreTrainedModel) -> None:
@@ -55,18 +53,19 @@ class ExpertCounts(Structure):
     def describe(self, model: PreTrainedModel) -> Description:
         """Returns the number of experts and the share that was removed."""
         achieved = 1 - self.experts / self.full
+        mixtures = sum(count_experts(layer) > 0 for layer in model.get_submodule(self.path).children())
         return Description(
             name="experts",
-            facts={"achieved": achieved, "experts": self.experts, "full": self.full, "mixtures": self.mixtures},
+            facts={"achieved": achieved, "experts": self.experts, "full": self.full, "mixtures": mixtures},
             done="Shrunk",
-            outcome=f"each of its {self.mixtures} mixtures has {self.experts} of its {self.full} experts.",
+            outcome=f"each of its {mixtures} mixtures has {self.experts} of its {self.full} experts.",
             rows={
                 "experts removed": f"{achieved:.4f}",
-                "experts of every mixture": f"{self.experts} of {self.full}, in {self.mixtures} blocks",
+                "experts of every mixture": f"{self.experts} of {self.full}, in {mixtures} blocks",
             },
             unit="experts",
             noun="number",
-            sizes=(self.experts,) * self.mixtures,
+            sizes=(self.experts,) * mixtures,
             full=self.full,
             achieved=achieved,
         )

@@ -189,7 +189,7 @@ class Experts(Method):
                 if reconstruction is None and block is not blocks[-1]:
                     residual.run(block)
         kept, path = max(mixture.count for mixture in mixtures if mixture), blocks[0].path.rpartition(".")[0]
-        counts = ExpertCounts(kept, max(full), sum(map(bool, full)), path)
+        counts = ExpertCounts(kept, max(full), path)
         counts.adopt(model)
         structure.add_structure(model, counts)
         return [counts.describe(model).achieved if number else 0.0 for number in full]

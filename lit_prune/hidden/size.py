@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -37,6 +38,10 @@ class HiddenSize(Structure):
             narrow_layer(layer, layout, kept_K, config, index)
         narrow_ends(model, layout, kept_K)
         set_width(model, self.width)
+
+    def of_blocks(self, kept: Sequence[int]) -> HiddenSize:
+        """Returns the width of a model with the blocks ``kept`` alone."""
+        return replace(self, blocks=len(kept))
 
     def describe(self, model: PreTrainedModel) -> Description:
         """Returns the width and the share that was removed."""

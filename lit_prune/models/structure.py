@@ -12,7 +12,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
@@ -77,7 +77,12 @@ class Structure(ABC):
     A subclass is a frozen dataclass whose fields are plain JSON types (a tuple would come back as a list). It is
     defined at the top level of a module, so that it can be imported by the path in its record. A model has at most one
     structure of each class; a method that cuts again records one that covers both cuts.
+
+    Attributes:
+        rebuilt_first: Whether a dense model is given this shape before others, which are recorded for what it leaves.
     """
+
+    rebuilt_first: ClassVar[bool] = False
 
     def record(self) -> dict[str, Any]:
         """Returns the structure in plain JSON types: its fields, and the path of its class as `kind`."""
@@ -121,12 +126,12 @@ def add_structure(model: PreTrainedModel, structure: Structure) -> None:
 
 
 def keep_blocks(model: PreTrainedModel, structure: Structure, kept: Sequence[int]) -> None:
-    """Adds ``structure``, which has the blocks ``kept`` alone, to the record of ``model`` as the first one.
+    """Adds ``structure``, which has the blocks ``kept`` alone, to the record of ``model`` as the last one.
 
-    The others follow as they are for these blocks, since a dense model loses blocks before those get other sizes.
+    The others are recorded as they are for these blocks, since a dense model loses blocks before those get other sizes.
     """
-    others = [present.of_blocks(kept) for present in structures(model) if type(present) is not type(structure)]
-    write(model, **{STRUCTURES: [present.record() for present in (structure, *others)]})
+    write(model, **{STRUCTURES: [present.of_blocks(kept).record() for present in structures(model)]})
+    add_structure(model, structure)
 
 
 def describe(model: PreTrainedModel) -> list[Description]:

@@ -82,7 +82,7 @@ class Snapshot:
 
         The weights of the snapshot's model can be loaded into it afterwards. A second call changes nothing.
         """
-        for change in self.structures:
+        for change in sorted(self.structures, key=lambda change: not change.rebuilt_first):
             change.rebuild(model)
         structure.write(model, **self.record)
         if self.quantisation is not None and quantisation(model) is None:

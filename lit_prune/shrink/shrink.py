@@ -130,16 +130,17 @@ class Shrink(Method):
         """Returns the share of these parameters that each block has lost in earlier cuts."""
         parts = self._rates(model, blocks)
         return [
-            weighted_mean([part.current[block] for part in parts], [part.removable[block] for part in parts])
-            for block in range(len(blocks))
+            weighted_mean([part.current[block] for part in parts], sizes) if any(sizes) else 0.0
+            for block, sizes in enumerate(zip(*(part.removable for part in parts), strict=True))
         ]
 
     def max_rate(self, model: PreTrainedModel) -> float:
         """Returns the rate at which every part has lost all that it can, in the block where that is least."""
-        parts = self._rates(model, blocks := find_blocks(model))
+        parts = self._rates(model, find_blocks(model))
         return min(
-            weighted_mean([part.most for part in parts], [part.removable[block] for part in parts])
-            for block in range(len(blocks))
+            weighted_mean([part.most for part in parts], sizes)
+            for sizes in zip(*(part.removable for part in parts), strict=True)
+            if any(sizes)  # a block may have none of the parts, such as experts
         )
 
     def size_multiple(self, model: PreTrainedModel) -> int:

@@ -40,7 +40,7 @@ def test_a_model_that_was_cut_before_is_rebuilt_with_fewer(batches: list[Tensor]
 
 
 def test_description() -> None:
-    described = ExpertCounts(4, 6, 2, "model.layers").describe(mixture_model("qwen3_moe"))
+    described = ExpertCounts(4, 6, "model.layers").describe(mixture_model("qwen3_moe"))
     assert described.achieved == pytest.approx(1 / 3)
     assert described.outcome == "each of its 2 mixtures has 4 of its 6 experts."
     assert described.rows["experts of every mixture"] == "4 of 6, in 2 blocks"

@@ -80,7 +80,7 @@ def test_a_second_cut_counts_the_first(batches: list[Tensor]) -> None:
     pruned = prune(model, batches, Recipe(Experts(), 0.5, Uniform()))
     assert (pruned.sparsity_before, pruned.sparsity) == (pytest.approx(1 / 3), pytest.approx(0.5))
     (recorded,) = structure.structures(model)
-    assert vars(recorded) == {"experts": 3, "full": 6, "mixtures": 3, "path": "model.layers"}
+    assert vars(recorded) == {"experts": 3, "full": 6, "path": "model.layers"}
     assert (model.config.num_local_experts, model.num_experts) == (3, 3)
 
 

@@ -17,6 +17,7 @@ from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
+from lit_prune.experts import Experts
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
@@ -24,6 +25,7 @@ from lit_prune.pruning import Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from tests.conftest import lively_model, small_model
+from tests.experts.models import mixture_model
 from tests.shrink.given import Given
 from tests.shrink.test_base import dense_statistics, four_groups
 
@@ -132,6 +134,14 @@ def test_a_trial_at_the_start_is_the_cut(batches: list[Tensor]) -> None:
         tried = model(batches[0]).logits
     prune(cut, batches, Recipe(BOTH, 0.5, Uniform()))
     torch.testing.assert_close(tried, cut(batches[0]).logits.detach(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_without_any_of_the_parts(batches: list[Tensor]) -> None:
+    """The middle block of this model is not a mixture."""
+    model = mixture_model("qwen3_moe")
+    pruned = prune(model, batches, Recipe(Shrink([Experts()]), 1 / 3, Uniform()))
+    assert pruned.achieved == pytest.approx([1 / 3, 0, 1 / 3])
+    assert model.config.num_experts == 4
 
 
 @pytest.mark.parametrize(
