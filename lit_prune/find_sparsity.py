@@ -82,14 +82,11 @@ def find_sparsity(
 
     Raises:
         InputError: if the perplexity is below that of the model or of the smallest sparsity that was tried, or at least
-            that of the largest one; for an allocation that searches, several processes, and a model on disk.
+            that of the largest one; for an allocation that searches, a budget of bytes, several processes, and a model
+            on disk.
     """
     check_single_cut(recipe)
-    if distributed.world_size() > 1 or on_disk(model) is not None:
-        raise InputError(
-            "`pruning.target_perplexity` must be left out in several processes and with `model.on_disk`, since copies "
-            "of the model are cut: find the sparsity in one process, and give it as `pruning.sparsity`."
-        )
+    check_copies(model)
     batches, chosen = list(batches), device or model.device
     least, most = recipe.sparsities(model)
     dense = measure(placed(model, chosen), *validation, label="Perplexity, before the trials").perplexity
@@ -147,8 +144,22 @@ def greatest(allows: Callable[[float], bool], least: float, most: float, toleran
     return found
 
 
+def check_copies(model: PreTrainedModel) -> None:
+    """Raises InputError if copies of ``model`` cannot be cut: in several processes, and for weights on disk."""
+    if distributed.world_size() > 1 or on_disk(model) is not None:
+        raise InputError(
+            "`pruning.target_perplexity` must be left out in several processes and with `model.on_disk`, since copies "
+            "of the model are cut: find the sparsity in one process, and give it as `pruning.sparsity`."
+        )
+
+
 def check_single_cut(recipe: Recipe) -> None:
     """Raises InputError for settings with which a cut cannot be tried several times."""
+    if recipe.budget == "bytes":
+        raise InputError(
+            "`pruning.budget` must be linears or parameters with `pruning.target_perplexity`, which needs no bytes, "
+            "got bytes: leave it out."
+        )
     if recipe.allocation.searches:
         raise InputError(
             f"`pruning.allocation` must not be {type(recipe.allocation).__name__} with `pruning.target_perplexity`, "

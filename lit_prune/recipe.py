@@ -280,6 +280,7 @@ class Recipe:
         else:
             least = weighted_mean(limits.lower, limits.sizes)
             most = weighted_mean([max(limits.upper, low) for low in limits.lower], limits.sizes)
+            most = min(most, self.method.max_sparsity(model, blocks))
         return math.ceil(max(least, 0.0) * 1e4) / 1e4, math.floor(min(most, 0.9999) * 1e4) / 1e4
 
     def spread(self, limits: Limits, scores: Sequence[float], *, equal: bool = False) -> list[float]:

@@ -9,9 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import Search, Uniform
+from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.find_sparsity import find_sparsity, greatest
+from lit_prune.models.families import find_blocks
 from lit_prune.models.load import load_tokenizer
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Magnitude
@@ -51,6 +53,7 @@ def test_greatest_by_hand() -> None:
         (Recipe(MLPWidth(multiple=8), allocation=Uniform()), (0.0, 0.8333)),  # 40 of 48 channels
         # the 11,520 parameters of those, of 25,312
         (Recipe(MLPWidth(multiple=8), allocation=Uniform(), budget="parameters"), (0.0, 0.4551)),
+        (Recipe(Depth(), allocation=Uniform()), (0.0, 0.6666)),  # two of three blocks
         (replace(MASKS, budget="parameters"), (0.0013, 0.9024)),  # (0.99 * 23,040 + 32 zeros of the padding) / 25,312
     ],
 )
@@ -83,6 +86,15 @@ def test_channels(embedded: PreTrainedModel, validation: Any) -> None:
     assert 0 < found.sparsity < 0.875
 
 
+def test_blocks(embedded: PreTrainedModel, validation: Any) -> None:
+    batches = [batch["input_ids"] for batch in validation[0]]
+    dense = measure(embedded, *validation).perplexity
+    found = find_sparsity(embedded, batches, Recipe(Depth(), allocation=Uniform()), validation, 1.01 * dense)
+    count = len(find_blocks(embedded))
+    assert found.trials[0].sparsity == pytest.approx(1 - 1 / count, abs=1e-4)
+    assert round(found.sparsity * count) == 0  # the sparsities below half a block remove none
+
+
 def test_what_cannot_be_reached(embedded: PreTrainedModel, validation: Any) -> None:
     with pytest.raises(InputError, match=r"must be at least \d+\.\d+, that of the model before the cut, got 1\.5"):
         find_sparsity(embedded, [], MASKS, validation, 1.5)
@@ -105,6 +117,10 @@ def test_what_cannot_be_reached(embedded: PreTrainedModel, validation: Any) -> N
         (
             replace(MASKS, allocation=Search()),
             "`pruning.allocation` must not be Search with `pruning.target_perplexity`",
+        ),
+        (
+            Recipe(MLPWidth(), allocation=Uniform(), budget="bytes"),
+            "`pruning.budget` must be linears or parameters with",
         ),
         (replace(MASKS, reconstruction=Reconstruct(state="x")), "`pruning.reconstruction.state` must be null with"),
     ],

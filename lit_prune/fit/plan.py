@@ -14,7 +14,7 @@ from lit_prune.calibration.cached_statistics import CachedStatistics
 from lit_prune.calibration.windows import Calibration
 from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
-from lit_prune.find_sparsity import check_single_cut
+from lit_prune.find_sparsity import check_copies, check_single_cut
 from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.recipe import Recipe, recipe_record
@@ -214,6 +214,8 @@ class FitPlan:
         if self.recipe is None:
             check_kept(model, self.recovery)
             return
+        if self.target_perplexity is not None:
+            check_copies(model)
         for _, sparsity in self.cuts:
             blocks = replace(self.recipe, sparsity=sparsity).check(model)
         self._check_trained(blocks)

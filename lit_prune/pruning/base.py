@@ -106,6 +106,10 @@ class Method(ABC):
         """Returns the largest rate that a block of ``model`` can have."""
         return 1.0
 
+    def max_sparsity(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns the largest mean of the rates, for methods that cannot give every block its largest rate at once."""
+        return 1.0
+
     def size_multiple(self, model: PreTrainedModel) -> int:
         """Returns a number of which every size of a weight is a multiple that the method changes."""
         return 1
