@@ -234,7 +234,7 @@ class Depth(Method):
 
 def _remove(model: PreTrainedModel, blocks: Sequence[Block], removed: Sequence[int]) -> None:
     """Removes blocks from ``model`` and adds this to its record."""
-    earlier, path = RemainingBlocks.of(model), _path(blocks)
+    earlier, path = structure.find_structure(model, RemainingBlocks), _path(blocks)
     kept = [block.index for block in blocks if block.index not in removed]
     numbers = range(len(blocks)) if earlier is None else earlier.remaining
     gone = _gone(model) + sum(parameters(blocks[block].module) for block in removed)
@@ -245,12 +245,12 @@ def _remove(model: PreTrainedModel, blocks: Sequence[Block], removed: Sequence[i
 
 def _gone(model: PreTrainedModel) -> int:
     """Returns the number of parameters of the blocks that earlier cuts removed."""
-    earlier = RemainingBlocks.of(model)
+    earlier = structure.find_structure(model, RemainingBlocks)
     return 0 if earlier is None else earlier.removed_parameters
 
 
 def _dense_blocks(model: PreTrainedModel, blocks: Sequence[Block]) -> int:
-    earlier = RemainingBlocks.of(model)
+    earlier = structure.find_structure(model, RemainingBlocks)
     return len(blocks) if earlier is None else earlier.blocks
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 from transformers import PreTrainedModel
 
 from lit_prune.depth.renumber import drop_blocks
-from lit_prune.models.structure import Description, Structure, structures
+from lit_prune.models.structure import Description, Structure, find_structure
 
 
 @final
@@ -31,16 +31,11 @@ class RemainingBlocks(Structure):
 
     rebuilt_first: ClassVar[bool] = True
 
-    @classmethod
-    def of(cls, model: PreTrainedModel) -> RemainingBlocks | None:
-        """Returns the structure of ``model``; None if it has all blocks."""
-        return next((found for found in structures(model) if isinstance(found, cls)), None)
-
     def rebuild(self, model: PreTrainedModel) -> None:
         """Removes the other blocks of a model that has them, all or some; see :meth:`Structure.rebuild`."""
         layers: Any = model.get_submodule(self.path)
         if len(layers) != len(self.remaining):
-            earlier = self.of(model)
+            earlier = find_structure(model, RemainingBlocks)
             present = list(range(self.blocks) if earlier is None else earlier.remaining)
             drop_blocks(model, self.path, [present.index(block) for block in self.remaining])
 

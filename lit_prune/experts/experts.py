@@ -31,7 +31,7 @@ from lit_prune.models.families import Block, dense_family, find_blocks
 from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
-from lit_prune.shrink.rounding import units_from_rates
+from lit_prune.shrink.sizes import units_from_rates
 
 
 @final
@@ -98,13 +98,13 @@ class Experts(Method):
 
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of experts of each block of the dense model, 0 for a block without a mixture."""
-        recorded = _recorded(model)
+        recorded = structure.find_structure(model, ExpertCounts)
         counts = [count_experts(block.module) for block in blocks]
         return counts if recorded is None else [recorded.full if count else 0 for count in counts]
 
     def current_rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[float]:
         """Returns the share of experts that each block has lost in earlier cuts."""
-        recorded = _recorded(model)
+        recorded = structure.find_structure(model, ExpertCounts)
         return [
             1 - recorded.experts / recorded.full if recorded and full else 0.0 for full in self.sizes(model, blocks)
         ]
@@ -216,8 +216,3 @@ def _picked(blocks: Sequence[Block]) -> int:
 def _refused(model: PreTrainedModel, reason: str) -> InputError:
     family = dense_family(model.config)
     return InputError(f"`pruning.method` Experts cannot shrink the family {family!r}: {reason}.")
-
-
-def _recorded(model: PreTrainedModel) -> ExpertCounts | None:
-    """The structure of earlier cuts."""
-    return next((found for found in structure.structures(model) if isinstance(found, ExpertCounts)), None)

@@ -39,7 +39,7 @@ from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
 from lit_prune.shrink.narrow import config_error
-from lit_prune.shrink.rounding import units_from_rates
+from lit_prune.shrink.sizes import units_from_rates
 
 
 @final
@@ -200,8 +200,9 @@ class HiddenWidth(Method):
 
     def _full(self, model: PreTrainedModel) -> int:
         """The width of the dense model."""
-        recorded = (found for found in structure.structures(model) if isinstance(found, HiddenSize))
-        return next((found.full for found in recorded), model.config.get_text_config().hidden_size)
+        recorded = structure.find_structure(model, HiddenSize)
+        width: int = model.config.get_text_config().hidden_size
+        return width if recorded is None else recorded.full
 
 
 class _Narrowing:

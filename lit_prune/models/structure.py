@@ -12,7 +12,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PreTrainedModel
 
@@ -105,9 +105,17 @@ class Structure(ABC):
         return self
 
 
+Kind = TypeVar("Kind", bound=Structure)
+
+
 def structures(model: PreTrainedModel) -> tuple[Structure, ...]:
     """Returns the structures of ``model``, in the order in which they were added."""
     return structures_in(record(model))
+
+
+def find_structure(model: PreTrainedModel, kind: type[Kind]) -> Kind | None:
+    """Returns the structure of ``model`` that is a ``kind``; None if there is none."""
+    return next((found for found in structures(model) if isinstance(found, kind)), None)
 
 
 def structures_in(recorded: Mapping[str, Any]) -> tuple[Structure, ...]:

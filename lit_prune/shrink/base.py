@@ -37,8 +37,8 @@ from lit_prune.search.trial import Trial, model_on_device
 from lit_prune.shrink.narrow import adopt_sizes, check_part, config_error, narrow, set_sizes, set_weight
 from lit_prune.shrink.obs import Removal, drop_units, remove_units
 from lit_prune.shrink.parts import NoPart, Part
-from lit_prune.shrink.rounding import rates_from_units, units_from_rates
-from lit_prune.shrink.sizes import PartSizes
+from lit_prune.shrink.sizes import PartSizes, rates_from_units, units_from_rates
+from lit_prune.shrink.trial import ZeroedUnits
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class UnitMethod(Method):
 
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of units of each block of the dense model."""
-        recorded = self._recorded(model)
+        recorded = structure.find_structure(model, self.sizes_class)
         return [self._part(model, block).units for block in blocks] if recorded is None else list(recorded.full)
 
     def current_rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[float]:
@@ -272,7 +272,7 @@ class UnitMethod(Method):
         stream: Callable[[], Stream],
     ) -> Sequence[BlockStatistics]:
         """Returns statistics behind blocks shrunk at ``rates``; see :meth:`Method.trial_statistics`."""
-        zeroed = _Zeroed(self, model, blocks)
+        zeroed = self._zeroed(model, blocks)
 
         def cut(block: Block, observed: BlockStatistics) -> dict[str, Tensor]:
             return zeroed.weights(block, observed, zeroed.split(block.index, rates[block.index]))
@@ -293,13 +293,17 @@ class UnitMethod(Method):
 
         Biases are not refitted; see :meth:`Method.trial`.
         """
-        zeroed = _Zeroed(self, model, blocks)
+        zeroed = self._zeroed(model, blocks)
 
         def pruned(block: Block, rates: Mapping[str, float]) -> dict[str, Tensor]:
             return zeroed.weights(block, statistics[block.index], rates)
 
         with model_on_device(model, device), mask_cache(zeroed.blocks, pruned) as cache:
             yield MaskedTrial(model, batches, cache, [self.multiple] * len(blocks), zeroed.split)
+
+    def _zeroed(self, model: PreTrainedModel, blocks: Sequence[Block]) -> ZeroedUnits:
+        parts = [self._part(model, block) for block in blocks]
+        return ZeroedUnits(blocks, parts, self.sizes(model, blocks), self.multiple, self._removal)
 
     def _part(self, model: PreTrainedModel, block: Block) -> Part:
         config = layer_config(model.config.get_text_config(), block.index)
@@ -312,51 +316,9 @@ class UnitMethod(Method):
         find: Callable[[Mapping[str, PrunableLinear], Any], Part] = self.sizes_class.find
         return find(linears, config)
 
-    def _recorded(self, model: PreTrainedModel) -> PartSizes | None:
-        """The structure of earlier cuts by the same method."""
-        kind = self.sizes_class
-        return next((found for found in structure.structures(model) if isinstance(found, kind)), None)
-
     @property
     def _noun(self) -> str:
         return self.sizes_class.noun
-
-
-class _Zeroed:
-    """The writers of all blocks with zeros for the columns of removed units, at any rates.
-
-    Args:
-        method: The method.
-        model: The causal LM.
-        blocks: Its blocks.
-
-    Attributes:
-        blocks: The blocks, with the writer as their only linear.
-    """
-
-    def __init__(self, method: UnitMethod, model: PreTrainedModel, blocks: Sequence[Block]) -> None:
-        self.method, self._full = method, method.sizes(model, blocks)
-        self._parts = [method._part(model, block) for block in blocks]
-        self.blocks = [
-            replace(block, linears={part.writer: block.linears[part.writer]})
-            for block, part in zip(blocks, self._parts, strict=True)
-        ]
-
-    def split(self, index: int, rate: float) -> dict[str, float]:
-        """Returns the rate of the writer of a block, by its name."""
-        return {self._parts[index].writer: rate}
-
-    def weights(self, block: Block, statistics: BlockStatistics, rates: Mapping[str, float]) -> dict[str, Tensor]:
-        """Returns the weight of the writer of ``block`` at its rate, by its name."""
-        part, multiple = self._parts[block.index], self.method.multiple
-        weight_OI = block.linears[part.writer].weight_OI
-        kept = min(part.units, units_from_rates([rates[part.writer]], [self._full[block.index]], multiple)[0])
-        gram_II = statistics.grams[part.writer].to(weight_OI.device)
-        removal = self.method._removal(weight_OI.T, gram_II, part, kept)
-        columns_S = part.columns_UK.to(weight_OI.device)[removal.kept_U].flatten().sort().values
-        zeroed_OI = torch.zeros_like(weight_OI)
-        zeroed_OI[:, columns_S] = removal.weight_SO.T.to(weight_OI.dtype)
-        return {part.writer: zeroed_OI}
 
 
 def _parameters_of_a_unit(block: Block, part: Part) -> int:
