@@ -39,7 +39,12 @@ RECOVERIES = {  # name of the case: label of the row
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """Returns a Markdown table whose first ``words`` columns are text and whose other columns are numbers."""
+    """Returns a Markdown table whose first ``words`` columns are text and whose other columns are numbers.
+
+    Without lines it returns a sentence that says so.
+    """
+    if not lines:
+        return "Not measured yet.\n"
     rule = ["---"] * words + ["---:"] * (len(head) - words)
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
 
@@ -205,15 +210,13 @@ def shrinking(rows: Sequence[Row]) -> str:
 
 
 def shrinking_healed(rows: Sequence[Row]) -> str:
-    """Returns the table of perplexities before and after 100 steps; what it says before anyone has trained them."""
+    """Returns the table of perplexities before and after 100 steps."""
     lines = []
     for row in rows:
         match = re.fullmatch(r"(\w+) by (\w+), -(\d+)%, 100 steps of (\w+)", row["case"])
         if match is not None:
             change = [f"{row['pruned']:.2f}", f"{row['perplexity']:.2f}"]
             lines.append([f"-{match[3]}%", f"{match[1]}, {match[2]}", match[4], *change])
-    if not lines:
-        return "Not measured yet.\n"
     head = ["parameters", "shrunk by", "100 steps of", "before", "after"]
     return table(head, sorted(lines, key=lambda line: int(line[0][1:-1])), words=3)
 

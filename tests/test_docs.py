@@ -148,6 +148,23 @@ def test_snippets_run(page: str, project: Path) -> None:
         exec(snippet.replace("FOLDER", STANDING["FOLDER"]), space)
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page].read_text()):
+        if link.startswith(("https:", "http:")):
+            continue
+        name, _, anchor = link.partition("#")
+        target = PAGES[page].parent / name if name else PAGES[page]
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_no_number_is_left_to_be_filled_in(page: str) -> None:
     prose = re.sub(r"```.*?```|`[^`]*`|^    .*$", "", PAGES[page].read_text(), flags=re.S | re.M)
