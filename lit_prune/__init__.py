@@ -1,7 +1,7 @@
 """Prune a large language model while it is fine-tuned with PyTorch Lightning, and recover its quality in the same run.
 
 The public names are listed in ``__init__.pyi`` and imported on first access. Importing the package also lets
-``AutoModelForCausalLM.from_pretrained`` open the folders of sliced models.
+``AutoModelForCausalLM.from_pretrained`` open the folders of sliced, shrunk and packed models.
 """
 
 import ast

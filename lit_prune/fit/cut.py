@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -17,7 +18,7 @@ from lit_prune.evaluation.perplexity import Measurement, measure
 from lit_prune.evaluation.sizes import parameters, size_bytes
 from lit_prune.evaluation.speed import compare_speed, tokens_per_second, with_random_weights, without_weights
 from lit_prune.find_sparsity import FoundSparsity, find_sparsity
-from lit_prune.models.on_disk import placed
+from lit_prune.models.on_disk import on_disk, placed
 from lit_prune.pipeline import Pruned
 from lit_prune.progress import log
 from lit_prune.recipe import Recipe, recipe_record
@@ -105,13 +106,24 @@ def measured_cut(model: PreTrainedModel, inputs: CutInputs) -> Iterator[Measured
     """
     cut = MeasuredCut(inputs)
     compared = inputs.measured and inputs.moves and inputs.recipe.method.changes_shapes
-    uncut = without_weights(model) if compared else None
+    uncut = without_weights(model) if compared and _has_room(model, inputs.device) else None
     before = _measure(model, "before", inputs, alone=uncut is None)
     yield cut
     after = _measure(model, "after", inputs, alone=uncut is None)
     if uncut is not None:
         before, after = _by_turns(uncut, before, model, after)
     cut.record = _record(inputs, before, cut.pruned, after)
+
+
+def _has_room(model: PreTrainedModel, device: torch.device) -> bool:
+    """Returns whether a second model of this size may be allocated on ``device``.
+
+    A model on disk may be larger than memory; and for want of memory a GPU raises an error, but the system ends the
+    process.
+    """
+    if on_disk(model) is not None:
+        return False
+    return device.type != "cpu" or size_bytes(model) < psutil.virtual_memory().available
 
 
 def _record(inputs: CutInputs, before: _State, pruned: Pruned, after: _State) -> CutRecord:

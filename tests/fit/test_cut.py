@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -6,10 +7,11 @@ import torch
 from lit_prune.allocate import DLP, Uniform
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import measure
-from lit_prune.evaluation.sizes import parameters
+from lit_prune.evaluation.sizes import parameters, size_bytes
 from lit_prune.evaluation.speed import Speed
 from lit_prune.fit.cut import CutInputs
 from lit_prune.masks.zeros import zeros
+from lit_prune.models.on_disk import Offload
 from lit_prune.pipeline import score_with_statistics
 from lit_prune.pruning import Magnitude, Wanda
 from lit_prune.recipe import Recipe, recipe_record
@@ -95,10 +97,16 @@ def test_a_device_without_memory_for_both_models(
     assert "both models together do not fit" in printed.out + printed.err
 
 
-def test_speeds_are_measured_apart_where_no_second_model_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["sharded", "on disk", "little memory"])
+def test_speeds_are_measured_apart_where_no_second_model_fits(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    if where == "on disk":
+        monkeypatch.setattr("lit_prune.fit.cut.on_disk", lambda _: Offload())
+    if where == "little memory":
+        monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=size_bytes(model)))
     monkeypatch.setattr("lit_prune.fit.cut.compare_speed", lambda _: pytest.fail("two models were in memory"))
     monkeypatch.setattr("lit_prune.fit.cut.tokens_per_second", lambda _: Speed(1.0, 2.0))
-    record = cut(small_model(), inputs(Recipe(Slicing(), 0.25), moves=False))
+    record = cut(model, inputs(Recipe(Slicing(), 0.25), moves=where != "sharded"))
     assert [size.speed for size in record.size.values()] == [Speed(1.0, 2.0)] * 2
 
 

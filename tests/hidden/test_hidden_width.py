@@ -13,6 +13,8 @@ from lit_prune.evaluation.sizes import parameters
 from lit_prune.hidden import HiddenWidth
 from lit_prune.hidden.stream_width import LAYOUTS
 from lit_prune.models import structure
+from lit_prune.models.load import load_model
+from lit_prune.models.on_disk import offload_folder, save
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Method, Wanda
 from lit_prune.recipe import Recipe
@@ -107,6 +109,20 @@ def test_a_narrow_model_is_shrunk_sliced_and_masked(batches: list[Tensor], tmp_p
         Recipe(HiddenWidth(multiple=4), 0.75, Uniform()).check(model)
     with pytest.raises(InputError, match="`model` must not be sliced for HiddenWidth"):
         Recipe(HiddenWidth(multiple=4), 0.75, Uniform()).check(opened)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_on_disk(batches: list[Tensor], tmp_path: Path, *, tied: bool) -> None:
+    lively_model("llama", tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
+    in_memory = load_model(str(tmp_path / "dense"))
+    mapped = load_model(str(tmp_path / "dense"), on_disk=True)
+    prune(in_memory, batches, Recipe(EIGHT, 0.25, Uniform()))
+    with offload_folder(mapped, tmp_path / "out"):
+        prune(mapped, batches, Recipe(EIGHT, 0.25, Uniform()))
+        save(mapped, tmp_path / "out")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(opened(batches[0]).logits, in_memory(batches[0]).logits)
 
 
 @pytest.mark.parametrize(
