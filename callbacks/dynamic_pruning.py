@@ -57,8 +57,8 @@ class DynamicPruningCallback(Callback):
 
     Args:
         method: Pruning method: one that masks weights, such as Wanda or SparseGPT, or one that makes the LLM smaller,
-            such as MLPWidth, HeadGroups, HiddenWidth, Depth, Experts or Slicing; null prunes nothing, and `recovery`
-            then trains the LLM as it is, with the weights that are already pruned kept at zero.
+            such as MLPWidth, HeadGroups, Shrink, HiddenWidth, Depth, Experts or Slicing; null prunes nothing, and
+            `recovery` then trains the LLM as it is, with the weights that are already pruned kept at zero.
         sparsity: Share to remove, in [0, 1), as the mean over the blocks: of the weights of the linears (see `budget`),
             or for other methods of the channels, key/value groups, blocks, experts or dimensions. With several cuts,
             the share after the last one, or a list with one share per cut. null is 0.5, unless there is a target.
@@ -71,7 +71,7 @@ class DynamicPruningCallback(Callback):
             LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP. Give
             Uniform to methods that make the LLM smaller: with equal blocks it keeps the family's own class.
         reconstruction: Reconstruct, the training of every block, right after it is cut, towards the output that it had
-            before; null leaves the blocks as the method cuts them. Slicing does not allow it.
+            before; null leaves the blocks as the method cuts them. For masks, MLPWidth, HeadGroups and Experts.
         at_step: Optimizer step before which to prune, or a list of steps for several cuts; 0 is the start of fit.
             Slicing allows one cut.
         schedule: How the sparsity rises over several cuts, Cubic or Linear; null is OneShot for one cut, Cubic for
@@ -89,7 +89,7 @@ class DynamicPruningCallback(Callback):
         targets: Linears to prune, as name suffixes or regular expressions; null prunes all linears of the blocks, which
             other methods require.
         ignore: Linears not to prune, as name suffixes or regular expressions.
-        blocks: Dotted path of the decoder layers in the LLM, needed only for an unknown model family.
+        blocks: Dotted path of the decoder layers in the LLM, needed only where several lists of layers could be meant.
         budget: What `sparsity` is a share of: `linears`, what the method removes (weights of the linears, channels);
             `parameters`, all parameters of the LLM with tied weights counted once; or `bytes`, those of the exported
             weights. The latter two take a higher sparsity.

@@ -36,7 +36,7 @@ class Recipe:
         max_rate: Largest share that is removed from any block.
         targets: Name suffixes or regular expressions of the linears to prune; None selects all in the blocks.
         ignore: Name suffixes or regular expressions of linears to leave alone.
-        blocks: Dotted path of the decoder layers, for an unknown family.
+        blocks: Dotted path of the decoder layers, where several lists of layers could be meant.
         budget: What `sparsity` is a share of: `linears`, what the method removes (weights of the linears, channels);
             `parameters`, all parameters of the model, tied weights counted once; or `bytes`, those of the exported
             weights. Embeddings are never pruned, so the linears then lose a larger share.

@@ -118,7 +118,8 @@ class LitPruneCLI(LightningCLI):
             "--format",
             type=ExportFormat,
             default={"class_path": "lit_prune.export.formats.HuggingFace"},
-            help="Format of the model folder (fit, prune, export): HuggingFace, or gguf for llama.cpp.",
+            help="Format of the model folder (fit, prune, export): HuggingFace, packed, which leaves zeros out, or "
+            "gguf for llama.cpp.",
         )
         parser.add_class_arguments(HarnessSettings, "lm_eval")
         parser.add_lightning_class_args(DynamicPruningCallback, "pruning")

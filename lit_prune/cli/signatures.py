@@ -24,7 +24,7 @@ VERBS: dict[str, set[str]] = {
     "evaluate": {"model", "datamodule"},
 }
 # By verb that takes a folder and no settings, its summary; it is not a method of PruneTrainer.
-FOLDER_VERBS = {"unpack": "Write the ordinary Hugging Face folder of one that was packed by `--format Packed`."}
+FOLDER_VERBS = {"unpack": "Write the ordinary Hugging Face folder of one that was packed by `--format packed`."}
 WRITES = ("fit", "prune", "export")  # verbs that write a model
 DESCRIPTION = "Prune a large language model while it is fine-tuned, and recover its quality in the same run."
 
