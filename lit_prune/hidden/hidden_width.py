@@ -33,7 +33,7 @@ from lit_prune.hidden.stream_width import (
     stream_fields,
 )
 from lit_prune.models import structure
-from lit_prune.models.families import Block, dense_family
+from lit_prune.models.families import Block, config_of, dense_family
 from lit_prune.models.remote_code.modeling_sliced import Layout, SlicedCausalLM, Step
 from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
@@ -139,8 +139,7 @@ class HiddenWidth(Method):
 
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns half a multiple as a share of the width."""
-        config = next(module.config for module in blocks[0].module.modules() if hasattr(module, "config"))
-        return self.multiple / 2 / int(config.hidden_size)  # type: ignore[union-attr,arg-type]
+        return self.multiple / 2 / int(config_of(blocks[0]).hidden_size)
 
     def rate_of_parameters(
         self,

@@ -86,6 +86,11 @@ class Block:
         return sum(linear.pruned for linear in self.linears.values())
 
 
+def config_of(block: Block) -> PreTrainedConfig:
+    """Returns the config that the modules of a block keep, for callers that do not have the model."""
+    return next(module.config for module in block.module.modules() if hasattr(module, "config"))  # type: ignore[return-value]
+
+
 def dense_family(config: PreTrainedConfig) -> str:
     """Returns the `model_type` without the prefix of sliced and shrunk models, whose layers are those of the family."""
     return config.model_type.removeprefix("sliced_").removeprefix("shrunk_")

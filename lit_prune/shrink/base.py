@@ -24,7 +24,7 @@ from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
-from lit_prune.models.families import Block, CustomClass, dense_family, find_blocks
+from lit_prune.models.families import Block, CustomClass, config_of, dense_family, find_blocks
 from lit_prune.models.linears import PrunableLinear
 from lit_prune.models.remote_code.modeling_shrunk import SHRUNK, LayerConfig, layer_config
 from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
@@ -114,7 +114,7 @@ class UnitMethod(Method):
 
     def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
         """Raises InputError if blocks may get different sizes, and there is no class for such models of the family."""
-        family = dense_family(_config_of(blocks[0]))
+        family = dense_family(config_of(blocks[0]))
         if not allocation.is_uniform() and family not in SHRUNK:
             raise InputError(
                 f"`pruning.allocation` must be Uniform for {type(self).__name__} and the family {family!r}: blocks of "
@@ -202,7 +202,7 @@ class UnitMethod(Method):
 
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns half a multiple as a share of the units of a block."""
-        part = self._find(blocks[0].linears, _config_of(blocks[0]))
+        part = self._find(blocks[0].linears, config_of(blocks[0]))
         return self.multiple / 2 / part.units
 
     @torch.no_grad()
@@ -328,8 +328,3 @@ def _parameters_of_a_unit(block: Block, part: Part) -> int:
         module: Any = block.linears[name].module
         rows += rows_UR.shape[1] * (block.linears[name].weight_OI.shape[1] + (module.bias is not None))
     return rows + part.columns_UK.shape[1] * block.linears[part.writer].weight_OI.shape[0]
-
-
-def _config_of(block: Block) -> Any:
-    """The config that the modules of a block keep."""
-    return next(module.config for module in block.module.modules() if hasattr(module, "config"))

@@ -3,7 +3,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
-from lit_prune.models.families import FAMILIES, find_blocks
+from lit_prune.models.families import FAMILIES, config_of, find_blocks
 from tests import conftest
 
 
@@ -104,3 +104,8 @@ def test_quantised_and_adapted_weights_are_refused(model: PreTrainedModel) -> No
     quantised.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(weight.data.to(torch.uint8), requires_grad=False)
     with pytest.raises(InputError, match="must be pruned in full precision, mlp.up_proj is quantised"):
         find_blocks(quantised)
+
+
+def test_the_config_that_a_block_keeps() -> None:
+    model = conftest.small_model()
+    assert all(config_of(block) is model.config for block in find_blocks(model))
