@@ -32,7 +32,8 @@ def model_card(report: Report, base: str, usage: str) -> str:
         base: Name of the base model.
         usage: The Markdown that says how the folder is opened, see ``ExportFormat.usage``.
     """
-    data = ModelCardData(library_name="transformers", tags=["pruning", "sparse", "lit-prune"])
+    kind = ["sparse"] if report.shape is None or (report.sparsity.achieved_all or 0) > 0.01 else []
+    data = ModelCardData(library_name="transformers", tags=["pruning", *kind, "lit-prune"])
     return f"""---
 {data.to_yaml()}
 ---

@@ -39,8 +39,9 @@ def draw(report: Report | ScoreReport) -> Figure:
     figure = Figure(figsize=(10, 4) if several else (7.5, 4), layout="constrained")
     axes = figure.subplots(1, 2 if several else 1, width_ratios=[3, 1] if several else [1], squeeze=False)[0]
     _draw_blocks(axes[0], report)
-    other = _draw_scores(axes[0], _scores(report))
-    handles = [handle for axis in (axes[0], other) for handle in axis.get_legend_handles_labels()[0]]
+    scores = _scores(report)
+    drawn = [axes[0], *([_draw_scores(axes[0], scores)] if scores else [])]
+    handles = [handle for axis in drawn for handle in axis.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), LEGEND_COLUMNS), fontsize=8)
     axes[0].set_title(_title(report), fontsize=9)
     if several:
@@ -94,10 +95,11 @@ def _draw_sizes(axis: Any, structure: Description) -> None:
 
 
 def _scores(report: Report | ScoreReport) -> Sequence[float]:
-    """Returns the scores, unless an earlier cut removed blocks that the picture shows."""
+    """Returns the scores; none if they are all the same, or an earlier cut removed blocks that the picture shows."""
     scores = report.scores or []
     shape = report.shape if isinstance(report, Report) else None
-    return scores if shape is None or len(scores) == len(shape.structure.sizes) else []
+    fits = shape is None or len(scores) == len(shape.structure.sizes)
+    return scores if fits and len(set(scores)) > 1 else []
 
 
 def _draw_scores(axis: Any, scores: Sequence[float]) -> Any:

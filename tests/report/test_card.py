@@ -45,6 +45,12 @@ def test_the_hub_reads_it() -> None:
     assert card.data.library_name == "transformers"
 
 
+def test_a_smaller_model_is_sparse_only_if_it_has_masks_too() -> None:
+    for zeros, tags in ((0.0, ["pruning", "lit-prune"]), (0.4, ["pruning", "sparse", "lit-prune"])):
+        report = replace(SLICED, sparsity=replace(SLICED.sparsity, achieved_all=zeros))
+        assert ModelCard(model_card(report, "some/model", "USAGE")).data.tags == tags
+
+
 def test_the_format_says_how_the_folder_is_opened() -> None:
     assert "## How to open it\n\nopen it so\n" in model_card(REPORT, "x", "open it so")
 

@@ -45,6 +45,12 @@ def test_the_rates_the_mean_they_were_to_have_and_the_scores(report: Report | Sc
     assert legend(report) == {"share removed (left)", "requested mean (left)", "score (right)"}
 
 
+def test_equal_scores_are_not_drawn() -> None:
+    report = replace(SCORES, scores=[1.0, 1.0])
+    assert all(axis.get_ylabel() != "score" for axis in draw(report).axes)
+    assert legend(report) == {"share removed (left)", "requested mean (left)"}
+
+
 def test_blocks_are_whole_numbers() -> None:
     assert all(float(tick).is_integer() for tick in blocks(REPORT).get_xticks())
 
