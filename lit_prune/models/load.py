@@ -76,10 +76,15 @@ def load_model(
             the model needs.
     """
     source, extra = locate(pretrained)
+    if on_disk and extra:
+        raise InputError(
+            f"`model.on_disk` must be false for the .gguf file {pretrained}, which is dequantised in memory: write it "
+            "as safetensors first, by `save_pretrained`."
+        )
     config = load_config(pretrained, trust_remote_code)
     placement = {} if extra else device_map(config, "cpu")  # also refuses what can only be loaded
     if on_disk:
-        _check_on_disk(pretrained, source, extra, config, dtype, trust_remote_code)
+        _check_on_disk(source, config, dtype, trust_remote_code)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     if extra:
         torch_dtype = torch.float32 if dtype == "auto" else torch_dtype
@@ -95,19 +100,7 @@ def load_model(
     return _plain(model) if "gguf_file" in extra else model
 
 
-def _check_on_disk(
-    pretrained: str,
-    source: str,
-    extra: dict[str, Any],
-    config: PreTrainedConfig,
-    dtype: Dtype,
-    trust_remote_code: bool,
-) -> None:
-    if extra:
-        raise InputError(
-            f"`model.on_disk` must be false for the .gguf file {pretrained}, which is dequantised in memory: write it "
-            "as safetensors first, by `save_pretrained`."
-        )
+def _check_on_disk(source: str, config: PreTrainedConfig, dtype: Dtype, trust_remote_code: bool) -> None:
     try:
         check_mappable(source, config, None if dtype == "auto" else getattr(torch, dtype), trust_remote_code)
     except (OSError, SafetensorError) as error:

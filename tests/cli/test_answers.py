@@ -30,7 +30,8 @@ def test_verbs_and_options_are_those_of_the_full_parser() -> None:
         assert parser.description == summary(verb)
         names = {name.removesuffix("+") for action in parser._actions for name in action.option_strings}
         long = {".".join(name.split(".")[:2]) for name in names if name.startswith("--")}
-        assert options(verb) - long == {"--data.tokenizer"}, verb  # linked to --model.pretrained
+        linked = {"--data.tokenizer", "--data.trust_remote_code"}  # to options of the model
+        assert options(verb) - long == linked, verb
         assert {name for name in long if not name.startswith("--format.")} <= options(verb), verb
 
 
