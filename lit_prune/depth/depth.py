@@ -189,7 +189,8 @@ class Depth(Method):
         reconstruction: Reconstruction | None = None,
     ) -> list[float]:
         """Removes the blocks with a rate of 1, or as many as equal rates amount to; see :meth:`Method.apply`."""
-        removed, every = self._chosen(rates, _dense_blocks(model, blocks), blocks, stream), _dense_blocks(model, blocks)
+        every = _dense_blocks(model, blocks)
+        removed = self._chosen(rates, every, blocks, stream)
         if not removed:
             return [_share(len(blocks), every)] * len(blocks)
         log(f"Removing {_nouns(removed)} {spans(removed)} of {len(blocks)}.")

@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation
-from lit_prune.allocate.budget import rate_of_share
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.errors import InputError
@@ -123,29 +122,10 @@ class Experts(Method):
         """Returns the number of which the number of experts is a multiple."""
         return self.multiple
 
-    def rate_of_parameters(
-        self,
-        share: float,
-        model: PreTrainedModel,
-        blocks: Sequence[Block],
-        *,
-        lower: Sequence[float],
-        upper: float,
-        slack: float = 0.0,
-    ) -> float:
-        """Returns the rate at which ``share`` goes of the parameters before all cuts by this method.
-
-        If an expert has 3 parameters, and 80 of 120 experts with 1,000 parameters in all go, 0.24 of them go.
-        """
-        return rate_of_share(
-            share,
-            self.removable(model, blocks),
-            self.full_parameters(model, blocks),
-            lower=lower,
-            upper=upper,
-            slack=slack,
-            bounds="`pruning.min_rate`, `pruning.max_rate`, the router and earlier cuts allow for the experts",
-        )
+    @property
+    def limits_of_share(self) -> str:
+        """What bounds the share of all parameters that can go, and of which part of the model, for an error."""
+        return "`pruning.min_rate`, `pruning.max_rate`, the router and earlier cuts allow for the experts"
 
     def removable(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of parameters that all experts of each block of the dense model have."""

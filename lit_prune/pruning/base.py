@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation, meet_budget
-from lit_prune.allocate.budget import sparsity_of_linears
+from lit_prune.allocate.budget import rate_of_share, sparsity_of_linears
 from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
@@ -47,8 +47,8 @@ class Method(ABC):
         keeps_values: Whether weights that are not removed keep their values, bit for bit.
         supports_search: Whether the method implements :meth:`trial`, which an allocation that searches needs.
         supports_reconstruction: Whether blocks that the method has cut can be reconstructed, see :meth:`apply`.
-        supports_parameters: Whether the method implements :meth:`rate_of_parameters`, for the budgets
-            `parameters` and `bytes`, and for targets.
+        supports_parameters: Whether the method implements :meth:`removable` and ``limits_of_share``, or
+            :meth:`rate_of_parameters` itself, for the budgets `parameters` and `bytes`, and for targets.
         can_be_part: Whether the method implements :meth:`removable`, so that it can be a part of ``Shrink``.
         structures: Number of structures that a cut adds to the record of the model, if the method changes shapes.
     """
@@ -114,6 +114,11 @@ class Method(ABC):
         """Returns a number of which every size of a weight is a multiple that the method changes."""
         return 1
 
+    @property
+    def limits_of_share(self) -> str:
+        """What bounds the share of all parameters that can go, and of which part of the model, for an error."""
+        raise NotImplementedError(f"{type(self).__name__} does not remove a share of all parameters")
+
     def rate_of_parameters(
         self,
         share: float,
@@ -124,7 +129,9 @@ class Method(ABC):
         upper: float,
         slack: float = 0.0,
     ) -> float:
-        """Returns the mean rate at which ``share`` of all parameters is removed.
+        """Returns the mean rate at which ``share`` goes of the parameters before all cuts by this method.
+
+        If a channel has 3 parameters, and 80 of 120 channels with 1,000 parameters in all go, 0.24 of them go.
 
         Args:
             share: Share of all parameters, in [0, 1).
@@ -137,7 +144,9 @@ class Method(ABC):
         Raises:
             OutOfRange: if no rates within the bounds give that share.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not remove a share of all parameters")
+        removable, total = self.removable(model, blocks), self.full_parameters(model, blocks)
+        limits = self.limits_of_share
+        return rate_of_share(share, removable, total, lower=lower, upper=upper, slack=slack, bounds=limits)
 
     def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns the number of parameters that the shares of :meth:`rate_of_parameters` refer to."""
@@ -145,7 +154,7 @@ class Method(ABC):
 
     def removable(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of parameters that each block of the dense model would lose at a rate of 1."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be a part of Shrink")
+        raise NotImplementedError(f"{type(self).__name__} does not count the parameters that it removes by block")
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
         """Returns the smallest and the largest rate between ``least`` and ``most`` that the method supports."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation
-from lit_prune.allocate.budget import rate_of_share
 from lit_prune.calibration.statistics import GRAM, BlockStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
@@ -162,29 +161,10 @@ class UnitMethod(Method):
         rows = [rows_UR.shape[1] for rows_UR in part.rows.values()]
         return self.multiple * math.gcd(part.columns_UK.shape[1], *rows)
 
-    def rate_of_parameters(
-        self,
-        share: float,
-        model: PreTrainedModel,
-        blocks: Sequence[Block],
-        *,
-        lower: Sequence[float],
-        upper: float,
-        slack: float = 0.0,
-    ) -> float:
-        """Returns the mean rate at which ``share`` goes of the parameters before all cuts by this method.
-
-        If a channel has 3 parameters, and 80 of 120 channels with 1,000 parameters in all go, 0.24 of them go.
-        """
-        return rate_of_share(
-            share,
-            self.removable(model, blocks),
-            self.full_parameters(model, blocks),
-            lower=lower,
-            upper=upper,
-            slack=slack,
-            bounds=f"`pruning.min_rate`, `pruning.max_rate`, `multiple` and earlier cuts allow for the {self._noun}",
-        )
+    @property
+    def limits_of_share(self) -> str:
+        """What bounds the share of all parameters that can go, and of which part of the model, for an error."""
+        return f"`pruning.min_rate`, `pruning.max_rate`, `multiple` and earlier cuts allow for the {self._noun}"
 
     def removable(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of parameters that all units of each block of the dense model have."""

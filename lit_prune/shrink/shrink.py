@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation, weighted_mean
-from lit_prune.allocate.budget import rate_of_share
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.calibration.windows import Batch
@@ -147,22 +146,10 @@ class Shrink(Method):
         """Returns the greatest number of which all sizes that the parts change are multiples."""
         return math.gcd(*(part.size_multiple(model) for part in self._parts))
 
-    def rate_of_parameters(
-        self,
-        share: float,
-        model: PreTrainedModel,
-        blocks: Sequence[Block],
-        *,
-        lower: Sequence[float],
-        upper: float,
-        slack: float = 0.0,
-    ) -> float:
-        """Returns the mean rate at which ``share`` goes of the parameters before all cuts by the parts."""
-        bounds = (
-            "`pruning.min_rate`, `pruning.max_rate`, their multiples and earlier cuts allow for the parts of Shrink"
-        )
-        removable, total = self.removable(model, blocks), self.full_parameters(model, blocks)
-        return rate_of_share(share, removable, total, lower=lower, upper=upper, slack=slack, bounds=bounds)
+    @property
+    def limits_of_share(self) -> str:
+        """What bounds the share of all parameters that can go, and of which part of the model, for an error."""
+        return "`pruning.min_rate`, `pruning.max_rate`, their multiples and earlier cuts allow for the parts of Shrink"
 
     def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns the number of parameters before all cuts by the parts."""
