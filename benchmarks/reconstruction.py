@@ -14,7 +14,6 @@ the blocks were reconstructed on.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -25,7 +24,7 @@ import recoveries
 import tables
 from forwards import cost, cost_of, forward
 from jsonargparse import ArgumentParser
-from resumable import Protocol, Results, Row
+from resumable import MatchingCases, Protocol, Results, Row
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -63,24 +62,13 @@ def allocation_cases(windows: int, folder: Path) -> Iterator[tuple[str, Recipe]]
         yield name, Recipe(SparseGPT(), 0.7, rule, reconstruction=Reconstruct())
 
 
-class Cases:
-    """Runs the cases that are missing from the results file and match a pattern.
-
-    Args:
-        protocol: The model and the texts.
-        results: The results file.
-        pattern: Regular expression of the names of the cases to run.
-    """
+class Cases(MatchingCases):
+    """The cases of reconstruction, see :class:`MatchingCases`; perplexity is measured on two texts."""
 
     def __init__(self, protocol: Protocol, results: Results, pattern: str) -> None:
-        self.protocol, self.results, self.pattern = protocol, results, re.compile(pattern)
+        super().__init__(protocol, results, pattern)
         other = replace(protocol, train_files=None, val_files=None)
         self.texts = {"perplexity": protocol.data, "python_docs": other.data}
-
-    def once(self, case: str, run: Any) -> None:
-        """Runs a case unless its name does not match or it is in the file."""
-        if self.pattern.search(case):
-            self.results.once(case, run)
 
     def measured(self, model: PreTrainedModel) -> dict[str, float]:
         """Returns the perplexity of ``model`` on both texts."""
@@ -113,21 +101,7 @@ class Cases:
 
     def recovered(self, recovery: str, sparsity: float, folder: Path) -> Row:
         """Returns the row of a fit that starts from the reconstructed model, as in recoveries.py."""
-        name = f"{recovery}-{sparsity}"
-        settings = self.protocol
         options = [
-            "--config=configs/smollm2_dlp_lora.yaml",
-            f"--model.pretrained={settings.pretrained}",
-            "--data.source=python-docs",
-            *([f"--data.train_files={settings.train_files}"] if settings.train_files else []),
-            *([f"--data.val_files={settings.val_files}"] if settings.val_files else []),
-            f"--data.val_windows={settings.val_windows}",
-            f"--data.val_seq_length={settings.val_length}",
-            f"--data.seq_length={settings.seq_length}",
-            f"--pruning.calibration.seq_length={settings.seq_length}",
-            f"--pruning.calibration.num_samples={settings.num_samples}",
-            "--trainer.precision=bf16-mixed",
-            "--trainer.val_check_interval=1000",
             "--pruning.method=SparseGPT",
             "--pruning.allocation=LayerRedundancy",
             f"--pruning.sparsity={sparsity}",
@@ -135,9 +109,7 @@ class Cases:
             f"--pruning.recovery={recovery}",
             *RECOVERIES[recovery],
         ]
-        row = recoveries.fit(options, folder / name)
-        perplexity = row["perplexity"]
-        return {"pruned": perplexity["pruned"], "perplexity": perplexity["recovered"], "seconds": row["seconds"]}
+        return recoveries.fit_by(self.protocol, options, folder / f"{recovery}-{sparsity}")
 
     def run(self) -> None:
         """Runs the cases in the order of their importance."""

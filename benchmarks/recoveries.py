@@ -22,7 +22,7 @@ import tables
 import torch
 import yaml
 from peft.tuners.lora import LoraLayer
-from resumable import Results, Row
+from resumable import Protocol, Results, Row
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.data.datamodule import TextDataModule
@@ -72,6 +72,30 @@ def fit(options: Options, folder: Path) -> Row:
         "protocol": report["protocol"],
         "folder": str(folder),
     }
+
+
+def fit_by(protocol: Protocol, options: Options, folder: Path) -> Row:
+    """Returns the perplexities before and after 100 steps on the model and the texts of ``protocol``."""
+    files = {"train_files": protocol.train_files, "val_files": protocol.val_files}
+    row = fit(
+        [
+            "--config=configs/smollm2_dlp_lora.yaml",
+            f"--model.pretrained={protocol.pretrained}",
+            "--data.source=python-docs",
+            *(f"--data.{name}={value}" for name, value in files.items() if value),
+            f"--data.val_windows={protocol.val_windows}",
+            f"--data.val_seq_length={protocol.val_length}",
+            f"--data.seq_length={protocol.seq_length}",
+            f"--pruning.calibration.seq_length={protocol.seq_length}",
+            f"--pruning.calibration.num_samples={protocol.num_samples}",
+            "--trainer.precision=bf16-mixed",
+            "--trainer.val_check_interval=1000",
+            *options,
+        ],
+        folder,
+    )
+    perplexity = row["perplexity"]
+    return {"pruned": perplexity["pruned"], "perplexity": perplexity["recovered"], "seconds": row["seconds"]}
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -104,6 +105,24 @@ class Results:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return row
+
+
+class MatchingCases:
+    """Runs the cases that are missing from the results file and match a pattern.
+
+    Args:
+        protocol: The model and the texts.
+        results: The results file.
+        pattern: Regular expression of the names of the cases to run.
+    """
+
+    def __init__(self, protocol: Protocol, results: Results, pattern: str) -> None:
+        self.protocol, self.results, self.pattern = protocol, results, re.compile(pattern)
+
+    def once(self, case: str, run: Callable[[], Row]) -> None:
+        """Runs a case unless its name does not match or it is in the file."""
+        if self.pattern.search(case):
+            self.results.once(case, run)
 
 
 def arguments(description: str | None, results: str, **defaults: Any) -> tuple[Protocol, Results]:

@@ -13,7 +13,6 @@ of a speed case generate by turns in one process; llama.cpp runs both as .gguf f
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ import recoveries
 import tables
 from forwards import cost, cost_of, forward
 from jsonargparse import ArgumentParser
-from resumable import Protocol, Results, Row
+from resumable import MatchingCases, Protocol, Results, Row
 from speed import in_llama_cpp, in_transformers
 from transformers import PreTrainedModel
 
@@ -78,22 +77,8 @@ def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
         yield f"{name}, not compensated", recipe
 
 
-class Cases:
-    """Runs the cases that are missing from the results file and match a pattern.
-
-    Args:
-        protocol: The model and the texts.
-        results: The results file.
-        pattern: Regular expression of the names of the cases to run.
-    """
-
-    def __init__(self, protocol: Protocol, results: Results, pattern: str) -> None:
-        self.protocol, self.results, self.pattern = protocol, results, re.compile(pattern)
-
-    def once(self, case: str, run: Any) -> None:
-        """Runs a case unless its name does not match or it is in the file."""
-        if self.pattern.search(case):
-            self.results.once(case, run)
+class Cases(MatchingCases):
+    """The cases of shrinking."""
 
     def measured(self, model: PreTrainedModel) -> Row:
         """Returns the perplexity and the size of ``model``."""
@@ -142,29 +127,14 @@ class Cases:
 
     def healed(self, healing: str, share: float, folder: Path) -> Row:
         """Returns the row of a fit with 100 steps after MLPWidth by Uniform."""
-        settings = self.protocol
         options = [
-            "--config=configs/smollm2_dlp_lora.yaml",
-            f"--model.pretrained={settings.pretrained}",
-            "--data.source=python-docs",
-            *([f"--data.train_files={settings.train_files}"] if settings.train_files else []),
-            *([f"--data.val_files={settings.val_files}"] if settings.val_files else []),
-            f"--data.val_windows={settings.val_windows}",
-            f"--data.val_seq_length={settings.val_length}",
-            f"--data.seq_length={settings.seq_length}",
-            f"--pruning.calibration.seq_length={settings.seq_length}",
-            f"--pruning.calibration.num_samples={settings.num_samples}",
-            "--trainer.precision=bf16-mixed",
-            "--trainer.val_check_interval=1000",
             "--pruning.method=MLPWidth",
             "--pruning.allocation=Uniform",
             "--pruning.budget=parameters",
             f"--pruning.sparsity={share}",
             *HEALINGS[healing],
         ]
-        row = recoveries.fit(options, folder / f"{healing}-{share}")
-        perplexity = row["perplexity"]
-        return {"pruned": perplexity["pruned"], "perplexity": perplexity["recovered"], "seconds": row["seconds"]}
+        return recoveries.fit_by(self.protocol, options, folder / f"{healing}-{share}")
 
     def speed(self, share: float, runtime: Any) -> Row:
         """Returns the tokens per second of the dense model and of MLPWidth by Uniform, which no weight changes."""
