@@ -10,7 +10,7 @@ from lit_prune.callbacks.best_scores import reset_best_scores
 from transformers import PreTrainedModel
 
 from lit_prune import distributed
-from lit_prune.allocate import DLP, Allocation
+from lit_prune.allocate import Allocation
 from lit_prune.allocate.budget import Budget
 from lit_prune.calibration.cached_statistics import read_statistics
 from lit_prune.calibration.windows import Calibration
@@ -68,8 +68,8 @@ class DynamicPruningCallback(Callback):
         target_perplexity: Perplexity on the validation batches that the LLM must not exceed right after the cut,
             instead of a `sparsity`: the greatest sparsity that keeps it is found to 0.01 by about eight cuts of copies.
         allocation: How the blocks are scored and the sparsity is distributed over them: DLP, OWL, AlphaPruning,
-            LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP. Give
-            Uniform to methods that make the LLM smaller: with equal blocks it keeps the family's own class.
+            LayerRedundancy, Arithmetic, Uniform, a Plan read from a file, or a Search over rates; null is DLP for masks
+            and slices, and Uniform for methods that remove channels, groups, blocks, experts or dimensions.
         reconstruction: Reconstruct, the training of every block, right after it is cut, towards the output that it had
             before; null leaves the blocks as the method cuts them. For masks, MLPWidth, HeadGroups and Experts.
         at_step: Optimizer step before which to prune, or a list of steps for several cuts; 0 is the start of fit.
@@ -147,7 +147,7 @@ class DynamicPruningCallback(Callback):
             recipe = Recipe(
                 method=method,
                 sparsity=share,
-                allocation=allocation or DLP(),
+                allocation=allocation,  # type: ignore[arg-type]  # None is the method's default
                 min_rate=min_rate,
                 max_rate=max_rate,
                 targets=targets,

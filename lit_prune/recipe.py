@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedModel
 
 from lit_prune import distributed
-from lit_prune.allocate import DLP, Allocation, Uniform, allocate
+from lit_prune.allocate import Allocation, Uniform, allocate
 from lit_prune.allocate.base import TOLERANCE, weighted_mean
 from lit_prune.allocate.budget import Budget, Limits, OutOfRange
 from lit_prune.errors import InputError
@@ -31,7 +31,8 @@ class Recipe:
         method: The pruning method, which sets weights to zero, slices the model, or makes it smaller in another way.
         sparsity: Share to remove, mean over the blocks, in [0, 1): of the linears' weights, of the dimensions, or of
             whatever else the method removes. None is 0.5, or what the target asks for, see :meth:`resolved`.
-        allocation: The rule that scores the blocks and spreads the sparsity over them.
+        allocation: The rule that scores the blocks and spreads the sparsity over them. None is the default of the
+            method: DLP for masks and slices, Uniform for methods that remove units or blocks.
         min_rate: Smallest share that is removed from any block.
         max_rate: Largest share that is removed from any block.
         targets: Name suffixes or regular expressions of the linears to prune; None selects all in the blocks.
@@ -53,7 +54,7 @@ class Recipe:
 
     method: Method = field(default_factory=Wanda)
     sparsity: float = None  # type: ignore[assignment]  # a float, until the recipe has a target
-    allocation: Allocation = field(default_factory=DLP)
+    allocation: Allocation = None  # type: ignore[assignment]  # of the method, if it is not given
     min_rate: float = 0.0
     max_rate: float = 0.99
     targets: Sequence[str] | None = None
@@ -66,6 +67,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._read_targets()
+        if self.allocation is None:
+            object.__setattr__(self, "allocation", self.method.default_allocation()())
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise InputError(f"`pruning.sparsity` must be in [0, 1), the share to remove, got {self.sparsity}.")
         if not 0 <= self.min_rate <= self.max_rate <= 1:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from lit_prune import distributed
-from lit_prune.allocate import DLP, LayerRedundancy, Search, Uniform
+from lit_prune.allocate import DLP, LayerRedundancy, Search
 from lit_prune.calibration.statistics import COSINE, GRAM, INPUTS, BlockStatistics
 from lit_prune.calibration.stream import Stream, observe
 from lit_prune.data.loaders import ResumableLoader, ShardedSampler
@@ -49,8 +49,7 @@ def windows() -> list[dict[str, torch.Tensor]]:
 
 def cut(family: str, method: Any) -> dict[str, Any]:
     model = lively_model(family)
-    uniform = dict.fromkeys((Depth, Experts, HiddenWidth), Uniform())
-    recipe = Recipe(method, 0.5, {Slicing: LayerRedundancy(), **uniform}.get(type(method), DLP()))
+    recipe = Recipe(method, 0.5, {Slicing: LayerRedundancy(), MLPWidth: DLP()}.get(type(method)))
     pruned = prune(model, windows(), recipe)
     found = measure(model, windows(), "noise")
     return {

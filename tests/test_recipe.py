@@ -1,16 +1,22 @@
 """Recipes: settings out of range, the blocks that are selected, the limits of their rates, and the record."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from lit_prune.callbacks import DynamicPruningCallback
 from transformers import PreTrainedModel
 
-from lit_prune.allocate import DLP, AlphaPruning, LayerRedundancy, Uniform
+from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
+from lit_prune.depth import Depth
 from lit_prune.errors import InputError
+from lit_prune.experts import Experts
+from lit_prune.hidden import HiddenWidth
 from lit_prune.pipeline import prune
-from lit_prune.pruning import Magnitude, MixedNofM, Wanda
+from lit_prune.pruning import ADMM, Magnitude, Method, MixedNofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe, recipe_record
+from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from lit_prune.slice import Slicing
 
 
@@ -23,6 +29,22 @@ def test_sparsity_out_of_range(sparsity: float) -> None:
 def test_bounds_out_of_range() -> None:
     with pytest.raises(InputError, match="`pruning.min_rate` and `pruning.max_rate`"):
         Recipe(min_rate=0.5, max_rate=0.4)
+
+
+@pytest.mark.parametrize(
+    ("method", "allocation"),
+    [(method, DLP()) for method in (Wanda(), Magnitude(), SparseGPT(), ADMM(), Slicing())]
+    + [(method, Uniform()) for method in (MLPWidth(), HeadGroups(), Shrink([MLPWidth()]), Experts(), Depth())]
+    + [(HiddenWidth(), Uniform())],
+)
+def test_the_default_allocation_is_that_of_the_method(method: Method, allocation: Allocation) -> None:
+    recipe = Recipe(method, 0.25)
+    assert recipe.allocation == allocation
+    assert replace(recipe, sparsity=0.5).allocation == allocation
+    assert Recipe(method, 0.25, OWL()).allocation == OWL()
+    callback = DynamicPruningCallback(method)
+    assert callback.fit_plan.recipe is not None
+    assert callback.fit_plan.recipe.allocation == allocation
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
-"""Fills in what the command line leaves out: window lengths, the checkpoint ``last``, export's settings, upper case."""
+"""Fills in what the command line leaves out: allocation, window lengths, checkpoint, export's settings, upper case."""
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
+from lit_prune.allocate import Allocation
 from lit_prune.calibration.windows import CALIBRATION_TOKENS
 from lit_prune.data.datamodule import WINDOW_TOKENS
 from lit_prune.errors import InputError
@@ -60,6 +63,23 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
     # config.yaml names the folder that it was written to, which may have been moved since
     output_option = [f"--output={run}"] if is_last else []
     return ["export", f"--config={run / 'config.yaml'}", *output_option, *args[1:]]
+
+
+def allocation_arguments(args: Sequence[str]) -> list[str]:
+    """Returns ``args``; with settings of ``--pruning.allocation`` also its name, which a later argument may replace.
+
+    That is DLP, the only default of a method that has settings.
+    """
+    has_settings = any(arg.startswith("--pruning.allocation.") for arg in args)
+    return [args[0], "--pruning.allocation=DLP", *args[1:]] if has_settings else list(args)
+
+
+def default_allocation(method: Namespace) -> str:
+    """Returns the dotted path of the default allocation of ``method``, a class and its arguments."""
+    kind: Any = pydoc.locate(method.class_path)
+    allocation: type[Allocation] = kind.default_allocation()
+    room = allocation.__module__
+    return f"{'lit_prune' if room.startswith('lit_prune.') else room}.{allocation.__qualname__}"
 
 
 def spell_format(args: Sequence[str]) -> list[str]:

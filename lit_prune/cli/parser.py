@@ -26,7 +26,14 @@ from lit_prune.callbacks.progress_bar import FitProgressBar  # noqa: E402
 from lit_prune.callbacks.results import ResultsCallback, find_callback  # noqa: E402
 from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from lit_prune.checkpointing.resume import Resume  # noqa: E402
-from lit_prune.cli.defaults import export_arguments, fill_lengths, find_checkpoint, spell_format  # noqa: E402
+from lit_prune.cli.defaults import (  # noqa: E402
+    allocation_arguments,
+    default_allocation,
+    export_arguments,
+    fill_lengths,
+    find_checkpoint,
+    spell_format,
+)
 from lit_prune.cli.errors import explain  # noqa: E402
 from lit_prune.cli.failure import fail  # noqa: E402
 from lit_prune.cli.help import PlainHelp, arrange  # noqa: E402
@@ -97,7 +104,11 @@ class LitPruneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
         """Parses the command line; export takes its settings from the run that wrote the checkpoint."""
         args = export_arguments(spell_format(args), self._parser("export").get_default("output"))
+        args = allocation_arguments(args)
         self.config = parser.parse_args(args)
+        pruning = self.config[self.config.subcommand].pruning
+        if pruning.allocation is None and pruning.method is not None:
+            self.config = parser.parse_args([*args, f"--pruning.allocation={default_allocation(pruning.method)}"])
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing; LightningCLI would let the checkpoint's hyper-parameters override the configuration."""
@@ -126,7 +137,6 @@ class LitPruneCLI(LightningCLI):
         parser.set_defaults(
             {
                 "pruning.method": {"class_path": "lit_prune.pruning.Wanda"},
-                "pruning.allocation": {"class_path": "lit_prune.allocate.DLP"},
                 "pruning.recovery": {"class_path": "lit_prune.recover.MaskedLoRA"},
             }
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_prune.allocate import DLP, Uniform
 from lit_prune.allocate.base import Allocation, meet_budget
 from lit_prune.allocate.budget import rate_of_share, sparsity_of_linears
 from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
@@ -65,6 +66,11 @@ class Method(ABC):
     can_be_part: ClassVar[bool] = False
     structures: int = 1
     propagate: Propagate = "dense"
+
+    @classmethod
+    def default_allocation(cls) -> type[Allocation]:
+        """Returns the allocation that a recipe with this method has if none is given."""
+        return Uniform
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
         """Raises InputError if the method cannot prune ``model`` to ``sparsity``; ``model`` is not changed."""
@@ -264,6 +270,11 @@ class MaskMethod(Method):
             object.__setattr__(self, "pattern", Unstructured())
         if self.propagate is None:
             object.__setattr__(self, "propagate", self.default_propagate)
+
+    @classmethod
+    def default_allocation(cls) -> type[Allocation]:
+        """Returns DLP, which scores weights."""
+        return DLP
 
     @abstractmethod
     def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:

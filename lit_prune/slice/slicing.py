@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import Allocation
+from lit_prune.allocate import DLP, Allocation
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.calibration.windows import Batch
@@ -74,6 +74,11 @@ class Slicing(Method):
     def __post_init__(self) -> None:
         if self.multiple < 1:
             raise InputError(f"`Slicing.multiple` must be at least 1, got {self.multiple}.")
+
+    @classmethod
+    def default_allocation(cls) -> type[Allocation]:
+        """Returns DLP, which ranks the blocks of a sliced model nearly as well as LayerRedundancy does."""
+        return DLP
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:
         """Raises InputError if the model cannot be sliced, or not by ``sparsity`` or in multiples of ``multiple``."""

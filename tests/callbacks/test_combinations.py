@@ -12,7 +12,7 @@ from lit_prune.callbacks.results import find_callback
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_prune.allocate import Uniform
+from lit_prune.allocate import DLP, Uniform
 from lit_prune.calibration.windows import Calibration
 from lit_prune.depth import Depth
 from lit_prune.errors import InputError
@@ -31,8 +31,8 @@ CUTS: dict[str, dict[str, Any]] = {
     "masks": {"method": Wanda()},
     "2:4": {"method": Wanda(NofM(2, 4)), "allocation": Uniform()},
     "slices": {"method": Slicing()},
-    "channels": {"method": MLPWidth()},
-    "blocks": {"method": Depth(), "allocation": Uniform()},
+    "channels": {"method": MLPWidth(), "allocation": DLP()},
+    "blocks": {"method": Depth()},
 }
 RECOVERIES: dict[str, Recovery | None] = {
     "none": None,

@@ -28,12 +28,16 @@ CASES = {
         "--pruning.recovery.form=merged",
         "--pruning.recovery.quantization=int8",
     ],
-    "channels later": ["--pruning.at_step=2", "--pruning.method=MLPWidth", "--pruning.calibration.num_samples=32"],
+    "channels later": [
+        "--pruning.at_step=2",
+        "--pruning.method=MLPWidth",
+        "--pruning.allocation=DLP",
+        "--pruning.calibration.num_samples=32",
+    ],
     "blocks later": [
         "--pruning.at_step=2",
         "--pruning.method=Depth",
         "--pruning.method.refit=true",
-        "--pruning.allocation=Uniform",
         "--pruning.calibration.num_samples=32",
     ],
     "slices later": [  # more tokens than dimensions, or the axes hang on the last bit

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_prune.callbacks import DynamicPruningCallback, RunCheckpoint
 
-from lit_prune.allocate import Uniform
+from lit_prune.allocate import DLP
 from lit_prune.calibration.windows import Calibration
 from lit_prune.checkpointing.resume import Resume
 from lit_prune.cli.main import main
@@ -84,13 +84,13 @@ CASES: dict[str, dict[str, Any]] = {
     "slices at 3, full": {"method": Slicing(), "at_step": 3, "sparsity": 0.25},
     "channels at 0 and 3": {
         "method": MLPWidth(),
+        "allocation": DLP(),
         "at_step": [0, 3],
         "sparsity": [0.25, 0.5],
         "recovery": LoRA(r=4, dropout=0.1),
     },
     "blocks at 0 and 3": {
         "method": Depth(refit=True),
-        "allocation": Uniform(),
         "at_step": [0, 3],
         "sparsity": [0.25, 0.5],
         "recovery": LoRA(r=4, dropout=0.1),

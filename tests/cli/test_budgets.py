@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM
 
 from tests.cli.conftest import check_refused, last_cut, report, run
 
-WIDTH = ["--pruning.method=MLPWidth", "--pruning.allocation=Uniform"]
+WIDTH = ["--pruning.method=MLPWidth"]
 CHANNELS = 64 * 3 * 192 * 8  # parameters of one multiple of channels in each of the 8 blocks of the embedded model
 
 
@@ -21,6 +22,12 @@ def test_the_bytes_of_the_exported_folder() -> None:
     )  # the header
     assert "Asked for were 6,500,000 bytes; " in Path("runs/x/model/README.md").read_text()
     assert report()["mlp_width"]["budget"] == "parameters"
+    # the default allocation of the method: blocks of one size, in the class of the family
+    saved = yaml.safe_load(Path("runs/x/config.yaml").read_text())["pruning"]["allocation"]
+    assert saved == {"class_path": "lit_prune.Uniform"}
+    assert report()["recipe"]["allocation"] == "Uniform()"
+    assert "rates per block by Uniform()" in Path("runs/x/model/README.md").read_text()
+    assert type(AutoModelForCausalLM.from_pretrained("runs/x/model")).__name__ == "LlamaForCausalLM"
 
 
 def test_several_cuts_to_a_number_of_parameters() -> None:
@@ -45,7 +52,6 @@ pruning:
         init_args: {multiple: 16}
       - HeadGroups
   target_parameters: 3M
-  allocation: Uniform
 """
     )
     run("prune", "--output=runs/x", "--config=parts.yaml")

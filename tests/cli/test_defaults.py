@@ -1,11 +1,20 @@
 """Defaults that depend on the model or on the run."""
 
+import pydoc
 from pathlib import Path
 
 import pytest
 from jsonargparse import Namespace
 
-from lit_prune.cli.defaults import export_arguments, fill_lengths, find_checkpoint, spell_format
+from lit_prune.allocate import DLP, Uniform
+from lit_prune.cli.defaults import (
+    allocation_arguments,
+    default_allocation,
+    export_arguments,
+    fill_lengths,
+    find_checkpoint,
+    spell_format,
+)
 from lit_prune.errors import InputError
 
 
@@ -51,6 +60,23 @@ def test_the_checkpoint_to_resume_from(tmp_path: Path) -> None:
     last.parent.mkdir()
     last.touch()
     assert find_checkpoint("last", tmp_path) == find_checkpoint(str(last), Path("elsewhere")) == str(last)
+
+
+def test_settings_of_an_allocation_without_its_name_are_those_of_dlp() -> None:
+    alpha = ["--config=x.yaml", "--pruning.allocation.alpha", "0.1"]
+    assert allocation_arguments(["fit", *alpha]) == ["fit", "--pruning.allocation=DLP", *alpha]
+    for args in (["fit", "--pruning.allocation=OWL"], ["fit"], []):
+        assert allocation_arguments(args) == args
+
+
+def test_the_default_allocation_is_that_of_the_class_of_the_method() -> None:
+    for method, allocation in {
+        "lit_prune.Wanda": DLP,
+        "lit_prune.slice.Slicing": DLP,
+        "lit_prune.Depth": Uniform,
+    }.items():
+        path = default_allocation(Namespace(class_path=method))
+        assert pydoc.locate(path) is allocation
 
 
 def test_a_format_is_named_in_any_case() -> None:

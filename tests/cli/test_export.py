@@ -158,7 +158,8 @@ def test_a_folder_is_exported_to_gguf_and_run_by_llama_cpp(capsys: pytest.Captur
 
 
 def test_a_folder_with_blocks_of_different_sizes_is_exported_to_gguf() -> None:
-    run("prune", "--output=runs/x", "--pruning.method=MLPWidth", "--pruning.sparsity=0.3")
+    width = ["--pruning.method=MLPWidth", "--pruning.allocation=DLP", "--pruning.sparsity=0.3"]
+    run("prune", "--output=runs/x", *width)
     model, ids = (
         AutoModelForCausalLM.from_pretrained("runs/x/model", dtype=torch.float32),
         load_tokenizer("embedded")("Open it")["input_ids"],
@@ -174,7 +175,7 @@ def test_a_folder_with_blocks_of_different_sizes_is_exported_to_gguf() -> None:
 
 
 def test_a_shrunk_folder_is_masked_and_packed(capsys: pytest.CaptureFixture[str]) -> None:
-    shrinking = ["--pruning.method=MLPWidth", "--pruning.allocation=Uniform", "--pruning.sparsity=0.25"]
+    shrinking = ["--pruning.method=MLPWidth", "--pruning.sparsity=0.25"]
     run("prune", "--output=runs/narrow", *shrinking)
     narrow = ["--model.pretrained=runs/narrow/model"]
     masking = ["--pruning.method=Magnitude", "--pruning.allocation=Uniform", "--pruning.sparsity=0.5"]

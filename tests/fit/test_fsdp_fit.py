@@ -41,11 +41,10 @@ CASES = {
         "--model.gradient_checkpointing=true",
         "--trainer.accumulate_grad_batches=2",
     ],
-    "channels": ["--pruning.method=MLPWidth", "--pruning.calibration.num_samples=32"],
+    "channels": ["--pruning.method=MLPWidth", "--pruning.allocation=DLP", "--pruning.calibration.num_samples=32"],
     "blocks": [
         "--pruning.method=Depth",
         "--pruning.method.refit=true",
-        "--pruning.allocation=Uniform",
         "--pruning.calibration.num_samples=32",
     ],
     "FullFineTuning, weights in bfloat16": ["--pruning.recovery=FullFineTuning", "--model.dtype=bfloat16"],

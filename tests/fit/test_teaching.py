@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lit_prune.callbacks import DynamicPruningCallback
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 
+from lit_prune.allocate import DLP
 from lit_prune.data.batches import training_windows
 from lit_prune.data.loaders import ResumableLoader
 from lit_prune.data.text import PackedWindows
@@ -178,7 +179,13 @@ CASES: dict[str, dict[str, Any]] = {
     "gradual, full": {"recovery": FullFineTuning(), "at_step": [1, 3], "sparsity": [0.3, 0.6]},
     "quantised": {"recovery": QLoRA(r=4)},
     "slices": {"method": Slicing(), "recovery": None, "at_step": 3},
-    "channels": {"method": MLPWidth(), "recovery": LoRA(r=4), "at_step": [1, 3], "sparsity": [0.25, 0.5]},
+    "channels": {
+        "method": MLPWidth(),
+        "allocation": DLP(),
+        "recovery": LoRA(r=4),
+        "at_step": [1, 3],
+        "sparsity": [0.25, 0.5],
+    },
 }
 
 

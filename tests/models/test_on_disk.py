@@ -334,7 +334,7 @@ def test_search_on_disk_is_refused(batches: list[torch.Tensor], tmp_path: Path) 
     "recipe",
     [
         Recipe(Slicing(), 0.25),
-        Recipe(MLPWidth(multiple=8), 0.5),
+        Recipe(MLPWidth(multiple=8), 0.5, DLP()),
         Recipe(HeadGroups(), 0.5, Uniform()),
         Recipe(Shrink([MLPWidth(multiple=8), HeadGroups()]), 0.5, Uniform()),
     ],

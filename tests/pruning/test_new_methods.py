@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from lit_prune.allocate import Allocation, LayerRedundancy, Uniform
+from lit_prune.allocate import Allocation, LayerRedundancy
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.cli.main import main
@@ -73,6 +73,10 @@ class DropBlocks(Method):
 
     chooses_linears: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = True
+
+    @classmethod
+    def default_allocation(cls) -> type[Allocation]:
+        return LayerRedundancy
 
     def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
         if allocation.is_uniform():
@@ -199,9 +203,9 @@ class Given(Allocation):
 
 
 RECIPES = [
-    Recipe(DropBlocks(), 1 / 3, LayerRedundancy()),
+    Recipe(DropBlocks(), 1 / 3),
     Recipe(DropBlocks(), 1 / 3, Given(), max_rate=1.0),
-    Recipe(NarrowMLP(), 0.25, Uniform()),
+    Recipe(NarrowMLP(), 0.25),
 ]
 
 
@@ -245,7 +249,7 @@ def test_the_block_with_the_highest_rate_goes(batches: list[Tensor]) -> None:
 
 def test_the_channels_with_the_smallest_columns_go(batches: list[Tensor]) -> None:
     model, dense = small_model(), small_model()
-    prune(model, batches, Recipe(NarrowMLP(), 0.25, Uniform()))
+    prune(model, batches, Recipe(NarrowMLP(), 0.25))
     weight_OI = dense.model.layers[0].mlp.down_proj.weight
     norms = weight_OI.norm(dim=0)
     kept = norms > norms.sort().values[11]
