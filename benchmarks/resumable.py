@@ -74,6 +74,7 @@ class Protocol:
             "parameters": parameters(model),
             "sparsity": 0.0 if pruned is None else pruned.sparsity,
             "seconds": 0.0 if pruned is None else sum(pruned.seconds.values()),
+            "search": {} if pruned is None else pruned.search,
             "sizes": getattr(model.config, "slice_sizes", None),
             "protocol": asdict(measured.protocol),
         }

@@ -2,29 +2,35 @@
 
     python benchmarks/search.py
     python benchmarks/search.py --method SparseGPT --start Uniform --sparsity 0.7 --evaluations 200 --seeds 1 --settings
-    python benchmarks/search.py --pretrained FOLDER --train_files TEXT --val_files RAW --seq_length 1024 \\
-        --val_windows 6 --val_length 2048 --sparsity 0.7 --results FILE.jsonl
+    python benchmarks/search.py --pretrained FOLDER --train_files TEXT --val_files RAW --num_samples 16 \\
+        --seq_length 1024 --val_windows 6 --val_length 2048 --sparsity 0.7 --method SparseGPT --start LayerRedundancy \\
+        --settings --cases "linears, kl" --evaluations 2000 --results FILE.jsonl
 
-The results file has one JSON object per case. The state of every search is stored beside it, so that an interrupted
-benchmark continues.
+`--cases` is a regular expression of the names of the cases to run. The results file has one JSON object per case. The
+state of every search is stored beside it, so that an interrupted benchmark continues. F is the CPU time of a case in
+multiples of one plain forward pass of the calibration windows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from unittest import mock
 
+from forwards import cost, cost_of, forward
 from jsonargparse import ArgumentParser
-from resumable import Protocol, Results, Row
+from resumable import MatchingCases, Protocol, Results, Row
 
 from lit_prune import allocate, pruning
 from lit_prune.allocate import Allocation, Arithmetic, Search, Uniform
+from lit_prune.models.load import load_model
 from lit_prune.recipe import Recipe
 from lit_prune.search import evolution
 
 
 def cases(start: Allocation, evaluations: int, seeds: int, results: Results) -> Iterator[tuple[str, Allocation, int]]:
-    """Yields a name, an allocation, and the number of blocks drawn for a move; 1 is uniform, as in EvoPress."""
+    """Yields a name, an allocation, and the number of groups drawn for each end of a move; 1 is uniform."""
     yield "Uniform", Uniform(), 1
     if start != Uniform():
         yield type(start).__name__, start, 1
@@ -52,13 +58,32 @@ def settings_cases(
                 yield f"Search, {level}, {loss}, seed {seed}", search, evolution.CONTENDERS
 
 
+class Cases(MatchingCases):
+    """The cases of searches, with the number of evaluations and the cost."""
+
+    def run(self, recipe: Recipe, contenders: int) -> Row:
+        """Returns the row of a recipe, whose search draws every end of a move from ``contenders`` groups."""
+        before = self.forward_seconds()
+        with mock.patch.object(evolution, "CONTENDERS", contenders), cost() as spent:
+            row = self.protocol.run(recipe)
+        return row | {"multiple": 2 * spent.cpu_seconds / (before + self.forward_seconds())}
+
+    def forward_seconds(self) -> float:
+        """Returns the CPU seconds of a plain forward pass of all windows, from a quarter of them."""
+        model, batches = load_model(self.protocol.pretrained, "float32"), self.protocol.batches()
+        some = batches[: max(len(batches) // 4, 1)]
+        return cost_of(partial(forward, model, some)).cpu_seconds * len(batches) / len(some)
+
+
 def main() -> None:
     """Runs the missing cases and prints all of them as a table."""
     parser = ArgumentParser(description=__doc__)
     parser.add_class_arguments(Protocol, as_group=False)
     parser.add_argument("--results", default="runs/search.jsonl", help="Results file, one JSON object per line.")
+    parser.add_argument("--cases", default="", help="Regular expression of the names of the cases to run.")
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--evaluations", type=int, default=120)
+    parser.add_argument("--minutes", type=float, default=None, help="Time limit of every search; null is no limit.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", default="Wanda", help="Name of the mask method.")
     parser.add_argument("--start", default="DLP", help="Name of the allocation of the initial rates.")
@@ -66,19 +91,19 @@ def main() -> None:
     parser.set_defaults(num_samples=16, seq_length=256, val_windows=24, val_length=256)
     settings = parser.parse_args()
     results, sparsity = Results(settings.pop("results")), settings.pop("sparsity")
-    evaluations, seeds = settings.pop("evaluations"), settings.pop("seeds")
+    evaluations, seeds, minutes = settings.pop("evaluations"), settings.pop("seeds"), settings.pop("minutes")
     method, start = getattr(pruning, settings.pop("method"))(), getattr(allocate, settings.pop("start"))()
     chosen = settings_cases if settings.pop("settings") else cases
-    protocol = Protocol(**settings.as_dict())
-
-    def run(allocation: Allocation, contenders: int) -> Row:
-        with mock.patch.object(evolution, "CONTENDERS", contenders):
-            return protocol.run(Recipe(method, sparsity, allocation))
-
-    print("| case | perplexity | seconds |\n| --- | ---: | ---: |")
+    pattern = settings.pop("cases")
+    runner = Cases(Protocol(**settings.as_dict()), results, pattern)
     for name, allocation, contenders in chosen(start, evaluations, seeds, results):
-        row = results.once(name, lambda allocation=allocation, contenders=contenders: run(allocation, contenders))
-        print(f"| {name} | {row['perplexity']:.2f} | {row['seconds']:.0f} |", flush=True)
+        if isinstance(allocation, Search):
+            allocation = replace(allocation, minutes=minutes)
+        runner.once(name, partial(runner.run, Recipe(method, sparsity, allocation), contenders))
+    print("| case | perplexity | evaluations | F |\n| --- | ---: | ---: | ---: |")
+    for row in results.rows:
+        evaluated = row["search"].get("evaluations", "")
+        print(f"| {row['case']} | {row['perplexity']:.2f} | {evaluated} | {row['multiple']:.1f} |")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from lit_prune.pipeline import prune
 from lit_prune.pruning import Method
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
-from lit_prune.shrink import HeadGroups, MLPWidth
+from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from lit_prune.slice import Slicing, sizes_from_rates, sliced_parameters
 
 SHARES = (0.15, 0.30, 0.20, 0.10)  # of all parameters, by importance
@@ -47,9 +47,16 @@ HEALINGS = {
 
 
 def allocations(folder: Path, share: float) -> Iterator[Allocation]:
-    """Yields the allocations of MLPWidth; the search starts from LayerRedundancy."""
+    """Yields the allocations of MLPWidth besides Uniform, from which the search starts."""
     yield from (DLP(), LayerRedundancy())
-    yield Search(LayerRedundancy(), evaluations=80, state=str(folder / f"search-{share}.json"))
+    yield Search(Uniform(), evaluations=80, state=str(folder / f"search-{share}.json"))
+
+
+def mixture(folder: Path, share: float) -> tuple[str, Recipe]:
+    """Returns the name and the recipe of the case in which a search finds how much each part loses."""
+    state = str(folder / f"search-parts-{share}.json")
+    search = Search(Uniform(), evaluations=120, step=0.1, level="parts", loss="kl", state=state)
+    return by_share(Shrink([MLPWidth(), HeadGroups()]), share, search)
 
 
 def by_share(method: Method, share: float, allocation: Allocation) -> tuple[str, Recipe]:
@@ -67,6 +74,8 @@ def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
         yield f"{name}, reconstructed", replace(recipe, reconstruction=Reconstruct())
     for share in SHARES:
         yield from (by_share(MLPWidth(), share, allocation) for allocation in allocations(folder, share))
+    for share in SHARES:
+        yield mixture(folder, share)
     for share in SHARES:
         yield by_share(HeadGroups(), share, Uniform())
         for contiguous, refit in ((False, False), (False, True), (True, False), (True, True)):

@@ -60,6 +60,7 @@ class Scored:
         search: Details of a search for rates, see ``allocate.base.Refined``; empty without one.
         sparsity_before: The share that earlier cuts had removed, weighted by ``sizes``; 0 for a dense model.
         linears: The rates of each block's linears by name; None if all linears of a block have the block's rate.
+        parts: The rates of each block's parts by name, for `Shrink`; None if only the blocks have rates.
     """
 
     scores: list[float]
@@ -71,6 +72,7 @@ class Scored:
     search: dict[str, Any] = field(default_factory=dict)
     sparsity_before: float = 0.0
     linears: list[dict[str, float]] | None = None
+    parts: list[dict[str, float]] | None = None
 
     @property
     def planned(self) -> float:
@@ -94,6 +96,7 @@ class Pruned:
         sparsity_before: The share that earlier cuts had removed; 0 for a dense model.
         reconstruction: Losses of every block before and after its reconstruction; empty without one.
         linears: The planned rates of each block's linears by name; None if they all have the block's rate.
+        parts: The planned rates of each block's parts by name, for `Shrink`; None if only the blocks have rates.
     """
 
     scores: list[float]
@@ -107,6 +110,7 @@ class Pruned:
     sparsity_before: float = 0.0
     reconstruction: list[BlockLosses] = field(default_factory=list)
     linears: list[dict[str, float]] | None = None
+    parts: list[dict[str, float]] | None = None
 
 
 def score(
@@ -171,7 +175,7 @@ def prune(
         check_batches(len(batches))
     finished = _finished(model, batches, recipe)
     scored = _score(model, batches, recipe, device, _needs(recipe), statistics)
-    blocks = _with_rates(recipe.find(model), scored.linears)
+    blocks = _with_rates(recipe.find(model), scored.linears or scored.parts)
     begin = time.perf_counter()
     with evaluating(model):
         reconstruction = None
@@ -200,6 +204,7 @@ def prune(
         sparsity_before=scored.sparsity_before,
         reconstruction=[] if reconstruction is None else reconstruction.losses,
         linears=scored.linears,
+        parts=scored.parts,
     )
 
 
@@ -211,11 +216,11 @@ def _finished(model: PreTrainedModel, batches: Sequence[Batch | Tensor], recipe:
     return FinishedBlocks(recipe.reconstruction.state, key_of(model, batches), recipe_record(recipe) | processes)
 
 
-def _with_rates(blocks: list[Block], linears: Sequence[Mapping[str, float]] | None) -> list[Block]:
-    """Returns the blocks with the rates of their linears, if these are planned one by one."""
-    if linears is None:
+def _with_rates(blocks: list[Block], named: Sequence[Mapping[str, float]] | None) -> list[Block]:
+    """Returns the blocks with the rates of their linears or parts, if these are planned one by one."""
+    if named is None:
         return blocks
-    return [replace(block, rates=rates) for block, rates in zip(blocks, linears, strict=True)]
+    return [replace(block, rates=rates) for block, rates in zip(blocks, named, strict=True)]
 
 
 def _check_same(blocks: Sequence[Block]) -> None:
@@ -302,6 +307,7 @@ def _score(
         search=refined.details,
         sparsity_before=before,
         linears=refined.linears,
+        parts=refined.parts,
     )
 
 
@@ -346,7 +352,8 @@ def _refine(
     """Returns the rates that follow from the scores, or better ones if the allocation searches."""
     rates = recipe.spread(limits, scores)
     if not recipe.allocation.searches:
-        return Refined(rates, linears=recipe.allocation.linears(blocks))
+        named = recipe.allocation.named_rates(recipe.method.named_sizes(model, blocks))
+        return Refined(rates).with_named(recipe.method.finest_level, named)
     key = _search_key(model, batches, recipe)
     trial_device, dicts = torch.device(device or model.device), _dicts(model, batches)
     with evaluating(model):

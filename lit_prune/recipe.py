@@ -86,11 +86,7 @@ class Recipe:
                 f"`pruning.allocation` must not be {type(self.allocation).__name__} for {type(self.method).__name__}, "
                 "which offers no trial of rates."
             )
-        if self.allocation.by_linear and not self.method.makes_zeros:
-            raise InputError(
-                f"`pruning.allocation` must have one rate per block for {type(self.method).__name__}, which prunes all "
-                "linears of a block together; `level: linears` and plans with linears are for masks."
-            )
+        self._check_level()
         if self.budget not in get_args(Budget):
             raise InputError(f"`pruning.budget` must be one of {', '.join(get_args(Budget))}, got {self.budget!r}.")
         self._check_budget()
@@ -99,6 +95,18 @@ class Recipe:
                 f"`pruning.reconstruction` must be null for {type(self.method).__name__}, which gives blocks outputs "
                 "that cannot be compared with those of the dense blocks: leave it out, or choose another method."
             )
+
+    def _check_level(self) -> None:
+        """Raises InputError if the allocation gives rates to linears or parts, and the method does not support them."""
+        finest, levels = self.method.finest_level, self.allocation.levels
+        if levels & {"blocks", finest}:
+            return
+        name = type(self.method).__name__
+        supported = "one rate per block" if finest == "blocks" else f"rates of blocks or {finest}"
+        raise InputError(
+            f"`pruning.allocation` must have {supported} for {name}, got rates of {' or '.join(sorted(levels))}: "
+            "`level: linears` and plans with linears are for masks, `level: parts` and plans with parts for Shrink."
+        )
 
     def _read_targets(self) -> None:
         """Replaces the texts of the targets by numbers, and a sparsity that is not given by its default."""
@@ -247,7 +255,8 @@ class Recipe:
             )
         self.method.check_rates(blocks, self.allocation, limits.effective_target)
         self.allocation.check(limits.sizes, limits.effective_target, limits.lower, limits.upper)
-        self.allocation.linears(blocks)
+        if (named := self.allocation.named_rates(self.method.named_sizes(model, blocks))) is not None:
+            self.method.check_named(model, blocks, named)
         equal_rates = self.spread(limits, [1.0] * len(blocks), equal=True)
         if self.allocation.is_uniform():
             self.method.check_sizes(model, blocks, equal_rates)

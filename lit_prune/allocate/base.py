@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import Tensor
 
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
-from lit_prune.models.families import Block
 from lit_prune.search.trial import Trial
 
 TOLERANCE = 1e-6
+
+Level = Literal["blocks", "linears", "parts"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,19 @@ class Refined:
         rates: The rate of each block.
         details: JSON-serialisable entries for the report; empty if the allocation does not search.
         linears: The rates of each block's linears by name; None if all linears of a block have the block's rate.
+        parts: The rates of each block's parts by name, for `Shrink`; None if only the blocks have rates.
     """
 
     rates: list[float]
     details: dict[str, Any] = field(default_factory=dict)
     linears: list[dict[str, float]] | None = None
+    parts: list[dict[str, float]] | None = None
+
+    def with_named(self, level: Level, rates: list[dict[str, float]] | None) -> Refined:
+        """Returns the result with ``rates`` of the `linears` or the `parts` of each block."""
+        if level == "parts":
+            return replace(self, parts=rates)
+        return replace(self, linears=rates if level == "linears" else None)
 
 
 class Allocation(ABC):
@@ -44,7 +53,8 @@ class Allocation(ABC):
     Attributes:
         needs: The kinds of statistics that :meth:`score` reads, from ``lit_prune.calibration.statistics``.
         searches: Whether :meth:`refine` measures other rates and returns better ones.
-        by_linear: Whether every linear gets a rate of its own, which only methods that make zeros support.
+        levels: What the rates are of: the `blocks`, or, one by one, the `linears` or the `parts` of the blocks. A plan
+            does not tell the last two apart.
         ranks_blocks: Whether the blocks with the highest rates are those that the model can spare as a whole, as Depth
             requires. False for rules that rate the weights of a block.
     """
@@ -53,7 +63,7 @@ class Allocation(ABC):
     # and where one is missing there, it checks the type of no option of the subclass
     needs = frozenset[str]()
     searches = False
-    by_linear = False
+    levels = frozenset[Level]({"blocks"})
     ranks_blocks = True
 
     @abstractmethod
@@ -99,11 +109,14 @@ class Allocation(ABC):
     def check_key(self, key: Mapping[str, Any]) -> None:  # noqa: B027 (only a search keeps losses)
         """Raises InputError if losses that were measured before are not those of ``key``, see :meth:`refine`."""
 
-    def linears(self, blocks: Sequence[Block]) -> list[dict[str, float]] | None:
-        """Returns the rates of each block's linears, if the allocation knows them before a search.
+    def named_rates(self, sizes: Sequence[Mapping[str, int]]) -> list[dict[str, float]] | None:
+        """Returns the rates of each block's linears or parts by name, if the allocation knows them before a search.
+
+        Args:
+            sizes: For each block, the sizes of those that can have rates of their own, by name.
 
         Raises:
-            InputError: if they do not fit ``blocks``.
+            InputError: if the rates do not fit ``sizes``.
         """
         return None
 

@@ -11,10 +11,9 @@ from typing import Any, final
 import yaml
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, mean_rate, weighted_mean
+from lit_prune.allocate.base import Allocation, Level, mean_rate, weighted_mean
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
-from lit_prune.models.families import Block
 
 MEAN_TOLERANCE = 1e-4
 RATE = "rate"
@@ -26,14 +25,15 @@ class Plan(Allocation):
     """The rates in a YAML file that maps each block's index to its rate, for instance ``0: 0.41``.
 
     A block may have a rate for each of its linears, whose mean, weighted by their sizes, must be the block's rate:
-    ``0: {rate: 0.41, self_attn.q_proj: 0.5, ...}``.
+    ``0: {rate: 0.41, self_attn.q_proj: 0.5, ...}``. With Shrink, these are rates of its parts:
+    ``0: {rate: 0.41, MLPWidth: 0.5, HeadGroups: 0.0}``.
 
     Args:
         path: The file.
 
     Raises:
-        InputError: if the file does not exist or is not such a mapping, has a block or a linear that the model does not
-            have, lacks one that it has, or if a mean of the rates is not as it must be.
+        InputError: if the file does not exist or is not such a mapping, has a block, a linear or a part that the model
+            does not have, lacks one that it has, or if a mean of the rates is not as it must be.
     """
 
     path: str
@@ -46,37 +46,43 @@ class Plan(Allocation):
         return {block: entry[RATE] for block, entry in self._entries().items()}
 
     @property
-    def by_linear(self) -> bool:  # type: ignore[override]
-        """Whether a block has rates of its linears."""
+    def levels(self) -> frozenset[Level]:  # type: ignore[override]
+        """What the rates are of: the blocks, or linears or parts, which the names alone do not tell apart."""
+        return frozenset({"linears", "parts"} if self._has_names else {"blocks"})
+
+    @property
+    def _has_names(self) -> bool:
         return any(len(entry) > 1 for entry in self._entries().values())
 
-    def linears(self, blocks: Sequence[Block]) -> list[dict[str, float]] | None:
-        """Returns the planned rates of each block's linears; None if none are planned.
+    def named_rates(self, sizes: Sequence[Mapping[str, int]]) -> list[dict[str, float]] | None:
+        """Returns the planned rates of each block's linears or parts; None if none are planned.
 
         Raises:
-            InputError: if the linears are not those of the block, or their mean is not the block's rate.
+            InputError: if they are not those of the block, or their mean is not the block's rate.
         """
+        if not self._has_names:
+            return None
         entries = self._entries()
-        return [self._linears(entries[block.index], block) for block in blocks] if self.by_linear else None
+        return [self._named(block, entries[block], own_sizes) for block, own_sizes in enumerate(sizes)]
 
-    def _linears(self, entry: dict[str, float], block: Block) -> dict[str, float]:
+    def _named(self, block: int, entry: dict[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
         rate = entry[RATE]
-        planned = {name: value for name, value in entry.items() if name != RATE} or dict.fromkeys(block.linears, rate)
-        if differing := sorted(planned.keys() ^ block.linears.keys()):
+        planned = {name: value for name, value in entry.items() if name != RATE} or dict.fromkeys(sizes, rate)
+        if differing := sorted(planned.keys() ^ sizes.keys()):
             raise InputError(
-                f"`Plan.path`: block {block.index} in {self.path} must have the linears that are pruned, "
-                f"{', '.join(block.linears)}; {differing[0]} is {'not one' if differing[0] in planned else 'missing'}."
+                f"`Plan.path`: block {block} in {self.path} must have rates of all that is pruned in it, "
+                f"{', '.join(sizes)}; {differing[0]} is {'not one' if differing[0] in planned else 'missing'}."
             )
-        mean = mean_rate(planned, {name: linear.size for name, linear in block.linears.items()})
+        mean = mean_rate(planned, sizes)
         if abs(mean - rate) > MEAN_TOLERANCE:
             raise InputError(
-                f"`Plan.path`: the rate of block {block.index} in {self.path} must be the mean of its linears, "
+                f"`Plan.path`: the rate of block {block} in {self.path} must be the mean of the rates below it, "
                 f"{mean:.6g}, got {rate:g}."
             )
-        return {name: planned[name] for name in block.linears}
+        return {name: planned[name] for name in sizes}
 
     def _entries(self) -> dict[int, dict[str, float]]:
-        """Returns the rate of each block under RATE, and those of its linears under their names."""
+        """Returns the rate of each block under RATE, and those of its linears or parts under their names."""
         if not Path(self.path).is_file():
             raise InputError(f"`Plan.path` must be a file, got {self.path}; `lit-prune score` writes one.")
         try:
@@ -97,13 +103,13 @@ class Plan(Allocation):
                 raise InputError(f"`Plan.path`: the rate of {where} must be in [0, 1], got {rate!r} in {self.path}.")
         if RATE not in by_name:
             raise InputError(
-                f"`Plan.path`: block {block} in {self.path} must have a `{RATE}`, the mean of its linears."
+                f"`Plan.path`: block {block} in {self.path} must have a `{RATE}`, the mean of the rates below it."
             )
         return {str(name): float(rate) for name, rate in by_name.items()}
 
     def is_uniform(self) -> bool:
         """Returns whether the planned rates are all the same."""
-        return not self.by_linear and len(set(self.rates().values())) == 1
+        return not self._has_names and len(set(self.rates().values())) == 1
 
     def check(self, sizes: Sequence[int], sparsity: float, lower: Sequence[float], upper: float) -> None:
         """Raises InputError if the blocks are not the model's, a rate is out of bounds, or the mean is off."""
@@ -143,7 +149,7 @@ def write_plan(
     rates: Sequence[float],
     scores: Sequence[float],
     header: str,
-    linears: Sequence[Mapping[str, float]] | None = None,
+    named: Sequence[Mapping[str, float]] | None = None,
 ) -> None:
     """Writes a plan file for :class:`Plan`, with each block's score as a comment beside its rate.
 
@@ -152,13 +158,13 @@ def write_plan(
         rates: Rate of each block.
         scores: Score of each block.
         header: Text of the comment at the top.
-        linears: Rates of each block's linears by name, if they are planned one by one.
+        named: Rates of each block's linears or parts by name, if they are planned one by one.
     """
     lines = [f"# {line}" for line in header.splitlines()]
     for block, (rate, score) in enumerate(zip(rates, scores, strict=True)):
-        if linears is None:
+        if named is None:
             lines.append(f"{block}: {rate:.6f}  # score {score:.6g}")
         else:
             lines += [f"{block}:", f"  {RATE}: {rate:.6f}  # score {score:.6g}"]
-            lines += [f"  {name}: {value:.6f}" for name, value in linears[block].items()]
+            lines += [f"  {name}: {value:.6f}" for name, value in named[block].items()]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")

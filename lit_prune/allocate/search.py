@@ -12,16 +12,16 @@ from typing import Any, Literal, final, get_args
 
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, Refined, mean_rate, weighted_mean
+from lit_prune.allocate.base import Allocation, Level, Refined, mean_rate, weighted_mean
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from lit_prune.progress import counted, log
-from lit_prune.search.evolution import Evolution, Point, Rounds, Space
+from lit_prune.search.evolution import Evolution, Rounds
 from lit_prune.search.losses import MeasuredLosses
-from lit_prune.search.trial import LinearTrial, Trial
+from lit_prune.search.space import Family, Point, Space
+from lit_prune.search.trial import NamedTrial, Trial
 
-Level = Literal["blocks", "linears"]
 Loss = Literal["cross_entropy", "kl"]
 IDLE = 20  # generations without a new measurement, after which all moves are taken as measured
 BROKEN = (
@@ -36,28 +36,30 @@ class Search(Allocation):
     """Starts from the rates of another allocation and searches for rates of the same mean that give a lower loss.
 
     The loss is the mean cross entropy of the next token on calibration windows. A generation makes `offspring` by
-    moving budget between blocks, measures each on `first` windows, and the best `survivors` and their parent on `final`
-    windows; the best of these is the next parent. Every measurement updates an estimate of each block's cost, which
-    guides the moves. If the last parent is no better than the start on `final` windows drawn for this
-    comparison, the start is returned.
+    moving budget between blocks, measures each on `first` windows, and combines those that are better than their
+    parent. This combination, the best `survivors` and the parent are measured on `final` windows; the best of these is
+    the next parent. Every measurement updates an estimate of each block's cost, which guides the moves. If the last
+    parent is no better than the start on `final` windows drawn for this comparison, the start is returned.
 
     For two blocks of one size at [0.5, 0.5], a move of step 0.02 gives [0.48, 0.52].
 
-    With `level: linears` budget moves between linears instead, so that those of one block may differ.
+    With `level: linears` budget moves between linears instead, or groups of these, so that those of one block may
+    differ; with `level: parts` between the parts of `Shrink`, so that the search finds how much each of them loses.
 
     Args:
         start: The allocation of the initial rates; null is DLP.
         evaluations: Maximum number of passes of one calibration window through the whole model, including those of a
             stopped search that is resumed.
         minutes: Time limit of this run; null is no limit.
-        step: The budget that a move shifts from one block to another, as a share of a block of mean size, rounded to
-            the granularity of the pattern or the slices; with `level: linears` a share of a linear of mean size. A step
-            of 0.02 of 1,000 weights is 20 weights.
+        step: The largest budget that a move shifts from one block to another, as a share of the smaller one, rounded to
+            the granularity of the pattern, the slices or the parts; with `level: linears` or `parts` of the smaller
+            linear, part or group of these. A step of 0.02 of 1,000 weights is 20 weights.
         offspring: Candidates per generation.
         survivors: Candidates that are compared with their parent.
         first: Number of windows on which every candidate is measured.
         final: Number of windows on which the survivors are measured.
-        level: `blocks` gives all linears of a block its rate; `linears` gives every linear a rate of its own.
+        level: What gets rates of its own: the `blocks`; the `linears` of each block, for masks; or the `parts` of each
+            block, for `Shrink`.
         loss: `cross_entropy` of the next token, or `kl`, the divergence of the pruned model's prediction from that of
             the unpruned one, as in EvoPress; it needs one more pass over the windows.
         seed: Random seed.
@@ -90,8 +92,8 @@ class Search(Allocation):
         object.__setattr__(self, "start", self.start or DLP())
         if self.rule.searches:
             raise InputError("`Search.start` must be an allocation that does not search itself, got Search.")
-        if self.rule.by_linear:
-            raise InputError("`Search.start` must have one rate per block, got rates of linears.")
+        if "blocks" not in self.rule.levels:
+            raise InputError("`Search.start` must have one rate per block, got rates of linears or parts.")
         for name, kind in (("level", Level), ("loss", Loss)):
             if getattr(self, name) not in get_args(kind):
                 raise InputError(
@@ -126,9 +128,9 @@ class Search(Allocation):
         return Rounds(self.offspring, self.survivors, self.first, self.final)
 
     @property
-    def by_linear(self) -> bool:  # type: ignore[override]
-        """Whether every linear gets a rate of its own."""
-        return self.level == "linears"
+    def levels(self) -> frozenset[Level]:  # type: ignore[override]
+        """What the rates are of."""
+        return frozenset({self.level})
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -170,36 +172,52 @@ class Search(Allocation):
         lower = [max(low, self.floor(limits.target)) for low in limits.lower]
         upper = [max(limits.upper, low) for low in lower]
         key = {**key, "sizes": limits.sizes}
-        if not self.by_linear:
+        if self.level == "blocks":
             return self._run(Space(list(rates), limits.sizes, trial.granularity, lower, upper, self.step), trial, key)
-        linears = trial.by_linear()
-        space = _space_of_linears(linears, rates, lower, upper, self.step)
-        # as many moves as between blocks: every linear that changes has to be pruned anew
-        found = self._run(space, linears, {**key, "sizes of linears": linears.sizes}, moves=max(len(rates) // 3, 1))
-        by_block, sizes = linears.by_block(found.rates), linears.by_block(linears.sizes)
-        means = [mean_rate(by_name, by_name_sizes) for by_name, by_name_sizes in zip(by_block, sizes, strict=True)]
-        return Refined(means, found.details, by_block)
+        named = trial.by_name()
+        space = _space_of_names(named, rates, lower, upper, step=self.step, target=limits.effective_target)
+        found = self._run(space, named, {**key, f"sizes of {self.level}": named.sizes}, named.families())
+        by_block, sizes = named.by_block(found.rates), named.by_block(named.sizes)
+        means = [
+            mean_rate(by_name, own_sizes) if own_sizes else rate
+            for by_name, own_sizes, rate in zip(by_block, sizes, rates, strict=True)
+        ]
+        return Refined(means, found.details).with_named(self.level, by_block)
 
-    def _run(self, space: Space, trial: Trial, key: Mapping[str, Any], moves: int | None = None) -> Refined:
+    def _run(
+        self, space: Space, trial: Trial, key: Mapping[str, Any], families: Sequence[Family] | None = None
+    ) -> Refined:
         bounds = {"lower": list(space.lower), "upper": list(space.upper)}
         start = {"rates at the start": [round(rate, 4) for rate in space.start]}
         key = {**key, **self._settings(), **bounds, **start}
         measured = MeasuredLosses(self.state)
         measured.check_key(key)
         with counted(self.evaluations, "Searching rates") as report:
-            return _Run(self, space, trial, measured, report, moves).run(key)
+            return _Run(self, space, trial, measured, report, families).run(key)
 
 
-def _space_of_linears(
-    trial: LinearTrial, rates: Sequence[float], lower: Sequence[float], upper: Sequence[float], step: float
+def _space_of_names(
+    trial: NamedTrial,
+    rates: Sequence[float],
+    lower: Sequence[float],
+    upper: Sequence[float],
+    *,
+    step: float,
+    target: float,
 ) -> Space:
-    """Returns the space of the rates of all linears, which starts from ``rates`` of the blocks and has their bounds."""
-    start, low, high = trial.split(rates), trial.split(lower), trial.split(upper)
-    # a linear that an earlier cut left sparser than its block makes the others start below the bound of the block
-    low = [max(min(bound, rate), pruned) for bound, rate, pruned in zip(low, start, trial.pruned, strict=True)]
-    return Space(
-        start, trial.sizes, trial.granularity, low, [max(pair) for pair in zip(high, start, strict=True)], step
+    """Returns the space of the rates of all linears or parts, which starts from ``rates`` of the blocks."""
+    start, (low, high) = trial.split(rates), trial.bounds(lower, upper)
+    # a linear that an earlier cut left sparser than its block, or a part with large units, makes the others start
+    # below the bound of the block or above it
+    low, high = (
+        [min(pair) for pair in zip(low, start, strict=True)],
+        [max(pair) for pair in zip(high, start, strict=True)],
     )
+    balance = (0.0, 0.0)
+    if trial.tolerance:
+        excess = (weighted_mean(start, trial.sizes) - target) * sum(trial.sizes)
+        balance = (min(-trial.tolerance - excess, 0.0), max(trial.tolerance - excess, 0.0))
+    return Space(start, trial.sizes, trial.granularity, low, high, step, balance)
 
 
 class _LimitReached(Exception):
@@ -216,13 +234,13 @@ class _Run:
         trial: Trial,
         measured: MeasuredLosses,
         report: Callable[[int, str], None],
-        moves: int | None,
+        families: Sequence[Family] | None,
     ) -> None:
         self.search, self.space, self.trial, self.measured, self.report = search, space, trial, measured, report
         self.evaluated: set[tuple[Point, int]] = set()
         self.limit, self.end = search.evaluations, math.inf
         windows = len(trial.tokens)
-        self.evolution = Evolution(space, search.rounds, windows, self.loss, search.seed, moves)
+        self.evolution = Evolution(space, search.rounds, windows, self.loss, search.seed, families)
         self.comparison = random.Random(search.seed).sample(range(windows), self.evolution.rounds.final)
         self.generations = 0
 

@@ -131,6 +131,7 @@ class PruneTrainer(Trainer):
             scores=scored.scores,
             rates=scored.rates,
             linears=scored.linears,
+            parts=scored.parts,
             search=SearchRecord.from_dict(scored.search),
             seconds={"score": scored.seconds},
             versions=versions(),

@@ -146,6 +146,7 @@ def _record(inputs: CutInputs, before: _State, pruned: Pruned, after: _State) ->
         sparsity_before=pruned.sparsity_before,
         reconstruction=pruned.reconstruction,
         linears=pruned.linears,
+        parts=pruned.parts,
         found=inputs.found,
     )
 

@@ -65,7 +65,7 @@ class Block:
         linears: The linears by their name within the block.
         path: Dotted path of the layer in the model.
         offload: The files of the model, if its weights stay on disk.
-        rates: The share to remove from each linear, if they are planned one by one.
+        rates: The share to remove from each linear, or each part of the block, if they are planned one by one.
     """
 
     index: int

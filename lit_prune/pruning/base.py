@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, Uniform
-from lit_prune.allocate.base import Allocation, meet_budget
+from lit_prune.allocate.base import Allocation, Level, meet_budget
 from lit_prune.allocate.budget import rate_of_share, sparsity_of_linears
 from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
@@ -50,6 +50,7 @@ class Method(ABC):
         supports_reconstruction: Whether blocks that the method has cut can be reconstructed, see :meth:`apply`.
         supports_parameters: Whether the method implements :meth:`removable` and ``limits_of_share``, or
             :meth:`rate_of_parameters` itself, for the budgets `parameters` and `bytes`, and for targets.
+        finest_level: The finest that can have rates of their own: `blocks`, their `linears`, or their `parts`.
         can_be_part: Whether the method implements :meth:`removable`, so that it can be a part of ``Shrink``.
         structures: Number of structures that a cut adds to the record of the model, if the method changes shapes.
     """
@@ -63,6 +64,7 @@ class Method(ABC):
     supports_search: ClassVar[bool] = False
     supports_reconstruction: ClassVar[bool] = False
     supports_parameters: ClassVar[bool] = False
+    finest_level: ClassVar[Level] = "blocks"
     can_be_part: ClassVar[bool] = False
     structures: int = 1
     propagate: Propagate = "dense"
@@ -99,6 +101,15 @@ class Method(ABC):
 
         `sparsity` is the mean of the rates, weighted by these sizes.
         """
+
+    def named_sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[dict[str, int]]:
+        """Returns the sizes of those linears or parts of each block that can have rates of their own, by name."""
+        return [{} for _ in blocks]
+
+    def check_named(  # noqa: B027 (most support any rates)
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[Mapping[str, float]]
+    ) -> None:
+        """Raises InputError if linears or parts cannot have ``rates``, by block and name."""
 
     def current_rate(self, block: Block) -> float:
         """Returns the share that earlier cuts have removed from ``block``, which counts toward its rate."""
@@ -259,6 +270,7 @@ class MaskMethod(Method):
     """
 
     makes_zeros: ClassVar[bool] = True
+    finest_level: ClassVar[Level] = "linears"
     supports_search: ClassVar[bool] = True
     supports_reconstruction: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
@@ -296,7 +308,7 @@ class MaskMethod(Method):
             for name, linear in block.linears.items()
         }
         self.pattern.check(allocation, sparsity, columns)
-        if allocation.by_linear and self.pattern.columns is not None:
+        if "blocks" not in allocation.levels and self.pattern.columns is not None:
             raise InputError(
                 f"`pruning.allocation` must have one rate per block for the pattern {self.pattern}, whose N is the "
                 "same in all linears of a block; `level: linears` and plans with linears need Unstructured."
@@ -336,6 +348,10 @@ class MaskMethod(Method):
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of prunable weights of each block."""
         return [block.size for block in blocks]
+
+    def named_sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[dict[str, int]]:
+        """Returns the number of weights of each linear."""
+        return [{name: linear.size for name, linear in block.linears.items()} for block in blocks]
 
     def current_rate(self, block: Block) -> float:
         """Returns the share of the block's prunable weights that is exactly zero."""

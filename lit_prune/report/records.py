@@ -84,6 +84,7 @@ class CutRecord:
         sparsity_before: Share that was removed before the cut; 0 for a dense model.
         reconstruction: Losses of every block before and after its reconstruction; empty without one.
         linears: Planned rates of each block's linears by name; None if they all have the block's rate.
+        parts: Planned rates of each block's parts by name, for `Shrink`; None if only the blocks have rates.
         found: The search for the sparsity of a perplexity; None if the sparsity was given.
     """
 
@@ -103,6 +104,7 @@ class CutRecord:
     sparsity_before: float = 0.0
     reconstruction: list[BlockLosses] = field(default_factory=list)
     linears: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
+    parts: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
     found: FoundSparsity | None = field(default=None, metadata=json_form(none_as=OMIT))
 
     @classmethod

@@ -42,6 +42,7 @@ class Report:
         scores: Score of each block at the last cut.
         rates: Planned rate of each block.
         linears: Planned rates of each block's linears by name; None if they all have the block's rate.
+        parts: Planned rates of each block's parts by name, for `Shrink`; None if only the blocks have rates.
         achieved: Achieved rate of each block.
         search: Record of the search for rates; None if there was none.
         reconstruction: Losses of every block before and after its reconstruction at the last cut; empty without one.
@@ -79,6 +80,7 @@ class Report:
     scores: list[float] | None = field(metadata=json_form(none_as=OMIT))
     rates: list[float] | None = field(metadata=json_form(none_as=OMIT))
     linears: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
+    parts: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
     achieved: list[float] | None = field(metadata=json_form(none_as=OMIT))
     search: SearchRecord | None = field(default=None, metadata=json_form(none_as=OMIT))
     reconstruction: Sequence[BlockLosses] = ()
@@ -173,6 +175,7 @@ class ScoreReport:
     scores: list[float]
     rates: list[float]
     linears: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
+    parts: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
     search: SearchRecord | None = field(default=None, metadata=json_form(none_as=OMIT))
     seconds: Mapping[str, float]
     versions: Mapping[str, str]

@@ -110,6 +110,7 @@ class CutSummary:
     achieved: list[float]
     seconds: Mapping[str, float]
     linears: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
+    parts: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))
 
     @classmethod
     def of(cls, record: CutRecord) -> CutSummary:
@@ -126,4 +127,5 @@ class CutSummary:
             achieved=record.achieved,
             seconds=record.seconds,
             linears=record.linears,
+            parts=record.parts,
         )

@@ -56,6 +56,7 @@ def summary(
         scores=None if last is None else last.scores,
         rates=None if last is None else last.rates,
         linears=None if last is None else last.linears,
+        parts=None if last is None else last.parts,
         achieved=None if start is None else start.achieved,
         search=None if last is None else last.search,
         reconstruction=() if last is None else last.reconstruction,

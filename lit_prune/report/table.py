@@ -14,7 +14,7 @@ from lit_prune.report.wording import (
     describe_change,
     describe_found,
     describe_gains,
-    describe_linears,
+    describe_means,
     describe_miss,
     describe_protocol,
     describe_reconstruction,
@@ -56,8 +56,8 @@ def block_table(report: ScoreReport) -> Table:
     assert sparsity.target is not None
     mean = f"mean {sparsity.planned:.4f}, requested {sparsity.requested:.4f} ({describe_budget(sparsity.budget)})"
     search = "" if report.search is None else describe_search(report.search)
-    linears = describe_linears(report.linears)
-    caption = "; ".join(filter(None, (mean, describe_miss(sparsity.planned - sparsity.target), linears, search)))
+    named = describe_means(report.linears or report.parts)
+    caption = "; ".join(filter(None, (mean, describe_miss(sparsity.planned - sparsity.target), named, search)))
     grid = Table(title="blocks", title_justify="left", caption=caption, caption_justify="left")
     for name in ("block", "score", "rate"):
         grid.add_column(name, justify="right")
@@ -85,7 +85,9 @@ def _rows(report: Report) -> dict[str, str]:
     if report.reconstruction:
         rows["reconstruction"] = describe_reconstruction(report.reconstruction)
     if report.linears is not None:
-        rows["rates of the linears"] = describe_linears(report.linears)
+        rows["rates of the linears"] = describe_means(report.linears)
+    if report.parts is not None:
+        rows["rates of the parts"] = describe_means(report.parts)
     rows["parameters"] = describe_size(report)
     if report.target is not None:
         rows["size requested"] = describe_target(report.target)

@@ -102,14 +102,14 @@ def describe_reconstruction(losses: Sequence[BlockLosses]) -> str:
     return f"mean loss of a block {', '.join(sides)}{unchanged}"
 
 
-def describe_linears(linears: Sequence[Mapping[str, float]] | None) -> str:
-    """Returns the mean rate of all linears of a name, in one line; empty if linears have no rates of their own.
+def describe_means(named: Sequence[Mapping[str, float]] | None) -> str:
+    """Returns the mean rate of all linears or parts of a name, in one line; empty if they have no rates of their own.
 
-    >>> describe_linears([{"q_proj": 0.5, "o_proj": 0.4}, {"q_proj": 0.6, "o_proj": 0.4}])
+    >>> describe_means([{"q_proj": 0.5, "o_proj": 0.4}, {"q_proj": 0.6, "o_proj": 0.4}])
     'mean of q_proj 0.5500, o_proj 0.4000'
     """
     by_name: dict[str, list[float]] = {}
-    for rates in linears or ():
+    for rates in named or ():
         for name, rate in rates.items():
             by_name.setdefault(re.sub(r"\d+", "*", name), []).append(rate)
     means = [f"{name} {sum(rates) / len(rates):.4f}" for name, rates in by_name.items()]

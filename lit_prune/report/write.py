@@ -87,7 +87,7 @@ def write_scores(folder: Path, report: ScoreReport, statistics: CachedStatistics
     """Writes the plan, the statistics, the picture and report.json of `lit-prune score`; returns their paths."""
     plan = folder / "plan.yaml"
     with atomic_write(plan) as draft:
-        write_plan(draft, report.rates, report.scores, _plan_header(plan, report), report.linears)
+        write_plan(draft, report.rates, report.scores, _plan_header(plan, report), report.linears or report.parts)
     with atomic_write(folder / FILE) as draft:
         write_statistics(draft, statistics)
     return [plan, folder / FILE, *write_report(folder, report)]
@@ -116,8 +116,9 @@ def _plan_header(plan: Path, report: ScoreReport) -> str:
     assert mean is not None
     assert requested is not None
     lines = [f"block: share to remove; mean {mean:.6g}, by {report.recipe['allocation']}"]
-    if report.linears is not None:
-        lines.append("the rate of a block is the mean of its linears, weighted by their sizes")
+    for name in ("linears", "parts"):
+        if getattr(report, name) is not None:
+            lines.append(f"the rate of a block is the mean of its {name}, weighted by their sizes")
     if report.search is not None:
         lines.append(f"search: {describe_search(report.search)}")
     usage = f"use it by --pruning.allocation Plan --pruning.allocation.path {plan}"

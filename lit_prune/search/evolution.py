@@ -3,66 +3,26 @@
 After EvoPress (ICML 2025, arXiv 2410.14649): offspring differ from the best rates by moves of budget between blocks.
 All are measured on a few calibration windows, the survivors and their parent on more, and the best of these is the next
 parent. EvoPress draws the blocks of a move uniformly. Here every measurement also corrects an estimate of the cost of
-pruning each block, and a tournament moves budget from costly blocks to cheap ones: see :class:`Evolution`.
+pruning each block, a tournament moves budget from costly blocks to cheap ones, moves can be between whole groups, and
+what all successful offspring changed is tried together: see :class:`Evolution`.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-Point = tuple[int, ...]
+from lit_prune.search.space import Family, Group, Point, Space
+
 Loss = Callable[[Point, Sequence[int]], float]
-TOLERANCE = 1e-9
-CONTENDERS = 3  # blocks in a tournament, but at most half of all
+CONTENDERS = 3  # groups in a tournament, but at most half of the family
 LEARNING_RATE = 0.5  # share of an estimate's error that one measurement corrects
+SHRINKAGE, GROWTH = 0.6, 1.2  # of the moves, after a generation without better rates and one with such
+SMALLEST = 0.05  # share of the step that moves keep
+MOVES = 3  # most moves from the best rates to a candidate
 ATTEMPTS = 1000  # random draws for the offspring of a generation
-
-
-@dataclass(frozen=True)
-class Space:
-    """The rates that can be reached from the start by moves of budget between blocks.
-
-    A point of the space has one integer per block: the units of ``sizes`` that were added to its budget. They add up to
-    0, so that the mean of the rates, weighted by the sizes, does not change: for blocks of 100 and 50 weights at
-    [0.5, 0.5], the point (10, -10) has the rates [0.6, 0.3].
-
-    Attributes:
-        start: The rate of each block at the start.
-        sizes: Number of units that each block has.
-        granularity: Number of units of which every change of a block's budget is a multiple.
-        lower: Lower bound of each block's rate.
-        upper: Upper bound of each block's rate.
-        step: Budget of one move, as a share of the mean size.
-    """
-
-    start: Sequence[float]
-    sizes: Sequence[int]
-    granularity: Sequence[int]
-    lower: Sequence[float]
-    upper: Sequence[float]
-    step: float
-
-    @property
-    def origin(self) -> Point:
-        """The point of the start, where nothing is moved."""
-        return (0,) * len(self.start)
-
-    def rates(self, point: Point) -> list[float]:
-        """Returns the rates at ``point``."""
-        return [rate + part / size for rate, part, size in zip(self.start, point, self.sizes, strict=True)]
-
-    def amount(self, one: int, other: int) -> int:
-        """Returns the budget of a move between two blocks: the multiple of both granularities nearest to the step."""
-        common = math.lcm(self.granularity[one], self.granularity[other])
-        return common * max(round(self.step * sum(self.sizes) / len(self.sizes) / common), 1)
-
-    def allows(self, point: Point) -> bool:
-        """Returns whether the rates at ``point`` are within their bounds."""
-        bounds = zip(self.rates(point), self.lower, self.upper, strict=True)
-        return all(low - TOLERANCE <= rate <= high + TOLERANCE for rate, low, high in bounds)
 
 
 @dataclass(frozen=True)
@@ -89,17 +49,23 @@ class Rounds:
     @property
     def evaluations(self) -> int:
         """The maximum number of measurements in a generation, each of one candidate on one window."""
-        return self.offspring * self.first + self.survivors * (self.final - self.first) + self.final
+        combined = self.final if self.offspring > 1 else 0
+        return self.offspring * self.first + self.survivors * (self.final - self.first) + self.final + combined
 
 
 class Evolution:
-    """The state of an evolution: the best rates, and an estimate of the cost of pruning each block.
+    """The state of an evolution: the best rates, and an estimate of the cost of pruning each group of blocks.
 
-    ``costs`` estimates the rise of the loss when a block is pruned by one more step. A candidate that moves d_b
-    steps is expected to change the loss by sum_b costs_b d_b; half of the error of this estimate corrects the costs
-    along d (the normalised least-mean-squares rule): with d = (1, -1), +0.4 measured and 0 expected, the costs become
-    (0.1, -0.1). A move takes budget from the costliest of three random blocks and gives it to the cheapest of three
-    others; the random choice keeps the search exploring.
+    A move takes budget from one group of a family, such as the single blocks, and gives it to another. The cost of a
+    group estimates the rise of the loss for every step of budget that its blocks get, beyond what other groups with
+    these blocks account for. A candidate that gives group g d_g steps is expected to change the loss by
+    sum_g costs_g d_g; half of the error of this estimate corrects the costs along d (the normalised least-mean-squares
+    rule): with single blocks, d = (1, -1), +0.4 measured and 0 expected, the costs become (0.1, -0.1). A move takes
+    from the costliest of three random groups and gives to the cheapest of three others; the random choice keeps the
+    search exploring.
+
+    All offspring with a lower loss than their parent are also combined into one more candidate, which has the moves of
+    all. After a generation without better rates moves become smaller, otherwise larger again.
 
     Args:
         space: The rates that can be reached.
@@ -108,17 +74,28 @@ class Evolution:
         loss: Function of a point and of the indices of some windows that returns the mean loss. It should cache its
             results, since it is called again for the same points.
         seed: Seed of all random draws; the same losses give the same search.
-        moves: Most moves from the best rates to a candidate; None is a third of the number of blocks.
+        families: Families of disjoint groups, between which budget moves; None is one family of the single blocks.
+        moves: Most moves from the best rates to a candidate; None is a third of the number of blocks, but at most 3.
     """
 
     def __init__(
-        self, space: Space, rounds: Rounds, windows: int, loss: Loss, seed: int, moves: int | None = None
+        self,
+        space: Space,
+        rounds: Rounds,
+        windows: int,
+        loss: Loss,
+        seed: int,
+        families: Sequence[Family] | None = None,
+        moves: int | None = None,
     ) -> None:
         self.space, self.rounds, self.windows, self.loss = space, rounds.within(windows), windows, loss
         self.draw = random.Random(seed)
-        self.best = space.origin
-        self.costs = [0.0] * len(space.start)
-        self.moves = max(moves or len(space.start) // 3, 1)
+        self.best, self.scale = space.origin, 1.0
+        singles = [(block,) for block in range(len(space.start))]
+        self.families = [family for family in families or [singles] if len(family) > 1]
+        self.costs = {group: 0.0 for family in self.families for group in family}
+        self._costs = [0.0] * len(space.start)  # of every block: the sum of those of its groups
+        self.moves = moves or max(min(len(space.start) // 3, MOVES), 1)
 
     def generation(self) -> bool:
         """Replaces the best rates by better offspring; returns False if no other rates can be reached."""
@@ -128,13 +105,23 @@ class Evolution:
         windows = self.draw.sample(range(self.windows), self.rounds.final)
         first_windows, parent = windows[: self.rounds.first], self.best
         before = self.loss(parent, first_windows)
-        losses = [self.loss(child, first_windows) for child in offspring]
-        for child, loss in zip(offspring, losses, strict=True):
+        losses = {child: self.loss(child, first_windows) for child in offspring}
+        for child, loss in losses.items():
             self._learn(child, loss - before)
-        ranked = sorted(range(len(offspring)), key=losses.__getitem__)
-        rivals = [parent, *(offspring[index] for index in ranked[: self.rounds.survivors])]
+        ranked = sorted(offspring, key=losses.__getitem__)
+        combined = self._combined([child for child in ranked if losses[child] < before])
+        rivals = [parent, *ranked[: self.rounds.survivors], combined]
         self.best = min(rivals, key=lambda point: self.loss(point, windows))
+        self.scale = max(self.scale * SHRINKAGE, SMALLEST) if self.best == parent else min(self.scale * GROWTH, 1.0)
         return True
+
+    def _combined(self, better: Sequence[Point]) -> Point:
+        """Returns the best rates after the moves of all points that are ``better``, as far as bounds allow."""
+        found = self.best
+        for point in better:
+            parts = tuple(sum(change) for change in zip(found, point, (-own for own in self.best), strict=True))
+            found = parts if self.space.allows(parts) else found
+        return found
 
     def _offspring(self) -> list[Point]:
         children: dict[Point, None] = {}
@@ -148,22 +135,27 @@ class Evolution:
 
     def _child(self) -> Point:
         """The best rates after one or more random moves, at most ``moves``."""
-        point, blocks = self.best, range(len(self.best))
-        if len(blocks) < 2:
+        point = self.best
+        if not self.families:
             return point
         for _ in range(self.draw.randint(1, self.moves)):
-            costly = max(self._drawn(blocks), key=self.costs.__getitem__)
-            cheap = min(self._drawn(block for block in blocks if block != costly), key=self.costs.__getitem__)
-            amount = self.space.amount(costly, cheap)
-            parts = list(point)
-            parts[costly] -= amount
-            parts[cheap] += amount
-            if self.space.allows(tuple(parts)):
-                point = tuple(parts)
+            family = self.draw.choice(self.families)
+            costly = max(self._drawn(family), key=self._cost)
+            cheap = min(self._drawn([group for group in family if group != costly]), key=self._cost)
+            point = self.space.moved(point, self._shuffled(costly), self._shuffled(cheap), self.scale)
         return point
 
-    def _drawn(self, blocks: Iterable[int]) -> list[int]:
-        return self.draw.sample(list(blocks), max(min(CONTENDERS, len(self.best) // 2), 1))
+    def _drawn(self, groups: Family) -> list[Group]:
+        return self.draw.sample(groups, max(min(CONTENDERS, (len(groups) + 1) // 2), 1))
+
+    def _shuffled(self, group: Group) -> Group:
+        """Returns the blocks in random order, in which units that are too large to be shared reach all of them."""
+        return tuple(self.draw.sample(group, len(group)))
+
+    def _cost(self, group: Group) -> float:
+        """Returns the expected rise of the loss for every step of budget that ``group`` gets."""
+        sizes = [self.space.sizes[block] for block in group]
+        return sum(self._costs[block] * size for block, size in zip(group, sizes, strict=True)) / sum(sizes)
 
     def _learn(self, child: Point, rise: float) -> None:
         """Corrects the costs by the rise of the loss from a parent to its child."""
@@ -171,6 +163,10 @@ class Evolution:
             return
         unit = self.space.step * sum(self.space.sizes) / len(self.space.sizes)
         steps = [(part - before) / unit for part, before in zip(child, self.best, strict=True)]
-        expected = sum(cost * step for cost, step in zip(self.costs, steps, strict=True))
-        correction = LEARNING_RATE * (rise - expected) / sum(step * step for step in steps)
-        self.costs = [cost + correction * step for cost, step in zip(self.costs, steps, strict=True)]
+        by_group = {group: sum(steps[block] for block in group) for group in self.costs}
+        expected = sum(self.costs[group] * step for group, step in by_group.items())
+        correction = LEARNING_RATE * (rise - expected) / sum(step * step for step in by_group.values())
+        for group, step in by_group.items():
+            self.costs[group] += correction * step
+            for block in group:
+                self._costs[block] += correction * step

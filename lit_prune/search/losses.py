@@ -14,7 +14,7 @@ from typing import Any
 
 from lit_prune.errors import InputError
 from lit_prune.files import write_text
-from lit_prune.search.evolution import Point
+from lit_prune.search.space import Point
 
 DIGEST = 64  # length of a SHA-256, which is not worth printing
 CHANGE = "choose another file by `--pruning.allocation.state FILE`"

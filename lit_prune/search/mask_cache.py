@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lit_prune.calibration.windows import Batch
 from lit_prune.models.families import Block
 from lit_prune.models.tensors import pack_bits, unpack_bits
-from lit_prune.search.trial import LinearTrial, Trial
+from lit_prune.search.trial import NamedTrial, Trial
 
 Weights = dict[str, Tensor]
 Cut = Callable[[Block, Mapping[str, float]], Weights]
@@ -135,20 +135,21 @@ class MaskedTrial(Trial):
         """Swaps in the weights of the rates."""
         self.cache.take([self.split(index, rate) for index, rate in enumerate(rates)])
 
-    def by_linear(self) -> LinearTrial:
+    def by_name(self) -> NamedTrial:
         """Returns a trial of the same model with one rate per linear."""
         return MaskedLinearTrial(self.model, self.batches, self.cache, self.split)
 
 
-class MaskedLinearTrial(LinearTrial):
+class MaskedLinearTrial(NamedTrial):
     """A trial with one rate per linear that swaps in weights from a mask cache; see :class:`MaskedTrial`."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], cache: MaskCache, split: Split) -> None:
         super().__init__(model, batches)
         self.cache, self._split = cache, split
         linears = [linear for block in cache.blocks for linear in block.linears.values()]
+        self.names = [list(block.linears) for block in cache.blocks]
         self.sizes = [linear.size for linear in linears]
-        self.pruned = [linear.pruned / linear.size for linear in linears]
+        self._pruned = [linear.pruned / linear.size for linear in linears]
         self.granularity = [1] * len(linears)
 
     def take(self, rates: Sequence[float]) -> None:
@@ -160,10 +161,10 @@ class MaskedLinearTrial(LinearTrial):
         by_block = [self._split(index, rate) for index, rate in enumerate(rates)]
         return [rate for by_name in by_block for rate in by_name.values()]
 
-    def by_block(self, rates: Sequence[float]) -> list[dict[str, float]]:
-        """Returns ``rates`` of the linears by block and name."""
-        following = iter(rates)
-        return [{name: next(following) for name in block.linears} for block in self.cache.blocks]
+    def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Returns the bounds of the blocks for all their linears, as far as these are not sparser already."""
+        low = [max(bound, pruned) for bound, pruned in zip(self.split(lower), self._pruned, strict=True)]
+        return low, self.split(upper)
 
 
 @contextmanager

@@ -6,9 +6,11 @@ Suffixes: T tokens of one window.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ from transformers import PreTrainedModel
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import negative_log_likelihood
 from lit_prune.search.divergence import appended, divergence, recorded
+from lit_prune.search.space import Family
+
+RUNS = 6  # groups of neighbouring blocks
+_T = TypeVar("_T")
 
 
 class Trial(ABC):
@@ -45,8 +51,8 @@ class Trial(ABC):
     def take(self, rates: Sequence[float]) -> None:
         """Gives the model the weights, or close to those, that a cut with one of ``rates`` per block would leave."""
 
-    def by_linear(self) -> LinearTrial:
-        """Returns a trial of the same model with one rate per linear, if the method supports such rates."""
+    def by_name(self) -> NamedTrial:
+        """Returns a trial of the same model with one rate per linear or part, if the method supports such rates."""
         raise NotImplementedError(f"{type(self).__name__} has one rate per block")
 
     def loss(self, rates: Sequence[float], window: int) -> float:
@@ -81,24 +87,52 @@ class Trial(ABC):
         return ids_1T, mask_1T, self.model(input_ids=ids_1T, attention_mask=mask_1T, use_cache=False).logits
 
 
-class LinearTrial(Trial):
-    """A trial with one rate per linear, in the order of the blocks and of the linears within each.
+class NamedTrial(Trial):
+    """A trial with one rate per linear, or per part of `Shrink`, in the order of the blocks and within each.
 
     Attributes:
-        sizes: Number of weights of each linear.
-        pruned: Share of each that is pruned already.
+        names: The names of the linears or parts of each block.
+        sizes: Size of each linear or part: its weights, or its parameters.
+        tolerance: How far the sum of what is removed may be from the budget, in units of ``sizes``, because the
+            granularities have no small common multiple.
     """
 
+    names: Sequence[Sequence[str]]
     sizes: Sequence[int]
-    pruned: Sequence[float]
+    tolerance: float = 0.0
 
     @abstractmethod
     def split(self, rates: Sequence[float]) -> list[float]:
-        """Returns the rates of the linears under ``rates`` of the blocks."""
+        """Returns the rates of the linears or parts under ``rates`` of the blocks."""
 
     @abstractmethod
-    def by_block(self, rates: Sequence[float]) -> list[dict[str, float]]:
-        """Returns ``rates`` of the linears by block and name."""
+    def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Returns the bounds of the rates under bounds of those of the blocks."""
+
+    def families(self) -> list[Family]:
+        """Returns the groups between which budget moves: single linears or parts, whole blocks, all of a name, ..."""
+        places = [(block, re.sub(r"\d+", "*", name)) for block, names in enumerate(self.names) for name in names]
+        run = max(round(len(self.names) / RUNS), 1)
+        keys: list[list[Any]] = [
+            list(enumerate(places)),
+            [block for block, _ in places],
+            [name for _, name in places],
+            [(block // run, name) for block, name in places],  # neighbouring blocks
+        ]
+        return [_groups(own) for own in keys]
+
+    def by_block(self, rates: Sequence[_T]) -> list[dict[str, _T]]:
+        """Returns ``rates``, or other values of the linears or parts, by block and name."""
+        following = iter(rates)
+        return [{name: next(following) for name in names} for names in self.names]
+
+
+def _groups(keys: Sequence[Any]) -> Family:
+    """Returns the indices of equal keys together."""
+    groups: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return [tuple(group) for group in groups.values()]
 
 
 def _finite(value: float) -> float:

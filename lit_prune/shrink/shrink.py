@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -11,7 +11,7 @@ from typing import ClassVar, final
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import Allocation, weighted_mean
+from lit_prune.allocate.base import Allocation, Level, weighted_mean
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.calibration.windows import Batch
@@ -22,6 +22,9 @@ from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
 from lit_prune.search.trial import Trial
 from lit_prune.shrink.share import PartRates, split
+from lit_prune.shrink.trial import JointTrial
+
+TOLERANCE = 1e-6
 
 
 @final
@@ -32,7 +35,8 @@ class Shrink(Method):
     The rate of a block is the share that it loses of the parameters of all parts together. Every part loses that share
     of its units, or shares in the proportion of `weights`. Parts with large units are rounded first, and the
     others make up for it: of 3 key/value groups none or one goes at a rate of 0.25, and the channels of the MLP then
-    lose more or less. The second part is calibrated behind the model that the first one left, and so on.
+    lose more or less. A search with `level: parts`, or a plan, gives every part of every block a rate of its own
+    instead. The second part is calibrated behind the model that the first one left, and so on.
 
     Args:
         parts: The methods, in the order in which they cut: MLPWidth, HeadGroups, and others that remove units of the
@@ -50,12 +54,13 @@ class Shrink(Method):
     needs_text: ClassVar[bool] = True
     changes_shapes: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
+    finest_level: ClassVar[Level] = "parts"
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise InputError("`Shrink.parts` must be a list of methods, such as [MLPWidth, HeadGroups], got none.")
-        names = [type(part).__name__ for part in self.parts]
+        names = self._names
         for part, name in zip(self.parts, names, strict=True):
             if not part.can_be_part:
                 raise InputError(
@@ -125,6 +130,24 @@ class Shrink(Method):
         """Returns the number of parameters that all parts of each block of the dense model have."""
         return [sum(numbers) for numbers in zip(*(part.removable(model, blocks) for part in self._parts), strict=True)]
 
+    def named_sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[dict[str, int]]:
+        """Returns the number of parameters of each part, without parts that a block does not have."""
+        numbers = zip(*(part.removable(model, blocks) for part in self._parts), strict=True)
+        return [{name: number for name, number in zip(self._names, own, strict=True) if number} for own in numbers]
+
+    def check_named(
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[Mapping[str, float]]
+    ) -> None:
+        """Raises InputError if a part cannot lose as much, or has lost more."""
+        for name, part in zip(self._names, self._rates(model, blocks), strict=True):
+            for block, (own, low) in enumerate(zip(rates, part.current, strict=True)):
+                most = max(part.most, low)
+                if name in own and not low - TOLERANCE <= own[name] <= most + TOLERANCE:
+                    raise InputError(
+                        f"`Plan.path`: the rate of {name} of block {block} must be between {low:.4g}, which is gone "
+                        f"already, and {most:.4g}, which leaves one `multiple`, got {own[name]:g}."
+                    )
+
     def current_rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[float]:
         """Returns the share of these parameters that each block has lost in earlier cuts."""
         parts = self._rates(model, blocks)
@@ -172,7 +195,7 @@ class Shrink(Method):
         reconstruction: Reconstruction | None = None,
     ) -> list[float]:
         """Shrinks one part of all blocks after the other; see :meth:`Method.apply`."""
-        for part, own_rates in zip(self._parts, split(rates, self._rates(model, blocks)), strict=True):
+        for part, own_rates in zip(self._parts, self._rates_of_parts(model, blocks, rates), strict=True):
             part.apply(model, blocks, rates=own_rates, statistics=statistics, device=device, stream=stream)
         return self.current_rates(model, blocks)
 
@@ -215,7 +238,23 @@ class Shrink(Method):
                 opened.enter_context(part.trial(model, blocks, statistics=statistics, device=device, batches=batches))
                 for part in self._parts
             ]
-            yield _JointTrial(model, batches, trials, rates)
+            yield JointTrial(model, batches, trials, rates, self._names)
+
+    @property
+    def _names(self) -> list[str]:
+        return [type(part).__name__ for part in self._parts]
+
+    def _rates_of_parts(
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]
+    ) -> list[list[float]]:
+        """Returns the rates of every part: those planned one by one, or what the rates of the blocks give it."""
+        parts = self._rates(model, blocks)
+        if blocks[0].rates is None:
+            return split(rates, parts)
+        return [
+            [(block.rates or {}).get(name, low) for block, low in zip(blocks, part.current, strict=True)]
+            for name, part in zip(self._names, parts, strict=True)
+        ]
 
     def _rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[PartRates]:
         """Returns what every part can remove from the blocks."""
@@ -238,20 +277,3 @@ def _merged(one: BlockStatistics, other: BlockStatistics) -> BlockStatistics:
     """Returns the statistics of the linears of both."""
     norms, grams = {**one.norms, **other.norms}, {**one.grams, **other.grams}
     return BlockStatistics(norms, other.cosine, grams, {**one.shared_inputs, **other.shared_inputs})
-
-
-class _JointTrial(Trial):
-    """A trial with one rate per block, which is split into the rates of trials of its parts."""
-
-    def __init__(
-        self, model: PreTrainedModel, batches: Sequence[Batch], trials: Sequence[Trial], parts: Sequence[PartRates]
-    ) -> None:
-        super().__init__(model, batches)
-        self.trials, self.parts = trials, parts
-        finest = min(parts, key=lambda part: part.step * sum(part.removable))
-        self.granularity = [max(1, round(2 * finest.step * number)) for number in finest.removable]
-
-    def take(self, rates: Sequence[float]) -> None:
-        """Gives every part the weights of its own rates."""
-        for trial, own_rates in zip(self.trials, split(rates, self.parts), strict=True):
-            trial.take(own_rates)

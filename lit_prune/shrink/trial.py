@@ -1,4 +1,4 @@
-"""The weights of blocks in which units are zero instead of removed, for the trials of rates.
+"""Trials of rates: the weights of blocks in which units are zero instead of removed, and several parts at once.
 
 Suffixes: I inputs and O outputs of the writer of a part, U units, S inputs that stay.
 """
@@ -10,11 +10,15 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lit_prune.calibration.statistics import BlockStatistics
+from lit_prune.calibration.windows import Batch
 from lit_prune.models.families import Block
+from lit_prune.search.trial import NamedTrial, Trial
 from lit_prune.shrink.obs import Removal
 from lit_prune.shrink.parts import Part
+from lit_prune.shrink.share import PartRates, split
 from lit_prune.shrink.sizes import units_from_rates
 
 Remove = Callable[[Tensor, Tensor, Part, int], Removal]
@@ -61,3 +65,86 @@ class ZeroedUnits:
         zeroed_OI = torch.zeros_like(weight_OI)
         zeroed_OI[:, columns_S] = removal.weight_SO.T.to(weight_OI.dtype)
         return {part.writer: zeroed_OI}
+
+
+class JointTrial(Trial):
+    """A trial with one rate per block, which is split into the rates of trials of its parts.
+
+    Args:
+        model: The causal LM.
+        batches: The calibration batches.
+        trials: The trials of the parts, which change different weights of ``model``.
+        parts: What the parts can remove.
+        names: Their names.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        trials: Sequence[Trial],
+        parts: Sequence[PartRates],
+        names: Sequence[str],
+    ) -> None:
+        super().__init__(model, batches)
+        self.batches, self.trials, self.parts, self.part_names = batches, trials, parts, names
+        self.granularity = min((_granularity(*pair) for pair in zip(trials, parts, strict=True)), key=sum)
+
+    def take(self, rates: Sequence[float]) -> None:
+        """Gives every part the weights of its own rates."""
+        for trial, own_rates in zip(self.trials, split(rates, self.parts), strict=True):
+            trial.take(own_rates)
+
+    def by_name(self) -> NamedTrial:
+        """Returns a trial of the same model with one rate per part of every block."""
+        return PartTrial(self.model, self.batches, self.trials, self.parts, self.part_names)
+
+
+class PartTrial(NamedTrial):
+    """A trial with one rate per part of every block; see :class:`JointTrial`.
+
+    Moves between parts exchange whole multiples of their units, so that the sum may be off by half the finest of them.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        trials: Sequence[Trial],
+        parts: Sequence[PartRates],
+        names: Sequence[str],
+    ) -> None:
+        super().__init__(model, batches)
+        self.trials, self.parts = trials, parts
+        blocks = range(len(parts[0].removable))
+        self._places = [(block, part) for block in blocks for part in range(len(parts)) if parts[part].removable[block]]
+        self.names = [[names[part] for own, part in self._places if own == block] for block in blocks]
+        self.sizes = [parts[part].removable[block] for block, part in self._places]
+        granularity = [_granularity(*pair) for pair in zip(trials, parts, strict=True)]
+        self.granularity = [granularity[part][block] for block, part in self._places]
+        self.tolerance = min(self.granularity) / 2
+
+    def take(self, rates: Sequence[float]) -> None:
+        """Gives every part the weights of its own rates."""
+        by_part = [list(part.current) for part in self.parts]
+        for (block, part), rate in zip(self._places, rates, strict=True):
+            by_part[part][block] = rate
+        for trial, own_rates in zip(self.trials, by_part, strict=True):
+            trial.take(own_rates)
+
+    def split(self, rates: Sequence[float]) -> list[float]:
+        """Returns the rates of the parts at which the blocks lose ``rates`` of all parts together."""
+        found = split(rates, self.parts)
+        return [found[part][block] for block, part in self._places]
+
+    def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
+        """Returns the bounds of the blocks for each of their parts, as far as it can lose as much."""
+        low = [max(lower[block], self.parts[part].current[block]) for block, part in self._places]
+        most = [min(upper[block], self.parts[part].most) for block, part in self._places]
+        return low, [max(pair) for pair in zip(low, most, strict=True)]
+
+
+def _granularity(trial: Trial, part: PartRates) -> list[int]:
+    """Returns the number of parameters of which every change of a part is a multiple, for every block."""
+    numbers = zip(trial.granularity, part.removable, part.sizes, strict=True)
+    return [max(multiple * parameters // max(units, 1), 1) for multiple, parameters, units in numbers]

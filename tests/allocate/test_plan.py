@@ -84,7 +84,7 @@ LINEARS = """
 
 def test_rates_of_linears(tmp_path: Path, batches: list[torch.Tensor]) -> None:
     model, by_linear = small_model(), plan(tmp_path, LINEARS)
-    assert by_linear.by_linear
+    assert by_linear.levels == {"linears", "parts"}
     assert not by_linear.is_uniform()
     assert rates(by_linear, [1, 1, 1], 0.5) == pytest.approx([0.5] * 3)
     pruned = prune(model, batches, Recipe(Wanda(), 0.5, by_linear))
@@ -102,33 +102,34 @@ def test_rates_of_linears(tmp_path: Path, batches: list[torch.Tensor]) -> None:
     assert pruned.rates == pruned.achieved == [0.5] * 3
     assert pruned.linears is not None
     write_plan(tmp_path / "again.yaml", pruned.rates, pruned.scores, "", pruned.linears)
-    assert Plan(str(tmp_path / "again.yaml")).linears(blocks) == pruned.linears
+    assert Plan(str(tmp_path / "again.yaml")).named_rates(Wanda().named_sizes(model, blocks)) == pruned.linears
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("  rate: 0.5\n", "", "block 1 in .* must have a `rate`, the mean of its linears"),
-        ("rate: 0.5", "rate: 0.6", "the rate of block 1 in .* must be the mean of its linears, 0.5, got 0.6"),
+        ("  rate: 0.5\n", "", "block 1 in .* must have a `rate`, the mean of the rates below it"),
+        ("rate: 0.5", "rate: 0.6", "the rate of block 1 in .* must be the mean of the rates below it, 0.5, got 0.6"),
         ("k_proj: 0.5", "k_proj: 1.5", r"the rate of self_attn.k_proj of block 1 must be in \[0, 1\], got 1.5"),
         (
             "self_attn.k_proj",
             "kay",
-            "block 1 in .* must have the linears that are pruned, self_attn.q_proj, .*; kay is not",
+            "block 1 in .* must have rates of all that is pruned in it, self_attn.q_proj, .*; kay is not",
         ),
-        ("  self_attn.k_proj: 0.5\n", "", "block 1 in .* must have the linears .*; self_attn.k_proj is missing"),
+        ("  self_attn.k_proj: 0.5\n", "", "block 1 in .* must have rates .*; self_attn.k_proj is missing"),
     ],
 )
 def test_rates_of_linears_that_do_not_fit(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in LINEARS
+    model = small_model()
     with pytest.raises(InputError, match=f"`Plan.path`: {message}"):
-        plan(tmp_path, LINEARS.replace(old, new)).linears(find_blocks(small_model()))
+        plan(tmp_path, LINEARS.replace(old, new)).named_rates(Wanda().named_sizes(model, find_blocks(model)))
 
 
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (Slicing(), "must have one rate per block for Slicing, which prunes all linears of a block together"),
+        (Slicing(), "must have one rate per block for Slicing, got rates of linears or parts: .* for masks"),
         (Wanda(MixedNofM(8)), r"must have one rate per block for the pattern MixedNofM\(m=8\), .* need Unstructured"),
     ],
     ids=str,

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lit_prune.allocate.base import weighted_mean
 from lit_prune.search import evolution
-from lit_prune.search.evolution import Evolution, Point, Rounds, Space
+from lit_prune.search.evolution import Evolution, Rounds
+from lit_prune.search.space import Point, Space
 
 ROUNDS = Rounds(offspring=8, survivors=2, first=1, final=2)
 BEST = [0.3, 0.7, 0.5, 0.6, 0.4, 0.5, 0.8, 0.2]
@@ -77,12 +78,12 @@ def test_costs_by_hand() -> None:
     taken_from = children[0].index(-20)  # one step to the other block; half of 0.4 along (1, -1) / 2
     expected = [0.1, 0.1]
     expected[taken_from] = -0.1
-    assert evolution.costs == pytest.approx(expected)
+    assert list(evolution.costs.values()) == pytest.approx(expected)
     evolution.generation()  # whose loss is infinite, and corrects nothing
-    assert evolution.costs == pytest.approx(expected)
+    assert list(evolution.costs.values()) == pytest.approx(expected)
 
 
-def test_moves_go_from_costly_blocks_to_cheap_ones() -> None:
+def test_moves_go_from_costly_blocks_to_cheap_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     children: list[Point] = []
 
     def loss(moved: Point, windows: Sequence[int]) -> float:
@@ -93,12 +94,11 @@ def test_moves_go_from_costly_blocks_to_cheap_ones() -> None:
         return math.inf  # from which nothing is learnt
 
     evolution = Evolution(space(), Rounds(offspring=1, survivors=1, first=1, final=2), 4, loss, 0)
-    evolution.costs = [float(block) for block in range(8)]
+    monkeypatch.setattr(evolution, "_cost", lambda group: float(group[0]))
     for _ in range(300):
         evolution.generation()
     moved = [sum(parts) for parts in zip(*children, strict=True)]
-    assert moved == sorted(moved, reverse=True)
-    assert moved[0] > 0 > moved[-1]
+    assert moved[0] > moved[2] > 0 > moved[5] > moved[7]
     assert moved[6] != 0  # it explores: not the costliest block alone is pruned less
 
 
@@ -121,7 +121,7 @@ def test_the_parent_is_measured_on_the_windows_of_its_rivals() -> None:
         assert parent in few
         assert parent in many
         assert len(few) == 1 + ROUNDS.offspring
-        assert len(many) == 1 + ROUNDS.survivors
+        assert len(many) == 2 + ROUNDS.survivors  # and the combination of all that are better
         assert evolution.best in many
 
 
@@ -136,15 +136,6 @@ def test_the_same_seed_gives_the_same_search_and_another_one_another() -> None:
     loss = bowl(space())
     assert after(5, space(), loss).best == after(5, space(), loss).best
     assert after(5, space(), loss).best != after(5, space(), loss, seed=1).best
-
-
-def test_a_move_takes_what_both_blocks_can_give() -> None:
-    where = space([0.5] * 3, sizes=[1000, 500, 600], granularity=[1, 1, 75], step=0.02)
-    assert where.amount(0, 1) == 14  # 0.02 of the mean size, 700
-    assert where.amount(0, 2) == 75
-    assert (
-        space([0.5] * 2, sizes=[800, 800], granularity=[20, 30], step=0.2).amount(0, 1) == 180
-    )  # 3 times 60, near 160
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
@@ -196,7 +187,8 @@ def test_budget_granularity_and_bounds_are_kept(where: Space, seed: int) -> None
 
 
 def test_what_a_generation_takes() -> None:
-    assert Rounds(offspring=8, survivors=2, first=1, final=4).evaluations == 8 + 2 * 3 + 4
+    assert Rounds(offspring=8, survivors=2, first=1, final=4).evaluations == 8 + 2 * 3 + 4 + 4
+    assert Rounds(offspring=1, survivors=1, first=1, final=4).evaluations == 1 + 3 + 4  # nothing to combine
     assert Rounds(8, 2, 4, 8).within(2) == Rounds(8, 2, 2, 2)
 
 

@@ -190,7 +190,7 @@ def test_a_trial_by_linear_has_the_rates_of_the_blocks_until_they_are_changed(di
     expected = weights(cut)
     before, blocks = weights(model), find_blocks(model)
     with Magnitude().trial(model, blocks, statistics=NOTHING, device=model.device, batches=dicts) as trial:
-        linears = trial.by_linear()
+        linears = trial.by_name()
         assert list(linears.sizes) == [linear.size for block in blocks for linear in block.linears.values()]
         rates = linears.split(RATES)
         linears.take(rates)

@@ -80,4 +80,4 @@ def test_the_divergence_is_from_the_unpruned_model(model: PreTrainedModel, batch
 
 def test_a_trial_of_blocks_alone() -> None:
     with pytest.raises(NotImplementedError, match="AsItIs has one rate per block"):
-        AsItIs(small_model(), []).by_linear()
+        AsItIs(small_model(), []).by_name()

@@ -4,15 +4,18 @@ A block of the Llama here has 4 key/value groups with one head of 8 each, 8 * 32
 and 48 channels with 3 * 32, 4,608 in all.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_prune.allocate import LayerRedundancy, Search, Uniform
+from lit_prune.allocate import LayerRedundancy, Plan, Search, Uniform
+from lit_prune.allocate.base import weighted_mean
+from lit_prune.allocate.plan import write_plan
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.errors import InputError
@@ -21,9 +24,10 @@ from lit_prune.experts import Experts
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
-from lit_prune.pruning import Wanda
+from lit_prune.pruning import Method, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
+from lit_prune.shrink.sizes import rates_from_units
 from tests.conftest import lively_model, small_model
 from tests.experts.models import mixture_model
 from tests.shrink.given import Given
@@ -184,3 +188,77 @@ def test_a_family_with_biases(batches: list[Tensor]) -> None:
     dense = parameters(model)
     prune(model, batches, Recipe(FINE, 0.3, Uniform(), budget="parameters"))
     assert parameters(model) / dense == pytest.approx(0.7, abs=0.005)
+
+
+PARTS = Search(Uniform(), evaluations=60, step=0.1, level="parts", loss="kl")
+
+
+def rates_of(model: PreTrainedModel) -> list[dict[str, float]]:
+    structures: list[Any] = structure.structures(model)
+    widths, groups = (rates_from_units(found.units, found.full) for found in structures)
+    return [{"MLPWidth": width, "HeadGroups": group} for width, group in zip(widths, groups, strict=True)]
+
+
+def without_attention() -> PreTrainedModel:
+    model = four_groups()
+    for block in find_blocks(model):
+        block.linears["self_attn.o_proj"].write(torch.zeros(32, 32))
+    return model
+
+
+def test_a_search_finds_how_much_each_part_loses(batches: list[Tensor], tmp_path: Path) -> None:
+    """The attention writes nothing here, so that groups are free, and channels are not."""
+    model, state = without_attention(), tmp_path / "state.json"
+    search, dense = replace(PARTS, state=str(state)), parameters(model)
+    pruned = prune(model, batches, Recipe(FINE, 0.3, search, budget="parameters"))
+    assert abs(parameters(model) - 0.7 * dense) <= 96  # one channel of one block
+    assert pruned.parts is not None
+    assert pruned.parts == [pytest.approx(rates) for rates in rates_of(model)]
+    lost = {name: sum(rates[name] for rates in pruned.parts) / 3 for name in ("MLPWidth", "HeadGroups")}
+    assert lost["HeadGroups"] > 0.5 > lost["MLPWidth"] + 0.2
+    means = [(4_608 * rates["MLPWidth"] + 4_096 * rates["HeadGroups"]) / 8_704 for rates in pruned.parts]
+    assert pruned.rates == pytest.approx(means)
+    before = state.read_text()
+    again = prune(without_attention(), batches, Recipe(FINE, 0.3, search, budget="parameters"))
+    assert (again.parts, state.read_text()) == (pruned.parts, before)  # nothing is measured again
+
+
+def test_a_plan_has_the_rates_of_the_parts(batches: list[Tensor], tmp_path: Path) -> None:
+    model, planned, path = four_groups(), four_groups(), tmp_path / "plan.yaml"
+    pruned = prune(model, batches, Recipe(FINE, 0.5, PARTS))
+    write_plan(path, pruned.rates, pruned.scores, "", pruned.parts)
+    mean = f"{weighted_mean(pruned.rates, pruned.sizes):.6g}"
+    assert prune(planned, batches, Recipe(FINE, float(mean), Plan(str(path)))).parts is not None
+    assert rates_of(planned) == rates_of(model)
+    path.write_text("0: {rate: 0.5, MLPWidth: 0.1, HeadGroups: 0.95}\n1: 0.5\n2: 0.5\n")
+    with pytest.raises(InputError, match=r"the rate of HeadGroups of block 0 must be between 0, .* and 0.75, .* 0.95"):
+        Recipe(FINE, 0.5, Plan(str(path))).check(four_groups())
+
+
+def test_bounds_hold_for_every_part(batches: list[Tensor]) -> None:
+    model = four_groups()
+    pruned = prune(model, batches, Recipe(FINE, 0.5, PARTS, min_rate=0.25, max_rate=0.6))
+    assert len({rate for rates in pruned.parts or () for rate in rates.values()}) > 2
+    assert all(0.25 <= rate <= 0.6 + 1e-9 for rates in rates_of(model) for rate in rates.values())
+
+
+def test_a_second_cut_by_a_search_of_parts(batches: list[Tensor]) -> None:
+    model = four_groups("mistral")
+    prune(model, batches, Recipe(FINE, 0.25, Uniform()))
+    pruned = prune(model, batches, Recipe(FINE, 0.5, PARTS))
+    assert pruned.sparsity == pytest.approx(0.5, abs=96 / 8_704 / 3)
+    assert all(rate >= 0.25 - 1e-9 for rates in rates_of(model) for rate in rates.values())
+
+
+@pytest.mark.parametrize(
+    ("method", "level", "message"),
+    [
+        (BOTH, "linears", "must have rates of blocks or parts for Shrink, got rates of linears: .* for Shrink"),
+        (Wanda(), "parts", "must have rates of blocks or linears for Wanda, got rates of parts: .* for masks"),
+        (MLPWidth(), "parts", "must have one rate per block for MLPWidth, got rates of parts"),
+    ],
+    ids=str,
+)
+def test_levels_that_a_method_does_not_have(method: Method, level: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"`pruning.allocation` {message}"):
+        Recipe(method, 0.3, Search(level=level))
