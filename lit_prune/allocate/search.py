@@ -213,11 +213,8 @@ def _space_of_names(
         [min(pair) for pair in zip(low, start, strict=True)],
         [max(pair) for pair in zip(high, start, strict=True)],
     )
-    balance = (0.0, 0.0)
-    if trial.tolerance:
-        excess = (weighted_mean(start, trial.sizes) - target) * sum(trial.sizes)
-        balance = (min(-trial.tolerance - excess, 0.0), max(trial.tolerance - excess, 0.0))
-    return Space(start, trial.sizes, trial.granularity, low, high, step, balance)
+    space = Space(start, trial.sizes, trial.granularity, low, high, step)
+    return space.on_budget(target, trial.tolerance) if trial.tolerance else space
 
 
 class _LimitReached(Exception):

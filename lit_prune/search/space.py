@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Point = tuple[int, ...]
 Group = tuple[int, ...]
@@ -46,6 +46,25 @@ class Space:
     def rates(self, point: Point) -> list[float]:
         """Returns the rates at ``point``."""
         return [rate + part / size for rate, part, size in zip(self.start, point, self.sizes, strict=True)]
+
+    def on_budget(self, target: float, tolerance: float) -> Space:
+        """Returns the space that starts, and stays, as near as ``tolerance`` units to a mean rate of ``target``.
+
+        Equal rates of equal blocks may be off by half a unit in every block. The blocks with the finest granularity
+        make up for that.
+        """
+        excess = self._excess(target)
+        finest = [block for block, each in enumerate(self.granularity) if each == min(self.granularity)]
+        parts = list(self.origin)
+        if abs(excess) > tolerance:
+            self._spread(parts, tuple(finest), round(abs(excess)), -1 if excess > 0 else 1)
+        nearer = replace(self, start=self.rates(tuple(parts)))
+        excess = nearer._excess(target)
+        return replace(nearer, balance=(min(-tolerance - excess, 0.0), max(tolerance - excess, 0.0)))
+
+    def _excess(self, target: float) -> float:
+        """Returns the units by which the start exceeds a mean rate of ``target``."""
+        return sum((rate - target) * size for rate, size in zip(self.start, self.sizes, strict=True))
 
     def moved(self, point: Point, source: Group, target: Group, scale: float = 1.0) -> Point:
         """Returns ``point`` after a move from one group of blocks to another, or ``point`` if bounds do not allow it.

@@ -1,6 +1,7 @@
 """Moves of budget, by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,17 @@ def test_a_move_between_parts_with_units_of_different_sizes() -> None:
     assert where.moved(once, (1,), (2,)) == (90, -160, 80)  # units of one size keep the sum
     assert not where.allows((30, -80, 0))
     assert not where.allows((30, 0, 0))
+
+
+def test_a_start_off_budget() -> None:
+    """0.5 of 900 and 800 in units of 60 and 80 is 850; at [600, 400] 150 too much are gone, 2.5 units of 60."""
+    where = replace(space([900, 800], [60, 80]), start=[2 / 3, 0.5]).on_budget(0.5, 30.0)
+    assert where.start == pytest.approx([480 / 900, 0.5])
+    assert where.balance == pytest.approx((-60.0, 0.0))
+    assert where.allows(where.origin)
+    assert not where.allows((60, 0))
+    exact = space([900, 800], [60, 80]).on_budget(0.5, 30.0)
+    assert (list(exact.start), exact.balance) == ([0.5, 0.5], (-30.0, 30.0))
 
 
 def test_bounds() -> None:

@@ -235,6 +235,15 @@ def test_a_plan_has_the_rates_of_the_parts(batches: list[Tensor], tmp_path: Path
         Recipe(FINE, 0.5, Plan(str(path))).check(four_groups())
 
 
+@pytest.mark.parametrize("left", [19_000, 21_500])
+def test_a_search_of_parts_meets_the_budget_to_half_a_multiple(left: int, batches: list[Tensor]) -> None:
+    """Equal widths alone would be off by up to 4 channels of 96 parameters in each of the 3 blocks."""
+    model = four_groups()
+    search = replace(PARTS, evaluations=20, offspring=2, survivors=1, final=1)
+    prune(model, batches, Recipe(BOTH, allocation=search, target_parameters=left))
+    assert abs(parameters(model) - left) <= 8 * 96 / 2
+
+
 def test_bounds_hold_for_every_part(batches: list[Tensor]) -> None:
     model = four_groups()
     pruned = prune(model, batches, Recipe(FINE, 0.5, PARTS, min_rate=0.25, max_rate=0.6))
