@@ -51,12 +51,14 @@ class BlockStatistics:
         cosine: Mean over tokens of cos(block's input, block's output); None without COSINE.
         grams: Mean of x x^T by linear, shape (I, I), fp32, one tensor for all linears that share the input.
         shared_inputs: By linear, the name of the first linear with the same input.
+        corrected: By linear, the weight (O, I) that makes up for errors of the blocks before, where a method has one.
     """
 
     norms: dict[str, Tensor] = field(default_factory=dict)
     cosine: float | None = None
     grams: dict[str, Tensor] = field(default_factory=dict)
     shared_inputs: dict[str, str] = field(default_factory=dict)
+    corrected: dict[str, Tensor] = field(default_factory=dict)
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
         """Returns ``names`` in groups that share one input; a linear without statistics is a group of its own."""
@@ -76,7 +78,7 @@ class BlockStatistics:
         def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: moved.setdefault(id(tensor), tensor.to(device)) for name, tensor in tensors.items()}
 
-        return replace(self, norms=move(self.norms), grams=move(self.grams))
+        return replace(self, norms=move(self.norms), grams=move(self.grams), corrected=move(self.corrected))
 
 
 class InputSquares:

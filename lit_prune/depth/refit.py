@@ -6,8 +6,7 @@ Suffixes: B batch, T tokens, D hidden size, P unmasked positions, O outputs and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 
 from lit_prune import distributed
 from lit_prune.calibration.stream import Stream, on_device
+from lit_prune.calibration.written import is_added, outputs_of
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import evaluating
 from lit_prune.models.families import Block, dense_family
@@ -71,7 +71,7 @@ def refit(
             short = dense.copy()
         writer = _writer(model, block)
         with on_device(block, dense.device, changes=True):
-            with _outputs(writer, dense.offload_device) as outputs:
+            with outputs_of(writer, dense.offload_device) as outputs:
                 short.run(block)
             dense.run(block)
             _run([dense], blocks[gap[0] : end])
@@ -91,13 +91,8 @@ def check_refit(model: PreTrainedModel, blocks: Sequence[Block]) -> None:
         return
     with evaluating(model), torch.no_grad():
         stream = Stream(model, blocks, [{"input_ids": torch.arange(4)[None]}], model.device)
-        with _outputs(writers[0], model.device) as outputs:
-            y_BTD = stream.output(0, blocks[0]).float()
-        with _silent(writers[0]):
-            silent_BTD = stream.output(0, blocks[0]).float()
-    m_BTD = outputs[0].float().view_as(y_BTD)
-    rounding = 4 * torch.finfo(model.dtype).eps * y_BTD.norm()
-    if (y_BTD - silent_BTD - m_BTD).norm() > 0.02 * m_BTD.norm() + rounding:
+        added = is_added(stream, blocks[0], writers[0])
+    if not added:
         raise _refused(model, "what their MLP writes is not added to the residual stream as it is")
 
 
@@ -135,27 +130,6 @@ def _transform(writer: PrunableLinear, matrix_DD: Tensor) -> None:
     device = module.weight.device
     bias_O = None if module.bias is None else (matrix_DD.T @ module.bias.detach().cpu().double()).to(device)
     set_weight(writer, (matrix_DD.T @ writer.weight_OI.cpu().double()).to(device), bias_O)
-
-
-@contextmanager
-def _outputs(writer: PrunableLinear, device: torch.device) -> Iterator[list[Tensor]]:
-    """Collects copies of the outputs of a linear, one for every batch: Falcon adds to them in place."""
-    outputs: list[Tensor] = []
-    hook = writer.module.register_forward_hook(lambda _module, _args, y: outputs.append(y.to(device, copy=True)))
-    try:
-        yield outputs
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _silent(writer: PrunableLinear) -> Iterator[None]:
-    """Replaces the output of a linear by zeros for the context."""
-    hook = writer.module.register_forward_hook(lambda _module, _args, y: torch.zeros_like(y))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _writer(model: PreTrainedModel, block: Block) -> PrunableLinear:

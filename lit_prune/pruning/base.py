@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -406,7 +407,8 @@ class MaskMethod(Method):
         def cut(block: Block, observed: BlockStatistics) -> dict[str, Tensor]:
             return self._pruned(block, observed, self._rates_of_linears(block, rates[block.index]))
 
-        return statistics_behind_pruned(blocks, cut, stream=stream(), needs=self.needs, device=device)
+        observed = partial(observe, wanted=self.needs, advance=False)
+        return statistics_behind_pruned(blocks, cut, observed, stream=stream(), device=device)
 
     @contextmanager
     def trial(

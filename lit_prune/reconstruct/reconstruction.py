@@ -35,6 +35,8 @@ class Reconstruction:
 
     Attributes:
         stream: The stream behind the blocks that were cut so far.
+        dense: The stream of the dense blocks, from which the targets are; while a block is cut, it is behind that
+            block. None if the dense blocks read what the pruned ones pass on.
         losses: The losses of these blocks.
 
     Raises:
@@ -44,7 +46,7 @@ class Reconstruction:
     def __init__(self, settings: Reconstruct, stream: Stream, finished: FinishedBlocks | None = None) -> None:
         self.settings, self.stream, self.finished = settings, stream, finished
         self.losses: list[BlockLosses] = []
-        self._dense = stream.copy() if settings.targets_from == "dense" else None
+        self.dense = stream.copy() if settings.targets_from == "dense" else None
         self._training, self._held_out = _divided(len(stream.hidden))
 
     @contextmanager
@@ -72,9 +74,9 @@ class Reconstruction:
     @torch.no_grad()
     def _targets(self, block: Block) -> Sequence[Tensor]:
         """Returns the output of the block, which is not cut yet, for every batch."""
-        if self._dense is not None:
-            self._dense.run(block)
-            return self._dense.hidden
+        if self.dense is not None:
+            self.dense.run(block)
+            return self.dense.hidden
         stream = self.stream
         return [stream.output(index, block).to(stream.offload_device) for index in range(len(stream.hidden))]
 

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from lit_prune.calibration.statistics import BlockStatistics
-from lit_prune.calibration.stream import Stream, observe, on_device
+from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.models.families import Block
 from lit_prune.progress import track
 
 Cut = Callable[[Block, BlockStatistics], Mapping[str, Tensor]]
+Observe = Callable[[Stream, Block], BlockStatistics]
 
 
 @torch.no_grad()
 def statistics_behind_pruned(
-    blocks: Sequence[Block], cut: Cut, *, stream: Stream, needs: frozenset[str], device: torch.device
+    blocks: Sequence[Block], cut: Cut, observe: Observe, *, stream: Stream, device: torch.device
 ) -> list[BlockStatistics]:
     """Returns the statistics of every dense block behind blocks that are pruned; the weights come back.
 
@@ -30,15 +31,16 @@ def statistics_behind_pruned(
     Args:
         blocks: The blocks, dense, with the linears that the cut prunes.
         cut: Function of a block and its statistics that returns the pruned weights of its linears.
+        observe: Function of a stream, which it does not advance, and the dense block that it is in front of, that
+            returns the statistics.
         stream: The stream in front of the first block.
-        needs: Kinds of statistics.
         device: Device on which a block computes; the statistics come back to where its weights were.
     """
     found = []
     for block in track(blocks, "Observing pruned blocks"):
         home = next(block.module.parameters()).device
         with on_device(block, device):
-            observed = observe(stream, block, needs, advance=False)
+            observed = observe(stream, block)
             if block is not blocks[-1]:
                 with _pruned(block, cut(block, observed)):
                     stream.run(block)

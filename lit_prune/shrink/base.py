@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation
+from lit_prune.calibration.errors import observe_errors
 from lit_prune.calibration.statistics import GRAM, BlockStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
 from lit_prune.calibration.windows import Batch
+from lit_prune.calibration.written import is_added
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
@@ -27,17 +29,19 @@ from lit_prune.models.families import Block, CustomClass, config_of, dense_famil
 from lit_prune.models.linears import PrunableLinear
 from lit_prune.models.remote_code.modeling_shrunk import SHRUNK, LayerConfig, layer_config
 from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
-from lit_prune.progress import track
+from lit_prune.progress import log, track
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
 from lit_prune.search.behind_pruned import statistics_behind_pruned
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, model_on_device
 from lit_prune.shrink.narrow import adopt_sizes, check_part, config_error, narrow, set_sizes, set_weight
-from lit_prune.shrink.obs import Removal, drop_units, remove_units
+from lit_prune.shrink.obs import Removal, corrected, drop_units, remove_units
 from lit_prune.shrink.parts import NoPart, Part
 from lit_prune.shrink.sizes import PartSizes, rates_from_units, units_from_rates
 from lit_prune.shrink.trial import ZeroedUnits
+
+Targets = Callable[[Block], Sequence[Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class UnitMethod(Method):
     supports_parameters: ClassVar[bool] = True
     can_be_part: ClassVar[bool] = True
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the weights of a block make up for the error that the blocks before have left."""
+        return False
 
     @property
     @abstractmethod
@@ -204,10 +213,12 @@ class UnitMethod(Method):
         parts = [self._part(model, block) for block in blocks]
         units = [min(wanted, part.units) for wanted, part in zip(units, parts, strict=True)]
         note = None if reconstruction is None else reconstruction.note
+        targets_of = self._targets(blocks[0], parts[0], residual, reconstruction)
         for block, part, kept in zip(track(blocks, "Shrinking blocks", note), parts, units, strict=True):
             with on_device(block, device, changes=True), reconstructing(reconstruction, block):
+                targets = targets_of(block)
                 if kept < part.units:
-                    self._shrink(model, block, part, kept, residual)
+                    self._shrink(model, block, part, kept, residual, targets)
                 if reconstruction is None and block is not blocks[-1]:
                     residual.run(block)
         path = blocks[0].path.rpartition(".")[0]
@@ -216,17 +227,47 @@ class UnitMethod(Method):
         structure.add_structure(model, sizes)
         return rates_from_units(units, full)
 
-    def _shrink(self, model: PreTrainedModel, block: Block, part: Part, kept: int, residual: Stream) -> None:
+    def _targets(
+        self, first: Block, part: Part, residual: Stream, reconstruction: Reconstruction | None = None
+    ) -> Targets:
+        """Returns a function of a block, which is still dense, that returns its output behind dense blocks, if needed.
+
+        It must be called for every block, in their order, with the block on the stream's device.
+        """
+        if not self.corrects:
+            return lambda block: None
+        with on_device(first, residual.device):
+            added = is_added(residual, first, first.linears[part.writer])
+        if not added:
+            log(
+                f"{type(self).__name__} does not make up for the errors of the blocks before: what an MLP writes is "
+                "not added to the residual stream as it is."
+            )
+            return lambda block: None
+        shared = None if reconstruction is None else reconstruction.dense
+        dense = shared or residual.copy()
+
+        def targets(block: Block) -> Sequence[Tensor]:
+            if dense is not shared:
+                dense.run(block)
+            return dense.hidden
+
+        return targets
+
+    def _shrink(
+        self,
+        model: PreTrainedModel,
+        block: Block,
+        part: Part,
+        kept: int,
+        residual: Stream,
+        targets: Sequence[Tensor] | None,
+    ) -> None:
         """Removes units of one block, in place, until ``kept`` are left."""
         writer = block.linears[part.writer]
-        bias_O: Any = writer.module.bias
-        constant = self.compensate and bias_O is not None
-        watched = replace(block, linears={part.writer: writer})
-        observed = observe(residual, watched, self.needs, advance=False, constant=constant)
-        weight_IO = writer.weight_OI.T
-        if constant:
-            weight_IO = torch.cat([weight_IO, bias_O.detach()[None]])
-        removal = self._removal(weight_IO, observed.grams[part.writer], part, kept)
+        constant = self.compensate and writer.module.bias is not None
+        weight_IO, gram_II = self._observed(residual, block, part, targets, constant=constant)
+        removal = self._removal(weight_IO, gram_II, part, kept)
         narrow(block.module, part, removal.kept_U)
         config = LayerConfig(layer_config(model.config.get_text_config(), block.index), part.sizes(kept))
         adopt_sizes(block.module, config, block.index)
@@ -234,6 +275,31 @@ class UnitMethod(Method):
         if constant:
             weight_SO, bias_O = weight_SO[:-1], weight_SO[-1]
         set_weight(writer, weight_SO.T, bias_O)
+
+    def _observed(
+        self, residual: Stream, block: Block, part: Part, targets: Sequence[Tensor] | None, *, constant: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the weight that the removal starts from, (I, O), and the Gram matrix of its inputs, (I, I).
+
+        Args:
+            residual: The stream in front of ``block``.
+            block: The block.
+            part: Its part.
+            targets: The outputs that the block should have, if it makes up for the errors of the blocks before.
+            constant: Whether the bias is a row of the weight, whose input is 1.
+        """
+        writer = block.linears[part.writer]
+        weight_IO, bias_O = writer.weight_OI.T, writer.module.bias
+        if constant:
+            weight_IO = torch.cat([weight_IO, bias_O.detach()[None]])
+        if targets is None:
+            watched = replace(block, linears={part.writer: writer})
+            observed = observe(residual, watched, self.needs, advance=False, constant=constant)
+            return weight_IO, observed.grams[part.writer]
+        halves = observe_errors(residual, block, writer, targets, constant=constant)
+        corrected_IO = corrected(weight_IO, halves, part.columns_UK.to(weight_IO.device), damping=self.damping)
+        moments = halves[0] + halves[1]
+        return corrected_IO, moments.gram_II / max(moments.tokens, 1)
 
     def _removal(self, weight_IO: Tensor, gram_II: Tensor, part: Part, kept: int) -> Removal:
         columns_UK, count = part.columns_UK.to(weight_IO.device), part.units - kept
@@ -252,12 +318,20 @@ class UnitMethod(Method):
         stream: Callable[[], Stream],
     ) -> Sequence[BlockStatistics]:
         """Returns statistics behind blocks shrunk at ``rates``; see :meth:`Method.trial_statistics`."""
-        zeroed = self._zeroed(model, blocks)
+        zeroed, residual = self._zeroed(model, blocks), stream()
+        parts = [self._part(model, block) for block in blocks]
+        targets_of = self._targets(blocks[0], parts[0], residual)
+
+        def observed(residual: Stream, block: Block) -> BlockStatistics:
+            part, targets = parts[block.index], targets_of(block)
+            weight_IO, gram_II = self._observed(residual, block, part, targets, constant=False)
+            found = {} if targets is None else {part.writer: weight_IO.T.to(block.linears[part.writer].weight_OI)}
+            return BlockStatistics(grams={part.writer: gram_II}, corrected=found)
 
         def cut(block: Block, observed: BlockStatistics) -> dict[str, Tensor]:
             return zeroed.weights(block, observed, zeroed.split(block.index, rates[block.index]))
 
-        return statistics_behind_pruned(zeroed.blocks, cut, stream=stream(), needs=self.needs, device=device)
+        return statistics_behind_pruned(zeroed.blocks, cut, observed, stream=residual, device=device)
 
     @contextmanager
     def trial(

@@ -30,6 +30,8 @@ class MLPWidth(UnitMethod):
     With W the transposed weight of the linear that reads the channels and H the damped Gram matrix of its inputs behind
     the blocks that are already shrunk, channel j costs sum_o W_jo^2 / [H^-1]_jj. The cheapest are removed in rounds,
     after each of which W and H^-1 are updated; see ``shrink.obs``. The linears that write the channels lose rows.
+    Before that, W is changed to make up for a share of what the output of the block lacks because the blocks before
+    have been shrunk (after QEP, arXiv 2504.09629; see ``shrink.obs.corrected``).
     Equal widths give a plain model of the family with a smaller `intermediate_size`.
 
     Args:
@@ -38,6 +40,9 @@ class MLPWidth(UnitMethod):
         rounds: Number of rounds.
         damping: Share of the mean of H's diagonal that is added to it.
         compensate: Whether W is updated. If not, the score is H_jj * sum_o W_jo^2, the energy of the channel's output.
+        correct_errors: Whether W also makes up for the errors of the blocks before, as far as that helps in batches
+            that it was not fitted to. It takes one more pass over the windows, needs at least two batches and
+            `compensate`, and is left out where the MLP's output is not added to the residual stream as it is (Gemma 2).
 
     Raises:
         InputError: for a multiple or rounds below 1, or a damping that is not positive.
@@ -47,5 +52,11 @@ class MLPWidth(UnitMethod):
     rounds: int = 16
     damping: float = 0.01
     compensate: bool = True
+    correct_errors: bool = True
 
     sizes_class: ClassVar[type[PartSizes]] = MLPWidths
+
+    @property
+    def corrects(self) -> bool:
+        """Whether the weights of a block make up for the error that the blocks before have left."""
+        return self.compensate and self.correct_errors

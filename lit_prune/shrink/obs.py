@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lit_prune.calibration.errors import ErrorMoments
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -71,6 +73,42 @@ def drop_units(weight_IO: Tensor, gram_II: Tensor, columns_UK: Tensor, count: in
     score_U = (units_UKO * (blocks_UKK @ units_UKO)).sum((1, 2))
     kept_U = score_U.argsort(stable=True)[count:].sort().values
     return Removal(kept_U, weight_IO[channels_of(kept_U, columns_UK, len(weight_IO))])
+
+
+def corrected(
+    weight_IO: Tensor, halves: tuple[ErrorMoments, ErrorMoments], columns_UK: Tensor, *, damping: float
+) -> Tensor:
+    """Returns the weight that makes up for a share of the error that the blocks before have left, in float64.
+
+    W + share H^-1 C, with H the damped Gram matrix and C the moments of input and error, is for a share of 1 the least
+    squares estimate of W^T x + e. QEP (arXiv 2504.09629, equation 6) corrects the inputs of single linears so, with a
+    given share. Here it is the one with which a correction that is fitted to one half of the batches is best on the
+    other: the error is mostly one that x does not predict, and the rest of it would be fitted to these batches.
+
+    If the error is twice the only input in all batches, the share is 1, but for the damping, and a weight of 3 becomes
+    5. If it is in one half of the batches the opposite of what it is in the other, the share is 0.
+
+    Args:
+        weight_IO: The weight of the linear, transposed.
+        halves: Moments of its input and of the error, over two halves of the batches.
+        columns_UK: The channels of every unit.
+        damping: Share of the mean of the diagonal that is added to the diagonal of the units' channels.
+    """
+    predicted = error = 0.0
+    for one, other in (halves, halves[::-1]):
+        fitted_IO = _least_squares(one, columns_UK, damping)
+        gram_II, cross_IO = other.gram_II.to(fitted_IO), other.cross_ID.to(fitted_IO)
+        predicted += float((fitted_IO * cross_IO).sum())
+        error += float((fitted_IO * (gram_II @ fitted_IO)).sum())
+    share = min(max(predicted / error, 0.0), 1.0) if error > 0 else 0.0
+    change_IO = _least_squares(halves[0] + halves[1], columns_UK, damping)
+    return weight_IO.to(change_IO) + share * change_IO
+
+
+def _least_squares(moments: ErrorMoments, columns_UK: Tensor, damping: float) -> Tensor:
+    """Returns H^-1 C, the weight that predicts the error best, in float64."""
+    hessian_II = damped(moments.gram_II, columns_UK, damping)
+    return torch.cholesky_solve(moments.cross_ID.to(hessian_II), torch.linalg.cholesky(hessian_II))
 
 
 def damped(gram_II: Tensor, columns_UK: Tensor, damping: float) -> Tensor:

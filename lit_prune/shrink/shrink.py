@@ -276,4 +276,5 @@ class Shrink(Method):
 def _merged(one: BlockStatistics, other: BlockStatistics) -> BlockStatistics:
     """Returns the statistics of the linears of both."""
     norms, grams = {**one.norms, **other.norms}, {**one.grams, **other.grams}
-    return BlockStatistics(norms, other.cosine, grams, {**one.shared_inputs, **other.shared_inputs})
+    shared_inputs, corrected = {**one.shared_inputs, **other.shared_inputs}, {**one.corrected, **other.corrected}
+    return BlockStatistics(norms, other.cosine, grams, shared_inputs, corrected)

@@ -57,8 +57,11 @@ class ZeroedUnits:
     def weights(self, block: Block, statistics: BlockStatistics, rates: Mapping[str, float]) -> dict[str, Tensor]:
         """Returns the weight of the writer of ``block`` at its rate, by its name."""
         part = self._parts[block.index]
-        weight_OI = block.linears[part.writer].weight_OI
+        dense_OI = block.linears[part.writer].weight_OI
         kept = min(part.units, units_from_rates([rates[part.writer]], [self._full[block.index]], self._multiple)[0])
+        if kept == part.units:
+            return {part.writer: dense_OI}
+        weight_OI = statistics.corrected.get(part.writer, dense_OI).to(dense_OI.device)
         gram_II = statistics.grams[part.writer].to(weight_OI.device)
         removal = self._remove(weight_OI.T, gram_II, part, kept)
         columns_S = part.columns_UK.to(weight_OI.device)[removal.kept_U].flatten().sort().values

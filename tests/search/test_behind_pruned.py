@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import Plan
-from lit_prune.calibration.stream import Stream
+from lit_prune.calibration.stream import Stream, observe
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import evaluating, measure
 from lit_prune.models.families import find_blocks
@@ -88,6 +89,7 @@ def test_an_error_gives_the_weights_back(batches: list[Batch], monkeypatch: pyte
     def cut(block: object, statistics: object) -> dict[str, Tensor]:
         return {name: torch.full_like(linear.weight_OI, torch.nan) for name, linear in blocks[0].linears.items()}
 
+    observed = partial(observe, wanted=frozenset(), advance=False)
     with pytest.raises(Exception, match="NaN"):
-        behind_pruned.statistics_behind_pruned(blocks, cut, stream=stream, needs=frozenset(), device=CPU)
+        behind_pruned.statistics_behind_pruned(blocks, cut, observed, stream=stream, device=CPU)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,12 +1,17 @@
 """MLPWidth against the formula, on a block of a model."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import Tensor
 
+from lit_prune.allocate import Uniform
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.shrink import MLPWidth
+from tests.calibration.plain_forward import hidden_by_block
 from tests.conftest import inputs_by_linear, lively_model
 from tests.shrink.given import Given
 
@@ -39,3 +44,31 @@ def test_the_second_block_sees_the_first_one_shrunk(batches: list[Tensor]) -> No
     one, other = (shrunk.model.layers[1].mlp.down_proj.weight for shrunk in (model, alone))
     assert one.shape == other.shape
     assert not torch.allclose(one, other)
+
+
+@torch.no_grad()
+def test_the_second_block_makes_up_for_the_first() -> None:
+    """Its output is closer to that of the dense block; the first block has nothing to make up for."""
+    batches = list(torch.randint(1, 64, (8, 4, 64), generator=torch.Generator().manual_seed(0)))
+    dense, plain, model = (lively_model("llama") for _ in range(3))
+    given = Recipe(MLPWidth(multiple=1, rounds=1, correct_errors=False), 0.25, Given((0.5, 0.25, 0)))
+    prune(plain, batches, given)
+    prune(model, batches, replace(given, method=MLPWidth(multiple=1, rounds=1)))
+    torch.testing.assert_close(*(each.model.layers[0].mlp.down_proj.weight for each in (plain, model)))
+    errors = [0.0, 0.0]
+    for batch in batches:
+        target_BTD, *outputs = (hidden_by_block(each, {"input_ids": batch})[1][1] for each in (dense, plain, model))
+        for index, y_BTD in enumerate(outputs):
+            errors[index] += float((y_BTD - target_BTD).square().sum())
+    assert errors[1] < 0.98 * errors[0], errors
+
+
+def test_families_that_normalise_the_output_are_not_corrected(
+    batches: list[Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [lively_model("gemma2") for _ in range(2)]
+    for model, correct_errors in zip(models, (True, False), strict=True):
+        prune(model, batches, Recipe(MLPWidth(multiple=8, correct_errors=correct_errors), 0.5, Uniform()))
+    assert "does not make up for the errors of the blocks before" in capsys.readouterr().err
+    for one, other in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert torch.equal(one, other)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_prune.shrink.obs import Removal, channels_of, damped, drop_units, remove_units
+from lit_prune.calibration.errors import ErrorMoments
+from lit_prune.shrink.obs import Removal, channels_of, corrected, damped, drop_units, remove_units
 
 RANDOM = torch.Generator().manual_seed(0)
 X_PI = torch.randn(50, 6, generator=RANDOM, dtype=torch.float64) @ torch.randn(6, 6, generator=RANDOM).double()
@@ -104,3 +105,29 @@ def test_every_subset_is_possible() -> None:
     norms = W_IO.square().sum(1)
     best = min(itertools.combinations(range(6), 3), key=lambda gone: float(norms[list(gone)].sum()))
     assert set(removal.kept_U.tolist()) == set(range(6)) - set(best)
+
+
+def moments(x_PI: Tensor, error_PD: Tensor) -> ErrorMoments:
+    return ErrorMoments(x_PI.T @ x_PI, x_PI.T @ error_PD, len(x_PI))
+
+
+def test_an_error_that_an_input_predicts_is_made_up_for() -> None:
+    x_P1 = torch.tensor([[1.0], [2.0]])
+    half = moments(x_P1, 2 * x_P1)
+    found = corrected(torch.tensor([[3.0]]), (half, half), torch.tensor([[0]]), damping=1e-9)
+    assert found.item() == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(("other", "share"), [(-1.0, 0.0), (0.0, 0.0), (0.5, 0.8), (1.0, 1.0)])
+def test_the_share_is_what_one_half_predicts_of_the_other(other: float, share: float) -> None:
+    """Errors 1 x and a x in two halves: fitted to one and tried on the other, the best share is 2a / (1 + a^2)."""
+    x_P1 = torch.tensor([[1.0], [2.0]])
+    halves = moments(x_P1, x_P1), moments(x_P1, other * x_P1)
+    found = corrected(torch.tensor([[3.0]]), halves, torch.tensor([[0]]), damping=1e-9)
+    assert found.item() == pytest.approx(3 + share * (1 + other) / 2)
+
+
+def test_one_batch_alone_corrects_nothing() -> None:
+    x_P1 = torch.tensor([[1.0], [2.0]])
+    empty = ErrorMoments(torch.zeros(1, 1), torch.zeros(1, 1), 0)
+    assert corrected(torch.tensor([[3.0]]), (moments(x_P1, x_P1), empty), torch.tensor([[0]]), damping=0.01).item() == 3
