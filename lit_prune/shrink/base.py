@@ -265,13 +265,14 @@ class UnitMethod(Method):
     ) -> None:
         """Removes units of one block, in place, until ``kept`` are left."""
         writer = block.linears[part.writer]
-        constant = self.compensate and writer.module.bias is not None
+        bias_O: Any = writer.module.bias
+        constant = self.compensate and bias_O is not None
         weight_IO, gram_II = self._observed(residual, block, part, targets, constant=constant)
         removal = self._removal(weight_IO, gram_II, part, kept)
         narrow(block.module, part, removal.kept_U)
         config = LayerConfig(layer_config(model.config.get_text_config(), block.index), part.sizes(kept))
         adopt_sizes(block.module, config, block.index)
-        weight_SO, bias_O = removal.weight_SO, writer.module.bias
+        weight_SO = removal.weight_SO
         if constant:
             weight_SO, bias_O = weight_SO[:-1], weight_SO[-1]
         set_weight(writer, weight_SO.T, bias_O)
@@ -289,7 +290,8 @@ class UnitMethod(Method):
             constant: Whether the bias is a row of the weight, whose input is 1.
         """
         writer = block.linears[part.writer]
-        weight_IO, bias_O = writer.weight_OI.T, writer.module.bias
+        bias_O: Any = writer.module.bias
+        weight_IO = writer.weight_OI.T
         if constant:
             weight_IO = torch.cat([weight_IO, bias_O.detach()[None]])
         if targets is None:
