@@ -196,3 +196,38 @@ def test_the_number_of_moves_is_limited() -> None:
     evolution = Evolution(space(), ROUNDS, 16, lambda moved, windows: float(sum(map(abs, moved))), 0, moves=1)
     for _ in range(50):
         assert sum(part != 0 for part in evolution._child()) in (0, 2)
+
+
+def with_offspring(points: list[Point], loss: evolution.Loss, monkeypatch: pytest.MonkeyPatch) -> Evolution:
+    found = Evolution(space([0.5] * 4), Rounds(offspring=3, survivors=1, first=1, final=2), 4, loss, 0)
+    monkeypatch.setattr(found, "_offspring", lambda: points)
+    found.generation()
+    return found
+
+
+def test_better_candidates_are_combined_and_steps_grow_and_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less in blocks 0 and 2 is better; the third candidate, which is worse, takes no part."""
+    points = [(-20, 20, 0, 0), (0, 0, -20, 20), (20, -20, 0, 0)]
+    found = with_offspring(points, lambda moved, windows: float(moved[0] + moved[2]), monkeypatch)
+    assert found.best == (-20, 20, -20, 20)
+    assert found.scale == 1.0
+    worse = with_offspring(points, lambda moved, windows: float(any(moved)), monkeypatch)
+    assert worse.best == worse.space.origin
+    assert worse.scale == pytest.approx(0.6)
+    worse.loss = lambda moved, windows: -float(any(moved))
+    worse.generation()
+    assert worse.scale == pytest.approx(0.72)
+
+
+def test_costs_of_groups_by_hand() -> None:
+    """Groups get d = (-2, 2) and their blocks -1 and 1 each, |d|^2 = 12: half of a rise of 1.2 is 0.05 a step."""
+    pairs, singles = [(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)]
+    found = Evolution(space([0.5] * 4), ROUNDS, 4, lambda moved, windows: 0.0, 0, [pairs, singles])
+    found._learn((-20, -20, 20, 20), 1.2)
+    assert list(found.costs.values()) == pytest.approx([-0.1, 0.1, -0.05, -0.05, 0.05, 0.05])
+    assert found._cost((0, 1)) == pytest.approx(-0.15)
+
+
+def test_moves_between_groups() -> None:
+    found = Evolution(space([0.5] * 4), ROUNDS, 4, lambda moved, windows: 0.0, 0, [[(0, 1), (2, 3)]], moves=1)
+    assert {found._child() for _ in range(20)} == {(-20, -20, 20, 20), (20, 20, -20, -20)}  # 0.02 of 2,000
