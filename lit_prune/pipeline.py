@@ -209,9 +209,14 @@ def prune(
 
 
 def _finished(model: PreTrainedModel, batches: Sequence[Batch | Tensor], recipe: Recipe) -> FinishedBlocks | None:
-    """Returns the blocks that the same cut reconstructed before an interrupt; None if it keeps none."""
+    """Returns the blocks that the same cut reconstructed before an interrupt; None if it keeps none.
+
+    Raises:
+        InputError: for a cut that the recipe does not allow, before a folder is made for it.
+    """
     if recipe.reconstruction is None or recipe.reconstruction.state is None:
         return None
+    recipe.check(model)
     processes = {"processes": distributed.world_size()}
     return FinishedBlocks(recipe.reconstruction.state, key_of(model, batches), recipe_record(recipe) | processes)
 

@@ -137,6 +137,22 @@ MISTAKES = [
         ["--pruning.reconstruction=Reconstruct", "--pruning.calibration.batch_size=4"],
         r"`pruning.reconstruction` must have at least two calibration batches",
     ),
+    (
+        ["--pruning.reconstruction=Reconstruct", "--pruning.reconstruction.epochs=0"],
+        r"`pruning.reconstruction.epochs` must be at least 1, got 0; to cut without it leave",
+    ),
+    (
+        ["--pruning.reconstruction=Reconstruct", "--pruning.calibration.num_samples=0"],
+        r"`calibration.num_samples` must be at least 1, got 0",
+    ),
+    (
+        ["--pruning.reconstruction=Reconstruct", "--pruning.ignore=['.*']"],
+        r"`pruning.targets` and `pruning.ignore` leave nothing to prune in block 0",
+    ),
+    (
+        ["--pruning.reconstruction=Reconstruct", "--pruning.method=Depth"],
+        r"`pruning.reconstruction` must be null for Depth, which gives blocks outputs that cannot be compared",
+    ),
     (["--data.val_files=train.txt"], r"`data.val_files`"),
 ]
 OTHER_VERBS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,11 @@ from lit_prune.pruning.base import Method
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
 from lit_prune.reconstruct.reconstruction import Reconstruction, _divided
+from lit_prune.recover.quantise import quantise
 from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.slice import Slicing
 from tests.conftest import lively_model
+from tests.shrink.given import Given
 
 WINDOWS = list(torch.randint(1, 64, (24, 48), generator=torch.Generator().manual_seed(3)).split(1))
 
@@ -93,6 +96,27 @@ def test_a_block_that_gets_worse_keeps_the_weights_of_the_cut(lr: float, capsys:
     assert "Block 0 keeps the weights of the cut: its loss on held-out windows went from" in capsys.readouterr().err
 
 
+def test_a_block_of_which_nothing_is_left_keeps_its_zeros(capsys: pytest.CaptureFixture[str]) -> None:
+    model = lively_model("llama")
+    recipe = Recipe(Wanda(), 1 / 3, Given((1.0, 0.0, 0.0)), max_rate=1.0, reconstruction=Reconstruct(epochs=1))
+    first, *others = prune(model, WINDOWS, recipe).reconstruction
+    assert not any(linear.weight_OI.any() for linear in find_blocks(model)[0].linears.values())
+    norm = lively_model("llama").model.layers[0].input_layernorm.weight
+    assert torch.equal(model.model.layers[0].input_layernorm.weight, norm)  # it had no gradient
+    assert (first.kept, first.held_out_after) == (False, first.held_out_before)
+    assert all(losses.kept for losses in others)  # they make up for it
+    assert "Block 0 keeps the weights of the cut" in capsys.readouterr().err
+
+
+def test_parameters_that_a_training_leaves_frozen_are_reconstructed_all_the_same() -> None:
+    free, _ = reconstructed(Wanda(), Reconstruct(epochs=1))
+    frozen = lively_model("llama").requires_grad_(False)
+    recipe = Recipe(Wanda(), 0.5, Uniform(), reconstruction=Reconstruct(epochs=1))
+    prune(frozen, WINDOWS, recipe)
+    assert all(torch.equal(*pair) for pair in zip(free.parameters(), frozen.parameters(), strict=True))
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
 def test_targets_are_the_outputs_of_the_dense_block_for_either_stream() -> None:
     model = lively_model("llama")
     blocks, given = find_blocks(model), [{"input_ids": window} for window in WINDOWS]
@@ -123,6 +147,15 @@ def test_the_last_eighth_is_held_out(batches: int, training: list[int], held_out
 def test_a_single_batch_is_refused() -> None:
     with pytest.raises(InputError, match="`pruning.reconstruction` must have at least two calibration batches"):
         prune(lively_model("llama"), WINDOWS[:1], Recipe(reconstruction=Reconstruct()))
+
+
+def test_a_quantised_model_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
+    model = lively_model("llama", hidden_size=64)
+    quantise(model, "nf4", double_quant=False)
+    recipe = Recipe(Wanda(), 0.5, reconstruction=Reconstruct(state=str(tmp_path / "state")))
+    with pytest.raises(InputError, match="`model` must be pruned in full precision, .* is quantised"):
+        prune(model, WINDOWS, recipe)
+    assert not (tmp_path / "state").exists()
 
 
 def test_slicing_is_refused() -> None:
