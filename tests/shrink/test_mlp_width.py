@@ -24,7 +24,7 @@ def test_the_channels_and_the_weights_of_the_first_block(batches: list[Tensor]) 
     weight_IO = dense.model.layers[0].mlp.down_proj.weight.double().T
     gram_II = x_PI.T @ x_PI / len(x_PI)
     gram_II += 0.01 * gram_II.diagonal().mean() * torch.eye(48)
-    prune(model, batches, Recipe(MLPWidth(multiple=1, rounds=1), 12 / 144, Given((0.25, 0, 0))))
+    prune(model, batches, Recipe(MLPWidth(multiple=1, rounds=1, damping=0.01), 12 / 144, Given((0.25, 0, 0))))
     cost_I = weight_IO.square().sum(1) / torch.linalg.inv(gram_II).diagonal()
     kept = cost_I.argsort()[12:].sort().values
     mlp, before = model.model.layers[0].mlp, dense.model.layers[0].mlp
