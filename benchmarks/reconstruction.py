@@ -100,12 +100,13 @@ class Cases(MatchingCases):
         }
 
     def recovered(self, recovery: str, sparsity: float, folder: Path) -> Row:
-        """Returns the row of a fit that starts from the reconstructed model, as in recoveries.py."""
+        """Returns the row of a fit with ADMM and reconstruction, as in recoveries.py; all share the trained blocks."""
         options = [
-            "--pruning.method=SparseGPT",
+            "--pruning.method=ADMM",
             "--pruning.allocation=LayerRedundancy",
             f"--pruning.sparsity={sparsity}",
             f"--pruning.reconstruction.epochs={Reconstruct().epochs}",
+            f"--pruning.reconstruction.state={folder / f'reconstructed-{sparsity}'}",
             f"--pruning.recovery={recovery}",
             *RECOVERIES[recovery],
         ]
