@@ -40,7 +40,7 @@ class Refined:
     linears: list[dict[str, float]] | None = None
     parts: list[dict[str, float]] | None = None
 
-    def with_named(self, level: Level, rates: list[dict[str, float]] | None) -> Refined:
+    def with_named(self, level: str, rates: list[dict[str, float]] | None) -> Refined:
         """Returns the result with ``rates`` of the `linears` or the `parts` of each block."""
         if level == "parts":
             return replace(self, parts=rates)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, Uniform
-from lit_prune.allocate.base import Allocation, Level, meet_budget
+from lit_prune.allocate.base import Allocation, meet_budget
 from lit_prune.allocate.budget import rate_of_share, sparsity_of_linears
 from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
 from lit_prune.calibration.stream import Stream, observe, on_device
@@ -65,7 +65,7 @@ class Method(ABC):
     supports_search: ClassVar[bool] = False
     supports_reconstruction: ClassVar[bool] = False
     supports_parameters: ClassVar[bool] = False
-    finest_level: ClassVar[Level] = "blocks"
+    finest_level: ClassVar[str] = "blocks"
     can_be_part: ClassVar[bool] = False
     structures: int = 1
     propagate: Propagate = "dense"
@@ -271,7 +271,7 @@ class MaskMethod(Method):
     """
 
     makes_zeros: ClassVar[bool] = True
-    finest_level: ClassVar[Level] = "linears"
+    finest_level: ClassVar[str] = "linears"
     supports_search: ClassVar[bool] = True
     supports_reconstruction: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True

@@ -11,7 +11,7 @@ from typing import ClassVar, final
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import Allocation, Level, weighted_mean
+from lit_prune.allocate.base import Allocation, weighted_mean
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.calibration.windows import Batch
@@ -54,7 +54,7 @@ class Shrink(Method):
     needs_text: ClassVar[bool] = True
     changes_shapes: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
-    finest_level: ClassVar[Level] = "parts"
+    finest_level: ClassVar[str] = "parts"
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
