@@ -79,6 +79,9 @@ class JointTrial(Trial):
         trials: The trials of the parts, which change different weights of ``model``.
         parts: What the parts can remove.
         names: Their names.
+
+    Attributes:
+        by_part: For each part, the granularity of its changes in every block, in parameters.
     """
 
     def __init__(
@@ -91,7 +94,8 @@ class JointTrial(Trial):
     ) -> None:
         super().__init__(model, batches)
         self.batches, self.trials, self.parts, self.part_names = batches, trials, parts, names
-        self.granularity = min((_granularity(*pair) for pair in zip(trials, parts, strict=True)), key=sum)
+        self.by_part = [_granularity(*pair) for pair in zip(trials, parts, strict=True)]
+        self.granularity = min(self.by_part, key=sum)
 
     def take(self, rates: Sequence[float]) -> None:
         """Gives every part the weights of its own rates."""
@@ -100,7 +104,7 @@ class JointTrial(Trial):
 
     def by_name(self) -> NamedTrial:
         """Returns a trial of the same model with one rate per part of every block."""
-        return PartTrial(self.model, self.batches, self.trials, self.parts, self.part_names)
+        return PartTrial(self)
 
 
 class PartTrial(NamedTrial):
@@ -109,22 +113,15 @@ class PartTrial(NamedTrial):
     Moves between parts exchange whole multiples of their units, so that the sum may be off by half the finest of them.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        batches: Sequence[Batch],
-        trials: Sequence[Trial],
-        parts: Sequence[PartRates],
-        names: Sequence[str],
-    ) -> None:
-        super().__init__(model, batches)
-        self.trials, self.parts = trials, parts
+    def __init__(self, joint: JointTrial) -> None:
+        super().__init__(joint.model, joint.batches)
+        self.trials, self.parts = joint.trials, joint.parts
+        parts, names = joint.parts, joint.part_names
         blocks = range(len(parts[0].removable))
         self._places = [(block, part) for block in blocks for part in range(len(parts)) if parts[part].removable[block]]
         self.names = [[names[part] for own, part in self._places if own == block] for block in blocks]
         self.sizes = [parts[part].removable[block] for block, part in self._places]
-        granularity = [_granularity(*pair) for pair in zip(trials, parts, strict=True)]
-        self.granularity = [granularity[part][block] for block, part in self._places]
+        self.granularity = [joint.by_part[part][block] for block, part in self._places]
         self.tolerance = min(self.granularity) / 2
 
     def take(self, rates: Sequence[float]) -> None:
