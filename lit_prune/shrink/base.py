@@ -321,11 +321,10 @@ class UnitMethod(Method):
     ) -> Sequence[BlockStatistics]:
         """Returns statistics behind blocks shrunk at ``rates``; see :meth:`Method.trial_statistics`."""
         zeroed, residual = self._zeroed(model, blocks), stream()
-        parts = [self._part(model, block) for block in blocks]
-        targets_of = self._targets(blocks[0], parts[0], residual)
+        targets_of = self._targets(blocks[0], zeroed.parts[0], residual)
 
         def observed(residual: Stream, block: Block) -> BlockStatistics:
-            part, targets = parts[block.index], targets_of(block)
+            part, targets = zeroed.parts[block.index], targets_of(block)
             weight_IO, gram_II = self._observed(residual, block, part, targets, constant=False)
             found = {} if targets is None else {part.writer: weight_IO.T.to(block.linears[part.writer].weight_OI)}
             return BlockStatistics(grams={part.writer: gram_II}, corrected=found)

@@ -39,12 +39,13 @@ class ZeroedUnits:
 
     Attributes:
         blocks: The blocks, with the writer as their only linear.
+        parts: The part of each block.
     """
 
     def __init__(
         self, blocks: Sequence[Block], parts: Sequence[Part], full: Sequence[int], multiple: int, remove: Remove
     ) -> None:
-        self._parts, self._full, self._multiple, self._remove = parts, full, multiple, remove
+        self.parts, self._full, self._multiple, self._remove = parts, full, multiple, remove
         self.blocks = [
             replace(block, linears={part.writer: block.linears[part.writer]})
             for block, part in zip(blocks, parts, strict=True)
@@ -52,11 +53,11 @@ class ZeroedUnits:
 
     def split(self, index: int, rate: float) -> dict[str, float]:
         """Returns the rate of the writer of a block, by its name."""
-        return {self._parts[index].writer: rate}
+        return {self.parts[index].writer: rate}
 
     def weights(self, block: Block, statistics: BlockStatistics, rates: Mapping[str, float]) -> dict[str, Tensor]:
         """Returns the weight of the writer of ``block`` at its rate, by its name."""
-        part = self._parts[block.index]
+        part = self.parts[block.index]
         dense_OI = block.linears[part.writer].weight_OI
         kept = min(part.units, units_from_rates([rates[part.writer]], [self._full[block.index]], self._multiple)[0])
         if kept == part.units:
