@@ -81,7 +81,7 @@ def corrected(
     """Returns the weight that makes up for a share of the error that the blocks before have left, in float64.
 
     W + share H^-1 C, with H the damped Gram matrix and C the moments of input and error, is for a share of 1 the least
-    squares estimate of W^T x + e. QEP (arXiv 2504.09629, equation 6) corrects the inputs of single linears so, with a
+    squares estimate of W^T x + e. QEP (arXiv 2504.09629) corrects the inputs of single linears so, with a
     given share. Here it is the one with which a correction that is fitted to one half of the batches is best on the
     other: the error is mostly one that x does not predict, and the rest of it would be fitted to these batches.
 
