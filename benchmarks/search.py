@@ -1,10 +1,10 @@
-"""Gain of a search over its initial rates, with learned moves and with uniformly drawn blocks, for three seeds.
+"""Gain of searches over their initial rates, with every loss and level.
 
     python benchmarks/search.py
-    python benchmarks/search.py --method SparseGPT --start Uniform --sparsity 0.7 --evaluations 200 --seeds 1 --settings
+    python benchmarks/search.py --method SparseGPT --start Uniform --sparsity 0.7 --evaluations 200 --seeds 1
     python benchmarks/search.py --pretrained FOLDER --train_files TEXT --val_files RAW --num_samples 16 \\
         --seq_length 1024 --val_windows 6 --val_length 2048 --sparsity 0.7 --method SparseGPT --start LayerRedundancy \\
-        --settings --cases "linears, kl" --evaluations 2000 --results FILE.jsonl
+        --seeds 1 --cases "blocks, kl" --evaluations 1000 --results FILE.jsonl
 
 `--cases` is a regular expression of the names of the cases to run. The results file has one JSON object per case. The
 state of every search is stored beside it, so that an interrupted benchmark continues. F is the CPU time of a case in
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from unittest import mock
 
 from forwards import cost, cost_of, forward
 from jsonargparse import ArgumentParser
@@ -26,45 +25,27 @@ from lit_prune import allocate, pruning
 from lit_prune.allocate import Allocation, Arithmetic, Search, Uniform
 from lit_prune.models.load import load_model
 from lit_prune.recipe import Recipe
-from lit_prune.search import evolution
 
 
-def cases(start: Allocation, evaluations: int, seeds: int, results: Results) -> Iterator[tuple[str, Allocation, int]]:
-    """Yields a name, an allocation, and the number of groups drawn for each end of a move; 1 is uniform."""
-    yield "Uniform", Uniform(), 1
-    if start != Uniform():
-        yield type(start).__name__, start, 1
-    for contenders, moves in ((evolution.CONTENDERS, "learned"), (1, "uniform")):
-        for seed in range(seeds):
-            state = results.path.with_suffix(f".{moves.split()[0]}{seed}.json")
-            yield (
-                f"Search, moves {moves}, seed {seed}",
-                Search(start, evaluations=evaluations, seed=seed, state=str(state)),
-                contenders,
-            )
-
-
-def settings_cases(
-    start: Allocation, evaluations: int, seeds: int, results: Results
-) -> Iterator[tuple[str, Allocation, int]]:
-    """Yields searches with every loss and level, and Arithmetic; see :func:`cases`."""
-    yield type(start).__name__, start, 1
-    yield "Arithmetic", Arithmetic(), 1
-    for level, step in (("blocks", 0.02), ("linears", 0.1)):
+def cases(start: Allocation, evaluations: int, seeds: int, results: Results) -> Iterator[tuple[str, Allocation]]:
+    """Yields the name and the allocation of every case."""
+    for rule in dict.fromkeys([Uniform(), start, Arithmetic()]):
+        yield type(rule).__name__, rule
+    for level in ("blocks", "linears"):
         for loss in ("cross_entropy", "kl"):
             for seed in range(seeds):
                 state = str(results.path.with_suffix(f".{level}-{loss}{seed}.json"))
-                search = Search(start, evaluations, step=step, level=level, loss=loss, seed=seed, state=state)  # type: ignore[arg-type]
-                yield f"Search, {level}, {loss}, seed {seed}", search, evolution.CONTENDERS
+                search = Search(start, evaluations, level=level, loss=loss, seed=seed, state=state)  # type: ignore[arg-type]
+                yield f"Search, {level}, {loss}, seed {seed}", search
 
 
 class Cases(MatchingCases):
     """The cases of searches, with the number of evaluations and the cost."""
 
-    def run(self, recipe: Recipe, contenders: int) -> Row:
-        """Returns the row of a recipe, whose search draws every end of a move from ``contenders`` groups."""
+    def run(self, recipe: Recipe) -> Row:
+        """Returns the row of a recipe."""
         before = self.forward_seconds()
-        with mock.patch.object(evolution, "CONTENDERS", contenders), cost() as spent:
+        with cost() as spent:
             row = self.protocol.run(recipe)
         return row | {"multiple": 2 * spent.cpu_seconds / (before + self.forward_seconds())}
 
@@ -87,19 +68,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", default="Wanda", help="Name of the mask method.")
     parser.add_argument("--start", default="DLP", help="Name of the allocation of the initial rates.")
-    parser.add_argument("--settings", action="store_true", help="Compare losses and levels instead of ways to move.")
     parser.set_defaults(num_samples=16, seq_length=256, val_windows=24, val_length=256)
     settings = parser.parse_args()
     results, sparsity = Results(settings.pop("results")), settings.pop("sparsity")
     evaluations, seeds, minutes = settings.pop("evaluations"), settings.pop("seeds"), settings.pop("minutes")
     method, start = getattr(pruning, settings.pop("method"))(), getattr(allocate, settings.pop("start"))()
-    chosen = settings_cases if settings.pop("settings") else cases
     pattern = settings.pop("cases")
     runner = Cases(Protocol(**settings.as_dict()), results, pattern)
-    for name, allocation, contenders in chosen(start, evaluations, seeds, results):
+    for name, allocation in cases(start, evaluations, seeds, results):
         if isinstance(allocation, Search):
             allocation = replace(allocation, minutes=minutes)
-        runner.once(name, partial(runner.run, Recipe(method, sparsity, allocation), contenders))
+        runner.once(name, partial(runner.run, Recipe(method, sparsity, allocation)))
     print("| case | perplexity | evaluations | F |\n| --- | ---: | ---: | ---: |")
     for row in results.rows:
         evaluated = row["search"].get("evaluations", "")

@@ -62,7 +62,7 @@ def drawn(draw: random.Random) -> dict[str, Any]:
     method = draw.choice([Magnitude(pattern), Wanda(pattern), SparseGPT(pattern), Slicing(), smaller])
     even = isinstance(pattern, NofM) and method.makes_zeros
     starts = [DLP(), OWL(), AlphaPruning(), LayerRedundancy(), Uniform()]
-    searched = Search(start=draw.choice(starts), evaluations=12, offspring=2, survivors=1)
+    searched = Search(start=draw.choice(starts), evaluations=14, windows=1)
     steps = sorted(draw.sample(range(STEPS), draw.choice([1, 1, 1, 2, 3])))
     dropout, r = draw.choice([0.0, 0.2]), draw.choice([2, 8])
     qlora = [

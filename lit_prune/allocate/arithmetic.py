@@ -105,7 +105,7 @@ class Arithmetic(Allocation):
         log(f"Arithmetic: of {self.trials} differences, {differences[best]:.4g} gives the least loss.")
         details = {
             "evaluations": len(candidates) * len(windows),
-            "generations": 1,
+            "sweeps": 1,
             "windows": len(windows),
             "loss_start": losses[0],
             "loss_end": least,

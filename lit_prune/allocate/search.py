@@ -1,4 +1,4 @@
-"""Search: rates with a low measured loss, after EvoPress (ICML 2025, arXiv 2410.14649); see ``search/evolution.py``."""
+"""Search: rates with a low measured loss; see ``search/sweeps.py``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from lit_prune.progress import counted, log
-from lit_prune.search.evolution import Evolution, Rounds
 from lit_prune.search.losses import MeasuredLosses
-from lit_prune.search.space import Family, Point, Space
+from lit_prune.search.space import Point, Space
+from lit_prune.search.sweeps import SHARES, SWEPT, Sweeps
 from lit_prune.search.trial import NamedTrial, Trial
 
 Loss = Literal["cross_entropy", "kl"]
-IDLE = 20  # generations without a new measurement, after which all moves are taken as measured
+IDLE = 20  # sweeps without a new measurement, after which all rates in reach are taken as measured
+COMPARISON = 2  # windows of the closing comparison, in multiples of those of a sweep
+CANDIDATES = len(SHARES) + 1  # points that a sweep compares, with the best so far
 BROKEN = (
     "`calibration`: the loss under the rates of `Search.start` is NaN or infinity; the weights are broken, or "
     "`model.dtype` is too small for them (try float32 or bfloat16)."
@@ -35,35 +37,30 @@ BROKEN = (
 class Search(Allocation):
     """Starts from the rates of another allocation and searches for rates of the same mean that give a lower loss.
 
-    The loss is the mean cross entropy of the next token on calibration windows. A generation makes `offspring` by
-    moving budget between blocks, measures each on `first` windows, and combines those that are better than their
-    parent. This combination, the best `survivors` and the parent are measured on `final` windows; the best of these is
-    the next parent. Every measurement updates an estimate of each block's cost, which guides the moves. If the last
-    parent is no better than the start on `final` windows drawn for this comparison, the start is returned.
+    The loss is measured on calibration windows. A sweep measures it with the rate of each block a little higher and a
+    little lower, and solves for the exchange of budget between all blocks that lowers it most, if the changes of single
+    blocks add up. Three such exchanges, of different extent, are compared with the best rates so far on other windows.
+    Up to 64 blocks take part in a sweep, and the next one goes on with others. If the best rates are no better than the
+    start on windows drawn for this comparison, the start is returned.
 
-    For two blocks of one size at [0.5, 0.5], a move of step 0.02 gives [0.48, 0.52].
-
-    With `level: linears` budget moves between linears instead, or groups of these, so that those of one block may
-    differ; with `level: parts` between the parts of `Shrink`, so that the search finds how much each of them loses.
+    With `level: linears` the rates are those of linears instead, so that those of one block may differ; with `level:
+    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses.
 
     Args:
         start: The allocation of the initial rates; null is DLP.
         evaluations: Maximum number of passes of one calibration window through the whole model, including those of a
             stopped search that is resumed.
         minutes: Time limit of this run; null is no limit.
-        step: The largest budget that a move shifts from one block to another, as a share of the smaller one, rounded to
-            the granularity of the pattern, the slices or the parts; with `level: linears` or `parts` of the smaller
-            linear, part or group of these. A step of 0.02 of 1,000 weights is 20 weights.
-        offspring: Candidates per generation.
-        survivors: Candidates that are compared with their parent.
-        first: Number of windows on which every candidate is measured.
-        final: Number of windows on which the survivors are measured.
+        step: What a sweep adds to the rate of a block, and takes from it, rounded to the granularity of the pattern,
+            the slices or the parts. No exchange changes a rate by more than three times as much.
+        windows: Number of windows on which a sweep measures every block, and on which it compares its candidates; the
+            closing comparison has twice as many.
         level: What gets rates of its own: the `blocks`; the `linears` of each block, for masks; or the `parts` of each
             block, for `Shrink`.
         loss: `cross_entropy` of the next token, or `kl`, the divergence of the pruned model's prediction from that of
             the unpruned one, as in EvoPress; it needs one more pass over the windows.
         seed: Random seed.
-        state: File with all measurements, written after every generation and when the search is interrupted. If it
+        state: File with all measurements, written after every sweep and when the search is interrupted. If it
             exists, the search resumes from it; with more evaluations, a finished search continues.
 
     Raises:
@@ -74,11 +71,8 @@ class Search(Allocation):
     start: Allocation | None = None
     evaluations: int = 400
     minutes: float | None = None
-    step: float = 0.02
-    offspring: int = 8
-    survivors: int = 2
-    first: int = 1
-    final: int = 2
+    step: float = 0.1
+    windows: int = 2
     level: Level = "blocks"
     loss: Loss = "cross_entropy"
     seed: int = 0
@@ -101,19 +95,16 @@ class Search(Allocation):
                 )
         if not 0 < self.step < 1:
             raise InputError(f"`Search.step` must be in (0, 1), a share of a block, got {self.step}.")
-        for name, most in (("first", self.final), ("survivors", self.offspring), ("final", None), ("offspring", None)):
-            value = getattr(self, name)
-            if value < 1 or (most is not None and value > most):
-                limit = {"first": "final", "survivors": "offspring"}.get(name)
-                above = "" if most is None else f" and at most {most}, as `Search.{limit}`"
-                raise InputError(f"`Search.{name}` must be at least 1{above}, got {value}.")
+        if self.windows < 1:
+            raise InputError(f"`Search.windows` must be at least 1, got {self.windows}.")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"`Search.minutes` must be above 0, or null, got {self.minutes}.")
-        least = self.rounds.evaluations + 2 * self.final
+        least = (2 * 2 + CANDIDATES + 1 + 2 * COMPARISON) * self.windows
         if self.evaluations < least:
             raise InputError(
-                f"`Search.evaluations` must be at least {least}, for one generation of {self.offspring} and the final "
-                f"comparison with the start, got {self.evaluations}."
+                f"`Search.evaluations` must be at least {least}, for a sweep over two blocks on {self.windows} windows "
+                f"and the final comparison with the start, got {self.evaluations}; one over 32 blocks takes "
+                f"{least + 60 * self.windows}."
             )
 
     @property
@@ -123,9 +114,9 @@ class Search(Allocation):
         return self.start
 
     @property
-    def rounds(self) -> Rounds:
-        """The sizes of a generation."""
-        return Rounds(self.offspring, self.survivors, self.first, self.final)
+    def swept(self) -> int:
+        """Most blocks for whose sweep the evaluations suffice."""
+        return (self.evaluations // self.windows - CANDIDATES - 1 - 2 * COMPARISON) // 2
 
     @property
     def levels(self) -> frozenset[Level]:  # type: ignore[override]
@@ -164,7 +155,7 @@ class Search(Allocation):
 
     def _settings(self) -> dict[str, Any]:
         """The settings that determine the candidates; limits of evaluations and time only end a search."""
-        names = ("step", "offspring", "survivors", "first", "final", "level", "loss", "seed")
+        names = ("step", "windows", "level", "loss", "seed")
         return {"start": repr(self.start)} | {name: getattr(self, name) for name in names}
 
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
@@ -173,10 +164,10 @@ class Search(Allocation):
         upper = [max(limits.upper, low) for low in lower]
         key = {**key, "sizes": limits.sizes}
         if self.level == "blocks":
-            return self._run(Space(list(rates), limits.sizes, trial.granularity, lower, upper, self.step), trial, key)
+            return self._run(Space(list(rates), limits.sizes, trial.granularity, lower, upper), trial, key)
         named = trial.by_name()
-        space = _space_of_names(named, rates, lower, upper, step=self.step, target=limits.effective_target)
-        found = self._run(space, named, {**key, f"sizes of {self.level}": named.sizes}, named.families())
+        space = _space_of_names(named, rates, lower, upper, limits.effective_target)
+        found = self._run(space, named, {**key, f"sizes of {self.level}": named.sizes})
         by_block, sizes = named.by_block(found.rates), named.by_block(named.sizes)
         means = [
             mean_rate(by_name, own_sizes) if own_sizes else rate
@@ -184,16 +175,14 @@ class Search(Allocation):
         ]
         return Refined(means, found.details).with_named(self.level, by_block)
 
-    def _run(
-        self, space: Space, trial: Trial, key: Mapping[str, Any], families: Sequence[Family] | None = None
-    ) -> Refined:
+    def _run(self, space: Space, trial: Trial, key: Mapping[str, Any]) -> Refined:
         bounds = {"lower": list(space.lower), "upper": list(space.upper)}
         start = {"rates at the start": [round(rate, 4) for rate in space.start]}
         key = {**key, **self._settings(), **bounds, **start}
         measured = MeasuredLosses(self.state)
         measured.check_key(key)
         with counted(self.evaluations, "Searching rates") as report:
-            return _Run(self, space, trial, measured, report, families).run(key)
+            return _Run(self, space, trial, measured, report).run(key)
 
 
 def _space_of_names(
@@ -201,8 +190,6 @@ def _space_of_names(
     rates: Sequence[float],
     lower: Sequence[float],
     upper: Sequence[float],
-    *,
-    step: float,
     target: float,
 ) -> Space:
     """Returns the space of the rates of all linears or parts, which starts from ``rates`` of the blocks."""
@@ -213,7 +200,7 @@ def _space_of_names(
         [min(pair) for pair in zip(low, start, strict=True)],
         [max(pair) for pair in zip(high, start, strict=True)],
     )
-    space = Space(start, trial.sizes, trial.granularity, low, high, step)
+    space = Space(start, trial.sizes, trial.granularity, low, high)
     return space.on_budget(target, trial.tolerance) if trial.tolerance else space
 
 
@@ -222,7 +209,7 @@ class _LimitReached(Exception):
 
 
 class _Run:
-    """One search: its limits, its measurements and its evolution."""
+    """One search: its limits, its measurements and its sweeps."""
 
     def __init__(
         self,
@@ -231,15 +218,15 @@ class _Run:
         trial: Trial,
         measured: MeasuredLosses,
         report: Callable[[int, str], None],
-        families: Sequence[Family] | None,
     ) -> None:
         self.search, self.space, self.trial, self.measured, self.report = search, space, trial, measured, report
         self.evaluated: set[tuple[Point, int]] = set()
         self.limit, self.end = search.evaluations, math.inf
         windows = len(trial.tokens)
-        self.evolution = Evolution(space, search.rounds, windows, self.loss, search.seed, families)
-        self.comparison = random.Random(search.seed).sample(range(windows), self.evolution.rounds.final)
-        self.generations = 0
+        most = min(SWEPT, search.swept)
+        self.sweeps = Sweeps(space, search.step, search.windows, windows, self.loss, search.seed, most)
+        self.comparison = random.Random(search.seed).sample(range(windows), min(COMPARISON * search.windows, windows))
+        self.number = 0
 
     def run(self, key: Mapping[str, Any]) -> Refined:
         """Searches until a limit is reached and returns the result; the state is saved even if it is interrupted."""
@@ -247,8 +234,8 @@ class _Run:
             before = self.loss(self.space.origin, self.comparison)
             if not math.isfinite(before):
                 raise InputError(BROKEN)
-            self._evolve(key, before)
-            after = self.loss(self.evolution.best, self.comparison)
+            self._sweep(key, before)
+            after = self.loss(self.sweeps.best, self.comparison)
         except KeyboardInterrupt:
             log(f"Search stopped after {len(self.evaluated)} evaluations; {self._state_message()}.")
             raise
@@ -256,14 +243,14 @@ class _Run:
             self._save(key)
         return self._refined(before, after)
 
-    def _evolve(self, key: Mapping[str, Any], before: float) -> None:
-        """Runs generations until a limit is reached, reserving the evaluations of the final comparison."""
+    def _sweep(self, key: Mapping[str, Any], before: float) -> None:
+        """Runs sweeps until a limit is reached, reserving the evaluations of the final comparison."""
         begin, idle, evaluated = time.monotonic(), 0, 0
         self.limit -= len(self.comparison)
         self.end = begin + 60 * (self.search.minutes or math.inf)
         with suppress(_LimitReached):
-            while idle < IDLE and self.evolution.generation():
-                self.generations += 1
+            while idle < IDLE and self.sweeps.sweep():
+                self.number += 1
                 idle, evaluated = (idle + 1 if len(self.evaluated) == evaluated else 0), len(self.evaluated)
                 self._save(key)
         self.limit, self.end = self.search.evaluations, math.inf
@@ -286,7 +273,7 @@ class _Run:
         return self.measured.losses[measurement]
 
     def _save(self, key: Mapping[str, Any]) -> None:
-        self.measured.save(key, self.space.rates(self.evolution.best))
+        self.measured.save(key, self.space.rates(self.sweeps.best))
 
     def _state_message(self) -> str:
         if self.measured.path is None:
@@ -297,9 +284,9 @@ class _Run:
         better = after < before
         details = {
             "evaluations": len(self.evaluated),
-            "generations": self.generations,
+            "sweeps": self.number,
             "windows": len(self.comparison),
             "loss_start": before,
             "loss_end": after if better else before,
         }
-        return Refined(self.space.rates(self.evolution.best if better else self.space.origin), details)
+        return Refined(self.space.rates(self.sweeps.best if better else self.space.origin), details)

@@ -44,14 +44,14 @@ class SearchRecord:
 
     Attributes:
         evaluations: Number of forward passes of one calibration window through the whole model.
-        generations: Number of generations of candidates.
+        sweeps: Number of sweeps over the blocks.
         windows: Number of windows that the two losses are measured on.
         loss_start: Mean loss over the predicted tokens of those windows, under the rates that the search started from.
         loss_end: The same under the rates that were chosen.
     """
 
     evaluations: int
-    generations: int
+    sweeps: int
     windows: int
     loss_start: float
     loss_end: float

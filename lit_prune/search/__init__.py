@@ -1,1 +1,1 @@
-"""Rates tried out: the loss of a model under rates, and an evolution that lowers it."""
+"""Rates tried out: the loss of a model under rates, and sweeps that lower it."""

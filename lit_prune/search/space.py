@@ -1,20 +1,19 @@
-"""The rates that a search can reach from its start by moves of budget; it knows no models."""
+"""The rates that a search can reach from its start by exchanges of budget; it knows no models."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 Point = tuple[int, ...]
 Group = tuple[int, ...]
-Family = Sequence[Group]
 TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
 class Space:
-    """The rates that can be reached from the start by moves of budget between blocks.
+    """The rates that can be reached from the start by exchanges of budget between blocks.
 
     A point of the space has one integer per block: the units of ``sizes`` that were added to its budget. They add up to
     0, so that the mean of the rates, weighted by the sizes, does not change: for blocks of 100 and 50 weights at
@@ -26,7 +25,6 @@ class Space:
         granularity: Number of units of which every change of a block's budget is a multiple.
         lower: Lower bound of each block's rate.
         upper: Upper bound of each block's rate.
-        step: Budget of a move, as a share of the smaller of the two blocks or groups.
         balance: Smallest and largest sum of a point, where granularities differ too much for a sum of 0.
     """
 
@@ -35,7 +33,6 @@ class Space:
     granularity: Sequence[int]
     lower: Sequence[float]
     upper: Sequence[float]
-    step: float
     balance: tuple[float, float] = (0.0, 0.0)
 
     @property
@@ -66,31 +63,58 @@ class Space:
         """Returns the units by which the start exceeds a mean rate of ``target``."""
         return sum((rate - target) * size for rate, size in zip(self.start, self.sizes, strict=True))
 
-    def moved(self, point: Point, source: Group, target: Group, scale: float = 1.0) -> Point:
-        """Returns ``point`` after a move from one group of blocks to another, or ``point`` if bounds do not allow it.
+    def movable(self, point: Point) -> bool:
+        """Returns whether one block can get budget from another at ``point``."""
+        rooms = [[bool(side) for side in self.room(point, block)] for block in range(len(point))]
+        givers = [block for block, (below, _) in enumerate(rooms) if below]
+        takers = [block for block, (_, above) in enumerate(rooms) if above]
+        return any(giver != taker for giver in givers for taker in takers)
 
-        The budget is ``scale * step`` of the smaller group, rounded to the granularity. It is spread over the blocks of
-        each group in proportion to their sizes, as far as their bounds allow. The group with the coarser granularity
-        comes first, and the other brings the sum of the point to the middle of its bounds: a unit of 80 parameters goes
-        for 3 of 30, and the next one for 2, as the first took 10 too much.
+    def nearest(self, point: Point, block: int, wanted: float) -> int:
+        """Returns the possible change of a block's budget nearest to ``wanted``, one unit at least if there is room."""
+        grain, (below, above) = self.granularity[block], self.room(point, block)
+        units = min(max(round(abs(wanted) / grain), 1) * grain, above if wanted > 0 else below)
+        return units if wanted > 0 else -units
+
+    def room(self, point: Point, block: int) -> tuple[int, int]:
+        """Returns the most that can be taken from the budget of a block, and the most that can be added."""
+        return self._room(point, block, -1), self._room(point, block, 1)
+
+    def exchangeable(self) -> list[Group]:
+        """Returns the groups of blocks within which budget can be exchanged: all, unless their units do not fit.
+
+        Units of 20 and 60 fit, those of 20 and 30 do not, unless the sum may be off.
         """
-        grains = [max(self.granularity[block] for block in group) for group in (source, target)]
-        unit = max(grains) if any(self.balance) else math.lcm(*(self.granularity[block] for block in source + target))
-        wanted = self.step * scale * min(self._size(source), self._size(target))
-        excess = round(sum(point) - sum(self.balance) / 2)
-        parts = list(point)
-        room = min(
-            sum(self._room(parts, block, sign) for block in group) for group, sign in ((source, -1), (target, 1))
-        )
-        amount = min(unit * max(round(wanted / unit), 1), unit * (room // unit))
-        if grains[0] > grains[1]:
-            taken = self._spread(parts, source, amount, -1)
-            self._spread(parts, target, taken - excess, 1)
-        elif grains[0] < grains[1]:
-            given = self._spread(parts, target, amount, 1)
-            self._spread(parts, source, given + excess, -1)
-        else:
-            self._spread(parts, target, self._spread(parts, source, amount, -1), 1)
+        blocks, finest = range(len(self.granularity)), min(self.granularity)
+        if any(self.balance) or all(grain % finest == 0 for grain in self.granularity):
+            return [tuple(blocks)]
+        grains = sorted(set(self.granularity))
+        return [tuple(block for block in blocks if self.granularity[block] == grain) for grain in grains]
+
+    def moved(self, point: Point, wanted: Mapping[int, float]) -> Point:
+        """Returns ``point`` with the budgets of some blocks changed as ``wanted``, rounded to their granularity.
+
+        The blocks with the coarsest granularity are rounded first, and those with a finer one make up for it, so that
+        the sum of the point comes to the middle of its bounds. If bounds do not allow that, ``point`` comes back.
+        """
+        parts, missing = list(point), sum(self.balance) / 2 - sum(point)
+        for grain in sorted({self.granularity[block] for block in wanted}, reverse=True):
+            own = [block for block in wanted if self.granularity[block] == grain]
+            missing += sum(wanted[block] for block in own)
+            counts = {block: math.floor(wanted[block] / grain + TOLERANCE) for block in own}
+            left = round(missing / grain) - sum(counts.values())
+            last = sorted(own, key=lambda block: counts[block] - wanted[block] / grain)
+            for block in last * (1 + abs(left)):
+                if left == 0:
+                    break
+                change = 1 if left > 0 else -1
+                low, high = self.room(point, block)
+                if -low <= (counts[block] + change) * grain <= high:
+                    counts[block] += change
+                    left -= change
+            for block in own:
+                parts[block] += counts[block] * grain
+            missing -= sum(counts.values()) * grain
         return tuple(parts) if self.allows(tuple(parts)) else point
 
     def _spread(self, parts: list[int], group: Group, amount: int, sign: int) -> int:

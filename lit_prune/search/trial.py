@@ -6,11 +6,10 @@ Suffixes: T tokens of one window.
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +18,7 @@ from transformers import PreTrainedModel
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import negative_log_likelihood
 from lit_prune.search.divergence import appended, divergence, recorded
-from lit_prune.search.space import Family
 
-RUNS = 6  # groups of neighbouring blocks
 _T = TypeVar("_T")
 
 
@@ -109,30 +106,10 @@ class NamedTrial(Trial):
     def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
         """Returns the bounds of the rates under bounds of those of the blocks."""
 
-    def families(self) -> list[Family]:
-        """Returns the groups between which budget moves: single linears or parts, whole blocks, all of a name, ..."""
-        places = [(block, re.sub(r"\d+", "*", name)) for block, names in enumerate(self.names) for name in names]
-        run = max(round(len(self.names) / RUNS), 1)
-        keys: list[list[Any]] = [
-            list(enumerate(places)),
-            [block for block, _ in places],
-            [name for _, name in places],
-            [(block // run, name) for block, name in places],  # neighbouring blocks
-        ]
-        return [_groups(own) for own in keys]
-
     def by_block(self, rates: Sequence[_T]) -> list[dict[str, _T]]:
         """Returns ``rates``, or other values of the linears or parts, by block and name."""
         following = iter(rates)
         return [{name: next(following) for name in names} for names in self.names]
-
-
-def _groups(keys: Sequence[Any]) -> Family:
-    """Returns the indices of equal keys together."""
-    groups: dict[Any, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    return [tuple(group) for group in groups.values()]
 
 
 def _finite(value: float) -> float:

@@ -57,14 +57,14 @@ def test_it_comes_near_the_best_and_tells() -> None:
     trial = Bowl()
     found = refine(trial)
     error = sum((rate - best) ** 2 for rate, best in zip(found.rates, BEST, strict=True))
-    assert error < 0.02  # 0.1 at the start
+    assert error < 1e-3  # 0.1 at the start
     assert weighted_mean(found.rates, LIMITS.sizes) == pytest.approx(0.5, abs=1e-12)
     told = found.details
     assert told["evaluations"] == len(trial.seen) <= 200
-    assert told["generations"] > 5
-    assert told["windows"] == 2
-    assert told["loss_end"] < told["loss_start"] / 4
-    ends = [window for rates, window in trial.seen if rates == [0.5] * 6][:2]
+    assert told["sweeps"] > 4
+    assert told["windows"] == 4
+    assert told["loss_end"] < told["loss_start"] / 100
+    ends = [window for rates, window in trial.seen if rates == [0.5] * 6][:4]
     tokens = [trial.tokens[window] for window in ends]
     losses = [Bowl().loss([0.5] * 6, window) for window in ends]
     assert told["loss_start"] == pytest.approx(weighted_mean(losses, tokens))  # a window counts by its tokens
@@ -76,19 +76,21 @@ def test_nothing_is_measured_twice() -> None:
     assert len({(tuple(rates), window) for rates, window in trial.seen}) == len(trial.seen)
 
 
-@pytest.mark.parametrize("evaluations", [18, 19, 31, 100])
+@pytest.mark.parametrize("evaluations", [26, 27, 41, 60])
 def test_the_limit_of_evaluations(evaluations: int) -> None:
+    """With 26 evaluations for 6 blocks a sweep takes two of them."""
     trial = Bowl()
-    told = refine(trial, evaluations=evaluations).details
-    assert told["evaluations"] == len(trial.seen)
+    found = refine(trial, evaluations=evaluations)
+    assert found.details["evaluations"] == len(trial.seen)
     assert evaluations - 10 <= len(trial.seen) <= evaluations
+    assert found.details["loss_end"] < found.details["loss_start"]
 
 
 def test_the_limit_of_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     trial = Bowl()
     monkeypatch.setattr(searches.time, "monotonic", lambda: 6.0 * len(trial.seen))  # ten evaluations a minute
     found = refine(trial, minutes=5)
-    assert 50 <= len(trial.seen) <= 54
+    assert 50 <= len(trial.seen) <= 58  # the closing comparison comes on top
     assert found.details["loss_end"] < found.details["loss_start"]
 
 
@@ -104,9 +106,12 @@ def test_a_search_that_found_nothing_better_gives_back_its_start(monkeypatch: py
     trial = Bowl()
     closing = random.Random(0).sample(range(4), 2)
     own = trial.loss
-    sign = {True: -1.0, False: 10.0}  # on the windows of the comparison what is better elsewhere is worse
-    monkeypatch.setattr(trial, "loss", lambda rates, window: sign[window in closing] * own(rates, window))
-    found = refine(trial, first=1, final=2, evaluations=60)
+
+    def loss(rates: Sequence[float], window: int) -> float:  # all others are worse on the windows of the comparison
+        return own(rates, window) + (window in closing and rates != [0.5] * 6)
+
+    monkeypatch.setattr(trial, "loss", loss)
+    found = refine(trial, windows=1, evaluations=60)
     assert len(trial.seen) > 20
     assert found.rates == [0.5] * 6
     assert found.details["loss_end"] == found.details["loss_start"]
@@ -164,11 +169,11 @@ def test_a_state_that_does_not_fit(change: dict[str, Any], message: str, tmp_pat
 def test_a_state_is_asked_before_the_model_runs(
     batches: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = Search(evaluations=20, state=str(tmp_path / "state.json"))
+    search = Search(evaluations=26, state=str(tmp_path / "state.json"))
     score(small_model(), batches, Recipe(Wanda(), 0.5, search))
     monkeypatch.setattr("lit_prune.pipeline.Stream", lambda *_: pytest.fail("the model ran"))
-    other = Search(evaluations=20, step=0.1, state=str(tmp_path / "state.json"))
-    with pytest.raises(InputError, match="`step` 0.02, now 0.1"):
+    other = Search(evaluations=26, step=0.2, state=str(tmp_path / "state.json"))
+    with pytest.raises(InputError, match="`step` 0.1, now 0.2"):
         score(small_model(), batches, Recipe(Wanda(), 0.5, other))
 
 
@@ -179,13 +184,9 @@ def test_a_state_is_asked_before_the_model_runs(
         (lambda: Search(level="rows"), "`Search.level` must be one of blocks, linears, parts, got 'rows'"),  # type: ignore[arg-type]
         (lambda: Search(loss="mse"), "`Search.loss` must be one of cross_entropy, kl, got 'mse'"),  # type: ignore[arg-type]
         (lambda: Search(step=0.0), r"`Search.step` must be in \(0, 1\), a share of a block, got 0.0"),
-        (lambda: Search(offspring=0), "`Search.survivors` must be at least 1 and at most 0"),
-        (lambda: Search(survivors=9), "`Search.survivors` must be at least 1 and at most 8, .*got 9"),
-        (lambda: Search(survivors=0), "`Search.survivors` must be at least 1 and at most 8, .*got 0"),
-        (lambda: Search(first=3), "`Search.first` must be at least 1 and at most 2, as `Search.final`, got 3"),
-        (lambda: Search(first=0, final=0), "`Search.first` must be at least 1"),
+        (lambda: Search(windows=0), "`Search.windows` must be at least 1, got 0"),
         (lambda: Search(minutes=0), "`Search.minutes` must be above 0, or null, got 0"),
-        (lambda: Search(evaluations=17), "`Search.evaluations` must be at least 18, .* 8 .*got 17"),
+        (lambda: Search(evaluations=25), "`Search.evaluations` must be at least 26, .* got 25; one over 32 .* 146"),
     ],
 )
 def test_settings_out_of_range(make: Callable[[], Search], message: str) -> None:
@@ -223,10 +224,10 @@ def test_a_method_without_a_trial_is_refused() -> None:
 def test_every_method_of_masks(family: str, method: Method, batches: list[torch.Tensor]) -> None:
     model = lively_model(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recipe = Recipe(method, 0.5, Search(Uniform(), evaluations=90, step=0.05, final=6))
+    recipe = Recipe(method, 0.5, Search(Uniform(), evaluations=120, windows=6))
     scored = score(model, batches, recipe)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert 16 <= scored.search["evaluations"] <= 90
+    assert 30 <= scored.search["evaluations"] <= 120
     start = score(model, batches, Recipe(method, 0.5, Uniform()))
     coarse = isinstance(method.pattern, MixedNofM)  # type: ignore[attr-defined]
     settled = isinstance(method, SparseGPT) and family == "qwen3_moe"  # no move from equal rates lowers its loss
@@ -247,7 +248,7 @@ def test_every_method_of_masks(family: str, method: Method, batches: list[torch.
 def test_slices(family: str, slice_head: bool, batches: list[torch.Tensor]) -> None:
     model = lively_model(family)
     method = Slicing(multiple=2, slice_head=slice_head)
-    recipe = Recipe(method, 0.25, Search(Uniform(), evaluations=90, step=0.1, final=6))
+    recipe = Recipe(method, 0.25, Search(Uniform(), evaluations=120, windows=6))
     pruned = prune(model, batches, recipe)
     assert pruned.search["loss_end"] < pruned.search["loss_start"]
     widths = model.config.slice_sizes[:3]
@@ -260,7 +261,7 @@ def test_slices(family: str, slice_head: bool, batches: list[torch.Tensor]) -> N
 def test_padding_does_not_count(batches: list[torch.Tensor]) -> None:
     ids, mask = batches[0].clone(), torch.ones_like(batches[0])
     mask[:, 10:] = 0
-    recipe = Recipe(Wanda(), 0.5, Search(evaluations=20))
+    recipe = Recipe(Wanda(), 0.5, Search(evaluations=26))
     cut = score(small_model(), [ids[:, :10]], recipe)
     padded = score(small_model(), [{"input_ids": ids, "attention_mask": mask}], recipe)
     assert padded.search["loss_start"] == pytest.approx(cut.search["loss_start"], rel=1e-5)
@@ -288,7 +289,7 @@ def test_searched_rates_are_better_on_text_that_was_not_searched_on() -> None:
     assert json.dumps(model.config.lit_prune["recipe"])
 
 
-def test_windows_are_drawn_by_the_generation() -> None:
+def test_windows_are_drawn_by_the_sweep() -> None:
     trial = Bowl()
     refine(trial)
     assert {window for _, window in trial.seen} == {0, 1, 2, 3}
@@ -298,7 +299,7 @@ def test_windows_are_drawn_by_the_generation() -> None:
 @pytest.mark.parametrize("method", [Magnitude(), SparseGPT()], ids=str)
 def test_linears_get_rates_of_their_own(method: Method, loss: str, batches: list[torch.Tensor], tmp_path: Path) -> None:
     model, state = lively_model("llama"), str(tmp_path / "state.json")
-    search = Search(Uniform(), evaluations=90, step=0.1, final=6, level="linears", loss=loss, state=state)  # type: ignore[arg-type]
+    search = Search(Uniform(), evaluations=90, windows=2, level="linears", loss=loss, state=state)  # type: ignore[arg-type]
     pruned = prune(model, batches, Recipe(method, 0.5, search))
     assert pruned.search["loss_end"] < pruned.search["loss_start"]
     assert pruned.linears is not None
@@ -319,7 +320,7 @@ def test_linears_of_a_model_that_is_pruned_already_keep_their_zeros(batches: lis
     model = lively_model("llama")
     prune(model, batches, Recipe(Magnitude(), 0.4, Uniform(), targets=["q_proj"]))
     before = [linear.pruned for block in find_blocks(model) for linear in block.linears.values()]
-    search = Search(Uniform(), evaluations=60, step=0.1, level="linears")
+    search = Search(Uniform(), evaluations=60, level="linears")
     pruned = prune(model, batches, Recipe(Magnitude(), 0.3, search))
     after = [linear.pruned for block in find_blocks(model) for linear in block.linears.values()]
     assert all(now >= then for now, then in zip(after, before, strict=True))

@@ -77,7 +77,7 @@ def test_the_title_says_how_the_rates_came_about_in_lines_that_fit() -> None:
     assert blocks(REPORT).get_title() == "DLP()\nWanda()"
     recipe = {"method": "Wanda()", "allocation": "Search(" + "seed=0, " * 30}
     lines = blocks(replace(REPORT, recipe=recipe, search=SEARCH)).get_title().split("\n")
-    assert "399 evaluations of a calibration window in 33 generations" in " ".join(lines)
+    assert "399 evaluations of a calibration window in 33 sweeps" in " ".join(lines)
     assert max(map(len, lines)) <= 100
 
 

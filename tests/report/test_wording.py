@@ -77,7 +77,7 @@ def test_a_model_that_was_not_dense_is_compared_with_what_it_was() -> None:
 def test_a_protocol_and_a_search_in_one_line() -> None:
     assert describe_protocol(PROTOCOL) == "text; 3 windows of 16 tokens, 45 predicted; float32"
     assert describe_search(SEARCH) == (
-        "399 evaluations of a calibration window in 33 generations; loss 4.2500 at the start, 3.7500 at the end, on 2 "
+        "399 evaluations of a calibration window in 33 sweeps; loss 4.2500 at the start, 3.7500 at the end, on 2 "
         "of the windows"
     )
 

@@ -1,4 +1,4 @@
-"""Moves of budget, by hand."""
+"""Exchanges of budget, by hand."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,46 +9,67 @@ import pytest
 from lit_prune.search.space import Space
 
 
-def space(sizes: Sequence[int], granularity: Sequence[int], step: float = 0.02, **fields: Any) -> Space:
+def space(sizes: Sequence[int], granularity: Sequence[int], **fields: Any) -> Space:
     count = len(sizes)
-    return Space([0.5] * count, sizes, granularity, [0.0] * count, [0.99] * count, step, **fields)
+    return Space([0.5] * count, sizes, granularity, [0.0] * count, [0.99] * count, **fields)
 
 
 def test_rates_by_hand() -> None:
     assert space([100, 50], [1, 1]).rates((10, -10)) == pytest.approx([0.6, 0.3])
 
 
-def test_a_move_takes_what_both_blocks_can_give() -> None:
-    where = space([1000, 500, 600], [1, 1, 75])
-    assert where.moved(where.origin, (0,), (1,)) == (-10, 10, 0)  # 0.02 of the smaller block, 500
-    assert where.moved(where.origin, (0,), (1,), 0.5) == (-5, 5, 0)
-    assert where.moved(where.origin, (0,), (2,)) == (-75, 0, 75)
-    coarse = space([800, 800], [20, 30], step=0.2)
-    assert coarse.moved(coarse.origin, (0,), (1,)) == (-180, 180)  # 3 times 60, near 160
+def test_the_nearest_change() -> None:
+    where = space([100, 1000], [1, 30])
+    assert where.nearest(where.origin, 0, 12.4) == 12
+    assert where.nearest(where.origin, 0, -12.6) == -13
+    assert where.nearest(where.origin, 0, 60) == 49  # 0.99 is the upper bound
+    assert where.nearest(where.origin, 1, 7) == 30  # at least one unit
+    assert where.nearest((0, 480), 1, 7) == 0  # where there is room for one
+    assert where.room((-47, 0), 0) == (3, 96)
 
 
-def test_a_move_between_groups_is_spread_by_size() -> None:
-    where = space([1000, 500, 600, 300], [1] * 4, step=0.1)
-    assert where.moved(where.origin, (0, 1), (2, 3)) == (-60, -30, 60, 30)  # 0.1 of 900
-    full = space([1000, 500, 600, 300], [1] * 4, step=0.1, balance=(-1.0, 1.0))
-    assert full.moved((0, 0, 270, 0), (0, 1), (2, 3)) == (0, 0, 270, 0)  # the sum would leave its bounds
+def test_changes_are_rounded_and_keep_the_sum() -> None:
+    where = space([1000, 500, 600], [1, 1, 1])
+    assert where.moved(where.origin, {0: 10.5, 1: -4.3, 2: -6.2}) == (10, -4, -6)
+    assert where.moved((5, -5, 0), {0: 1.0, 2: -1.0}) == (6, -5, -1)
+    coarse = space([600, 600, 600], [30, 30, 30])
+    assert coarse.moved(coarse.origin, {0: 50.0, 1: -10.0, 2: -40.0}) == (60, 0, -60)
+    assert where.moved(where.origin, {}) == where.origin
 
 
-def test_what_one_block_cannot_take_goes_to_the_next() -> None:
-    where = space([100, 100, 100, 100], [1] * 4, step=0.2)
-    assert where.moved((-47, 0, 0, 47), (1, 2), (3, 0)) == (-9, -20, -20, 49)  # of 20 and 20 only 2 and 38
+def test_what_the_bounds_do_not_allow_another_block_takes() -> None:
+    where = space([100, 100, 100], [1] * 3)
+    assert where.moved((49, -49, 0), {0: 0.9, 1: 0.2, 2: -1.1}) == (49, -48, -1)
+    assert where.moved((49, -49, 0), {0: 1.0, 1: -1.0}) == (49, -49, 0)  # nobody does
 
 
-def test_a_move_between_parts_with_units_of_different_sizes() -> None:
+def test_coarse_units_first_and_fine_ones_make_up_for_them() -> None:
     """A group of 80 goes for 3 channels of 30, the next for 2, as the first gave 10 too much; then again for 3."""
     where = space([900, 800, 800], [30, 80, 80], balance=(-15.0, 15.0))
-    once = where.moved(where.origin, (1,), (0,))
+    assert where.exchangeable() == [(0, 1, 2)]
+    once = where.moved(where.origin, {0: 70.0, 1: -70.0})
     assert once == (90, -80, 0)
-    assert where.moved(once, (2,), (0,)) == (150, -80, -80)
-    assert where.moved((150, -80, -80), (0,), (1,)) == (90, 0, -80)  # 60 come back for 80, as 10 were missing
-    assert where.moved(once, (1,), (2,)) == (90, -160, 80)  # units of one size keep the sum
+    assert where.moved(once, {0: 80.0, 2: -80.0}) == (150, -80, -80)
+    assert where.moved((150, -80, -80), {0: -70.0, 1: 70.0}) == (90, 0, -80)  # 60 come back for 80
+    assert where.moved(once, {1: -70.0, 2: 70.0}) == (90, -160, 80)  # units of one size keep the sum
     assert not where.allows((30, -80, 0))
     assert not where.allows((30, 0, 0))
+
+
+def test_units_that_do_not_fit_are_exchanged_among_themselves() -> None:
+    assert space([800] * 3, [20, 30, 20]).exchangeable() == [(0, 2), (1,)]
+    assert space([800] * 3, [20, 60, 20]).exchangeable() == [(0, 1, 2)]
+    where = space([800] * 2, [20, 60])
+    assert where.moved(where.origin, {0: 50.0, 1: -50.0}) == (60, -60)
+    apart = space([800] * 2, [20, 30])
+    assert apart.moved(apart.origin, {0: 33.0, 1: -33.0}) == apart.origin  # 30 are no multiple of 20
+
+
+def test_whether_anything_can_move() -> None:
+    where = space([100, 100], [1, 60])
+    assert not where.movable(where.origin)  # no unit of 60 in 49
+    assert space([100, 100], [1, 40]).movable(where.origin)
+    assert not space([100], [1]).movable((0,))
 
 
 def test_a_start_off_budget() -> None:
@@ -60,9 +81,3 @@ def test_a_start_off_budget() -> None:
     assert not where.allows((60, 0))
     exact = space([900, 800], [60, 80]).on_budget(0.5, 30.0)
     assert (list(exact.start), exact.balance) == ([0.5, 0.5], (-30.0, 30.0))
-
-
-def test_bounds() -> None:
-    where = space([100, 100], [1, 1], step=0.6)
-    assert where.moved(where.origin, (0,), (1,)) == (-49, 49)  # 50 can be taken, 49 given
-    assert not where.allows((60, -60))

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.evaluation.perplexity import measure
-from lit_prune.search.trial import NamedTrial, Trial, model_on_device
+from lit_prune.search.trial import Trial, model_on_device
 from tests.conftest import small_model
 
 
@@ -81,27 +81,3 @@ def test_the_divergence_is_from_the_unpruned_model(model: PreTrainedModel, batch
 def test_a_trial_of_blocks_alone() -> None:
     with pytest.raises(NotImplementedError, match="AsItIs has one rate per block"):
         AsItIs(small_model(), []).by_name()
-
-
-class Named(NamedTrial):
-    granularity = [1] * 24
-
-    def __init__(self, names: list[list[str]]) -> None:
-        self.names = names
-
-    def take(self, rates: Sequence[float]) -> None: ...
-
-    def split(self, rates: Sequence[float]) -> list[float]:
-        return list(rates)
-
-    def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
-        return list(lower), list(upper)
-
-
-def test_groups_of_linears() -> None:
-    """12 blocks of two linears, in runs of two neighbouring blocks; experts of any number have one name."""
-    singles, blocks, names, runs = Named([["up", f"experts.{block}.down"] for block in range(12)]).families()
-    assert (len(singles), singles[1]) == (24, (1,))
-    assert (len(blocks), blocks[1]) == (12, (2, 3))
-    assert names == [tuple(range(0, 24, 2)), tuple(range(1, 24, 2))]
-    assert (len(runs), runs[:3]) == (12, [(0, 2), (1, 3), (4, 6)])

@@ -152,7 +152,7 @@ def test_slicing_refuses_blocks_of_different_sizes(batches: list[Tensor]) -> Non
 
 @pytest.mark.parametrize("name", ["width", "groups"])
 def test_a_search_finds_no_worse_sizes(name: str, batches: list[Tensor]) -> None:
-    search = Search(evaluations=20, offspring=2, survivors=1, final=1, step=0.25)
+    search = Search(evaluations=20, windows=1, step=0.25)
     model = four_groups()
     pruned = prune(model, batches, Recipe(METHODS[name], 0.5, search))
     assert pruned.sparsity == pytest.approx(0.5)

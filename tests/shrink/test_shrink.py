@@ -105,7 +105,7 @@ def test_weights(batches: list[Tensor]) -> None:
 
 
 def test_a_search_of_all_parts(batches: list[Tensor]) -> None:
-    search = Search(evaluations=20, offspring=2, survivors=1, final=1, step=0.25)
+    search = Search(evaluations=20, windows=1, step=0.25)
     model, before = four_groups(), four_groups()
     pruned = prune(model, batches, Recipe(FINE, 0.5, search))
     assert pruned.search["loss_end"] <= pruned.search["loss_start"]
@@ -239,7 +239,7 @@ def test_a_plan_has_the_rates_of_the_parts(batches: list[Tensor], tmp_path: Path
 def test_a_search_of_parts_meets_the_budget_to_half_a_multiple(left: int, batches: list[Tensor]) -> None:
     """Equal widths alone would be off by up to 4 channels of 96 parameters in each of the 3 blocks."""
     model = four_groups()
-    search = replace(PARTS, evaluations=20, offspring=2, survivors=1, final=1)
+    search = replace(PARTS, evaluations=20, windows=1)
     prune(model, batches, Recipe(BOTH, allocation=search, target_parameters=left))
     assert abs(parameters(model) - left) <= 8 * 96 / 2
 

@@ -1,0 +1,214 @@
+"""Sweeps against losses whose optimum is known, and what they must keep to whatever the loss."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_prune.allocate.base import weighted_mean
+from lit_prune.search.space import Point, Space
+from lit_prune.search.sweeps import Curve, Loss, Sweeps, least_sum
+
+BEST = [0.3, 0.7, 0.5, 0.6, 0.4, 0.5, 0.8, 0.2]
+
+
+def space(start: Sequence[float] = (0.5,) * 8, **fields: Any) -> Space:
+    count = len(start)
+    given = {
+        "sizes": [1000] * count,
+        "granularity": [1] * count,
+        "lower": [0.0] * count,
+        "upper": [0.99] * count,
+    }
+    return Space(start, **(given | fields))
+
+
+def bowl(where: Space, coupling: float = 0.0) -> Loss:
+    """A loss that is least, 0, at BEST; each window has weights of its own, and neighbours may add to each other."""
+
+    def loss(point: Point, windows: Sequence[int]) -> float:
+        errors = [rate - best for rate, best in zip(where.rates(point), BEST, strict=False)]
+        squares = [error**2 for error in errors]
+        sums = [(error + other) ** 2 for error, other in pairwise(errors)]
+        weights = [1 + 0.2 * math.sin(block + 3 * window) for window in windows for block in range(len(errors))]
+        total = sum(weight * square for weight, square in zip(weights, squares * len(windows), strict=True))
+        return total / len(windows) + coupling * sum(sums)
+
+    return loss
+
+
+def after(sweeps: int, where: Space, loss: Loss, **settings: Any) -> Sweeps:
+    found = Sweeps(where, **({"step": 0.1, "windows": 2, "available": 16, "loss": loss, "seed": 0} | settings))
+    for _ in range(sweeps):
+        assert found.sweep()
+    return found
+
+
+def test_curves_by_hand() -> None:
+    """1 - 2 x + 3 x^2 at -2 and 1, without its constant; then with one side, with none, and with an infinite one."""
+    curve = Curve.through(-2, 1, lambda x: -2 * x + 3 * x * x)
+    assert (curve.slope, curve.curvature) == pytest.approx((-2, 6))
+    assert Curve.through(0, 4, lambda x: 2.0) == Curve(0.5, 0.0, 0.0, 4)
+    assert Curve.through(-4, 0, lambda x: 2.0) == Curve(-0.5, 0.0, -4, 0.0)
+    assert Curve.through(0, 0, lambda x: 1.0) == Curve(0.0, 0.0, 0.0, 0.0)
+    assert Curve.through(-2, 4, lambda x: math.inf if x > 0 else 1.0) == Curve(-0.5, 0.0, -2, 0.0)
+
+
+def test_the_least_sum_by_hand() -> None:
+    assert least_sum({4: Curve(0, 1, -9, 9), 7: Curve(2, 1, -9, 9)}) == pytest.approx({4: 1, 7: -1})
+    assert least_sum({4: Curve(0, 1, -9, 9), 7: Curve(2, 1, -0.25, 9)}) == pytest.approx({4: 0.25, 7: -0.25})
+    assert least_sum({4: Curve(0, 1, 0, 0), 7: Curve(2, 1, -9, 9)}) == pytest.approx({4: 0, 7: 0})
+    steeper = least_sum({0: Curve(0, 1, -9, 9), 1: Curve(0, 3, -9, 9), 2: Curve(-2, 1, -9, 9)})
+    assert steeper == pytest.approx({0: -6 / 7, 1: -2 / 7, 2: 8 / 7})
+    assert least_sum({}) == {}
+
+
+def test_one_sweep_comes_near_the_best_and_a_few_reach_it() -> None:
+    where = space()
+    assert where.rates(after(1, where, bowl(where)).best) == pytest.approx(BEST, abs=0.05)
+    assert where.rates(after(6, where, bowl(where, 0.3)).best) == pytest.approx(BEST, abs=0.02)
+
+
+def test_what_a_sweep_measures() -> None:
+    """Each of 3 blocks up and down on two windows, with the start; then three candidates on two others."""
+    seen: list[tuple[Point, tuple[int, ...]]] = []
+    where = space((0.5, 0.5, 0.95))
+
+    def loss(point: Point, windows: Sequence[int]) -> float:
+        seen.append((point, tuple(windows)))
+        return bowl(where)(point, windows)
+
+    found = after(1, where, loss)
+    first = seen[0][1]
+    swept = {point for point, windows in seen if windows == first}
+    ups = {(100, 0, 0), (0, 100, 0), (0, 0, 40)}  # 0.99 is the upper bound
+    downs = {(-100, 0, 0), (0, -100, 0), (0, 0, -100)}
+    assert swept == {(0, 0, 0)} | ups | downs
+    (second,) = {windows for _, windows in seen if windows != first}
+    compared = {point for point, windows in seen if windows == second}
+    assert len(compared) == 4
+    assert compared >= {(0, 0, 0), found.best}
+
+
+def test_rates_that_are_worse_on_other_windows_are_not_taken_and_the_next_ones_are_nearer() -> None:
+    where, compared = space(), []
+
+    def loss(point: Point, windows: Sequence[int]) -> float:
+        if sum(part != 0 for part in point) < 2:
+            return bowl(where)(point, windows)
+        compared.append(max(map(abs, point)))
+        return 1.0
+
+    found = after(2, where, loss)
+    assert found.best == where.origin
+    assert found.reach == pytest.approx(3 / 16)
+    assert max(compared[-3:]) <= max(compared[:3]) / 2
+
+
+def test_the_reach_follows_the_best_candidate() -> None:
+    where = space((0.5,) * 2)
+
+    def loss(point: Point, windows: Sequence[int]) -> float:
+        return 1 + point[0] / 1000 if abs(point[0]) < 200 or point[1] == 0 else 1.0
+
+    found = after(1, where, loss)
+    assert found.best == (-150, 150)  # half of the reach of 3 steps; all of it is worse
+    assert found.reach == 3.0
+    assert after(1, where, lambda point, windows: loss(point, windows) if abs(point[0]) < 100 else 2.0).reach == 0.75
+
+
+def test_a_block_without_a_slope_does_not_go_to_its_bounds() -> None:
+    """Block 2 changes nothing; without a least curvature it would take all that the others want to give."""
+    where = space((0.6, 0.6, 0.5))
+
+    def loss(point: Point, windows: Sequence[int]) -> float:
+        return sum((rate - best) ** 2 for rate, best in zip(where.rates(point)[:2], [0.5, 0.5], strict=True))
+
+    assert where.rates(after(1, where, loss).best) == pytest.approx([0.55, 0.55, 0.6], abs=0.021)
+
+
+def test_an_infinite_loss_is_a_bound() -> None:
+    where = space((0.5,) * 3)
+
+    def loss(point: Point, windows: Sequence[int]) -> float:
+        return math.inf if point[0] > 0 else float(-point[0] + point[1] + 2 * point[2])
+
+    found = after(1, where, loss)
+    assert found.best[0] == 0
+    assert found.best[1] == -found.best[2] > 0
+
+
+def test_more_blocks_than_a_sweep_takes_have_their_turns() -> None:
+    where, swept = space(), set()
+
+    def loss(point: Point, windows: Sequence[int]) -> float:
+        changed = [block for block, part in enumerate(point) if part]
+        swept.update(changed)
+        return 1.0 if len(changed) > 1 else 0.0
+
+    found = after(1, where, loss, most=3)
+    assert len(swept) == 3
+    for _ in range(2):
+        assert found.sweep()
+    assert swept == set(range(8))
+    whole = after(20, where, bowl(where), most=3)
+    assert where.rates(whole.best) == pytest.approx(BEST, abs=0.03)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_where_there_is_nowhere_to_go(blocks: int) -> None:
+    fixed = space([0.5] * blocks, lower=[0.5] * blocks, upper=[0.5] * blocks)
+    found = Sweeps(fixed, 0.1, 2, 4, lambda point, windows: 0.0, 0)
+    assert not found.sweep()
+    assert found.best == fixed.origin
+
+
+def test_one_window() -> None:
+    where = space((0.5, 0.5))
+    found = after(4, where, lambda point, windows: (where.rates(point)[0] - 0.3) ** 2, available=1)
+    assert where.rates(found.best) == pytest.approx([0.3, 0.7])
+
+
+def test_the_same_seed_gives_the_same_search_and_another_one_another() -> None:
+    loss = bowl(space(), 0.3)
+    assert after(1, space(), loss).best == after(1, space(), loss).best
+    assert after(1, space(), loss).best != after(1, space(), loss, seed=1).best
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> Space:
+    count = draw(st.integers(2, 8))
+    each = {"min_size": count, "max_size": count}
+    grain = draw(st.sampled_from([1, 8, 50]))
+    grains = [grain * factor for factor in draw(st.lists(st.sampled_from([1, 1, 2, 3]), **each))]
+    sizes = [grain * size for grain, size in zip(grains, draw(st.lists(st.integers(4, 400), **each)), strict=True)]
+    lower, upper = draw(st.sampled_from([0.0, 0.2])), draw(st.sampled_from([0.8, 0.99]))
+    start = draw(st.lists(st.floats(lower, upper), **each))
+    return Space(start, sizes, grains, [lower] * count, [upper] * count)
+
+
+@given(where=spaces(), seed=st.integers(0, 9), step=st.sampled_from([0.01, 0.1]))
+def test_budget_granularity_and_bounds_are_kept(where: Space, seed: int, step: float) -> None:
+    drawn: list[Point] = []
+
+    def loss(point: Point, windows: Sequence[int]) -> float:
+        drawn.append(point)
+        return float(point[0] - point[-1]) + sum(part**2 for part in point) / 1e4
+
+    found = Sweeps(where, step, 2, 4, loss, seed)
+    taken = [found.best]
+    for _ in range(3):
+        found.sweep()
+        taken.append(found.best)
+    budget = weighted_mean(where.start, where.sizes)
+    for point in drawn:
+        assert all(part % grain == 0 for part, grain in zip(point, where.granularity, strict=True))
+        bounds = zip(where.rates(point), where.lower, where.upper, strict=True)
+        assert all(low - 1e-9 <= rate <= high + 1e-9 for rate, low, high in bounds)
+    for point in taken:
+        assert sum(point) == 0
+        assert weighted_mean(where.rates(point), where.sizes) == pytest.approx(budget, abs=1e-12)
