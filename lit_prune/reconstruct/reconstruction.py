@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from lit_prune.reconstruct.settings import Reconstruct
 from lit_prune.reconstruct.training import BlockTraining
 
 HELD_OUT = 8  # one batch in so many is held out
+LR_SHARES = (1, 1 / 4, 1 / 16)  # of the learning rate, until the held-out loss of a block is smaller
 
 
 class Reconstruction:
@@ -82,15 +84,24 @@ class Reconstruction:
 
     @torch.no_grad()
     def _reconstruct(self, block: Block, targets: Sequence[Tensor]) -> BlockLosses:
-        """Trains ``block`` and advances the stream; its weights come back if the held-out loss is not smaller."""
+        """Trains ``block`` and advances the stream; its weights come back if the held-out loss is not smaller.
+
+        Adam changes every weight by about the learning rate, however small the error of the cut is: what repairs a
+        heavy cut is more than a light one allows. Before it is given up, a block is trained with smaller rates.
+        """
         before = [self._loss(block, targets, batches) for batches in (self._training, self._held_out)]
-        trained = BlockTraining(self.settings, self.stream, block, targets).run(self._training)
-        original = {name: block.module.get_parameter(name).detach().clone() for name in trained}
-        _write(block, trained)
-        held_out = self._loss(block, targets, self._held_out)
-        if held_out < before[1]:
-            return BlockLosses(before[0], self._advance(block, targets), before[1], held_out, kept=True)
-        _write(block, original)
+        held_out = before[1]
+        for share in LR_SHARES:
+            settings = replace(self.settings, lr=share * self.settings.lr)
+            trained = BlockTraining(settings, self.stream, block, targets).run(self._training)
+            original = {name: block.module.get_parameter(name).detach().clone() for name in trained}
+            _write(block, trained)
+            held_out = self._loss(block, targets, self._held_out)
+            if held_out < before[1]:
+                return BlockLosses(before[0], self._advance(block, targets), before[1], held_out, kept=True)
+            _write(block, original)
+            if held_out == before[1]:  # there is nothing to train
+                break
         self.stream.run(block)
         log(
             f"Block {block.index} keeps the weights of the cut: its loss on held-out windows went from "

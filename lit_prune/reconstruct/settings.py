@@ -18,7 +18,8 @@ class Reconstruct:
     A block reads the calibration windows as the blocks before it, pruned and reconstructed, pass them on. All its
     remaining parameters are trained, one batch of windows a step, by AdamW with betas of 0.9 and 0.95 in float32 and a
     learning rate that falls linearly to 0. The loss of a token is |y' - y|^2 / |y|^2; zeros stay zero. The last eighth
-    of the batches is held out: a block whose loss on them did not get smaller keeps the weights of the cut.
+    of the batches is held out: a block whose loss on them did not get smaller is trained again with a quarter and a
+    sixteenth of the learning rate, and at last keeps the weights of the cut.
 
     Args:
         epochs: Passes over the training batches, for every block.

@@ -18,7 +18,7 @@ from lit_prune.pipeline import Pruned, prune
 from lit_prune.pruning import ADMM, NofM, SparseGPT, Wanda
 from lit_prune.pruning.base import Method
 from lit_prune.recipe import Recipe
-from lit_prune.reconstruct import Reconstruct
+from lit_prune.reconstruct import Reconstruct, reconstruction
 from lit_prune.reconstruct.reconstruction import Reconstruction, _divided
 from lit_prune.recover.quantise import quantise
 from lit_prune.shrink import HeadGroups, MLPWidth
@@ -94,6 +94,19 @@ def test_a_block_that_gets_worse_keeps_the_weights_of_the_cut(lr: float, capsys:
         assert losses.train_after == losses.train_before
         assert math.isnan(losses.held_out_after) or losses.held_out_after > losses.held_out_before
     assert "Block 0 keeps the weights of the cut: its loss on held-out windows went from" in capsys.readouterr().err
+
+
+def test_a_block_that_gets_worse_is_trained_with_smaller_rates(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second training begins from the weights of the cut, as if it had been the only one."""
+    model, smaller = reconstructed(Wanda(), Reconstruct(epochs=1, lr=30.0 / 16384))
+    assert all(losses.kept for losses in smaller.reconstruction)
+    monkeypatch.setattr(reconstruction, "LR_SHARES", (1, 1 / 16384))
+    again, pruned = reconstructed(Wanda(), Reconstruct(epochs=1, lr=30.0))
+    assert pruned.reconstruction == smaller.reconstruction
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), again.parameters(), strict=True))
+    assert "keeps the weights of the cut" not in capsys.readouterr().err
 
 
 def test_a_block_of_which_nothing_is_left_keeps_its_zeros(capsys: pytest.CaptureFixture[str]) -> None:

@@ -190,7 +190,7 @@ def test_a_family_with_biases(batches: list[Tensor]) -> None:
     assert parameters(model) / dense == pytest.approx(0.7, abs=0.005)
 
 
-PARTS = Search(Uniform(), evaluations=60, step=0.1, level="parts", loss="kl")
+PARTS = Search(Uniform(), evaluations=120, level="parts", loss="kl")
 
 
 def rates_of(model: PreTrainedModel) -> list[dict[str, float]]:
