@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, final, get_args
 
@@ -51,9 +52,11 @@ class Reconstruct:
                 "`pruning.reconstruction` out."
             )
         for name in ("lr", "max_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"`pruning.reconstruction.{name}` must be above 0, got {getattr(self, name)}.")
-        if not self.weight_decay >= 0:
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(
+                    f"`pruning.reconstruction.{name}` must be above 0, and finite, got {getattr(self, name)}."
+                )
+        if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"`pruning.reconstruction.weight_decay` must be at least 0, got {self.weight_decay}.")
         if self.targets_from not in get_args(Source):
             raise InputError(
