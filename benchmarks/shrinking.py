@@ -40,6 +40,7 @@ from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from lit_prune.slice import Slicing, sizes_from_rates, sliced_parameters
 
 SHARES = (0.15, 0.30, 0.20, 0.10)  # of all parameters, by importance
+MORE = 4  # times the calibration windows, for the cases that show what more of them are worth
 HEALINGS = {
     "LoRA": ["--pruning.recovery=LoRA", "--pruning.recovery.r=16"],
     "distillation": ["--pruning.recovery=LoRA", "--pruning.recovery.r=16", "--pruning.distillation.weight=0.5"],
@@ -99,13 +100,14 @@ class Cases(MatchingCases):
         """Returns the row of the dense model."""
         return self.measured(load_model(self.protocol.pretrained, "float32"))
 
-    def cut(self, recipe: Recipe) -> Row:
-        """Returns the row of a recipe, run between two plain forward passes."""
-        model, batches = load_model(self.protocol.pretrained, "float32"), self.protocol.batches()
-        before = self.forward_seconds(model)
+    def cut(self, recipe: Recipe, times: int = 1) -> Row:
+        """Returns the row of a recipe with so many times the windows, run between two plain forward passes."""
+        protocol = replace(self.protocol, num_samples=times * self.protocol.num_samples)
+        model, batches = load_model(protocol.pretrained, "float32"), protocol.batches()
+        before = times * self.forward_seconds(model)
         with cost() as spent:
             pruned = prune(model, batches, recipe)
-        after = self.forward_seconds(load_model(self.protocol.pretrained, "float32"))
+        after = times * self.forward_seconds(load_model(protocol.pretrained, "float32"))
         return self.measured(model) | {
             "rates": pruned.rates,
             "seconds": spent.seconds,
@@ -157,6 +159,9 @@ class Cases(MatchingCases):
         self.once("dense", self.dense)
         cuts = list(untrained(folder))
         self._cuts(cuts[: len(SHARES)])
+        for name, recipe in cuts[: len(SHARES)]:
+            windows = MORE * self.protocol.num_samples
+            self.once(f"{name}, {windows} windows", partial(self.cut, recipe, MORE))
         self._healed(0.15, folder)
         for share in sorted(SHARES, key=lambda share: abs(share - 0.20)):
             self.once(f"speed in transformers, -{share:.0%}", partial(self.speed, share, in_transformers))

@@ -25,7 +25,7 @@ METHODS = ("Magnitude", "Wanda", "SparseGPT")
 METHODS_BY_COST = ("Wanda", "SparseGPT", "ADMM")
 PATTERNS = ("2:4", "4:8", "N:8 by OWL", "N:8 by DLP")
 MEANS = (0.20, 0.25, 0.30)
-SHRINKING = "not compensated|reconstructed|neighbours|refitted"  # settings of shrunk models
+SHRINKING = r"not compensated|reconstructed|neighbours|refitted|\d+ windows"  # settings of shrunk models
 WIDTHS = ("constant", "LayerRedundancy, base 0.05 below", "LayerRedundancy, base 0.10 below", "DLP")
 RECOVERIES = {  # name of the case: label of the row
     "LoRA, {}": "LoRA, separate adapter",
