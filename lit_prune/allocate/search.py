@@ -18,8 +18,8 @@ from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from lit_prune.progress import counted, log
 from lit_prune.search.losses import MeasuredLosses
-from lit_prune.search.space import Point, Space
-from lit_prune.search.sweeps import SHARES, SWEPT, Sweeps
+from lit_prune.search.space import Group, Point, Space
+from lit_prune.search.sweeps import MOST, SHARES, Sweeps
 from lit_prune.search.trial import NamedTrial, Trial
 
 Loss = Literal["cross_entropy", "kl"]
@@ -44,7 +44,8 @@ class Search(Allocation):
     start on windows drawn for this comparison, the start is returned.
 
     With `level: linears` the rates are those of linears instead, so that those of one block may differ; with `level:
-    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses.
+    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses. The first sweep still
+    changes the linears or parts of one block together.
 
     Args:
         start: The allocation of the initial rates; null is DLP.
@@ -114,11 +115,6 @@ class Search(Allocation):
         return self.start
 
     @property
-    def swept(self) -> int:
-        """Most blocks for whose sweep the evaluations suffice."""
-        return (self.evaluations // self.windows - CANDIDATES - 1 - 2 * COMPARISON) // 2
-
-    @property
     def levels(self) -> frozenset[Level]:  # type: ignore[override]
         """What the rates are of."""
         return frozenset({self.level})
@@ -167,7 +163,7 @@ class Search(Allocation):
             return self._run(Space(list(rates), limits.sizes, trial.granularity, lower, upper), trial, key)
         named = trial.by_name()
         space = _space_of_names(named, rates, lower, upper, limits.effective_target)
-        found = self._run(space, named, {**key, f"sizes of {self.level}": named.sizes})
+        found = self._run(space, named, {**key, f"sizes of {self.level}": named.sizes}, named.blocks())
         by_block, sizes = named.by_block(found.rates), named.by_block(named.sizes)
         means = [
             mean_rate(by_name, own_sizes) if own_sizes else rate
@@ -175,14 +171,16 @@ class Search(Allocation):
         ]
         return Refined(means, found.details).with_named(self.level, by_block)
 
-    def _run(self, space: Space, trial: Trial, key: Mapping[str, Any]) -> Refined:
+    def _run(
+        self, space: Space, trial: Trial, key: Mapping[str, Any], together: Sequence[Group] | None = None
+    ) -> Refined:
         bounds = {"lower": list(space.lower), "upper": list(space.upper)}
         start = {"rates at the start": [round(rate, 4) for rate in space.start]}
         key = {**key, **self._settings(), **bounds, **start}
         measured = MeasuredLosses(self.state)
         measured.check_key(key)
         with counted(self.evaluations, "Searching rates") as report:
-            return _Run(self, space, trial, measured, report).run(key)
+            return _Run(self, space, trial, measured, report, together).run(key)
 
 
 def _space_of_names(
@@ -218,13 +216,13 @@ class _Run:
         trial: Trial,
         measured: MeasuredLosses,
         report: Callable[[int, str], None],
+        together: Sequence[Group] | None,
     ) -> None:
         self.search, self.space, self.trial, self.measured, self.report = search, space, trial, measured, report
         self.evaluated: set[tuple[Point, int]] = set()
         self.limit, self.end = search.evaluations, math.inf
         windows = len(trial.tokens)
-        most = min(SWEPT, search.swept)
-        self.sweeps = Sweeps(space, search.step, search.windows, windows, self.loss, search.seed, most)
+        self.sweeps = Sweeps(space, search.step, search.windows, windows, self.loss, search.seed, together)
         self.comparison = random.Random(search.seed).sample(range(windows), min(COMPARISON * search.windows, windows))
         self.number = 0
 
@@ -249,11 +247,15 @@ class _Run:
         self.limit -= len(self.comparison)
         self.end = begin + 60 * (self.search.minutes or math.inf)
         with suppress(_LimitReached):
-            while idle < IDLE and self.sweeps.sweep():
+            while idle < IDLE and (most := self._affordable()) > 1 and self.sweeps.sweep(min(most, MOST)):
                 self.number += 1
                 idle, evaluated = (idle + 1 if len(self.evaluated) == evaluated else 0), len(self.evaluated)
                 self._save(key)
         self.limit, self.end = self.search.evaluations, math.inf
+
+    def _affordable(self) -> int:
+        """Returns the number of blocks for whose sweep the remaining evaluations suffice."""
+        return ((self.limit - len(self.evaluated)) // self.sweeps.windows - CANDIDATES - 1) // 2
 
     def loss(self, point: Point, windows: Sequence[int]) -> float:
         """Returns the mean loss over the predicted tokens of some windows, reusing measurements."""

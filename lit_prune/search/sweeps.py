@@ -12,11 +12,13 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
-from lit_prune.search.space import Point, Space
+from lit_prune.search.space import Group, Point, Space
 
 Loss = Callable[[Point, Sequence[int]], float]
-SWEPT = 64  # most blocks in a sweep
+_Key = TypeVar("_Key")
+MOST = 64  # blocks in a sweep
 REACH = 3.0  # largest change of a block, in multiples of what a sweep changes
 SHARES = (0.25, 0.5, 1.0)  # of the reach, of the candidates
 FLATTEST = 0.5  # smallest curvature of a block, as a share of the median
@@ -71,23 +73,35 @@ class Sweeps:
         loss: Function of a point and of the indices of some windows that returns the mean loss. It should cache its
             results, since it is called again for the same points.
         seed: Seed of all random draws; the same losses give the same search.
-        most: Number of blocks in a sweep. If there are more, the following sweep goes on with others.
+        together: Groups of blocks that the first sweep takes as one; None starts with single blocks.
     """
 
     def __init__(
-        self, space: Space, step: float, windows: int, available: int, loss: Loss, seed: int, most: int = SWEPT
+        self,
+        space: Space,
+        step: float,
+        windows: int,
+        available: int,
+        loss: Loss,
+        seed: int,
+        together: Sequence[Group] | None = None,
     ) -> None:
         self.space, self.step, self.windows, self.available = space, step, min(windows, available), available
-        self.loss, self.draw, self.most = loss, random.Random(seed), max(most, 2)
+        self.loss, self.draw = loss, random.Random(seed)
         self.best, self.reach = space.origin, REACH
-        self._due: list[int] = []
+        self._singles: list[Group] = [(block,) for block in range(len(space.start))]
+        self._due = list(together or self._singles)  # that have their turns before all single blocks come again
 
-    def sweep(self) -> bool:
-        """Replaces the best rates by better ones, if there are any; returns False if no others can be reached."""
+    def sweep(self, most: int = MOST) -> bool:
+        """Replaces the best rates by better ones, if there are any; returns False if no others can be reached.
+
+        Args:
+            most: Number of blocks, or groups, that are measured at most; the following sweep goes on with others.
+        """
         if not self.space.movable(self.best):
             return False
         here, there = (self.draw.sample(range(self.available), self.windows) for _ in range(2))
-        curves = {block: self._curve(block, here) for block in self._next()}
+        curves = {group: self._curve(group, here) for group in self._next(most)}
         candidates = {share: self._exchanged(curves, share * self.reach) for share in SHARES}
         losses = {share: self.loss(point, there) for share, point in candidates.items() if point != self.best}
         better = [share for share, loss in losses.items() if loss < self.loss(self.best, there)]
@@ -98,50 +112,63 @@ class Sweeps:
             self.reach *= min(SHARES)
         return True
 
-    def _next(self) -> list[int]:
-        """Returns the blocks of the next sweep: all, or those whose turn it is in a random order."""
-        count = len(self.space.start)
-        if count <= self.most:
-            return list(range(count))
-        if len(self._due) < self.most:
-            rest = [block for block in range(count) if block not in self._due]
-            self._due += self.draw.sample(rest, len(rest))
-        blocks, self._due = self._due[: self.most], self._due[self.most :]
-        return sorted(blocks)
+    def _next(self, most: int) -> list[Group]:
+        """Returns the groups of the next sweep: all, or up to ``most`` whose turn it is in a random order."""
+        if len(self._due) < 2:  # one alone has nothing to exchange with
+            self._due = list(self._singles)
+        if len(self._due) > most:
+            self.draw.shuffle(self._due)
+        groups, self._due = self._due[:most], self._due[most:]
+        return sorted(groups)
 
-    def _curve(self, block: int, windows: Sequence[int]) -> Curve:
-        """Measures ``block`` with more and with less budget."""
-        wanted = self.step * self.space.sizes[block]
-        low, high = (self.space.nearest(self.best, block, sign * wanted) for sign in (-1, 1))
+    def _curve(self, group: Group, windows: Sequence[int]) -> Curve:
+        """Measures ``group`` with more and with less budget."""
+        changes = {
+            sign: {
+                block: self.space.nearest(self.best, block, sign * self.step * self.space.sizes[block])
+                for block in group
+            }
+            for sign in (-1, 1)
+        }
+        low, high = (sum(changes[sign].values()) for sign in (-1, 1))
 
         def rise(change: float) -> float:
-            changed = [part + (round(change) if other == block else 0) for other, part in enumerate(self.best)]
-            return self.loss(tuple(changed), windows) - self.loss(self.best, windows)
+            own = changes[1 if change > 0 else -1]
+            changed = tuple(part + own.get(block, 0) for block, part in enumerate(self.best))
+            return self.loss(changed, windows) - self.loss(self.best, windows)
 
         return Curve.through(low, high, rise)
 
-    def _exchanged(self, curves: Mapping[int, Curve], reach: float) -> Point:
+    def _exchanged(self, curves: Mapping[Group, Curve], reach: float) -> Point:
         """Returns the point with the least sum of ``curves``, where no block changes by more than ``reach`` steps."""
-        sizes, grains = self.space.sizes, self.space.granularity
-        flattest = FLATTEST * median(curve.curvature * sizes[block] for block, curve in curves.items())
-        bounded: dict[int, Curve] = {}
-        for block, curve in curves.items():
-            most = max(reach * self.step * sizes[block], grains[block])
-            low, high = self.space.room(self.best, block)
-            bounded[block] = Curve(
-                curve.slope,
-                max(curve.curvature, flattest / sizes[block], 1e-12),
-                -min(most, low) if curve.low else 0.0,
-                min(most, high) if curve.high else 0.0,
-            )
+        sizes = {group: sum(self.space.sizes[block] for block in group) for group in curves}
+        flattest = FLATTEST * median(curve.curvature * sizes[group] for group, curve in curves.items())
+        bounded = {}
+        for group, curve in curves.items():
+            low, high = self._room(group, reach)
+            curvature = max(curve.curvature, flattest / sizes[group], 1e-12)
+            bounded[group] = Curve(curve.slope, curvature, low if curve.low else 0.0, high if curve.high else 0.0)
         wanted: dict[int, float] = {}
-        for group in self.space.exchangeable():
-            chosen = {block: bounded[block] for block in group if block in bounded}
-            wanted |= least_sum(chosen)
+        for exchangeable in self.space.exchangeable():
+            for group, change in least_sum(
+                {group: bounded[group] for group in curves if group[0] in exchangeable}
+            ).items():
+                wanted |= {block: change * self.space.sizes[block] / sizes[group] for block in group}
         return self.space.moved(self.best, wanted)
 
+    def _room(self, group: Group, reach: float) -> tuple[float, float]:
+        """Returns the least and the greatest change of a group that all its blocks can share by their sizes."""
+        shares = []
+        for block in group:
+            size, (low, high) = self.space.sizes[block], self.space.room(self.best, block)
+            most = max(reach * self.step * size, self.space.granularity[block])
+            shares.append((min(most, low) / size, min(most, high) / size))
+        size = sum(self.space.sizes[block] for block in group)
+        low, high = (min(side) for side in zip(*shares, strict=True))
+        return -low * size, high * size
 
-def least_sum(curves: Mapping[int, Curve]) -> dict[int, float]:
+
+def least_sum(curves: Mapping[_Key, Curve]) -> dict[_Key, float]:
     """Returns the changes of sum 0, within the bounds of the ``curves``, for which the sum of all rises is least.
 
     Two curves x^2 / 2 and 2 x + x^2 / 2 give 1 and -1. At the least sum, all slopes that are not at a bound are equal;
@@ -150,7 +177,7 @@ def least_sum(curves: Mapping[int, Curve]) -> dict[int, float]:
     steep = max((abs(c.slope) + c.curvature * max(-c.low, c.high) for c in curves.values()), default=0.0)
     low, high = -steep, steep
 
-    def changes(slope: float) -> dict[int, float]:
+    def changes(slope: float) -> dict[_Key, float]:
         wanted = {block: (slope - curve.slope) / curve.curvature for block, curve in curves.items()}
         return {block: min(max(change, curves[block].low), curves[block].high) for block, change in wanted.items()}
 

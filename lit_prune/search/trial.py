@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import negative_log_likelihood
 from lit_prune.search.divergence import appended, divergence, recorded
+from lit_prune.search.space import Group
 
 _T = TypeVar("_T")
 
@@ -105,6 +106,12 @@ class NamedTrial(Trial):
     @abstractmethod
     def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
         """Returns the bounds of the rates under bounds of those of the blocks."""
+
+    def blocks(self) -> list[Group]:
+        """Returns the indices of the linears or parts of each block, without blocks that have none."""
+        following = iter(range(len(self.sizes)))
+        groups = (tuple(next(following) for _ in names) for names in self.names)
+        return [group for group in groups if group]
 
     def by_block(self, rates: Sequence[_T]) -> list[dict[str, _T]]:
         """Returns ``rates``, or other values of the linears or parts, by block and name."""

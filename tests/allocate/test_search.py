@@ -82,7 +82,7 @@ def test_the_limit_of_evaluations(evaluations: int) -> None:
     trial = Bowl()
     found = refine(trial, evaluations=evaluations)
     assert found.details["evaluations"] == len(trial.seen)
-    assert evaluations - 10 <= len(trial.seen) <= evaluations
+    assert evaluations - 22 <= len(trial.seen) <= evaluations  # no sweep over two blocks fits in the rest
     assert found.details["loss_end"] < found.details["loss_start"]
 
 
@@ -299,7 +299,7 @@ def test_windows_are_drawn_by_the_sweep() -> None:
 @pytest.mark.parametrize("method", [Magnitude(), SparseGPT()], ids=str)
 def test_linears_get_rates_of_their_own(method: Method, loss: str, batches: list[torch.Tensor], tmp_path: Path) -> None:
     model, state = lively_model("llama"), str(tmp_path / "state.json")
-    search = Search(Uniform(), evaluations=90, windows=2, level="linears", loss=loss, state=state)  # type: ignore[arg-type]
+    search = Search(Uniform(), evaluations=200, windows=4, level="linears", loss=loss, state=state)  # type: ignore[arg-type]
     pruned = prune(model, batches, Recipe(method, 0.5, search))
     assert pruned.search["loss_end"] < pruned.search["loss_start"]
     assert pruned.linears is not None

@@ -41,10 +41,10 @@ def bowl(where: Space, coupling: float = 0.0) -> Loss:
     return loss
 
 
-def after(sweeps: int, where: Space, loss: Loss, **settings: Any) -> Sweeps:
+def after(sweeps: int, where: Space, loss: Loss, most: int = 64, **settings: Any) -> Sweeps:
     found = Sweeps(where, **({"step": 0.1, "windows": 2, "available": 16, "loss": loss, "seed": 0} | settings))
     for _ in range(sweeps):
-        assert found.sweep()
+        assert found.sweep(most)
     return found
 
 
@@ -153,10 +153,27 @@ def test_more_blocks_than_a_sweep_takes_have_their_turns() -> None:
     found = after(1, where, loss, most=3)
     assert len(swept) == 3
     for _ in range(2):
-        assert found.sweep()
+        assert found.sweep(3)
     assert swept == set(range(8))
     whole = after(20, where, bowl(where), most=3)
     assert where.rates(whole.best) == pytest.approx(BEST, abs=0.03)
+
+
+def test_the_first_sweep_changes_groups_together() -> None:
+    """By their sizes, and no further than all of a group can go; then come the single ones."""
+    where, seen = space((0.5, 0.5, 0.4, 0.9), sizes=[1000, 500, 1000, 1000]), set()
+
+    def loss(point: Point, windows: Sequence[int]) -> float:
+        seen.add(point)
+        return float(point[2] + point[3] - point[0] - point[1])
+
+    found = after(1, where, loss, together=[(0, 1), (2, 3)])
+    assert {(100, 50, 0, 0), (-100, -50, 0, 0), (0, 0, 100, 90), (0, 0, -100, -100)} <= seen
+    assert found.best == (300, 150, -225, -225)
+    assert found.sweep()
+    assert (300, 100, -225, -225) in seen
+    steep = after(1, where, lambda point, windows: float(point[0]), together=[(0, 1), (2, 3)])
+    assert steep.best == (-120, -60, 90, 90)  # 0.99 is the upper bound
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
