@@ -19,13 +19,12 @@ from lit_prune.errors import InputError
 from lit_prune.progress import counted, log
 from lit_prune.search.losses import MeasuredLosses
 from lit_prune.search.space import Group, Point, Space
-from lit_prune.search.sweeps import MOST, SHARES, Sweeps
+from lit_prune.search.sweeps import MOST, Sweeps, evaluations_of_sweep
 from lit_prune.search.trial import NamedTrial, Trial
 
 Loss = Literal["cross_entropy", "kl"]
 IDLE = 20  # sweeps without a new measurement, after which all rates in reach are taken as measured
 COMPARISON = 2  # windows of the closing comparison, in multiples of those of a sweep
-CANDIDATES = len(SHARES) + 1  # points that a sweep compares, with the best so far
 BROKEN = (
     "`calibration`: the loss under the rates of `Search.start` is NaN or infinity; the weights are broken, or "
     "`model.dtype` is too small for them (try float32 or bfloat16)."
@@ -66,7 +65,7 @@ class Search(Allocation):
 
     Raises:
         InputError: for settings out of range, a start that is itself a search, a state of another search, or too few
-            evaluations for one generation.
+            evaluations for one sweep.
     """
 
     start: Allocation | None = None
@@ -100,12 +99,12 @@ class Search(Allocation):
             raise InputError(f"`Search.windows` must be at least 1, got {self.windows}.")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"`Search.minutes` must be above 0, or null, got {self.minutes}.")
-        least = (2 * 2 + CANDIDATES + 1 + 2 * COMPARISON) * self.windows
+        least = evaluations_of_sweep(2, self.windows) + 2 * COMPARISON * self.windows
         if self.evaluations < least:
             raise InputError(
                 f"`Search.evaluations` must be at least {least}, for a sweep over two blocks on {self.windows} windows "
-                f"and the final comparison with the start, got {self.evaluations}; one over 32 blocks takes "
-                f"{least + 60 * self.windows}."
+                f"and the final comparison with the start, got {self.evaluations}; a sweep over 32 blocks takes "
+                f"{evaluations_of_sweep(32, self.windows)}."
             )
 
     @property
@@ -223,8 +222,9 @@ class _Run:
         self.limit, self.end = search.evaluations, math.inf
         windows = len(trial.tokens)
         self.sweeps = Sweeps(space, search.step, search.windows, windows, self.loss, search.seed, together)
-        self.comparison = random.Random(search.seed).sample(range(windows), min(COMPARISON * search.windows, windows))
-        self.number = 0
+        draw = random.Random(f"{search.seed}, comparison")  # not the windows of the first sweep
+        self.comparison = draw.sample(range(windows), min(COMPARISON * search.windows, windows))
+        self.swept = 0
 
     def run(self, key: Mapping[str, Any]) -> Refined:
         """Searches until a limit is reached and returns the result; the state is saved even if it is interrupted."""
@@ -232,7 +232,7 @@ class _Run:
             before = self.loss(self.space.origin, self.comparison)
             if not math.isfinite(before):
                 raise InputError(BROKEN)
-            self._sweep(key, before)
+            self._sweep(key)
             after = self.loss(self.sweeps.best, self.comparison)
         except KeyboardInterrupt:
             log(f"Search stopped after {len(self.evaluated)} evaluations; {self._state_message()}.")
@@ -241,21 +241,22 @@ class _Run:
             self._save(key)
         return self._refined(before, after)
 
-    def _sweep(self, key: Mapping[str, Any], before: float) -> None:
+    def _sweep(self, key: Mapping[str, Any]) -> None:
         """Runs sweeps until a limit is reached, reserving the evaluations of the final comparison."""
         begin, idle, evaluated = time.monotonic(), 0, 0
         self.limit -= len(self.comparison)
         self.end = begin + 60 * (self.search.minutes or math.inf)
         with suppress(_LimitReached):
-            while idle < IDLE and (most := self._affordable()) > 1 and self.sweeps.sweep(min(most, MOST)):
-                self.number += 1
+            while idle < IDLE and (most := self._affordable()) > 1 and self.sweeps.sweep(most):
+                self.swept += 1
                 idle, evaluated = (idle + 1 if len(self.evaluated) == evaluated else 0), len(self.evaluated)
                 self._save(key)
         self.limit, self.end = self.search.evaluations, math.inf
 
     def _affordable(self) -> int:
-        """Returns the number of blocks for whose sweep the remaining evaluations suffice."""
-        return ((self.limit - len(self.evaluated)) // self.sweeps.windows - CANDIDATES - 1) // 2
+        """Returns the number of blocks, at most MOST, for whose sweep the remaining evaluations suffice."""
+        left, windows = self.limit - len(self.evaluated), self.sweeps.windows
+        return max((most for most in range(MOST + 1) if evaluations_of_sweep(most, windows) <= left), default=0)
 
     def loss(self, point: Point, windows: Sequence[int]) -> float:
         """Returns the mean loss over the predicted tokens of some windows, reusing measurements."""
@@ -286,7 +287,7 @@ class _Run:
         better = after < before
         details = {
             "evaluations": len(self.evaluated),
-            "sweeps": self.number,
+            "sweeps": self.swept,
             "windows": len(self.comparison),
             "loss_start": before,
             "loss_end": after if better else before,

@@ -60,7 +60,7 @@ class BlockLosses:
         train_before: Loss on the training batches after the cut.
         train_after: The same with the weights that the block was left with.
         held_out_before: Loss on the batches that it was not trained on, after the cut.
-        held_out_after: The same after the training, not finite if it diverged.
+        held_out_after: The same after the last training, not finite if it diverged.
         kept: Whether the trained weights were kept; if not, the block has those of the cut.
     """
 

@@ -90,24 +90,29 @@ class Reconstruction:
         heavy cut is more than a light one allows. Before it is given up, a block is trained with smaller rates.
         """
         before = [self._loss(block, targets, batches) for batches in (self._training, self._held_out)]
-        held_out = before[1]
         for share in LR_SHARES:
-            settings = replace(self.settings, lr=share * self.settings.lr)
-            trained = BlockTraining(settings, self.stream, block, targets).run(self._training)
-            original = {name: block.module.get_parameter(name).detach().clone() for name in trained}
-            _write(block, trained)
-            held_out = self._loss(block, targets, self._held_out)
+            held_out = self._train(block, targets, share, before[1])
             if held_out < before[1]:
                 return BlockLosses(before[0], self._advance(block, targets), before[1], held_out, kept=True)
-            _write(block, original)
             if held_out == before[1]:  # there is nothing to train
                 break
         self.stream.run(block)
         log(
             f"Block {block.index} keeps the weights of the cut: its loss on held-out windows went from "
-            f"{before[1]:.4g} to {held_out:.4g}."
+            f"{before[1]:.4g} to {held_out:.4g}, at the smallest learning rate that was tried."
         )
         return BlockLosses(before[0], before[0], before[1], held_out, kept=False)
+
+    def _train(self, block: Block, targets: Sequence[Tensor], share: float, before: float) -> float:
+        """Trains ``block`` with a share of the learning rate, unless that does not help; returns its held-out loss."""
+        settings = replace(self.settings, lr=share * self.settings.lr)
+        trained = BlockTraining(settings, self.stream, block, targets).run(self._training)
+        original = {name: block.module.get_parameter(name).detach().clone() for name in trained}
+        _write(block, trained)
+        held_out = self._loss(block, targets, self._held_out)
+        if not held_out < before:
+            _write(block, original)
+        return held_out
 
     def _advance(self, block: Block, targets: Sequence[Tensor]) -> float:
         """Advances the stream by ``block``, and returns the mean loss of a token over the training batches."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 Point = tuple[int, ...]
@@ -80,38 +80,41 @@ class Space:
         """Returns the most that can be taken from the budget of a block, and the most that can be added."""
         return self._room(point, block, -1), self._room(point, block, 1)
 
-    def exchangeable(self) -> list[Group]:
-        """Returns the groups of blocks within which budget can be exchanged: all, unless their units do not fit.
+    def exchangeable(self, blocks: Collection[int]) -> list[Group]:
+        """Returns the groups of ``blocks`` that can exchange budget: all of them, unless their units do not fit.
 
         Units of 20 and 60 fit, those of 20 and 30 do not, unless the sum may be off.
         """
-        blocks, finest = range(len(self.granularity)), min(self.granularity)
-        if any(self.balance) or all(grain % finest == 0 for grain in self.granularity):
+        grains = sorted({self.granularity[block] for block in blocks})
+        if any(self.balance) or all(grain % grains[0] == 0 for grain in grains):
             return [tuple(blocks)]
-        grains = sorted(set(self.granularity))
         return [tuple(block for block in blocks if self.granularity[block] == grain) for grain in grains]
 
-    def moved(self, point: Point, wanted: Mapping[int, float]) -> Point:
+    def moved(self, point: Point, wanted: Mapping[int, float], bounds: Mapping[int, tuple[float, float]]) -> Point:
         """Returns ``point`` with the budgets of some blocks changed as ``wanted``, rounded to their granularity.
 
         The blocks with the coarsest granularity are rounded first, and those with a finer one make up for it, so that
-        the sum of the point comes to the middle of its bounds. If bounds do not allow that, ``point`` comes back.
+        the sum of the point comes to the middle of its bounds. If that is not possible, ``point`` comes back.
+
+        Args:
+            point: Where the blocks are.
+            wanted: The change of each block.
+            bounds: The least and the greatest change of each of these blocks.
         """
         parts, missing = list(point), sum(self.balance) / 2 - sum(point)
         for grain in sorted({self.granularity[block] for block in wanted}, reverse=True):
             own = [block for block in wanted if self.granularity[block] == grain]
+            limits = {block: _multiples(*bounds[block], grain) for block in own}
             missing += sum(wanted[block] for block in own)
             counts = {block: math.floor(wanted[block] / grain + TOLERANCE) for block in own}
+            counts = {block: min(max(counts[block], limits[block][0]), limits[block][1]) for block in own}
             left = round(missing / grain) - sum(counts.values())
-            last = sorted(own, key=lambda block: counts[block] - wanted[block] / grain)
-            for block in last * (1 + abs(left)):
-                if left == 0:
-                    break
-                change = 1 if left > 0 else -1
-                low, high = self.room(point, block)
-                if -low <= (counts[block] + change) * grain <= high:
-                    counts[block] += change
-                    left -= change
+            sign = 1 if left > 0 else -1
+            order = sorted(own, key=lambda block: sign * (counts[block] - wanted[block] / grain))
+            while left and (free := [block for block in order if counts[block] != limits[block][sign > 0]]):
+                for block in free[: abs(left)]:
+                    counts[block] += sign
+                    left -= sign
             for block in own:
                 parts[block] += counts[block] * grain
             missing -= sum(counts.values()) * grain
@@ -149,3 +152,8 @@ class Space:
         bounds = zip(self.rates(point), self.lower, self.upper, strict=True)
         in_bounds = all(low - TOLERANCE <= rate <= high + TOLERANCE for rate, low, high in bounds)
         return in_bounds and least - TOLERANCE <= sum(point) <= most + TOLERANCE
+
+
+def _multiples(low: float, high: float, grain: int) -> tuple[int, int]:
+    """Returns the least and the greatest multiple of ``grain`` between ``low`` and ``high``, which 0 is."""
+    return math.ceil(low / grain - TOLERANCE), math.floor(high / grain + TOLERANCE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TypeVar
@@ -20,8 +20,10 @@ Loss = Callable[[Point, Sequence[int]], float]
 _Key = TypeVar("_Key")
 MOST = 64  # blocks in a sweep
 REACH = 3.0  # largest change of a block, in multiples of what a sweep changes
+LEAST_REACH = 0.05
 SHARES = (0.25, 0.5, 1.0)  # of the reach, of the candidates
-FLATTEST = 0.5  # smallest curvature of a block, as a share of the median
+FLATTEST = 0.5  # smallest curvature of a block, as a share of the median of those that are positive
+BENT = 1e-3  # smallest curvature of a block over its whole size, as a share of the steepest slope
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,11 @@ class Sweeps:
     A sweep measures the loss with each block's budget a ``step`` of its size higher and lower, all on the same windows.
     Three measurements give a parabola per block, and the exchange of budget with the least sum of all parabolas is
     found for three bounds of the changes. Since blocks do not add up exactly, these three candidates are compared with
-    the best rates so far on other windows. The bounds become wider or narrower with the candidate that was best.
+    the best rates so far on other windows, if there are enough. The bounds become wider or narrower with the candidate
+    that was best.
 
     A flat parabola, or one that bends down, would send a block to its bounds: the curvature is at least half of the
-    median of the blocks (per share of a block).
+    median of those that bend up, for blocks of the same size.
 
     Args:
         space: The rates that can be reached.
@@ -88,7 +91,7 @@ class Sweeps:
     ) -> None:
         self.space, self.step, self.windows, self.available = space, step, min(windows, available), available
         self.loss, self.draw = loss, random.Random(seed)
-        self.best, self.reach = space.origin, REACH
+        self.best, self.reach = space.origin, [REACH] * len(space.start)
         self._singles: list[Group] = [(block,) for block in range(len(space.start))]
         self._due = list(together or self._singles)  # that have their turns before all single blocks come again
 
@@ -100,25 +103,40 @@ class Sweeps:
         """
         if not self.space.movable(self.best):
             return False
-        here, there = (self.draw.sample(range(self.available), self.windows) for _ in range(2))
+        here, there = self._windows()
         curves = {group: self._curve(group, here) for group in self._next(most)}
-        candidates = {share: self._exchanged(curves, share * self.reach) for share in SHARES}
+        candidates = {share: self._exchanged(curves, share) for share in SHARES}
         losses = {share: self.loss(point, there) for share, point in candidates.items() if point != self.best}
         better = [share for share, loss in losses.items() if loss < self.loss(self.best, there)]
         if better:
             share = min(better, key=losses.__getitem__)
-            self.best, self.reach = candidates[share], min(2 * share * self.reach, REACH)
-        else:
-            self.reach *= min(SHARES)
+            self.best = candidates[share]
+            self._extend(curves, 2 * share)
+        elif losses:
+            self._extend(curves, min(SHARES))
         return True
+
+    def _windows(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Returns the windows of a sweep, and those on which its candidates are compared."""
+        count = self.windows
+        if 2 * count <= self.available:
+            drawn = self.draw.sample(range(self.available), 2 * count)
+            return drawn[:count], drawn[count:]
+        return self.draw.sample(range(self.available), count), self.draw.sample(range(self.available), count)
+
+    def _extend(self, groups: Iterable[Group], factor: float) -> None:
+        """Multiplies the reach of all blocks of ``groups``, within its limits."""
+        for block in (block for group in groups for block in group):
+            self.reach[block] = min(max(factor * self.reach[block], LEAST_REACH), REACH)
 
     def _next(self, most: int) -> list[Group]:
         """Returns the groups of the next sweep: all, or up to ``most`` whose turn it is in a random order."""
-        if len(self._due) < 2:  # one alone has nothing to exchange with
-            self._due = list(self._singles)
         if len(self._due) > most:
             self.draw.shuffle(self._due)
+        elif len(self._due) == 1:  # which has nothing to exchange with
+            self._due += self.draw.sample(others := [own for own in self._singles if own not in self._due], len(others))
         groups, self._due = self._due[:most], self._due[most:]
+        self._due = self._due or list(self._singles)
         return sorted(groups)
 
     def _curve(self, group: Group, windows: Sequence[int]) -> Curve:
@@ -139,33 +157,35 @@ class Sweeps:
 
         return Curve.through(low, high, rise)
 
-    def _exchanged(self, curves: Mapping[Group, Curve], reach: float) -> Point:
-        """Returns the point with the least sum of ``curves``, where no block changes by more than ``reach`` steps."""
+    def _exchanged(self, curves: Mapping[Group, Curve], share: float) -> Point:
+        """Returns the point with the least sum of ``curves``, with all changes within a share of the blocks' reach."""
+        rooms = {block: self._room(block, share) for group in curves for block in group}
         sizes = {group: sum(self.space.sizes[block] for block in group) for group in curves}
-        flattest = FLATTEST * median(curve.curvature * sizes[group] for group, curve in curves.items())
+        bends = [bend for group, curve in curves.items() if (bend := curve.curvature * sizes[group]) > 0]
+        steepest = max(abs(curve.slope) for curve in curves.values())
+        least = max(FLATTEST * median(bends) if bends else 0.0, BENT * steepest) or 1.0
         bounded = {}
         for group, curve in curves.items():
-            low, high = self._room(group, reach)
-            curvature = max(curve.curvature, flattest / sizes[group], 1e-12)
+            low, high = (sum(side) for side in zip(*(rooms[block] for block in group), strict=True))
+            curvature = max(curve.curvature, least / sizes[group])
             bounded[group] = Curve(curve.slope, curvature, low if curve.low else 0.0, high if curve.high else 0.0)
-        wanted: dict[int, float] = {}
-        for exchangeable in self.space.exchangeable():
-            for group, change in least_sum(
-                {group: bounded[group] for group in curves if group[0] in exchangeable}
-            ).items():
-                wanted |= {block: change * self.space.sizes[block] / sizes[group] for block in group}
-        return self.space.moved(self.best, wanted)
+        wanted, bounds = dict[int, float](), dict[int, tuple[float, float]]()
+        for exchangeable in self.space.exchangeable(rooms):
+            own = {group: bounded[group] for group in curves if group[0] in exchangeable}
+            for group, change in least_sum(own).items():
+                curve = bounded[group]
+                for block in group:
+                    low, high = rooms[block]
+                    total, room = (curve.high, high) if change > 0 else (curve.low, low)
+                    wanted[block] = change * room / total if total else 0.0
+                    bounds[block] = low if curve.low else 0.0, high if curve.high else 0.0
+        return self.space.moved(self.best, wanted, bounds)
 
-    def _room(self, group: Group, reach: float) -> tuple[float, float]:
-        """Returns the least and the greatest change of a group that all its blocks can share by their sizes."""
-        shares = []
-        for block in group:
-            size, (low, high) = self.space.sizes[block], self.space.room(self.best, block)
-            most = max(reach * self.step * size, self.space.granularity[block])
-            shares.append((min(most, low) / size, min(most, high) / size))
-        size = sum(self.space.sizes[block] for block in group)
-        low, high = (min(side) for side in zip(*shares, strict=True))
-        return -low * size, high * size
+    def _room(self, block: int, share: float) -> tuple[float, float]:
+        """Returns the least and the greatest change within a share of a block's reach, one unit if there is room."""
+        most = max(share * self.reach[block] * self.step * self.space.sizes[block], self.space.granularity[block])
+        low, high = self.space.room(self.best, block)
+        return -min(most, low), min(most, high)
 
 
 def least_sum(curves: Mapping[_Key, Curve]) -> dict[_Key, float]:
@@ -185,3 +205,11 @@ def least_sum(curves: Mapping[_Key, Curve]) -> dict[_Key, float]:
         middle = (low + high) / 2
         low, high = (middle, high) if sum(changes(middle).values()) < 0 else (low, middle)
     return changes((low + high) / 2)
+
+
+def evaluations_of_sweep(blocks: int, windows: int) -> int:
+    """Returns the number of measurements of a sweep: 18 for two blocks and two windows.
+
+    These are all blocks twice and the best rates on the first windows, and the candidates and the best rates on others.
+    """
+    return (2 * blocks + 1 + len(SHARES) + 1) * windows

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.evaluation.perplexity import measure
-from lit_prune.search.trial import Trial, model_on_device
+from lit_prune.search.trial import NamedTrial, Trial, model_on_device
 from tests.conftest import small_model
 
 
@@ -81,3 +81,22 @@ def test_the_divergence_is_from_the_unpruned_model(model: PreTrainedModel, batch
 def test_a_trial_of_blocks_alone() -> None:
     with pytest.raises(NotImplementedError, match="AsItIs has one rate per block"):
         AsItIs(small_model(), []).by_name()
+
+
+class TwoBlocks(NamedTrial):
+    names = (("up", "down"), (), ("up",))
+    sizes = (4, 4, 8)
+
+    def __init__(self) -> None: ...
+
+    def take(self, rates: Sequence[float]) -> None: ...
+
+    def split(self, rates: Sequence[float]) -> list[float]:
+        return list(rates)
+
+    def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
+        return list(lower), list(upper)
+
+
+def test_the_linears_of_a_block_together() -> None:
+    assert TwoBlocks().blocks() == [(0, 1), (2,)]
