@@ -49,9 +49,10 @@ def table(head: Sequence[str], lines: Sequence[Sequence[str]], *, words: int = 1
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, rule, *lines])
 
 
-def least_bold(values: Sequence[float | None], places: int = 2) -> list[str]:
-    """Returns the numbers as text, the smallest in bold, and an empty text for None."""
-    smallest = min((value for value in values if value is not None), default=None)
+def least_bold(values: Sequence[float | None], places: int = 2, alone: bool = True) -> list[str]:
+    """Returns the numbers as text, the smallest in bold, unless it is ``alone``, and an empty text for None."""
+    numbers = [value for value in values if value is not None]
+    smallest = min(numbers, default=None) if alone or len(numbers) > 1 else None
     texts = ["" if value is None else f"{value:.{places}f}" for value in values]
     return [f"**{text}**" if text and value == smallest else text for text, value in zip(texts, values, strict=True)]
 
@@ -156,19 +157,21 @@ def recoveries(rows: Sequence[Row]) -> str:
 
 def reconstructions(rows: Sequence[Row]) -> str:
     """Returns the table of perplexities on two texts, cost and memory, with and without reconstruction."""
-    by_case, lines = {row["case"]: row for row in rows}, []
-    for case, row in by_case.items():
-        match = re.fullmatch(r"(\w+), ([\d.:]+), (\d+) windows, reconstructed", case)
-        if match is None:
-            continue
-        without = by_case.get(case.removesuffix(", reconstructed"), {})
-        perplexities = [
-            text for name in ("perplexity", "python_docs") for text in least_bold([without.get(name), row[name]])
-        ]
-        multiples = [f"{cell['multiple']:.1f}" if cell else "" for cell in (without, row)]
-        lines.append([match[2], match[1], match[3], *perplexities, *multiples, f"{row['peak_bytes'] / 1e6:.0f}"])
+    pairs: dict[tuple[str, ...], dict[bool, Row]] = {}
+    for row in rows:
+        match = re.fullmatch(r"(\w+), ([\d.:]+), (\d+) windows(, reconstructed)?", row["case"])
+        if match is not None:
+            pairs.setdefault(match.groups()[:3], {})[match[4] is not None] = row
+    lines = []
+    for (method, sparsity, windows), pair in pairs.items():
+        cells = [pair.get(reconstructed, {}) for reconstructed in (False, True)]
+        texts = ("perplexity", "python_docs")
+        perplexities = [text for name in texts for text in least_bold([cell.get(name) for cell in cells], alone=False)]
+        multiples = [f"{cell['multiple']:.1f}" if cell else "" for cell in cells]
+        peaks = [f"{cell['peak_bytes'] / 1e6:.0f}" if cell else "" for cell in cells]
+        lines.append([sparsity, method, windows, *perplexities, *multiples, *peaks])
     head = ["sparsity", "method", "windows", "without", "with", "Python, without", "Python, with"]
-    head += ["F, without", "F, with", "peak MB"]
+    head += ["F, without", "F, with", "MB, without", "MB, with"]
     return table(head, sorted(lines, key=lambda line: (int(line[2]), line[0], METHODS_BY_COST.index(line[1]))), words=2)
 
 
