@@ -134,7 +134,9 @@ class Sweeps:
         if len(self._due) > most:
             self.draw.shuffle(self._due)
         elif len(self._due) == 1:  # which has nothing to exchange with
-            self._due += self.draw.sample(others := [own for own in self._singles if own not in self._due], len(others))
+            self._due += self.draw.sample(
+                rest := [own for own in self._singles if own[0] not in self._due[0]], len(rest)
+            )
         groups, self._due = self._due[:most], self._due[most:]
         self._due = self._due or list(self._singles)
         return sorted(groups)

@@ -182,6 +182,9 @@ def test_more_blocks_than_a_sweep_takes_have_their_turns() -> None:
     odd = after(1, space(), lambda point, windows: 0.0, most=7)
     (last,) = odd._due
     assert last in odd._next(7)  # with others, but not left out
+    pairs = after(1, space(), lambda point, windows: 0.0, most=3, together=[(0, 1), (2, 3), (4, 5), (6, 7)])
+    (last,) = pairs._due
+    assert sorted(block for group in pairs._next(8) for block in group) == list(range(8))  # and none of them twice
     whole = after(20, where, bowl(where), most=3)
     assert where.rates(whole.best) == pytest.approx(BEST, abs=0.03)
 
