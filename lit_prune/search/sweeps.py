@@ -134,9 +134,8 @@ class Sweeps:
         if len(self._due) > most:
             self.draw.shuffle(self._due)
         elif len(self._due) == 1:  # which has nothing to exchange with
-            self._due += self.draw.sample(
-                rest := [own for own in self._singles if own[0] not in self._due[0]], len(rest)
-            )
+            others = [single for single in self._singles if single[0] not in self._due[0]]
+            self._due += self.draw.sample(others, len(others))
         groups, self._due = self._due[:most], self._due[most:]
         self._due = self._due or list(self._singles)
         return sorted(groups)
