@@ -135,6 +135,10 @@ class MaskedTrial(Trial):
         """Swaps in the weights of the rates."""
         self.cache.take([self.split(index, rate) for index, rate in enumerate(rates)])
 
+    def take_unpruned(self) -> None:
+        """Swaps in the weights of before; a rate of 0 is less than some blocks have lost already."""
+        self.cache.restore()
+
     def by_name(self) -> NamedTrial:
         """Returns a trial of the same model with one rate per linear."""
         return MaskedLinearTrial(self.model, self.batches, self.cache, self.split)
@@ -155,6 +159,10 @@ class MaskedLinearTrial(NamedTrial):
     def take(self, rates: Sequence[float]) -> None:
         """Swaps in the weights of the rates."""
         self.cache.take(self.by_block(rates))
+
+    def take_unpruned(self) -> None:
+        """Swaps in the weights of before."""
+        self.cache.restore()
 
     def split(self, rates: Sequence[float]) -> list[float]:
         """Returns the rates of the linears under ``rates`` of the blocks."""

@@ -49,6 +49,10 @@ class Trial(ABC):
     def take(self, rates: Sequence[float]) -> None:
         """Gives the model the weights, or close to those, that a cut with one of ``rates`` per block would leave."""
 
+    def take_unpruned(self) -> None:
+        """Gives the model the weights that it had before the trial, with the zeros of earlier cuts."""
+        self.take([0.0] * len(self.granularity))
+
     def by_name(self) -> NamedTrial:
         """Returns a trial of the same model with one rate per linear or part, if the method supports such rates."""
         raise NotImplementedError(f"{type(self).__name__} has one rate per block")
@@ -67,7 +71,7 @@ class Trial(ABC):
         The first call runs the unpruned model over all windows, and keeps its last hidden states.
         """
         if not self._unpruned:
-            self.take([0.0] * len(self.granularity))
+            self.take_unpruned()
             with recorded(self.model) as self._unpruned:
                 for number in range(len(self.tokens)):
                     self._run(number)

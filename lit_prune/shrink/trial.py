@@ -103,6 +103,11 @@ class JointTrial(Trial):
         for trial, own_rates in zip(self.trials, split(rates, self.parts), strict=True):
             trial.take(own_rates)
 
+    def take_unpruned(self) -> None:
+        """Gives every part the weights of before."""
+        for trial in self.trials:
+            trial.take_unpruned()
+
     def by_name(self) -> NamedTrial:
         """Returns a trial of the same model with one rate per part of every block."""
         return PartTrial(self)
@@ -132,6 +137,11 @@ class PartTrial(NamedTrial):
             by_part[part][block] = rate
         for trial, own_rates in zip(self.trials, by_part, strict=True):
             trial.take(own_rates)
+
+    def take_unpruned(self) -> None:
+        """Gives every part the weights of before."""
+        for trial in self.trials:
+            trial.take_unpruned()
 
     def split(self, rates: Sequence[float]) -> list[float]:
         """Returns the rates of the parts at which the blocks lose ``rates`` of all parts together."""

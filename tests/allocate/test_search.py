@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, OWL, Plan, Search, Uniform
 from lit_prune.allocate import search as searches
-from lit_prune.allocate.base import Refined, weighted_mean
+from lit_prune.allocate.base import Level, Refined, weighted_mean
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.windows import batches_of
 from lit_prune.data.datamodule import TextDataModule
@@ -325,6 +325,16 @@ def test_linears_of_a_model_that_is_pruned_already_keep_their_zeros(batches: lis
     after = [linear.pruned for block in find_blocks(model) for linear in block.linears.values()]
     assert all(now >= then for now, then in zip(after, before, strict=True))
     assert pruned.sparsity == pytest.approx(0.3, abs=1e-3)
+
+
+@pytest.mark.parametrize("level", ["blocks", "linears"])
+def test_the_divergence_is_that_from_the_model_with_its_zeros(level: Level, batches: list[torch.Tensor]) -> None:
+    """One linear has zeros already, so that no block can be at a rate of 0."""
+    model = lively_model("llama")
+    first = find_blocks(model)[0].linears["self_attn.q_proj"]
+    first.write(torch.where(torch.arange(first.weight_OI.numel()).view_as(first.weight_OI) < 40, 0, first.weight_OI))
+    recipe = Recipe(Wanda(), 0.01, Search(Uniform(), evaluations=26, level=level, loss="kl"))
+    assert 0 < score(model, batches, recipe).search["loss_start"] < 1e-3  # 1% of the weights is little
 
 
 def test_a_start_with_rates_of_linears_is_refused(tmp_path: Path) -> None:
