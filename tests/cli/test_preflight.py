@@ -36,7 +36,7 @@ MISTAKES = [
     ),
     (
         ["--pruning.allocation=Search", "--pruning.allocation.evaluations=5"],
-        r"`Search.evaluations` must be at least 18",
+        r"`Search.evaluations` must be at least 26",
     ),
     (
         ["--pruning.allocation=Search", "--pruning.allocation.state=none/state.json"],

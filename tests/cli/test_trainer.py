@@ -123,12 +123,12 @@ def test_score_once_sweep_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 def test_score_searches_and_its_plan_says_how_it_went(capsys: pytest.CaptureFixture[str]) -> None:
     quickstart = Path(__file__).parents[2] / "configs" / "quickstart_masks.yaml"
     search = ["--pruning.allocation=Search", "--pruning.allocation.start=OWL", "--pruning.allocation.start.lam=0.1"]
-    search += ["--pruning.allocation.evaluations=40", "--pruning.allocation.state=state.json", "--pruning.sparsity=0.6"]
+    search += ["--pruning.allocation.evaluations=80", "--pruning.allocation.state=state.json", "--pruning.sparsity=0.6"]
     score = ["score", f"--config={quickstart}", *SMALL, *files(), *search]
     main([*score, "--output=runs/look"])
     told = json.loads(Path("runs/look/report.json").read_text())
-    assert told["recipe"]["allocation"].startswith("Search(start=OWL(threshold=5.0, lam=0.1), evaluations=40")
-    assert 16 <= told["search"]["evaluations"] <= 40
+    assert told["recipe"]["allocation"].startswith("Search(start=OWL(threshold=5.0, lam=0.1), evaluations=80")
+    assert 40 <= told["search"]["evaluations"] <= 80
     assert told["search"]["loss_end"] < told["search"]["loss_start"]
     plan = Path("runs/look/plan.yaml").read_text()
     line = f"{told['search']['evaluations']} evaluations of a calibration window in"
