@@ -63,7 +63,7 @@ def search_cases(rows: Sequence[Row], folder: Path) -> Iterator[tuple[str, Recip
         best = min(ALLOCATIONS, key=lambda allocation: perplexities[_name(method, allocation, SPARSITIES[0])])
         state = str(folder / f"search-{type(method).__name__}.json")
         name = f"{type(method).__name__}, Search from {type(best).__name__}, {SPARSITIES[0]}"
-        yield name, Recipe(method, SPARSITIES[0], Search(best, evaluations=300, loss="kl", state=state))
+        yield name, Recipe(method, SPARSITIES[0], Search(best, evaluations=150, loss="kl", state=state))
 
 
 def _name(method: Method, allocation: Allocation, sparsity: float) -> str:
