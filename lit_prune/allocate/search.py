@@ -43,8 +43,8 @@ class Search(Allocation):
     start on windows drawn for this comparison, the start is returned.
 
     With `level: linears` the rates are those of linears instead, so that those of one block may differ; with `level:
-    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses. The first sweep still
-    changes the linears or parts of one block together.
+    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses. The first two
+    sweeps change the linears or parts of one block together, and those of one name.
 
     Args:
         start: The allocation of the initial rates; null is DLP.
@@ -162,7 +162,7 @@ class Search(Allocation):
             return self._run(Space(list(rates), limits.sizes, trial.granularity, lower, upper), trial, key)
         named = trial.by_name()
         space = _space_of_names(named, rates, lower, upper, limits.effective_target)
-        found = self._run(space, named, {**key, f"sizes of {self.level}": named.sizes}, named.blocks())
+        found = self._run(space, named, {**key, f"sizes of {self.level}": named.sizes}, named.families())
         by_block, sizes = named.by_block(found.rates), named.by_block(named.sizes)
         means = [
             mean_rate(by_name, own_sizes) if own_sizes else rate
@@ -171,7 +171,7 @@ class Search(Allocation):
         return Refined(means, found.details).with_named(self.level, by_block)
 
     def _run(
-        self, space: Space, trial: Trial, key: Mapping[str, Any], together: Sequence[Group] | None = None
+        self, space: Space, trial: Trial, key: Mapping[str, Any], together: Sequence[Sequence[Group]] = ()
     ) -> Refined:
         bounds = {"lower": list(space.lower), "upper": list(space.upper)}
         start = {"rates at the start": [round(rate, 4) for rate in space.start]}
@@ -215,7 +215,7 @@ class _Run:
         trial: Trial,
         measured: MeasuredLosses,
         report: Callable[[int, str], None],
-        together: Sequence[Group] | None,
+        together: Sequence[Sequence[Group]],
     ) -> None:
         self.search, self.space, self.trial, self.measured, self.report = search, space, trial, measured, report
         self.evaluated: set[tuple[Point, int]] = set()

@@ -76,7 +76,8 @@ class Sweeps:
         loss: Function of a point and of the indices of some windows that returns the mean loss. It should cache its
             results, since it is called again for the same points.
         seed: Seed of all random draws; the same losses give the same search.
-        together: Groups of blocks that the first sweep takes as one; None starts with single blocks.
+        together: Families of groups of blocks, each for a sweep that takes the blocks of a group together, before those
+            over single blocks.
     """
 
     def __init__(
@@ -87,13 +88,14 @@ class Sweeps:
         available: int,
         loss: Loss,
         seed: int,
-        together: Sequence[Group] | None = None,
+        together: Sequence[Sequence[Group]] = (),
     ) -> None:
         self.space, self.step, self.windows, self.available = space, step, min(windows, available), available
         self.loss, self.draw = loss, random.Random(seed)
         self.best, self.reach = space.origin, [REACH] * len(space.start)
         self._singles: list[Group] = [(block,) for block in range(len(space.start))]
-        self._due = list(together or self._singles)  # that have their turns before all single blocks come again
+        self._families = [list(family) for family in together if len(family) > 1]
+        self._due: list[Group] = []  # that have their turns before others, or the same ones again
 
     def sweep(self, most: int = MOST) -> bool:
         """Replaces the best rates by better ones, if there are any; returns False if no others can be reached.
@@ -131,13 +133,14 @@ class Sweeps:
 
     def _next(self, most: int) -> list[Group]:
         """Returns the groups of the next sweep: all, or up to ``most`` whose turn it is in a random order."""
-        if len(self._due) > most:
-            self.draw.shuffle(self._due)
-        elif len(self._due) == 1:  # which has nothing to exchange with
+        if not self._due:
+            self._due = self._families.pop(0) if self._families else list(self._singles)
+        if len(self._due) == 1:  # which has nothing to exchange with
             others = [single for single in self._singles if single[0] not in self._due[0]]
             self._due += self.draw.sample(others, len(others))
+        if len(self._due) > most:
+            self.draw.shuffle(self._due)
         groups, self._due = self._due[:most], self._due[most:]
-        self._due = self._due or list(self._singles)
         return sorted(groups)
 
     def _curve(self, group: Group, windows: Sequence[int]) -> Curve:

@@ -6,10 +6,11 @@ Suffixes: T tokens of one window.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -111,16 +112,23 @@ class NamedTrial(Trial):
     def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
         """Returns the bounds of the rates under bounds of those of the blocks."""
 
-    def blocks(self) -> list[Group]:
-        """Returns the indices of the linears or parts of each block, without blocks that have none."""
-        following = iter(range(len(self.sizes)))
-        groups = (tuple(next(following) for _ in names) for names in self.names)
-        return [group for group in groups if group]
+    def families(self) -> list[list[Group]]:
+        """Returns the indices of the linears or parts of each block, and those of each name in all blocks."""
+        places = [(block, re.sub(r"\d+", "*", name)) for block, names in enumerate(self.names) for name in names]
+        return [_groups([place[key] for place in places]) for key in (0, 1)]
 
     def by_block(self, rates: Sequence[_T]) -> list[dict[str, _T]]:
         """Returns ``rates``, or other values of the linears or parts, by block and name."""
         following = iter(rates)
         return [{name: next(following) for name in names} for names in self.names]
+
+
+def _groups(keys: Sequence[Any]) -> list[Group]:
+    """Returns the indices of equal keys together."""
+    groups: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return [tuple(group) for group in groups.values()]
 
 
 def _finite(value: float) -> float:

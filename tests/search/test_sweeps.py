@@ -182,7 +182,7 @@ def test_more_blocks_than_a_sweep_takes_have_their_turns() -> None:
     odd = after(1, space(), lambda point, windows: 0.0, most=7)
     (last,) = odd._due
     assert last in odd._next(7)  # with others, but not left out
-    pairs = after(1, space(), lambda point, windows: 0.0, most=3, together=[(0, 1), (2, 3), (4, 5), (6, 7)])
+    pairs = after(1, space(), lambda point, windows: 0.0, most=3, together=[[(0, 1), (2, 3), (4, 5), (6, 7)]])
     (last,) = pairs._due
     assert sorted(block for group in pairs._next(8) for block in group) == list(range(8))  # and none of them twice
     whole = after(20, where, bowl(where), most=3)
@@ -197,12 +197,12 @@ def test_the_first_sweep_changes_groups_together() -> None:
         seen.add(point)
         return float(point[2] + point[3] - point[0] - point[1])
 
-    found = after(1, where, loss, together=[(0, 1), (2, 3)])
+    found = after(1, where, loss, together=[[(0, 1), (2, 3)]])
     assert {(100, 50, 0, 0), (-100, -50, 0, 0), (0, 0, 100, 90), (0, 0, -100, -100)} <= seen
     assert found.best == (300, 150, -225, -225)
     assert found.sweep()
     assert (300, 100, -225, -225) in seen
-    steep = after(1, where, lambda point, windows: float(point[0]), together=[(0, 1), (2, 3)])
+    steep = after(1, where, lambda point, windows: float(point[0]), together=[[(0, 1), (2, 3)]])
     assert steep.best == (-260, -130, 300, 90)  # 0.99 is the upper bound, and block 2 takes the more
 
 
@@ -258,7 +258,7 @@ def test_budget_granularity_and_bounds_are_kept(
         return broken if rates[0] > 0.9 else rates[0] - rates[-1] + sum(rate**2 for rate in rates)
 
     pairs = [tuple(range(len(where.start)))[first : first + 2] for first in range(0, len(where.start), 2)]
-    found = Sweeps(where, step, 2, 4, loss, seed, pairs if together else None)
+    found = Sweeps(where, step, 2, 4, loss, seed, [pairs] if together else [])
     taken = [found.best]
     for _ in range(4):
         found.sweep(most)

@@ -84,7 +84,7 @@ def test_a_trial_of_blocks_alone() -> None:
 
 
 class TwoBlocks(NamedTrial):
-    names = (("up", "down"), (), ("up",))
+    names = (("experts.0.up", "down"), (), ("experts.1.up",))
     sizes = (4, 4, 8)
 
     def __init__(self) -> None: ...
@@ -98,5 +98,5 @@ class TwoBlocks(NamedTrial):
         return list(lower), list(upper)
 
 
-def test_the_linears_of_a_block_together() -> None:
-    assert TwoBlocks().blocks() == [(0, 1), (2,)]
+def test_the_linears_of_a_block_and_those_of_a_name() -> None:
+    assert TwoBlocks().families() == [[(0, 1), (2,)], [(0, 2), (1,)]]

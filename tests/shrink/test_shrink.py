@@ -245,7 +245,7 @@ def test_a_search_of_parts_meets_the_budget_to_half_a_multiple(left: int, batche
 
 
 def test_bounds_hold_for_every_part(batches: list[Tensor]) -> None:
-    model = four_groups()
+    model = without_attention()
     pruned = prune(model, batches, Recipe(FINE, 0.5, PARTS, min_rate=0.25, max_rate=0.6))
     assert len({rate for rates in pruned.parts or () for rate in rates.values()}) > 2
     assert all(0.25 <= rate <= 0.6 + 1e-9 for rates in rates_of(model) for rate in rates.values())
