@@ -104,7 +104,7 @@ def searched(rows: Sequence[Row]) -> str:
     for name in (name for name in perplexities if ", Search from " in name):
         method, rule, sparsity = re.findall(r"^(\w+), Search from (\w+), ([\d.]+)$", name)[0]
         before = perplexities[f"{method}, {rule}, {sparsity}"]
-        lines.append([f"{method} at {sparsity}", rule, f"{before:.2f}", f"**{perplexities[name]:.2f}**"])
+        lines.append([f"{method} at {sparsity}", rule, *least_bold([before, perplexities[name]])])
     return table(["", "from", "before", "searched"], lines, words=2)
 
 
