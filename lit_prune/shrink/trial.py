@@ -116,7 +116,7 @@ class JointTrial(Trial):
 class PartTrial(NamedTrial):
     """A trial with one rate per part of every block; see :class:`JointTrial`.
 
-    Moves between parts exchange whole multiples of their units, so that the sum may be off by half the finest of them.
+    Parts exchange whole multiples of their units, so that the sum may be off by half the finest of them.
     """
 
     def __init__(self, joint: JointTrial) -> None:
