@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from forwards import cost, cost_of, forward
+from forwards import cost, forward_seconds
 from jsonargparse import ArgumentParser
 from resumable import MatchingCases, Protocol, Results, Row
 
@@ -43,17 +43,15 @@ class Cases(MatchingCases):
     """The cases of searches, with the number of evaluations and the cost."""
 
     def run(self, recipe: Recipe) -> Row:
-        """Returns the row of a recipe."""
+        """Returns the row of a recipe, run between two plain forward passes."""
         before = self.forward_seconds()
         with cost() as spent:
             row = self.protocol.run(recipe)
         return row | {"multiple": 2 * spent.cpu_seconds / (before + self.forward_seconds())}
 
     def forward_seconds(self) -> float:
-        """Returns the CPU seconds of a plain forward pass of all windows, from a quarter of them."""
-        model, batches = load_model(self.protocol.pretrained, "float32"), self.protocol.batches()
-        some = batches[: max(len(batches) // 4, 1)]
-        return cost_of(partial(forward, model, some)).cpu_seconds * len(batches) / len(some)
+        """Returns the CPU seconds of a plain forward pass of all windows through the dense model."""
+        return forward_seconds(load_model(self.protocol.pretrained, "float32"), self.protocol.batches())
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import recoveries
 import tables
-from forwards import cost, cost_of, forward
+from forwards import cost, forward_seconds
 from jsonargparse import ArgumentParser
 from resumable import MatchingCases, Protocol, Results, Row
 from speed import in_llama_cpp, in_transformers
@@ -104,22 +104,16 @@ class Cases(MatchingCases):
         """Returns the row of a recipe with so many times the windows, run between two plain forward passes."""
         protocol = replace(self.protocol, num_samples=times * self.protocol.num_samples)
         model, batches = load_model(protocol.pretrained, "float32"), protocol.batches()
-        before = times * self.forward_seconds(model)
+        before = forward_seconds(model, batches)
         with cost() as spent:
             pruned = prune(model, batches, recipe)
-        after = times * self.forward_seconds(load_model(protocol.pretrained, "float32"))
+        after = forward_seconds(load_model(protocol.pretrained, "float32"), batches)
         return self.measured(model) | {
             "rates": pruned.rates,
             "seconds": spent.seconds,
             "multiple": 2 * spent.cpu_seconds / (before + after),
             "peak_bytes": spent.peak_bytes,
         }
-
-    def forward_seconds(self, model: PreTrainedModel) -> float:
-        """Returns the CPU seconds of a plain forward pass of all windows, from a quarter of them."""
-        batches = self.protocol.batches()
-        some = batches[: max(len(batches) // 4, 1)]
-        return cost_of(partial(forward, model, some)).cpu_seconds * len(batches) / len(some)
 
     def sliced(self, share: float) -> Row:
         """Returns the row of the slice that leaves at most the parameters of the dense model without ``share``."""

@@ -52,7 +52,8 @@ class Search(Allocation):
             stopped search that is resumed.
         minutes: Time limit of this run; null is no limit.
         step: What a sweep adds to the rate of a block, and takes from it, rounded to the granularity of the pattern,
-            the slices or the parts. No exchange changes a rate by more than three times as much.
+            the slices or the parts. No exchange changes a rate by more than three times as much, or by one unit of the
+            granularity where that is more.
         windows: Number of windows on which a sweep measures every block, and on which it compares its candidates; the
             closing comparison has twice as many.
         level: What gets rates of its own: the `blocks`; the `linears` of each block, for masks; or the `parts` of each
