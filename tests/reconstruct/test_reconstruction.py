@@ -109,6 +109,15 @@ def test_a_block_that_gets_worse_is_trained_with_smaller_rates(
     assert "keeps the weights of the cut" not in capsys.readouterr().err
 
 
+def test_the_learning_rates_that_are_tried() -> None:
+    """A rate 16 times too large is right at the third of them; block 1 is better already at the second."""
+    _, right = reconstructed(Wanda(), Reconstruct(epochs=1, lr=30.0 / 16384))
+    _, large = reconstructed(Wanda(), Reconstruct(epochs=1, lr=30.0 / 1024))
+    assert large.reconstruction[0] == right.reconstruction[0]
+    assert large.reconstruction[1] != right.reconstruction[1]
+    assert all(losses.kept for losses in large.reconstruction)
+
+
 def test_a_block_of_which_nothing_is_left_keeps_its_zeros(capsys: pytest.CaptureFixture[str]) -> None:
     model = lively_model("llama")
     recipe = Recipe(Wanda(), 1 / 3, Given((1.0, 0.0, 0.0)), max_rate=1.0, reconstruction=Reconstruct(epochs=1))

@@ -121,6 +121,12 @@ def test_a_trial_swaps_the_weights_of_all_parts(batches: list[Tensor]) -> None:
         tried = model(batches[0]).logits
         zeros = [float((layer.mlp.down_proj.weight == 0).float().mean()) for layer in model.model.layers]
         groups = [float((layer.self_attn.o_proj.weight == 0).float().mean()) for layer in model.model.layers]
+        trial.take_unpruned()
+        unpruned = model(batches[0]).logits
+        trial.by_name().take([0.5] * 6)
+        trial.by_name().take_unpruned()
+        assert torch.equal(model(batches[0]).logits, unpruned)
+        assert torch.equal(unpruned, dense)
     assert (zeros, groups) == (pytest.approx([0.5, 0, 0]), pytest.approx([0.5, 0, 0]))
     assert not torch.equal(tried, dense)
     assert torch.equal(model(batches[0]).logits, dense)
