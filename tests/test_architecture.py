@@ -62,18 +62,23 @@ def floors() -> dict[str, int]:
     return heights
 
 
+def classes(module: str) -> dict[str, set[str]]:
+    """The classes of a module, with the names of the classes that they derive from."""
+    body = ast.parse(modules()[module].read_text()).body
+    return {
+        node.name: {getattr(kind, "id", "") for kind in node.bases} for node in body if isinstance(node, ast.ClassDef)
+    }
+
+
 def leaves(folder: str) -> set[str]:
-    """The modules of a folder that its __init__ hands on and that define a class below one of base.py."""
+    """The modules that an __init__ hands on with classes below one of the folder, from which none there derives."""
     known = modules()
     public = imports(list(ast.walk(ast.parse(known[folder].read_text()))), known)
-    base = ast.parse(known[f"{folder}.base"].read_text())
-    abstract = {node.name for node in base.body if isinstance(node, ast.ClassDef)}
-    found = set()
-    for name in public - {f"{folder}.base"}:
-        classes = [node for node in ast.parse(known[name].read_text()).body if isinstance(node, ast.ClassDef)]
-        if any(abstract & {getattr(kind, "id", "") for kind in node.bases} for node in classes):
-            found.add(name)
-    return found
+    beside = {name: classes(name) for name in public | {f"{folder}.base"}}
+    own = {name for found in beside.values() for name in found}
+    bases = own & {kind for found in beside.values() for kinds in found.values() for kind in kinds}
+    below = {name for name, found in beside.items() if any(bases & kinds for kinds in found.values())}
+    return {name for name in below if not bases & beside[name].keys()}
 
 
 def test_modules_import_in_no_circle() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from lit_prune.calibration.statistics import InputStatistics
 from lit_prune.cli.main import main
-from tests.pruning.test_methods import test_contract as contract
+from tests.pruning.test_mask_method import test_contract as contract
 from tests.test_architecture import rooms
 
 TEXT = Path(__file__).parent.parent.joinpath("CONTRIBUTING.md").read_text()

@@ -18,7 +18,7 @@ import lit_prune
 from lit_prune.allocate import Uniform
 from lit_prune.calibration.statistics import INPUTS, InputStatistics
 from lit_prune.calibration.windows import Calibration
-from lit_prune.pruning.base import ScoredMethod
+from lit_prune.pruning.mask_method import ScoredMethod
 from lit_prune.recover import FullFineTuning
 from tests.conftest import small_model
 

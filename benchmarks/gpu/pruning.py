@@ -24,7 +24,7 @@ from lit_prune.models.load import load_model
 from lit_prune.models.on_disk import offload_folder
 from lit_prune.pipeline import prune, score_with_statistics
 from lit_prune.pruning import Magnitude, Method, SparseGPT, Wanda
-from lit_prune.pruning.base import ScoredMethod
+from lit_prune.pruning.mask_method import ScoredMethod
 from lit_prune.recipe import Recipe
 from lit_prune.slice import Slicing
 

@@ -8,7 +8,8 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from lit_prune.calibration.statistics import InputStatistics
-from lit_prune.pruning.base import Propagate, ScoredMethod
+from lit_prune.pruning.base import Propagate
+from lit_prune.pruning.mask_method import ScoredMethod
 from lit_prune.pruning.patterns import Pattern
 
 

@@ -16,7 +16,8 @@ from lit_prune.calibration.statistics import GRAM, InputStatistics
 from lit_prune.errors import InputError
 from lit_prune.masks.zeros import cast
 from lit_prune.progress import log
-from lit_prune.pruning.base import MaskMethod, Propagate
+from lit_prune.pruning.base import Propagate
+from lit_prune.pruning.mask_method import MaskMethod
 from lit_prune.pruning.patterns import Pattern
 from lit_prune.pruning.updates import DEAD_COLUMN, not_finite
 

@@ -12,7 +12,7 @@ from lit_prune.errors import InputError
 from lit_prune.masks.zeros import zeros
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
-from lit_prune.pruning import MixedNofM, NofM, Pattern, SparseGPT, Wanda, base, sparsegpt
+from lit_prune.pruning import MixedNofM, NofM, Pattern, SparseGPT, Wanda, mask_method, sparsegpt
 from lit_prune.pruning.sparsegpt import inverse_factor, removals_of_spans
 from lit_prune.recipe import Recipe
 from tests.conftest import inputs_by_linear, small_model
@@ -267,7 +267,7 @@ def test_gram_matrices_of_one_block_at_a_time_unless_dense(
 def test_statistics_are_gone_before_the_next_blocks_are_taken(
     model: PreTrainedModel, batches: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    observe, alive = base.observe, []
+    observe, alive = mask_method.observe, []
 
     def spy(*args: object, **kwargs: object) -> BlockStatistics:
         alive.append([ref for ref in refs if ref() is not None])
@@ -276,7 +276,7 @@ def test_statistics_are_gone_before_the_next_blocks_are_taken(
         return observed
 
     refs: list[weakref.ref[torch.Tensor]] = []
-    monkeypatch.setattr(base, "observe", spy)
+    monkeypatch.setattr(mask_method, "observe", spy)
     prune(model, batches, Recipe(SparseGPT(), 0.5, Uniform()))
     assert len(refs) == 21
     assert alive == [[], [], []]

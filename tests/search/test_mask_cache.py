@@ -16,7 +16,7 @@ from lit_prune.masks.zeros import zeros
 from lit_prune.models.families import Block, find_blocks
 from lit_prune.models.linears import DenseLinear
 from lit_prune.pruning import ADMM, Magnitude, MaskMethod, MixedNofM, SparseGPT, Wanda
-from lit_prune.pruning.base import groups_of
+from lit_prune.pruning.mask_method import groups_of
 from lit_prune.search import mask_cache
 from tests.conftest import small_model
 
