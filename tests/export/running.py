@@ -28,6 +28,7 @@ class LlamaCpp:
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32  # f16 by default
         self.server = xllamacpp.Server(settings)
+        self.complete([1], 1)  # a server that is deleted before its loop has begun waits for it forever
 
     def complete(self, ids: Sequence[int], tokens: int) -> str:
         """The greedy continuation."""
