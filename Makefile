@@ -13,7 +13,7 @@ quickstart: $(VENV)/installed
 WORKERS ?= 2
 
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 slow: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow

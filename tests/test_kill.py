@@ -51,7 +51,7 @@ CASES = {
     "masks at the start": ["--trainer.accumulate_grad_batches=2", "--pruning.full_checkpoint=true"],
 }
 BEFORE, DURING, AFTER = 2, "Step 4: cutting", 5
-USUAL = [("masks, LoRA with dropout", (DURING,)), ("slices", (AFTER,))]
+USUAL = [("masks, LoRA with dropout", (DURING,))]
 MOMENTS: dict[str, tuple[int | str, ...]] = dict.fromkeys(CASES, (BEFORE, DURING, AFTER, 8))
 MOMENTS["masks at the start"] = (BEFORE, 8)
 ALL = [pytest.param(name, moments, marks=pytest.mark.slow) for name, moments in MOMENTS.items()]

@@ -129,6 +129,7 @@ def train_in_two(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_learn_as_one_does(tmp_path: Path) -> None:
     multiprocessing.spawn(train_in_two, (str(tmp_path),), nprocs=2)
     model = half_model()
