@@ -22,6 +22,7 @@ from lit_prune.search.divergence import appended, divergence, recorded
 from lit_prune.search.space import Group
 
 _T = TypeVar("_T")
+STRETCHES = 4  # of blocks, in which the linears or parts of one name change together
 
 
 class Trial(ABC):
@@ -113,9 +114,13 @@ class NamedTrial(Trial):
         """Returns the bounds of the rates under bounds of those of the blocks."""
 
     def families(self) -> list[list[Group]]:
-        """Returns the indices of the linears or parts of each block, and those of each name in all blocks."""
+        """Returns the indices of the linears or parts of each block, of each name, and of each name in each stretch.
+
+        A stretch is a quarter of the blocks, in their order.
+        """
         places = [(block, re.sub(r"\d+", "*", name)) for block, names in enumerate(self.names) for name in names]
-        return [_groups([place[key] for place in places]) for key in (0, 1)]
+        in_stretches = [(STRETCHES * block // len(self.names), name) for block, name in places]
+        return [_groups(keys) for keys in (*zip(*places, strict=True), in_stretches)]
 
     def by_block(self, rates: Sequence[_T]) -> list[dict[str, _T]]:
         """Returns ``rates``, or other values of the linears or parts, by block and name."""

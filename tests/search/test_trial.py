@@ -98,5 +98,9 @@ class TwoBlocks(NamedTrial):
         return list(lower), list(upper)
 
 
-def test_the_linears_of_a_block_and_those_of_a_name() -> None:
-    assert TwoBlocks().families() == [[(0, 1), (2,)], [(0, 2), (1,)]]
+def test_the_linears_of_a_block_and_those_of_a_name_in_all_blocks_and_in_a_quarter_of_them() -> None:
+    assert TwoBlocks().families() == [[(0, 1), (2,)], [(0, 2), (1,)], [(0,), (1,), (2,)]]
+    eight = TwoBlocks()
+    eight.names = [("up", "down")] * 8
+    assert eight.families()[2][:2] == [(0, 2), (1, 3)]
+    assert [len(family) for family in eight.families()] == [8, 2, 8]
