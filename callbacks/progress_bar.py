@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_prune.progress import log
 
@@ -20,8 +22,13 @@ class FitProgressBar(TQDMProgressBar):
     """Lightning's bar of the training, which shows the last validation's perplexity but no bar of the validation.
 
     A second bar below the first would flicker with every validation. Without a terminal, where a bar would be written
-    once more at every step, it prints about ten lines.
+    once more at every step, it prints about ten lines, and one for every validation.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._before_validation: dict[str, Any] = {}
+        self._validated: set[str] = set()  # names of the metrics that a validation logs
 
     def init_train_tqdm(self) -> Tqdm:
         """Returns the bar of the training, which is drawn on a terminal only."""
@@ -45,8 +52,23 @@ class FitProgressBar(TQDMProgressBar):
         if self.is_enabled and not sys.stdout.isatty() and is_new and (step % interval == 0 or step == self._total):
             self._printed = step
             metrics = self.get_metrics(trainer, pl_module)
-            values = [f", {name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float)]
-            log(f"Step {step}{f' of {self._total}' if is_known else ''}{''.join(values)}")
+            trained = {name: value for name, value in metrics.items() if name not in self._validated}
+            log(f"Step {step}{f' of {self._total}' if is_known else ''}{_values(trained)}")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes note of the metrics, so that those of the validation are known at its end."""
+        super().on_validation_start(trainer, pl_module)
+        self._before_validation = self.get_metrics(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints a line with what the validation has logged."""
+        super().on_validation_end(trainer, pl_module)
+        metrics, before = self.get_metrics(trainer, pl_module), self._before_validation
+        logged = {name: value for name, value in metrics.items() if value != before.get(name)}
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and logged:
+            self._validated |= logged.keys()
+            if self.is_enabled and not sys.stdout.isatty():
+                log(f"Step {trainer.global_step}, validated{_values(logged)}")
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
@@ -55,3 +77,7 @@ class FitProgressBar(TQDMProgressBar):
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics
+
+
+def _values(metrics: Mapping[str, Any]) -> str:
+    return "".join(f", {name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))

@@ -191,7 +191,7 @@ def prune(
             reconstruction=reconstruction,
         )
     _check_same(blocks)
-    structure.write(model, recipe=recipe_record(recipe), rates=scored.rates)
+    structure.write_cut(model, recipe_record(recipe), scored.rates, added=recipe.method.structures)
     return Pruned(
         scores=scored.scores,
         rates=scored.rates,

@@ -92,8 +92,8 @@ class Recipe:
         self._check_budget()
         if self.reconstruction is not None and not self.method.supports_reconstruction:
             raise InputError(
-                f"`pruning.reconstruction` must be null for {type(self.method).__name__}, which gives blocks outputs "
-                "that cannot be compared with those of the dense blocks: leave it out, or choose another method."
+                f"`pruning.reconstruction` must be null for {type(self.method).__name__}: leave it out, or choose a "
+                "mask method, MLPWidth, HeadGroups or Experts."
             )
 
     def _check_level(self) -> None:
@@ -200,10 +200,13 @@ class Recipe:
                 f"{math.floor(most * 1e4) / 1e4:g} of all bytes with `pruning.budget: bytes`, as {error.bounds}, "
                 f"{error.part} of all parameters, got {self.sparsity:g}."
             )
+        asked, remedy = int(getattr(self, self.target)), ""
+        if self.method.can_be_part and asked < full * (1 - most):
+            remedy = " For fewer, Shrink removes other parts too, Depth blocks, and HiddenWidth dimensions."
         return InputError(
             f"`pruning.{self.target}` must be between {math.ceil(full * (1 - most) - 1e-6):,} and "
             f"{math.floor(full * (1 - least) + 1e-6):,} for {method}, as {error.bounds}, {error.part} of all "
-            f"parameters, got {getattr(self, self.target):,}."
+            f"parameters, got {asked:,}.{remedy}"
         )
 
     @property

@@ -23,6 +23,7 @@ from lit_prune.schedule import Schedule
 
 BASES: dict[str, type] = {
     "method": Method,
+    "parts": Method,
     "allocation": Allocation,
     "before": Recovery,
     "start": Allocation,
@@ -187,6 +188,8 @@ def _classes(where: str) -> list[str]:
     """Returns the short names of this project's classes that the key accepts."""
     base = BASES.get(where.rsplit(".", 1)[-1])
     leaves = [] if base is None else _leaves(base)
+    if where.endswith("parts"):
+        leaves = [leaf for leaf in leaves if issubclass(leaf, Method) and leaf.can_be_part]
     return sorted(leaf.__name__ for leaf in leaves if leaf.__module__.startswith("lit_prune."))
 
 

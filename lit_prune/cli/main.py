@@ -12,7 +12,7 @@ from lit_prune.errors import InputError
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Runs the command; an error of the user ends it with one line and exit code 2."""
+    """Runs the command; an error of the user ends it with one line and exit code 2, Ctrl-C with one line and 130."""
     args = sys.argv[1:] if args is None else list(args)
     try:
         text = answer(args)
@@ -26,6 +26,9 @@ def main(args: Sequence[str] | None = None) -> None:
         from lit_prune.cli.parser import run
 
         run(args)
+    except KeyboardInterrupt:
+        print("lit-prune: interrupted", file=sys.stderr)
+        sys.exit(130)  # 128 and the number of SIGINT, as shells have it
     except InputError as error:
         fail(str(error))
     except Exception as error:

@@ -2,8 +2,9 @@
 
 The record is a small JSON-able dict under the key ``lit_prune`` of the Hugging Face config, so that it is in the
 config.json of an exported folder and in every checkpoint. Its fields: `recipe` (of the last cut), `rates` (share
-removed from each block), `masked` (whether weights were set to zero), `structures` (see :class:`Structure`), `recovery`
-(after the cut), `form` (of the export of quantised weights), `distillation` (from the dense model).
+removed from each block), `masked` (whether weights were set to zero), `structures` (see :class:`Structure`), `added`
+(number of structures of the last cut, if it added several), `recovery` (after the cut), `form` (of the export of
+quantised weights), `distillation` (from the dense model).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from lit_prune.errors import InputError
 
 KEY = "lit_prune"
 STRUCTURES = "structures"
+ADDED = "added"
 KIND = "kind"
 
 
@@ -31,6 +33,13 @@ def record(model: PreTrainedModel) -> dict[str, Any]:
 def write(model: PreTrainedModel, **fields: Any) -> None:
     """Adds ``fields`` to the record in the model's config."""
     setattr(model.config, KEY, {**record(model), **fields})
+
+
+def write_cut(model: PreTrainedModel, recipe: Mapping[str, Any], rates: Sequence[float], *, added: int) -> None:
+    """Adds the recipe of a cut, its rates, and the number of structures that it added, to the record of ``model``."""
+    several = {ADDED: added} if added > 1 else {}
+    earlier = {name: value for name, value in record(model).items() if name != ADDED}
+    setattr(model.config, KEY, {**earlier, "recipe": recipe, "rates": rates, **several})
 
 
 def masked(model: PreTrainedModel) -> bool:
@@ -161,7 +170,7 @@ def joined(descriptions: Sequence[Description], name: str) -> Description:
         first,
         name=name,
         facts={"parts": {described.name: described.facts for described in descriptions}},
-        outcome=" ".join(described.outcome for described in descriptions),
+        outcome="; ".join(described.outcome.removesuffix(".") for described in descriptions) + ".",
         rows={label: text for described in descriptions for label, text in described.rows.items()},
     )
 

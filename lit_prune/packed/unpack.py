@@ -53,6 +53,11 @@ BITS, LAYOUT, CHECKSUMS = "_bits", "_layout", "checksums"
 CONFIG, QUANTIZATION = "config.json", "quantization_config"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
+CARD = "README.md"
+UNPACKED = (
+    "**Unpacked**: this folder is an ordinary one, which stores the zeros and opens as any other. What the text above "
+    "says of packed weights and their size is about the folder that it was unpacked from."
+)
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; as floats, -0.0 would be 0.0
 CHUNK = 2**16  # weights that are unpacked at a time; divisible by 64, so that a chunk of groups begins with a byte
 # for each byte, its eight bits as one int64 (eight bools), so that unpacking a byte is one look-up
@@ -275,6 +280,8 @@ def unpack_folder(folder: Path, output: Path) -> None:
         save_file(tensors, output / file.name, {"format": "pt"})
         sizes[file.name] = {name: tensor.nbytes for name, tensor in tensors.items()}
     write_json(output / CONFIG, config)
+    if (card := output / CARD).exists():
+        card.write_text(f"{card.read_text(encoding='utf-8').rstrip()}\n\n{UNPACKED}\n", encoding="utf-8")
     if (output / INDEX).exists():
         write_index(output / INDEX, sizes)
 

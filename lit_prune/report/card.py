@@ -40,7 +40,7 @@ def model_card(report: Report, base: str, usage: str) -> str:
 
 # {base}, {_what_was_done(report)} with lit_prune
 
-Made from `{base}`. {_pruning(report)}{_cuts_not_made(report)}
+Made from `{base}`. {_pruning(report)}{_other_structures(report)}{_cuts_not_made(report)}
 {_recovery(report)}
 Parameters: {describe_size(report)}.{_target(report)}{_rounding(report)}
 {_gains(report)}
@@ -113,6 +113,11 @@ def _pruning(report: Report) -> str:
     )
 
 
+def _other_structures(report: Report) -> str:
+    """Returns the sentences about changes of the shape that are not those of the last cut; empty if there are none."""
+    return "".join(f" {other.done} by another cut: {other.outcome}" for other in report.other_structures)
+
+
 def _storage(report: Report) -> str:
     """Returns the sentence about what the zeros save."""
     if report.bytes_unpacked is None:
@@ -133,7 +138,7 @@ def _existing_zeros(report: Report) -> str:
 def _steps(report: Report) -> str:
     """Returns the optimizer steps of the cuts; empty for a single cut at the start."""
     if report.baseline:
-        return ", before it was trained here"
+        return ", before it was trained here" if "train" in report.seconds else ", in an earlier run"
     if not report.cuts or report.cuts[-1].step == 0:
         return ""
     steps = ", ".join(f"{cut.step} ({cut.sparsity:.2%})" for cut in report.cuts)
@@ -152,6 +157,8 @@ def _recovery(report: Report) -> str:
     """Returns the paragraph about the training; empty for a model that was not trained."""
     if report.recovery is None and not report.adapter and report.distillation is None:
         return ""
+    if report.baseline and not report.adapter and "train" not in report.seconds:
+        return "" if report.recovery is None else f"\nTrained with {report.recovery} in an earlier run.\n"
     method = "" if report.recovery is None else f" with {report.recovery}"
     if report.distillation is not None:
         method += f", distilled from the dense model ({report.distillation})"

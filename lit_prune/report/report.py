@@ -118,12 +118,20 @@ class Report:
         names = {"slice": self.shape.structure.name} if self.shape is not None else {}
         left_out = {"scores", "rates", "achieved"} if self.cuts else set()
         left_out |= set() if self.reconstruction else {"reconstruction"}
-        return {names.get(name, name): value for name, value in plain.items() if name not in left_out}
+        renamed = {names.get(name, name): value for name, value in plain.items() if name not in left_out}
+        return renamed | {structure.name: structure.facts for structure in self.other_structures}
 
     @property
     def measured(self) -> dict[str, float]:
         """The perplexities that were measured, in the order of the run."""
         return {name: value for name, value in self.perplexity.items() if value is not None}
+
+    @property
+    def other_structures(self) -> Sequence[Description]:
+        """The structures of the model besides those of ``shape``: of earlier runs, or of cuts by other methods."""
+        cut = None if self.shape is None else self.shape.structure
+        shown = set() if cut is None else {cut.name, *cut.facts.get("parts", {})}
+        return [structure for structure in self.structures if structure.name not in shown]
 
     @property
     def masked(self) -> bool:

@@ -175,7 +175,8 @@ def _shape(
     sizes = (_size_before(cuts), cuts[-1].size.get("after") if cuts else None)
     dense, pruned = (None if size is None else _in_written_type(size, plan) for size in sizes)
     share, budget = requested
-    count = 1 if recipe is None else recipe.method.structures
+    earlier: Mapping[str, Any] = {} if baseline is None else baseline.record
+    count = earlier.get(structure.ADDED, 1) if recipe is None else recipe.method.structures
     shape = structure.joined(described[-count:], "shrink")
     return Shape(shape, share, dense=dense, pruned=pruned, budget=budget)
 

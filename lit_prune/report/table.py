@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from lit_prune.evaluation.tasks import TaskResults, describe
+from lit_prune.masks.zeros import MASK_SHARE
 from lit_prune.report.report import Report, ScoreReport, TaskReport
 from lit_prune.report.sections import Shape, Sparsity
 from lit_prune.report.wording import (
@@ -79,6 +80,8 @@ def _rows(report: Report) -> dict[str, str]:
     if report.protocol is not None:
         rows["perplexity measured on"] = describe_protocol(report.protocol)
     rows |= _sparsity_rows(report.sparsity) if report.shape is None else _shape_rows(report.shape)
+    for structure in report.other_structures:
+        rows |= structure.rows
     rows |= _cut_rows(report)
     if report.search is not None:
         rows["search of the rates"] = describe_search(report.search)
@@ -107,7 +110,9 @@ def _perplexity(report: Report, name: str) -> str:
 
 
 def _sparsity_rows(sparsity: Sparsity) -> dict[str, str]:
-    """Returns the rows of the requested and the achieved shares of zeros."""
+    """Returns the rows of the requested and the achieved shares of zeros; empty for a model without masks."""
+    if sparsity.requested is None and not sparsity.before and (sparsity.achieved_all or 0.0) < MASK_SHARE:
+        return {}
     shares = {
         f"requested, {describe_budget(sparsity.budget)}": sparsity.requested,
         "before this run, over the linears": sparsity.before,

@@ -178,7 +178,7 @@ def _compare_shape(report: Report) -> str:
     if report.bytes_unpacked is not None:
         return f", packed; {report.bytes_unpacked / 1e6:,.1f} MB with the zeros"
     if report.shape is None:
-        return ", zeros stored"
+        return ", zeros stored" if report.masked else ""
     dense = report.shape.dense
     if dense is None:
         return ""

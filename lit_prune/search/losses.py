@@ -66,7 +66,7 @@ class MeasuredLosses:
         if differences := [text for text in differing if text]:
             raise InputError(
                 f"`{self.name}` must be of the same search, {self.path} is of another: {'; '.join(differences)}. "
-                f"Change it back, {CHANGE}."
+                f"Change it back, or {CHANGE}."
             )
 
     def save(self, key: Mapping[str, Any], rates: list[float]) -> None:

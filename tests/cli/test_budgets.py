@@ -62,6 +62,8 @@ pruning:
     assert model.config.num_key_value_heads == found["parts"]["head_groups"]["units"][0]
     assert abs(model.num_parameters() - 3e6) <= CHANNELS / 64 * 16 / 2
     card = Path("runs/x/model/README.md").read_text()
+    run("export", "--output=runs/y", "--model.pretrained=runs/x/model")
+    assert report("runs/y")["shrink"]["parts"] == found["parts"]
     assert "Shrunk with Shrink(parts=[MLPWidth(multiple=16" in card
     assert "of their 512 channels of the MLP" in card
     assert "key/value groups" in card

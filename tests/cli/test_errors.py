@@ -11,6 +11,10 @@ MISTAKES = [
     (["--pruning.schedule=Qubic"], r"`pruning.schedule` must be one of Cubic, Linear, OneShot, .*Did you mean Cubic"),
     (["--pruning.before=MaskLoRA"], r"`pruning.before` must be one of FullFineTuning, .*Did you mean MaskedLoRA"),
     (["--pruning.budget=weights"], r"`pruning.budget` must be one of linears, parameters, bytes, got weights\.$"),
+    (
+        ["--pruning.method=Shrink", "--pruning.method.parts=[MLPWidht]"],
+        r"`pruning.method.parts` must be one of Experts, HeadGroups, MLPWidth, .*Did you mean MLPWidth",
+    ),
     (["--pruning.budget=linear"], r"`pruning.budget` must be one of .*, got linear\. Did you mean linears\?$"),
     (
         ["--pruning.sparsity=50%"],

@@ -185,6 +185,8 @@ def test_a_shrunk_folder_is_masked_and_packed(capsys: pytest.CaptureFixture[str]
     assert told["sparsity"]["achieved_linears"] == pytest.approx(0.5, abs=1e-4)
     assert told["parameters"] == report("runs/narrow")["parameters"] == 4_033_728 - 8 * 128 * 3 * 192
     assert told["bytes"] < 0.75 * told["bytes_unpacked"]
+    assert told["mlp_width"]["units"] == [384] * 8
+    assert "Shrunk by another cut: the blocks have 384 of their 512" in Path("runs/masked/model/README.md").read_text()
     opened = AutoModelForCausalLM.from_pretrained("runs/masked/model")
     assert (type(opened).__name__, opened.config.intermediate_size) == ("LlamaForCausalLM", 384)
     zero, total = zeros(weight for name, weight in opened.named_parameters() if "_proj" in name)

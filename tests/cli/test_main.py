@@ -50,6 +50,17 @@ def test_quick_answers_import_nothing_heavy(args: list[str], code: int, printed:
     assert printed in done.stdout + done.stderr
 
 
+def test_an_interrupt_ends_with_a_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_prune.cli.parser.run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["prune"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "lit-prune: interrupted\n"
+
+
 def test_the_package_runs_as_a_module() -> None:
     done = subprocess.run([sys.executable, "-m", "lit_prune.cli", "--version"], capture_output=True, text=True)
     assert done.stdout.startswith("lit-prune ")

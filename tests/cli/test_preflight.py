@@ -151,7 +151,7 @@ MISTAKES = [
     ),
     (
         ["--pruning.reconstruction=Reconstruct", "--pruning.method=Depth"],
-        r"`pruning.reconstruction` must be null for Depth, which gives blocks outputs that cannot be compared",
+        r"`pruning.reconstruction` must be null for Depth: leave it out, or choose a mask method, MLPWidth",
     ),
     (["--data.val_files=train.txt"], r"`data.val_files`"),
 ]

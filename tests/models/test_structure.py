@@ -82,7 +82,7 @@ def test_descriptions_of_one_cut_are_joined() -> None:
     assert joined.facts == {"parts": {"mlp_width": {"units": [8]}, "head_groups": {"units": [2]}}}
     assert (joined.name, joined.outcome, joined.rows) == (
         "shrink",
-        "8 of 16. 2 of 4.",
+        "8 of 16; 2 of 4.",
         {"channels": "8", "groups": "2"},
     )
     assert joined.sizes == (8,)

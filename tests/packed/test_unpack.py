@@ -15,10 +15,12 @@ from torch import Tensor
 from lit_prune.packed import unpack as unpacking
 from lit_prune.packed.pack import layout_of, pack, pack_folder
 from lit_prune.packed.unpack import (
+    CARD,
     CONFIG,
     INDEX,
     METHOD,
     QUANTIZATION,
+    UNPACKED,
     Damaged,
     check,
     check_file,
@@ -158,7 +160,11 @@ def test_a_part_of_a_weight_that_is_missing(end: str, tmp_path: Path) -> None:
 def test_a_sharded_folder_is_unpacked_byte_by_byte(tmp_path: Path) -> None:
     ordinary, packed = folders(tmp_path)
     assert len(list(packed.glob("model-*.safetensors"))) > 2
+    (packed / CARD).write_text("Packed.\n")
     unpack_folder(packed, tmp_path / "out")
+    card = tmp_path / "out" / CARD
+    assert card.read_text() == f"Packed.\n\n{UNPACKED}\n"
+    card.unlink()
     files = sorted(path.name for path in ordinary.iterdir())
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
     for name in files:

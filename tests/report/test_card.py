@@ -6,10 +6,10 @@ from huggingface_hub import ModelCard
 
 from lit_prune.evaluation.tasks import HarnessSettings, TaskResults
 from lit_prune.report.card import model_card
-from lit_prune.report.sections import Quantised, Sparsity, TargetSize
+from lit_prune.report.sections import Quantised, Shape, Sparsity, TargetSize
 from lit_prune.report.wording import describe_protocol
 from lit_prune.schedule import Cut
-from tests.report.reports import PROTOCOL, RECIPE, REPORT, SHAPE, SLICED, cut, sparsity
+from tests.report.reports import PROTOCOL, RECIPE, REPORT, SHAPE, SLICED, SLICES, cut, sparsity
 
 FOUND = replace(
     sparsity(REPORT, before=0.5, achieved_linears=0.51), recipe=None, baseline={"masked": True}, adapter=None
@@ -89,6 +89,19 @@ def test_what_was_trained_over_quantised_weights(form: str, text: str) -> None:
     card = model_card(replace(REPORT, recovery="QLoRA()", quantised=quantised), "x", "")
     assert "Recovered with QLoRA(). The linears were quantised to nf4, and" in card
     assert text in card
+
+
+def test_what_earlier_runs_have_done() -> None:
+    exported = {"baseline": {"recipe": RECIPE}, "adapter": None, "seconds": {}, "shape": Shape(SLICES, 0.25)}
+    card = model_card(replace(REPORT, recovery="LoRA()", **exported), "x", "")  # type: ignore[arg-type]
+    assert ", in an earlier run: the residual stream has" in card
+    assert "\nTrained with LoRA() in an earlier run.\n" in card
+
+
+def test_masks_on_a_model_of_another_shape() -> None:
+    card = model_card(replace(REPORT, structures=[SLICES]), "x", "")
+    assert " Sliced by another cut: the residual stream has 40 to 56 of its 64" in card
+    assert "by another cut" not in model_card(replace(REPORT, structures=[SLICES], shape=Shape(SLICES, 0.25)), "x", "")
 
 
 def test_a_model_that_was_not_trained() -> None:

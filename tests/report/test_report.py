@@ -6,6 +6,7 @@ from lit_prune.evaluation.perplexity import Measurement
 from lit_prune.evaluation.tasks import HarnessSettings, TaskResults
 from lit_prune.export.verify import Verification
 from lit_prune.report.report import TaskReport, to_json
+from lit_prune.report.table import table
 from lit_prune.schedule import Cut
 from tests.report.reports import CUT, PROTOCOL, REPORT, SCORES, SEARCH, SHAPE, SLICED, SLICES, cut, sparsity
 
@@ -69,6 +70,12 @@ def test_a_shape_stands_under_the_name_of_its_structure() -> None:
     stored = json.loads(to_json(replace(SLICED, structures=[other], shape=replace(SHAPE, structure=other))))
     assert (stored["sliced"], stored["channels"]["achieved"]) == (False, 0.2512)
     assert "slice" not in stored
+
+
+def test_a_shape_that_another_cut_left_has_a_section_and_rows() -> None:
+    masked = replace(REPORT, structures=[SLICES])
+    assert json.loads(to_json(masked))["slice"] == SLICES.facts
+    assert list(table(masked).columns[0].cells).count("widths of the blocks") == 1
 
 
 def test_a_number_that_is_not_finite_is_null() -> None:

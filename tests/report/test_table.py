@@ -8,7 +8,7 @@ from rich.console import Console
 
 from lit_prune.evaluation.tasks import HarnessSettings, TaskResults
 from lit_prune.report.report import TaskReport
-from lit_prune.report.sections import TargetSize
+from lit_prune.report.sections import Sparsity, TargetSize
 from lit_prune.report.table import block_table, table, task_rows, task_table
 from lit_prune.schedule import Cut
 from tests.report.reports import FOUND, LOSSES, REPORT, SCORES, SEARCH, SHAPE, SLICED, cut, perplexity, sparsity
@@ -68,6 +68,11 @@ def test_what_a_sparsity_is_a_share_of() -> None:
     report = sparsity(REPORT, budget="parameters", missed=1e-6)
     assert rows(table(report))["sparsity requested, share of all parameters"] == "0.5000"
     assert "missed" not in text(table(report))
+
+
+def test_a_model_without_masks_has_no_sparsity() -> None:
+    dense = replace(REPORT, sparsity=Sparsity(requested=None, achieved_linears=0.0, achieved_all=0.05))
+    assert not [label for label in rows(table(dense)) if "sparsity" in label]
 
 
 def test_one_cut_at_the_start_has_no_row() -> None:

@@ -48,7 +48,7 @@ def test_without_a_file_losses_stay_in_memory(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sparsity": 0.7}, r"of another: `sparsity` 0.5, now 0.7\. Change it back, choose another"),
+        ({"sparsity": 0.7}, r"of another: `sparsity` 0.5, now 0.7\. Change it back, or choose another"),
         ({"weights": "b" * 64, "sizes": [2, 1]}, "of another: other weights; other sizes"),
         ({"versions": {"torch": "2.14", "lit_prune": "1"}}, "of another: `versions torch` 2.13, now 2.14"),
         ({"method": "Wanda()"}, r"of another: `method` None, now Wanda\(\)"),

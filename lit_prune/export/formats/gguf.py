@@ -103,7 +103,7 @@ class GGUF(ExportFormat):
         _check_shape(plan.plain)
         folder.mkdir(parents=True, exist_ok=True)
         if plan.outline.masked:
-            log(f"{FILE} stores pruned weights as zeros: it is as large as that of the dense model.")
+            log(f"{FILE} stores pruned weights as zeros: it is as large as without the masks.")
         if (window := _window(plan.plain)) is not None:
             log(
                 f"llama.cpp has no sliding window for {plan.outline.family}: beyond {window} tokens its output differs."

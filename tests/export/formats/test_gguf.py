@@ -160,7 +160,7 @@ def test_masks_are_stored_as_zeros(tmp_path: Path, capsys: pytest.CaptureFixture
     model = small("llama")
     prune(model, [torch.randint(1, 64, (2, 16))], Recipe(Magnitude(), 0.5, Uniform()))
     plan = write(model, tmp_path)
-    assert "model.gguf stores pruned weights as zeros: it is as large as that of the dense model." in (
+    assert "model.gguf stores pruned weights as zeros: it is as large as without the masks." in (
         capsys.readouterr().err
     )
     verification = verify(tmp_path, plan, GGUF())
