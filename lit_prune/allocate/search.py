@@ -43,9 +43,9 @@ class Search(Allocation):
     start on windows drawn for this comparison, the start is returned.
 
     With `level: linears` the rates are those of linears instead, so that those of one block may differ; with `level:
-    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses. The first three
-    sweeps change the linears or parts of one block together, those of one name, and those of one name in a quarter of
-    the blocks.
+    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses. The first four sweeps
+    change the linears or parts of one block together, those of one name, and those of one name in a quarter and in an
+    eighth of the blocks.
 
     Args:
         start: The allocation of the initial rates; null is DLP.

@@ -22,7 +22,7 @@ from lit_prune.search.divergence import appended, divergence, recorded
 from lit_prune.search.space import Group
 
 _T = TypeVar("_T")
-STRETCHES = 4  # of blocks, in which the linears or parts of one name change together
+STRETCHES = (4, 8)  # numbers of stretches of blocks, in which the linears or parts of one name change together
 
 
 class Trial(ABC):
@@ -116,11 +116,11 @@ class NamedTrial(Trial):
     def families(self) -> list[list[Group]]:
         """Returns the indices of the linears or parts of each block, of each name, and of each name in each stretch.
 
-        A stretch is a quarter of the blocks, in their order.
+        A stretch is a quarter of the blocks, in their order, and then an eighth.
         """
         places = [(block, re.sub(r"\d+", "*", name)) for block, names in enumerate(self.names) for name in names]
-        in_stretches = [(STRETCHES * block // len(self.names), name) for block, name in places]
-        return [_groups(keys) for keys in (*zip(*places, strict=True), in_stretches)]
+        in_stretches = [[(many * block // len(self.names), name) for block, name in places] for many in STRETCHES]
+        return [_groups(keys) for keys in (*zip(*places, strict=True), *in_stretches)]
 
     def by_block(self, rates: Sequence[_T]) -> list[dict[str, _T]]:
         """Returns ``rates``, or other values of the linears or parts, by block and name."""

@@ -98,9 +98,10 @@ class TwoBlocks(NamedTrial):
         return list(lower), list(upper)
 
 
-def test_the_linears_of_a_block_and_those_of_a_name_in_all_blocks_and_in_a_quarter_of_them() -> None:
-    assert TwoBlocks().families() == [[(0, 1), (2,)], [(0, 2), (1,)], [(0,), (1,), (2,)]]
-    eight = TwoBlocks()
-    eight.names = [("up", "down")] * 8
-    assert eight.families()[2][:2] == [(0, 2), (1, 3)]
-    assert [len(family) for family in eight.families()] == [8, 2, 8]
+def test_the_linears_of_a_block_and_those_of_a_name_in_all_blocks_and_in_stretches_of_them() -> None:
+    assert TwoBlocks().families() == [[(0, 1), (2,)], [(0, 2), (1,)], *[[(0,), (1,), (2,)]] * 2]
+    many = TwoBlocks()
+    many.names = [("up", "down")] * 16
+    assert many.families()[2][:2] == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert many.families()[3][:2] == [(0, 2), (1, 3)]
+    assert [len(family) for family in many.families()] == [16, 2, 8, 16]
