@@ -17,6 +17,7 @@ from resumable import Protocol, Results, Row, arguments
 from rich.progress import track
 
 from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Search, Uniform
+from lit_prune.allocate.base import Level
 from lit_prune.calibration.cached_statistics import CachedStatistics, read_statistics, write_statistics
 from lit_prune.files import atomic_write
 from lit_prune.models.load import load_model
@@ -27,6 +28,8 @@ from lit_prune.recipe import Recipe
 Method = Magnitude | Wanda | SparseGPT
 ALLOCATIONS: Sequence[Allocation] = (Uniform(), OWL(), AlphaPruning(), DLP(), LayerRedundancy())
 SPARSITIES = (0.7, 0.5)
+# by level, evaluations for one sweep over all blocks, and for all sweeps over groups of linears
+SEARCHES: dict[Level, int] = {"blocks": 150, "linears": 540}
 
 
 def method_cases() -> Iterator[tuple[str, Recipe]]:
@@ -57,13 +60,15 @@ def propagate_cases() -> Iterator[tuple[str, Recipe]]:
 
 
 def search_cases(rows: Sequence[Row], folder: Path) -> Iterator[tuple[str, Recipe]]:
-    """Yields, for SparseGPT and Wanda at the highest sparsity, a search that starts from their best allocation."""
+    """Yields, for SparseGPT and Wanda at the highest sparsity, searches that start from their best allocation."""
     perplexities = {row["case"]: row["perplexity"] for row in rows}
-    for method in (SparseGPT(), Wanda()):
-        best = min(ALLOCATIONS, key=lambda allocation: perplexities[_name(method, allocation, SPARSITIES[0])])
-        state = str(folder / f"search-{type(method).__name__}.json")
-        name = f"{type(method).__name__}, Search from {type(best).__name__}, {SPARSITIES[0]}"
-        yield name, Recipe(method, SPARSITIES[0], Search(best, evaluations=150, loss="kl", state=state))
+    for level, evaluations in SEARCHES.items():
+        for method in (SparseGPT(), Wanda()):
+            best = min(ALLOCATIONS, key=lambda allocation: perplexities[_name(method, allocation, SPARSITIES[0])])
+            state = str(folder / f"search-{level}-{type(method).__name__}.json")
+            name = f"{type(method).__name__}, Search of {level} from {type(best).__name__}, {SPARSITIES[0]}"
+            search = Search(best, evaluations, level=level, loss="kl", state=state)
+            yield name, Recipe(method, SPARSITIES[0], search)
 
 
 def _name(method: Method, allocation: Allocation, sparsity: float) -> str:

@@ -5,8 +5,8 @@
     python benchmarks/reconstruction.py --num_samples 8 --seq_length 256 --val_length 256   # the embedded model
 
 Cases come in the order of their importance; `--cases` is a regular expression of those to run. The results file
-(--results) has one JSON object per case; cases that it contains are not run again. `multiple` is the time of scoring,
-pruning and reconstruction in multiples of F, one plain forward pass of the windows through the decoder,
+(--results) has one JSON object per case; cases that it contains are not run again. `multiple` is the CPU time of
+scoring, pruning and reconstruction in multiples of F, one plain forward pass of the windows through the decoder,
 and `peak_bytes` the peak of resident memory above that of the process when the case began. Perplexity is measured on
 the given text, and on Python's documentation (validation documents), which is another kind of text than the one that
 the blocks were reconstructed on.
@@ -55,7 +55,7 @@ def cut_cases(windows: int) -> Iterator[tuple[str, Recipe]]:
 
 def allocation_cases(windows: int, folder: Path) -> Iterator[tuple[str, Recipe]]:
     """Yields SparseGPT at 0.7 with reconstruction under every other allocation; the search starts from the best."""
-    search = Search(LayerRedundancy(), loss="kl", state=str(folder / "search.json"))
+    search = Search(LayerRedundancy(), 540, level="linears", loss="kl", state=str(folder / "search.json"))
     rules: list[Allocation] = [Uniform(), DLP(), OWL(), search]
     for rule in rules:
         name = f"SparseGPT by {type(rule).__name__}, 0.7, {windows} windows, reconstructed"
@@ -93,7 +93,7 @@ class Cases(MatchingCases):
         return self.measured(model) | {
             "sparsity": pruned.sparsity,
             "seconds": spent.seconds,
-            "multiple": 2 * spent.seconds / (before.seconds + after.seconds),
+            "multiple": 2 * spent.cpu_seconds / (before.cpu_seconds + after.cpu_seconds),
             "peak_bytes": spent.peak_bytes,
             "losses": [[block.held_out_before, block.held_out_after] for block in losses],
             "rejected": [index for index, block in enumerate(losses) if not block.kept],

@@ -101,11 +101,12 @@ def propagation(rows: Sequence[Row]) -> str:
 def searched(rows: Sequence[Row]) -> str:
     """Returns the table of perplexities before and after a search from the best allocation."""
     perplexities, lines = _perplexities(rows), []
-    for name in (name for name in perplexities if ", Search from " in name):
-        method, rule, sparsity = re.findall(r"^(\w+), Search from (\w+), ([\d.]+)$", name)[0]
-        before = perplexities[f"{method}, {rule}, {sparsity}"]
-        lines.append([f"{method} at {sparsity}", rule, *least_bold([before, perplexities[name]])])
-    return table(["", "from", "before", "searched"], lines, words=2)
+    cases = [re.findall(r"^(\w+), Search of \w+ from (\w+), ([\d.]+)$", name) for name in perplexities]
+    for method, rule, sparsity in dict.fromkeys(case[0] for case in cases if case):
+        searches = [f"{method}, Search of {level} from {rule}, {sparsity}" for level in ("blocks", "linears")]
+        cells = [perplexities.get(name) for name in (f"{method}, {rule}, {sparsity}", *searches)]
+        lines.append([f"{method} at {sparsity}", rule, *least_bold(cells)])
+    return table(["", "from", "before", "Search", "Search, `level: linears`"], lines, words=2)
 
 
 def equal_mean(rows: Sequence[Row]) -> str:

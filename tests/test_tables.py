@@ -27,7 +27,7 @@ def test_a_table_is_replaced_between_its_marks() -> None:
     page = "Before.\n<!-- table: searched -->\nold\n<!-- end -->\nAfter.\n"
     written = tables.render(page)
     assert "old" not in written
-    assert written.startswith("Before.\n<!-- table: searched -->\n|  | from | before | searched |\n")
+    assert written.startswith("Before.\n<!-- table: searched -->\n|  | from | before | Search | ")
     assert written.endswith("|\n<!-- end -->\nAfter.\n")
 
 
@@ -45,6 +45,6 @@ def test_a_table_without_lines_says_so() -> None:
 def test_the_table_of_a_search_has_its_start() -> None:
     rows = [
         {"case": "Wanda, DLP, 0.7", "perplexity": 328.333},
-        {"case": "Wanda, Search from DLP, 0.7", "perplexity": 200.0},
+        {"case": "Wanda, Search of blocks from DLP, 0.7", "perplexity": 200.0},
     ]
-    assert tables.searched(rows).splitlines()[-1] == "| Wanda at 0.7 | DLP | 328.33 | **200.00** |"
+    assert tables.searched(rows).splitlines()[-1] == "| Wanda at 0.7 | DLP | 328.33 | **200.00** |  |"
