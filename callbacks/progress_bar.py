@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -24,11 +23,6 @@ class FitProgressBar(TQDMProgressBar):
     A second bar below the first would flicker with every validation. Without a terminal, where a bar would be written
     once more at every step, it prints about ten lines, and one for every validation.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._before_validation: dict[str, Any] = {}
-        self._validated: set[str] = set()  # names of the metrics that a validation logs
 
     def init_train_tqdm(self) -> Tqdm:
         """Returns the bar of the training, which is drawn on a terminal only."""
@@ -51,24 +45,14 @@ class FitProgressBar(TQDMProgressBar):
         is_new = step != self._printed  # with accumulated gradients a step has several batches
         if self.is_enabled and not sys.stdout.isatty() and is_new and (step % interval == 0 or step == self._total):
             self._printed = step
-            metrics = self.get_metrics(trainer, pl_module)
-            trained = {name: value for name, value in metrics.items() if name not in self._validated}
-            log(f"Step {step}{f' of {self._total}' if is_known else ''}{_values(trained)}")
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes note of the metrics, so that those of the validation are known at its end."""
-        super().on_validation_start(trainer, pl_module)
-        self._before_validation = self.get_metrics(trainer, pl_module)
+            log(f"Step {step}{f' of {self._total}' if is_known else ''}{_logged(trainer)}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints a line with what the validation has logged."""
         super().on_validation_end(trainer, pl_module)
-        metrics, before = self.get_metrics(trainer, pl_module), self._before_validation
-        logged = {name: value for name, value in metrics.items() if value != before.get(name)}
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and logged:
-            self._validated |= logged.keys()
-            if self.is_enabled and not sys.stdout.isatty():
-                log(f"Step {trainer.global_step}, validated{_values(logged)}")
+        in_fit = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if in_fit and self.is_enabled and not sys.stdout.isatty():
+            log(f"Step {trainer.global_step}, validated{_logged(trainer)}")
 
     def get_metrics(
         self, trainer: Trainer, pl_module: LightningModule
@@ -79,5 +63,7 @@ class FitProgressBar(TQDMProgressBar):
         return metrics
 
 
-def _values(metrics: Mapping[str, Any]) -> str:
-    return "".join(f", {name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))
+def _logged(trainer: Trainer) -> str:
+    """Returns what the bar would show of the loop that is running, without what another loop has logged."""
+    metrics = trainer._logger_connector.metrics["pbar"]
+    return "".join(f", {name} {float(value):.4g}" for name, value in metrics.items())

@@ -191,7 +191,8 @@ def prune(
             reconstruction=reconstruction,
         )
     _check_same(blocks)
-    structure.write_cut(model, recipe_record(recipe), scored.rates, added=recipe.method.structures)
+    added = recipe.method.structures if recipe.method.changes_shapes else 0
+    structure.write_cut(model, recipe_record(recipe), scored.rates, added=added)
     return Pruned(
         scores=scored.scores,
         rates=scored.rates,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,8 +57,8 @@ def parse_bytes(value: int | str) -> int:
 def _parse(field: str, value: int | str, units: Mapping[str, int], examples: str) -> int:
     """Returns the product of a number and its unit; raises InputError unless it is at least 1."""
     found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)", str(value).strip().lower())
-    known = found is not None and found[2] in units
-    number = float(found[1]) * units[found[2]] if found is not None and known else 0.0
-    if number < 1 or (found is not None and not found[2] and number % 1):  # 3.2 without its M
+    unit = units.get(found[2], 0) if found is not None else 0
+    number = float(found[1]) * unit if found is not None else 0.0
+    if not 1 <= number < math.inf or (unit == 1 and number % 1):  # 3.2 without its M
         raise InputError(f"`pruning.{field}` must be a number such as {examples}, got {value!r}.")
     return round(number)

@@ -64,10 +64,14 @@ def floors() -> dict[str, int]:
 
 def classes(module: str) -> dict[str, set[str]]:
     """The classes of a module, with the names of the classes that they derive from."""
-    body = ast.parse(modules()[module].read_text()).body
-    return {
-        node.name: {getattr(kind, "id", "") for kind in node.bases} for node in body if isinstance(node, ast.ClassDef)
-    }
+    found = {node for node in ast.parse(modules()[module].read_text()).body if isinstance(node, ast.ClassDef)}
+    return {node.name: {getattr(kind, "id", "") for kind in node.bases} for node in found}
+
+
+def finals(module: str) -> set[str]:
+    """The classes of a module that nothing may derive from."""
+    found = [node for node in ast.parse(modules()[module].read_text()).body if isinstance(node, ast.ClassDef)]
+    return {node.name for node in found if any(getattr(mark, "id", "") == "final" for mark in node.decorator_list)}
 
 
 def leaves(folder: str) -> set[str]:
@@ -75,7 +79,7 @@ def leaves(folder: str) -> set[str]:
     known = modules()
     public = imports(list(ast.walk(ast.parse(known[folder].read_text()))), known)
     beside = {name: classes(name) for name in public | {f"{folder}.base"}}
-    own = {name for found in beside.values() for name in found}
+    own = {name for module, found in beside.items() for name in found.keys() - finals(module)}
     bases = own & {kind for found in beside.values() for kinds in found.values() for kind in kinds}
     below = {name for name, found in beside.items() if any(bases & kinds for kinds in found.values())}
     return {name for name in below if not bases & beside[name].keys()}

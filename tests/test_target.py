@@ -41,7 +41,7 @@ def test_numbers_of_bytes(text: int | str, number: int) -> None:
     assert parse_bytes(text) == number
 
 
-@pytest.mark.parametrize("text", ["many", "-3", "0", "100MB", "1.2.3", "M", "0.1", "3.2"])
+@pytest.mark.parametrize("text", ["many", "-3", "0", "100MB", "1.2.3", "M", "0.1", "3.2", "1e400M"])
 def test_what_is_no_number(text: str) -> None:
     with pytest.raises(InputError, match=r"`pruning.target_parameters` must be a number such as 100M, 1.2B .*, got"):
         Recipe(WIDTH, target_parameters=text)

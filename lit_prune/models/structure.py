@@ -3,7 +3,7 @@
 The record is a small JSON-able dict under the key ``lit_prune`` of the Hugging Face config, so that it is in the
 config.json of an exported folder and in every checkpoint. Its fields: `recipe` (of the last cut), `rates` (share
 removed from each block), `masked` (whether weights were set to zero), `structures` (see :class:`Structure`), `added`
-(number of structures of the last cut, if it added several), `recovery` (after the cut), `form` (of the export of
+(number of structures of the last cut, 0 for masks), `recovery` (after the cut), `form` (of the export of
 quantised weights), `distillation` (from the dense model).
 """
 
@@ -37,9 +37,7 @@ def write(model: PreTrainedModel, **fields: Any) -> None:
 
 def write_cut(model: PreTrainedModel, recipe: Mapping[str, Any], rates: Sequence[float], *, added: int) -> None:
     """Adds the recipe of a cut, its rates, and the number of structures that it added, to the record of ``model``."""
-    several = {ADDED: added} if added > 1 else {}
-    earlier = {name: value for name, value in record(model).items() if name != ADDED}
-    setattr(model.config, KEY, {**earlier, "recipe": recipe, "rates": rates, **several})
+    write(model, **{"recipe": recipe, "rates": rates, ADDED: added})
 
 
 def masked(model: PreTrainedModel) -> bool:

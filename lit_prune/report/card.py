@@ -115,7 +115,10 @@ def _pruning(report: Report) -> str:
 
 def _other_structures(report: Report) -> str:
     """Returns the sentences about changes of the shape that are not those of the last cut; empty if there are none."""
-    return "".join(f" {other.done} by another cut: {other.outcome}" for other in report.other_structures)
+    outcomes: dict[str, list[str]] = {}
+    for other in report.other_structures:
+        outcomes.setdefault(other.done, []).append(other.outcome.removesuffix("."))
+    return "".join(f" {done} by an earlier cut: {'; '.join(texts)}." for done, texts in outcomes.items())
 
 
 def _storage(report: Report) -> str:
@@ -128,7 +131,7 @@ def _storage(report: Report) -> str:
 def _existing_zeros(report: Report) -> str:
     """Returns the sentence about the pruning of a model whose recipe is not known."""
     if not report.masked:
-        return "Not pruned."
+        return "" if report.other_structures else "Not pruned."
     return (
         f"The base model was already pruned, and training kept its zeros: {report.sparsity.before:.2%} of the linears' "
         f"weights were zero before, {report.sparsity.achieved_linears:.2%} are now."
@@ -157,11 +160,11 @@ def _recovery(report: Report) -> str:
     """Returns the paragraph about the training; empty for a model that was not trained."""
     if report.recovery is None and not report.adapter and report.distillation is None:
         return ""
-    if report.baseline and not report.adapter and "train" not in report.seconds:
-        return "" if report.recovery is None else f"\nTrained with {report.recovery} in an earlier run.\n"
     method = "" if report.recovery is None else f" with {report.recovery}"
     if report.distillation is not None:
         method += f", distilled from the dense model ({report.distillation})"
+    if report.baseline and not report.adapter and "train" not in report.seconds:
+        return f"\nTrained{method} in an earlier run.\n"
     verb = "Recovered" if report.pruned_here else "Trained"
     return f"\n{verb}{method}{_trained(report)}\n"
 

@@ -119,7 +119,8 @@ class Report:
         left_out = {"scores", "rates", "achieved"} if self.cuts else set()
         left_out |= set() if self.reconstruction else {"reconstruction"}
         renamed = {names.get(name, name): value for name, value in plain.items() if name not in left_out}
-        return renamed | {structure.name: structure.facts for structure in self.other_structures}
+        others = {structure.name: structure.facts for structure in self.other_structures}
+        return renamed | {name: facts for name, facts in others.items() if name not in renamed}
 
     @property
     def measured(self) -> dict[str, float]:

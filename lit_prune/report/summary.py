@@ -112,7 +112,7 @@ def _sparsity(
     if baseline is not None and baseline.achieved:
         earlier = baseline.record.get("recipe") or {}
         return Sparsity(
-            requested=earlier.get("sparsity"),
+            requested=None if _changed_shape(baseline) else earlier.get("sparsity"),
             budget=earlier.get("budget", "linears"),
             before=baseline.sparsity,
             achieved_linears=zero_shares(plan.base)[1],
@@ -136,7 +136,8 @@ def _quantised(plan: ExportPlan) -> Quantised | None:
 
 def _first_name(base: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[CutRecord]) -> str:
     """Returns the name of the first perplexity: `dense`, or `before` if the model was pruned or trained before."""
-    had_shape = bool(structure.structures(base)) and recipe is not None and not recipe.method.changes_shapes
+    added = recipe.method.structures if recipe is not None and recipe.method.changes_shapes and cuts else 0
+    had_shape = recipe is not None and len(structure.structures(base)) > added
     trained = bool(cuts) and cuts[0].step > 0
     return "before" if _sparsity_before(cuts) or had_shape or trained else "dense"
 
@@ -170,13 +171,13 @@ def _shape(
 ) -> Shape | None:
     """Returns the structure of the last cut, in this run or before a training without cuts; None if there is none."""
     requested, described = _requested(recipe, cuts[-1] if cuts else None, baseline), structure.describe(plan.base)
-    if requested is None or not described:  # training may have ended before the cut
+    if requested is None or not described or (recipe is not None and not cuts):  # training may have ended before it
         return None
     sizes = (_size_before(cuts), cuts[-1].size.get("after") if cuts else None)
     dense, pruned = (None if size is None else _in_written_type(size, plan) for size in sizes)
     share, budget = requested
     earlier: Mapping[str, Any] = {} if baseline is None else baseline.record
-    count = earlier.get(structure.ADDED, 1) if recipe is None else recipe.method.structures
+    count = earlier.get(structure.ADDED) or 1 if recipe is None else recipe.method.structures
     shape = structure.joined(described[-count:], "shrink")
     return Shape(shape, share, dense=dense, pruned=pruned, budget=budget)
 
@@ -186,11 +187,17 @@ def _requested(recipe: Recipe | None, last: CutRecord | None, baseline: Baseline
     earlier: Mapping[str, Any] = _recipe(last, baseline) or {}
     if recipe is not None and not recipe.method.changes_shapes:
         return None
-    if recipe is None and (baseline is None or baseline.achieved):
+    if recipe is None and (baseline is None or not _changed_shape(baseline)):
         return None
     if recipe is not None and recipe.target is None and (last is None or last.found is None):
         return recipe.sparsity, recipe.budget
     return None if earlier.get("sparsity") is None else (earlier["sparsity"], earlier.get("budget", "linears"))
+
+
+def _changed_shape(baseline: Baseline) -> bool:
+    """Returns whether the last cut before a training without cuts changed shapes."""
+    added = baseline.record.get(structure.ADDED)
+    return bool(added) if added is not None else not baseline.achieved
 
 
 def _target(

@@ -61,9 +61,8 @@ def write_results(
     with atomic_write(target) as draft:
         format.write(plan, draft, tokenizer)
         perplexity = next(reversed(report.measured.values()), None)
-        verification = verify(
-            draft, plan, format, validation, achieved=report.achieved, perplexity=perplexity, device=device
-        )
+        zeros = report.achieved if report.shape is None else None  # those of a cut of shapes are no shares of zeros
+        verification = verify(draft, plan, format, validation, achieved=zeros, perplexity=perplexity, device=device)
         report = report.with_exported(verification)
         (draft / "README.md").write_text(_card(report, plan, format, base, tokenizer), encoding="utf-8")
     return [target, *write_report(folder.path, report)], report

@@ -22,6 +22,7 @@ class Logging(Foreign):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val/steps", float(self.trainer.global_step), prog_bar=True)
+        self.log("val/always", float("nan"), prog_bar=True)
 
 
 @pytest.mark.parametrize(("bar", "usual"), [(TQDMProgressBar(), True), (FitProgressBar(), False)])
@@ -50,5 +51,5 @@ def test_without_a_terminal_there_are_ten_lines(capsys: pytest.CaptureFixture[st
     assert "it/s" not in printed
     steps = re.findall(r"^Step (\d+) of 35, train/loss [\d.]+$", printed, re.MULTILINE)
     assert [int(step) for step in steps] == [4, 8, 12, 16, 20, 24, 28, 32, 35]
-    validated = re.findall(r"^Step (\d+), validated, val/steps (\d+)$", printed, re.MULTILINE)
+    validated = re.findall(r"^Step (\d+), validated, val/steps (\d+), val/always nan$", printed, re.MULTILINE)
     assert validated == [(str(step), str(step)) for step in range(4, 36, 4)]

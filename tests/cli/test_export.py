@@ -186,7 +186,8 @@ def test_a_shrunk_folder_is_masked_and_packed(capsys: pytest.CaptureFixture[str]
     assert told["parameters"] == report("runs/narrow")["parameters"] == 4_033_728 - 8 * 128 * 3 * 192
     assert told["bytes"] < 0.75 * told["bytes_unpacked"]
     assert told["mlp_width"]["units"] == [384] * 8
-    assert "Shrunk by another cut: the blocks have 384 of their 512" in Path("runs/masked/model/README.md").read_text()
+    card = Path("runs/masked/model/README.md").read_text()
+    assert "Shrunk by an earlier cut: the blocks have 384 of their 512" in card
     opened = AutoModelForCausalLM.from_pretrained("runs/masked/model")
     assert (type(opened).__name__, opened.config.intermediate_size) == ("LlamaForCausalLM", 384)
     zero, total = zeros(weight for name, weight in opened.named_parameters() if "_proj" in name)
@@ -196,6 +197,17 @@ def test_a_shrunk_folder_is_masked_and_packed(capsys: pytest.CaptureFixture[str]
     )
     check_refused("must have the adapter merged", capsys, *narrow, *masking, "--format=gguf", "--pruning.recovery=LoRA")
     check_refused("without pruned weights, got Packed", capsys, *narrow, "--format=packed", verb="export")
+
+
+def test_a_masked_folder_loses_blocks_and_is_exported_again() -> None:
+    run("prune", "--output=runs/masked", "--pruning.method=Magnitude", "--pruning.sparsity=0.5")
+    masked = "--model.pretrained=runs/masked/model"
+    run("prune", "--output=runs/short", masked, "--pruning.method=Depth", "--pruning.sparsity=0.25")
+    run("export", "--output=runs/again", "--model.pretrained=runs/short/model")
+    for folder in ("runs/short", "runs/again"):
+        assert report(folder)["depth"]["requested"] == 0.25
+        assert "Shortened with Depth(" in Path(folder, "model/README.md").read_text()
+    assert report("runs/again")["sparsity"]["achieved_linears"] == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_folder_is_exported_as_it_is() -> None:

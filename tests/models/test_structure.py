@@ -73,6 +73,12 @@ def test_a_structure_that_is_not_there(kind: str, message: str, model: PreTraine
         structures(model)
 
 
+def test_the_record_of_a_cut_replaces_that_of_an_earlier_one(model: PreTrainedModel) -> None:
+    for added in (2, 0):
+        structure.write_cut(model, {"sparsity": added}, [0.5], added=added)
+        assert structure.record(model) == {"recipe": {"sparsity": added}, "rates": [0.5], "added": added}
+
+
 def test_descriptions_of_one_cut_are_joined() -> None:
     facts, rows = {"units": [8]}, {"channels": "8"}
     widths = Description("mlp_width", facts, "Shrunk", "8 of 16.", rows, "channels", "size", (8,), 16, 0.5)

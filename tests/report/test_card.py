@@ -93,15 +93,17 @@ def test_what_was_trained_over_quantised_weights(form: str, text: str) -> None:
 
 def test_what_earlier_runs_have_done() -> None:
     exported = {"baseline": {"recipe": RECIPE}, "adapter": None, "seconds": {}, "shape": Shape(SLICES, 0.25)}
-    card = model_card(replace(REPORT, recovery="LoRA()", **exported), "x", "")  # type: ignore[arg-type]
+    card = model_card(replace(REPORT, recovery="LoRA()", distillation="T", **exported), "x", "")  # type: ignore[arg-type]
     assert ", in an earlier run: the residual stream has" in card
-    assert "\nTrained with LoRA() in an earlier run.\n" in card
+    assert "\nTrained with LoRA(), distilled from the dense model (T) in an earlier run.\n" in card
 
 
 def test_masks_on_a_model_of_another_shape() -> None:
     card = model_card(replace(REPORT, structures=[SLICES]), "x", "")
-    assert " Sliced by another cut: the residual stream has 40 to 56 of its 64" in card
-    assert "by another cut" not in model_card(replace(REPORT, structures=[SLICES], shape=Shape(SLICES, 0.25)), "x", "")
+    assert " Sliced by an earlier cut: the residual stream has 40 to 56 of its 64" in card
+    assert "by an earlier cut" not in model_card(
+        replace(REPORT, structures=[SLICES], shape=Shape(SLICES, 0.25)), "x", ""
+    )
 
 
 def test_a_model_that_was_not_trained() -> None:
