@@ -63,10 +63,12 @@ def test_the_card_of_a_sliced_model_that_is_masked_says_how_it_opens(tmp_path: P
     module = Foreign()
     prune(module.model, [torch.randint(1, 64, (2, 16))], Recipe(Slicing(), 0.25, Uniform()))
     fit(module, callback(), loader(1), callbacks=[ResultsCallback(str(tmp_path / "run"))])
-    assert "import lit_prune" in (tmp_path / "run" / "model" / "README.md").read_text()
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "import lit_prune" in card
+    assert "Sliced by an earlier cut" in card
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["sliced"]
-    assert "slice" not in report
+    assert "requested" not in report["slice"]  # of which this run knows nothing
 
 
 def test_an_existing_folder_is_refused_before_the_cut(tmp_path: Path) -> None:
