@@ -22,7 +22,7 @@ from typing import Any
 
 import recoveries
 import tables
-from forwards import cost, cost_of, forward
+from forwards import cost, forward_seconds
 from jsonargparse import ArgumentParser
 from resumable import MatchingCases, Protocol, Results, Row
 from torch.utils.data import DataLoader
@@ -85,15 +85,15 @@ class Cases(MatchingCases):
     def cut(self, recipe: Recipe, windows: int) -> Row:
         """Returns the row of a recipe, run between two plain forward passes."""
         model, batches = load_model(self.protocol.pretrained, "float32"), self.batches(windows)
-        before = cost_of(partial(forward, model, batches))
+        before = forward_seconds(model, batches)
         with cost() as spent:
             pruned = prune(model, batches, recipe)
-        after = cost_of(partial(forward, model, batches))
+        after = forward_seconds(model, batches)
         losses = pruned.reconstruction
         return self.measured(model) | {
             "sparsity": pruned.sparsity,
             "seconds": spent.seconds,
-            "multiple": 2 * spent.cpu_seconds / (before.cpu_seconds + after.cpu_seconds),
+            "multiple": 2 * spent.cpu_seconds / (before + after),
             "peak_bytes": spent.peak_bytes,
             "losses": [[block.held_out_before, block.held_out_after] for block in losses],
             "rejected": [index for index, block in enumerate(losses) if not block.kept],
