@@ -62,16 +62,14 @@ def floors() -> dict[str, int]:
     return heights
 
 
-def classes(module: str) -> dict[str, set[str]]:
-    """The classes of a module, with the names of the classes that they derive from."""
-    found = {node for node in ast.parse(modules()[module].read_text()).body if isinstance(node, ast.ClassDef)}
-    return {node.name: {getattr(kind, "id", "") for kind in node.bases} for node in found}
+def classes(module: str) -> list[ast.ClassDef]:
+    """The classes of a module."""
+    return [node for node in ast.parse(modules()[module].read_text()).body if isinstance(node, ast.ClassDef)]
 
 
-def finals(module: str) -> set[str]:
-    """The classes of a module that nothing may derive from."""
-    found = [node for node in ast.parse(modules()[module].read_text()).body if isinstance(node, ast.ClassDef)]
-    return {node.name for node in found if any(getattr(mark, "id", "") == "final" for mark in node.decorator_list)}
+def names(nodes: list[ast.expr]) -> set[str]:
+    """The plain names among decorators, or among the classes that another derives from."""
+    return {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
 def leaves(folder: str) -> set[str]:
@@ -79,10 +77,11 @@ def leaves(folder: str) -> set[str]:
     known = modules()
     public = imports(list(ast.walk(ast.parse(known[folder].read_text()))), known)
     beside = {name: classes(name) for name in public | {f"{folder}.base"}}
-    own = {name for module, found in beside.items() for name in found.keys() - finals(module)}
-    bases = own & {kind for found in beside.values() for kinds in found.values() for kind in kinds}
-    below = {name for name, found in beside.items() if any(bases & kinds for kinds in found.values())}
-    return {name for name in below if not bases & beside[name].keys()}
+    every = [node for found in beside.values() for node in found]
+    derived = {kind for node in every for kind in names(node.bases)}
+    bases = {node.name for node in every if "final" not in names(node.decorator_list)} & derived
+    below = {name for name, found in beside.items() if any(bases & names(node.bases) for node in found)}
+    return {name for name in below if not bases & {node.name for node in beside[name]}}
 
 
 def test_modules_import_in_no_circle() -> None:
