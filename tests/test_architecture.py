@@ -80,7 +80,8 @@ def leaves(folder: str) -> set[str]:
     every = [node for found in beside.values() for node in found]
     derived = {kind for node in every for kind in names(node.bases)}
     bases = {node.name for node in every if "final" not in names(node.decorator_list)} & derived
-    below = {name for name, found in beside.items() if any(bases & names(node.bases) for node in found)}
+    own = {node.name for node in every}
+    below = {name for name, found in beside.items() if any(own & names(node.bases) for node in found)}
     return {name for name in below if not bases & {node.name for node in beside[name]}}
 
 
