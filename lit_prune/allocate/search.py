@@ -223,6 +223,7 @@ class _Run:
         self.evaluated: set[tuple[Point, int]] = set()
         self.limit, self.end = search.evaluations, math.inf
         windows = len(trial.tokens)
+        trial.reuse(search.windows)
         self.sweeps = Sweeps(space, search.step, search.windows, windows, self.loss, search.seed, together)
         draw = random.Random(f"{search.seed}, comparison")  # not the windows of the first sweep
         self.comparison = draw.sample(range(windows), min(COMPARISON * search.windows, windows))

@@ -7,6 +7,7 @@ block loses a little more, and when it loses a little less, and then solves for 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -76,8 +77,8 @@ class Sweeps:
         loss: Function of a point and of the indices of some windows that returns the mean loss. It should cache its
             results, since it is called again for the same points.
         seed: Seed of all random draws; the same losses give the same search.
-        together: Families of groups of blocks, each for a sweep that takes the blocks of a group together, before those
-            over single blocks.
+        together: Families of groups of blocks, each for a sweep that takes the blocks of a group together. After them
+            comes a sweep over single blocks, and then the families again.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class Sweeps:
         self.loss, self.draw = loss, random.Random(seed)
         self.best, self.reach = space.origin, [REACH] * len(space.start)
         self._singles: list[Group] = [(block,) for block in range(len(space.start))]
-        self._families = [list(family) for family in together if len(family) > 1]
-        self._due: list[Group] = []  # that have their turns before others, or the same ones again
+        families = [list(family) for family in together if len(family) > 1]
+        self._turns = itertools.cycle([*families, []])  # nothing stands for single blocks
+        self._due: list[Group] = []  # of the family whose turn it is
+        self._waiting: list[Group] = []  # single blocks that have their turns before others
 
     def sweep(self, most: int = MOST) -> bool:
         """Replaces the best rates by better ones, if there are any; returns False if no others can be reached.
@@ -134,7 +137,7 @@ class Sweeps:
     def _next(self, most: int) -> list[Group]:
         """Returns the groups of the next sweep: all, or up to ``most`` whose turn it is in a random order."""
         if not self._due:
-            self._due = self._families.pop(0) if self._families else list(self._singles)
+            self._due = list(next(self._turns)) or self._some(most)
         if len(self._due) == 1:  # which has nothing to exchange with
             others = [single for single in self._singles if single[0] not in self._due[0]]
             self._due += self.draw.sample(others, len(others))
@@ -142,6 +145,15 @@ class Sweeps:
             self.draw.shuffle(self._due)
         groups, self._due = self._due[:most], self._due[most:]
         return sorted(groups)
+
+    def _some(self, most: int) -> list[Group]:
+        """Returns all single blocks, or ``most`` of them, so that all have their turns before one has another."""
+        if not self._waiting:
+            self._waiting = list(self._singles)
+            if len(self._waiting) > most:
+                self.draw.shuffle(self._waiting)
+        some, self._waiting = self._waiting[:most], self._waiting[most:]
+        return some
 
     def _curve(self, group: Group, windows: Sequence[int]) -> Curve:
         """Measures ``group`` with more and with less budget."""

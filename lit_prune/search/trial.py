@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import negative_log_likelihood
+from lit_prune.models.families import find_blocks
 from lit_prune.search.divergence import appended, divergence, recorded
+from lit_prune.search.prefix import Prefix
 from lit_prune.search.space import Group
 
 _T = TypeVar("_T")
@@ -46,6 +48,11 @@ class Trial(ABC):
         self._rows = [row for row, count in zip(rows, counts, strict=True) if count]
         self.tokens = [count for count in counts if count]
         self._unpruned: list[Tensor] = []  # the last hidden states of every window, for the divergence
+        self._prefix: Prefix | None = None
+
+    def reuse(self, windows: int) -> None:
+        """From now on keeps the outputs of all blocks for so many windows; see :class:`Prefix`."""
+        self._prefix = Prefix([block.module for block in find_blocks(self.model)], windows)
 
     @abstractmethod
     def take(self, rates: Sequence[float]) -> None:
@@ -55,14 +62,17 @@ class Trial(ABC):
         """Gives the model the weights that it had before the trial, with the zeros of earlier cuts."""
         self.take([0.0] * len(self.granularity))
 
+    def settings(self, rates: Sequence[float]) -> Sequence[Hashable]:
+        """Returns, for each block, what its weights depend on under ``rates``."""
+        return list(rates)
+
     def by_name(self) -> NamedTrial:
         """Returns a trial of the same model with one rate per linear or part, if the method supports such rates."""
         raise NotImplementedError(f"{type(self).__name__} has one rate per block")
 
     def loss(self, rates: Sequence[float], window: int) -> float:
         """Returns the mean cross entropy of the next token over one window, in nats; infinity for NaN."""
-        self.take(rates)
-        ids_1T, mask_1T, logits_1TV = self._run(window)
+        ids_1T, mask_1T, logits_1TV = self._run_at(rates, window)
         nll, tokens = negative_log_likelihood(logits_1TV, ids_1T, mask_1T)
         return _finite(float(nll) / tokens)
 
@@ -77,10 +87,14 @@ class Trial(ABC):
             with recorded(self.model) as self._unpruned:
                 for number in range(len(self.tokens)):
                     self._run(number)
-        self.take(rates)
         with appended(self.model, self._unpruned[window]):
-            _, mask_1T, logits_2TV = self._run(window)
+            _, mask_1T, logits_2TV = self._run_at(rates, window)
         return _finite(float(divergence(logits_2TV[1:], logits_2TV[:1], mask_1T)))
+
+    def _run_at(self, rates: Sequence[float], window: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        self.take(rates)
+        with self._prefix.reused(window, self.settings(rates)) if self._prefix else nullcontext():
+            return self._run(window)
 
     @torch.no_grad()
     def _run(self, window: int) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -112,6 +126,10 @@ class NamedTrial(Trial):
     @abstractmethod
     def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
         """Returns the bounds of the rates under bounds of those of the blocks."""
+
+    def settings(self, rates: Sequence[float]) -> Sequence[Hashable]:
+        """Returns, for each block, the rates of its linears or parts."""
+        return [tuple(by_name.values()) for by_name in self.by_block(rates)]
 
     def families(self) -> list[list[Group]]:
         """Returns the indices of the linears or parts of each block, of each name, and of each name in each stretch.

@@ -5,7 +5,7 @@ Suffixes: I inputs and O outputs of the writer of a part, U units, S inputs that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -107,6 +107,10 @@ class JointTrial(Trial):
         """Gives every part the weights of before."""
         for trial in self.trials:
             trial.take_unpruned()
+
+    def settings(self, rates: Sequence[float]) -> Sequence[Hashable]:
+        """Returns, for each block, the rates of its parts, which depend on those of other blocks."""
+        return list(zip(*split(rates, self.parts), strict=True))
 
     def by_name(self) -> NamedTrial:
         """Returns a trial of the same model with one rate per part of every block."""

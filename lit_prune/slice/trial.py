@@ -5,7 +5,7 @@ Suffixes: N vocabulary, O rows and I columns of a weight, D full width of the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
@@ -53,6 +53,10 @@ class SlicedTrial(Trial):
         for layer, (width, following) in zip(self._layers, pairwise(widths), strict=True):
             layer.take(width, following)
         _read(self._head, widths[-1])
+
+    def settings(self, rates: Sequence[float]) -> Sequence[Hashable]:
+        """Returns, for each block, the widths that it reads and writes."""
+        return list(pairwise(self.widths(rates)))
 
 
 class _WholeLayer:

@@ -41,6 +41,9 @@ class Bowl:
         self.seen: list[tuple[list[float], int]] = []
         self.stop = stop
 
+    def reuse(self, windows: int) -> None:
+        pass
+
     def loss(self, rates: Sequence[float], window: int) -> float:
         if len(self.seen) == self.stop:
             raise KeyboardInterrupt

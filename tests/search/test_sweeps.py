@@ -180,13 +180,22 @@ def test_more_blocks_than_a_sweep_takes_have_their_turns() -> None:
         assert found.sweep(3)
     assert swept == set(range(8))
     odd = after(1, space(), lambda point, windows: 0.0, most=7)
-    (last,) = odd._due
+    (last,) = odd._waiting
     assert last in odd._next(7)  # with others, but not left out
     pairs = after(1, space(), lambda point, windows: 0.0, most=3, together=[[(0, 1), (2, 3), (4, 5), (6, 7)]])
     (last,) = pairs._due
     assert sorted(block for group in pairs._next(8) for block in group) == list(range(8))  # and none of them twice
     whole = after(20, where, bowl(where), most=3)
     assert where.rates(whole.best) == pytest.approx(BEST, abs=0.03)
+
+
+def test_families_and_some_single_blocks_take_turns() -> None:
+    halves = [(0, 1, 2, 3), (4, 5, 6, 7)]
+    pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
+    found = Sweeps(space(), 0.1, 2, 4, lambda point, windows: 0.0, 0, [halves, pairs])
+    turns = [found._next(4) for _ in range(6)]
+    assert turns[:2] == turns[3:5] == [halves, pairs]
+    assert sorted(turns[2] + turns[5]) == [(block,) for block in range(8)]
 
 
 def test_the_first_sweep_changes_groups_together() -> None:
