@@ -67,7 +67,7 @@ def search_cases(rows: Sequence[Row], folder: Path) -> Iterator[tuple[str, Recip
             best = min(ALLOCATIONS, key=lambda allocation: perplexities[_name(method, allocation, SPARSITIES[0])])
             state = str(folder / f"search-{level}-{type(method).__name__}.json")
             name = f"{type(method).__name__}, Search of {level} from {type(best).__name__}, {SPARSITIES[0]}"
-            search = Search(best, evaluations, level=level, loss="kl", state=state)
+            search = Search(best, evaluations, level=level, state=state)
             yield name, Recipe(method, SPARSITIES[0], search)
 
 

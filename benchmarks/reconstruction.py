@@ -55,7 +55,7 @@ def cut_cases(windows: int) -> Iterator[tuple[str, Recipe]]:
 
 def allocation_cases(windows: int, folder: Path) -> Iterator[tuple[str, Recipe]]:
     """Yields SparseGPT at 0.7 with reconstruction under every other allocation; the search starts from the best."""
-    search = Search(LayerRedundancy(), 540, level="linears", loss="kl", state=str(folder / "search.json"))
+    search = Search(LayerRedundancy(), 540, level="linears", state=str(folder / "search.json"))
     rules: list[Allocation] = [Uniform(), DLP(), OWL(), search]
     for rule in rules:
         name = f"SparseGPT by {type(rule).__name__}, 0.7, {windows} windows, reconstructed"

@@ -50,13 +50,13 @@ HEALINGS = {
 def allocations(folder: Path, share: float) -> Iterator[Allocation]:
     """Yields the allocations of MLPWidth besides Uniform, from which the search starts."""
     yield from (DLP(), LayerRedundancy())
-    yield Search(Uniform(), loss="kl", state=str(folder / f"search-{share}.json"))
+    yield Search(Uniform(), state=str(folder / f"search-{share}.json"))
 
 
 def mixture(folder: Path, share: float) -> tuple[str, Recipe]:
     """Returns the name and the recipe of the case in which a search finds how much each part loses."""
     state = str(folder / f"search-parts-{share}.json")
-    search = Search(Uniform(), level="parts", loss="kl", state=state)
+    search = Search(Uniform(), level="parts", state=state)
     return by_share(Shrink([MLPWidth(), HeadGroups()]), share, search)
 
 

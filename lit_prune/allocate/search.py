@@ -43,9 +43,9 @@ class Search(Allocation):
     start on windows drawn for this comparison, the start is returned.
 
     With `level: linears` the rates are those of linears instead, so that those of one block may differ; with `level:
-    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses. The first four sweeps
-    change the linears or parts of one block together, those of one name, and those of one name in a quarter and in an
-    eighth of the blocks.
+    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses. Four sweeps change the
+    linears or parts of one block together, those of one name, and those of one name in a quarter and in an eighth of
+    the blocks; after one over single linears or parts they begin again.
 
     Args:
         start: The allocation of the initial rates; null is DLP.
@@ -59,8 +59,9 @@ class Search(Allocation):
             closing comparison has twice as many.
         level: What gets rates of its own: the `blocks`; the `linears` of each block, for masks; or the `parts` of each
             block, for `Shrink`.
-        loss: `cross_entropy` of the next token, or `kl`, the divergence of the pruned model's prediction from that of
-            the unpruned one, as in EvoPress; it needs one more pass over the windows.
+        loss: `kl`, the divergence of the pruned model's prediction from that of the unpruned one, as in EvoPress, which
+            needs one more pass over the windows; or `cross_entropy` of the next token, also where `slice_head` slices
+            the head.
         seed: Random seed.
         state: File with all measurements, written after every sweep and when the search is interrupted. If it
             exists, the search resumes from it; with more evaluations, a finished search continues.
@@ -76,7 +77,7 @@ class Search(Allocation):
     step: float = 0.1
     windows: int = 2
     level: Level = "blocks"
-    loss: Loss = "cross_entropy"
+    loss: Loss = "kl"
     seed: int = 0
     state: str | None = field(default=None, repr=False)
 

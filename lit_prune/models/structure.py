@@ -3,7 +3,7 @@
 The record is a small JSON-able dict under the key ``lit_prune`` of the Hugging Face config, so that it is in the
 config.json of an exported folder and in every checkpoint. Its fields: `recipe` (of the last cut), `rates` (share
 removed from each block), `masked` (whether weights were set to zero), `structures` (see :class:`Structure`), `added`
-(number of structures of the last cut, 0 for masks), `recovery` (after the cut), `form` (of the export of
+(number of structures of the last cut, 0 for masks), and of what came after this cut `recovery`, `form` (of the export of
 quantised weights), `distillation` (from the dense model).
 """
 
@@ -23,6 +23,7 @@ KEY = "lit_prune"
 STRUCTURES = "structures"
 ADDED = "added"
 KIND = "kind"
+AFTER_CUT = ("recovery", "form", "distillation")
 
 
 def record(model: PreTrainedModel) -> dict[str, Any]:
@@ -36,8 +37,12 @@ def write(model: PreTrainedModel, **fields: Any) -> None:
 
 
 def write_cut(model: PreTrainedModel, recipe: Mapping[str, Any], rates: Sequence[float], *, added: int) -> None:
-    """Adds the recipe of a cut, its rates, and the number of structures that it added, to the record of ``model``."""
-    write(model, **{"recipe": recipe, "rates": rates, ADDED: added})
+    """Adds the recipe of a cut, its rates, and the number of structures that it added, to the record of ``model``.
+
+    What came after an earlier cut is no longer in the record.
+    """
+    before = {name: value for name, value in record(model).items() if name not in AFTER_CUT}
+    setattr(model.config, KEY, {**before, "recipe": recipe, "rates": rates, ADDED: added})
 
 
 def masked(model: PreTrainedModel) -> bool:

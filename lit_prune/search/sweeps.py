@@ -95,7 +95,7 @@ class Sweeps:
         self.loss, self.draw = loss, random.Random(seed)
         self.best, self.reach = space.origin, [REACH] * len(space.start)
         self._singles: list[Group] = [(block,) for block in range(len(space.start))]
-        families = [list(family) for family in together if len(family) > 1]
+        families = [list(family) for family in together if len(family) > 1 and any(len(group) > 1 for group in family)]
         self._turns = itertools.cycle([*families, []])  # nothing stands for single blocks
         self._due: list[Group] = []  # of the family whose turn it is
         self._waiting: list[Group] = []  # single blocks that have their turns before others

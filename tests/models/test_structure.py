@@ -77,6 +77,7 @@ def test_the_record_of_a_cut_replaces_that_of_an_earlier_one(model: PreTrainedMo
     for added in (2, 0):
         structure.write_cut(model, {"sparsity": added}, [0.5], added=added)
         assert structure.record(model) == {"recipe": {"sparsity": added}, "rates": [0.5], "added": added}
+        structure.write(model, recovery="LoRA(r=8)", distillation="Distillation()", form="adapter")  # after this one
 
 
 def test_descriptions_of_one_cut_are_joined() -> None:
