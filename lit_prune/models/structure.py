@@ -3,8 +3,8 @@
 The record is a small JSON-able dict under the key ``lit_prune`` of the Hugging Face config, so that it is in the
 config.json of an exported folder and in every checkpoint. Its fields: `recipe` (of the last cut), `rates` (share
 removed from each block), `masked` (whether weights were set to zero), `structures` (see :class:`Structure`), `added`
-(number of structures of the last cut, 0 for masks), and of what came after this cut `recovery`, `form` (of the export of
-quantised weights), `distillation` (from the dense model).
+(number of structures of the last cut, 0 for masks), and of what came after this cut `recovery`, `form` (of the export
+of quantised weights) and `distillation` (from the dense model).
 """
 
 from __future__ import annotations
