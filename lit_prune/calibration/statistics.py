@@ -71,6 +71,16 @@ class BlockStatistics:
         """Returns the statistics of the input of one linear."""
         return InputStatistics(self.norms.get(name), self.grams.get(name))
 
+    def with_linears_of(self, other: BlockStatistics) -> BlockStatistics:
+        """Returns the statistics of the linears of both, and the cosine of ``other``."""
+        return BlockStatistics(
+            norms=self.norms | other.norms,
+            cosine=other.cosine,
+            grams=self.grams | other.grams,
+            shared_inputs=self.shared_inputs | other.shared_inputs,
+            corrected=self.corrected | other.corrected,
+        )
+
     def to(self, device: torch.device) -> BlockStatistics:
         """Returns the statistics on ``device``; a tensor that linears share is moved once and stays shared."""
         moved: dict[int, Tensor] = {}

@@ -21,8 +21,8 @@ from lit_prune.evaluation.perplexity import evaluating
 from lit_prune.models.families import Block, dense_family
 from lit_prune.models.linears import PrunableLinear
 from lit_prune.progress import track
-from lit_prune.shrink.narrow import set_weight
-from lit_prune.shrink.parts import NoPart, mlp_of
+from lit_prune.shrink.units.narrow import set_weight
+from lit_prune.shrink.units.parts import NoPart, mlp_of
 
 
 def transformation(gram_DD: Tensor, cross_DD: Tensor, damping: float) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
 from lit_prune.models.families import dense_family
-from lit_prune.shrink.narrow import SIZES, set_sizes
+from lit_prune.shrink.units.narrow import SIZES, set_sizes
 
 BY_BLOCK = (  # fields of configs with a value for every block
     "activation_sparsity_pattern",

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.experts.mixture import EXPERT_FIELDS, count_experts, expert_fields, keep_experts, mixture_of
 from lit_prune.models.structure import Description, Structure
-from lit_prune.shrink.narrow import adopt_sizes
+from lit_prune.shrink.units.narrow import adopt_sizes
 
 
 @final

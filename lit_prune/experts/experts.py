@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import Any, final
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation
-from lit_prune.calibration.statistics import BlockStatistics
-from lit_prune.calibration.stream import Stream, on_device
+from lit_prune.calibration.stream import Stream
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.experts.counts import ExpertCounts
@@ -27,15 +27,14 @@ from lit_prune.experts.router import fewest_experts, groups_of_router, picked_ex
 from lit_prune.experts.saliency import saliency, salient_experts
 from lit_prune.models import structure
 from lit_prune.models.families import Block, dense_family, find_blocks
-from lit_prune.progress import track
-from lit_prune.pruning.base import Method, Propagate
-from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
-from lit_prune.shrink.sizes import units_from_rates
+from lit_prune.models.remote_code.modeling_shrunk import LayerConfig
+from lit_prune.shrink.part_method import PartCut, PartMethod
+from lit_prune.shrink.units.sizes import units_from_rates
 
 
 @final
 @dataclass(frozen=True)
-class Experts(Method):
+class Experts(PartMethod):
     """Removes the experts that add least to the outputs of their mixture, everywhere as many.
 
     The saliency of expert j is the mean over the tokens that are routed to it of g_j * |f_j(x)|_2, with the router's
@@ -51,14 +50,6 @@ class Experts(Method):
     """
 
     multiple: int = 1
-
-    chooses_linears: ClassVar[bool] = False
-    needs_text: ClassVar[bool] = True
-    changes_shapes: ClassVar[bool] = True
-    supports_reconstruction: ClassVar[bool] = True
-    supports_parameters: ClassVar[bool] = True
-    can_be_part: ClassVar[bool] = True
-    propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         if self.multiple < 1:
@@ -145,39 +136,55 @@ class Experts(Method):
         return self.multiple / 2 / max(1, *(count_experts(block.module) for block in blocks))
 
     @torch.no_grad()
-    def apply(
-        self,
-        model: PreTrainedModel,
-        blocks: Sequence[Block],
-        *,
-        rates: Sequence[float],
-        statistics: Sequence[BlockStatistics],
-        device: torch.device,
-        stream: Callable[[], Stream],
-        reconstruction: Reconstruction | None = None,
-    ) -> list[float]:
-        """Removes the experts of one block after the other; see :meth:`Method.apply`."""
-        residual = stream() if reconstruction is None else reconstruction.stream
-        config, full = model.config.get_text_config(), self.sizes(model, blocks)
-        mixtures, count = _mixtures(model, blocks), self._count(rates, full)
-        note = None if reconstruction is None else reconstruction.note
-        for block, mixture in zip(track(blocks, "Shrinking blocks", note), mixtures, strict=True):
-            with on_device(block, device, changes=True), reconstructing(reconstruction, block):
-                if mixture is not None and count < mixture.count:
-                    kept_E = salient_experts(saliency(residual, block, mixture), count, groups_of_router(config))
-                    keep_experts(block.module, mixture, kept_E, config, block.index)
-                if reconstruction is None and block is not blocks[-1]:
-                    residual.run(block)
-        kept, path = max(mixture.count for mixture in mixtures if mixture), blocks[0].path.rpartition(".")[0]
-        counts = ExpertCounts(kept, max(full), path)
-        counts.adopt(model)
-        structure.add_structure(model, counts)
-        return [counts.describe(model).achieved if number else 0.0 for number in full]
+    def begin(
+        self, model: PreTrainedModel, blocks: Sequence[Block], *, rates: Sequence[float], stream: Stream
+    ) -> ExpertCut:
+        """Returns the cut that leaves every mixture the experts of its rate; see :meth:`PartMethod.begin`."""
+        full = self.sizes(model, blocks)
+        return ExpertCut(model, blocks, _mixtures(model, blocks), self._count(rates, full), full)
 
     def _count(self, rates: Sequence[float], sizes: Sequence[int]) -> int:
         """The number of experts that every mixture keeps."""
         rate, full = next((rate, full) for rate, full in zip(rates, sizes, strict=True) if full)
         return units_from_rates([rate], [full], self.multiple)[0]
+
+
+class ExpertCut(PartCut):
+    """The cut that leaves every mixture so many experts.
+
+    Args:
+        model: The causal LM.
+        blocks: Its blocks.
+        mixtures: Their mixtures; None for a block without one.
+        count: Number of experts that every mixture keeps.
+        full: Number of experts of each block of the dense model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        mixtures: Sequence[Mixture | None],
+        count: int,
+        full: Sequence[int],
+    ) -> None:
+        self.model, self.blocks, self.mixtures, self.count, self.full = model, blocks, mixtures, count, full
+
+    def cut(self, block: Block, config: Any, stream: Stream, targets: Sequence[Tensor] | None) -> LayerConfig | None:
+        """Removes experts of one block, in place; see :meth:`PartCut.cut`."""
+        mixture = self.mixtures[block.index]
+        if mixture is None or self.count >= mixture.count:
+            return None
+        kept_E = salient_experts(saliency(stream, block, mixture), self.count, groups_of_router(config))
+        return keep_experts(block.module, mixture, kept_E, config, block.index)
+
+    def finish(self) -> list[float]:
+        """Records the number of experts in the model, and returns the share that each block has lost."""
+        kept, path = max(mixture.count for mixture in self.mixtures if mixture), self.blocks[0].path.rpartition(".")[0]
+        counts = ExpertCounts(kept, max(self.full), path)
+        counts.adopt(self.model)
+        structure.add_structure(self.model, counts)
+        return [counts.describe(self.model).achieved if number else 0.0 for number in self.full]
 
 
 def _mixtures(model: PreTrainedModel, blocks: Sequence[Block]) -> list[Mixture | None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lit_prune.models.linears import EXPERT_PARTS, ExpertSlice, linears_of
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig
-from lit_prune.shrink.narrow import adopt_sizes, on_meta
+from lit_prune.shrink.units.narrow import adopt_sizes, on_meta
 
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -93,14 +93,14 @@ def expert_fields(config: Any, count: int) -> list[str]:
 
 
 @torch.no_grad()
-def keep_experts(layer: nn.Module, mixture: Mixture, kept_E: Sequence[int], config: Any, index: int) -> None:
-    """Removes all experts but ``kept_E`` from a block, in place.
+def keep_experts(layer: nn.Module, mixture: Mixture, kept_E: Sequence[int], config: Any, index: int) -> LayerConfig:
+    """Removes all experts but ``kept_E`` from a block, in place, and returns the config that it has now.
 
     Args:
         layer: The block.
         mixture: Its mixture.
         kept_E: The experts that stay, ascending.
-        config: The config of the model's text part.
+        config: The config of the block.
         index: Number of the block.
     """
     fewer = with_experts(config, mixture.count, len(kept_E))
@@ -113,6 +113,7 @@ def keep_experts(layer: nn.Module, mixture: Mixture, kept_E: Sequence[int], conf
             smaller = nn.Parameter(smaller, requires_grad=tensor.requires_grad)
         setattr(owner, attribute, smaller)
     adopt_sizes(layer, fewer, index)
+    return fewer
 
 
 def parameters_of_an_expert(layer: nn.Module, mixture: Mixture) -> int:

@@ -38,8 +38,8 @@ from lit_prune.models.remote_code.modeling_sliced import Layout, SlicedCausalLM,
 from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
-from lit_prune.shrink.narrow import config_error
-from lit_prune.shrink.sizes import units_from_rates
+from lit_prune.shrink.units.narrow import config_error
+from lit_prune.shrink.units.sizes import units_from_rates
 
 
 @final

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lit_prune.models.families import dense_family
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig, layer_config
 from lit_prune.models.remote_code.modeling_sliced import LLAMA, PHI3, Layout
-from lit_prune.shrink.narrow import adopt_sizes
+from lit_prune.shrink.units.narrow import adopt_sizes
 
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("llama", "ministral", "mistral", "qwen2", "qwen3", "smollm3"), LLAMA),

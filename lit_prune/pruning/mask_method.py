@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -27,7 +26,7 @@ from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.pruning.patterns import Pattern, Unstructured
 from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
-from lit_prune.search.behind_pruned import statistics_behind_pruned
+from lit_prune.search.behind_pruned import Observation, statistics_behind_pruned
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, model_on_device
 
@@ -181,8 +180,10 @@ class MaskMethod(Method):
         def cut(block: Block, observed: BlockStatistics) -> dict[str, Tensor]:
             return self._pruned(block, observed, self._rates_of_linears(block, rates[block.index]))
 
-        observed = partial(observe, wanted=self.needs, advance=False)
-        return statistics_behind_pruned(blocks, cut, observed, stream=stream(), device=device)
+        def observed(stream: Stream, block: Block, targets: object) -> BlockStatistics:
+            return observe(stream, block, self.needs, advance=False)
+
+        return statistics_behind_pruned(blocks, [Observation(observed, cut)], stream=stream(), device=device)
 
     @contextmanager
     def trial(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,13 +14,27 @@ from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.models.families import Block
 from lit_prune.progress import track
 
-Cut = Callable[[Block, BlockStatistics], Mapping[str, Tensor]]
-Observe = Callable[[Stream, Block], BlockStatistics]
+
+@dataclass(frozen=True)
+class Observation:
+    """What is observed of a block, and the weights that a cut by it leaves.
+
+    Attributes:
+        observe: Function of a stream, which it does not advance, the block that it is in front of, and the targets,
+            that returns the statistics.
+        cut: Function of a block and its statistics that returns the pruned weights of its linears.
+        compares: Whether the targets are the outputs of the dense block behind dense ones, one for every batch; else
+            they are None.
+    """
+
+    observe: Callable[[Stream, Block, Sequence[Tensor] | None], BlockStatistics]
+    cut: Callable[[Block, BlockStatistics], Mapping[str, Tensor]]
+    compares: bool = False
 
 
 @torch.no_grad()
 def statistics_behind_pruned(
-    blocks: Sequence[Block], cut: Cut, observe: Observe, *, stream: Stream, device: torch.device
+    blocks: Sequence[Block], observations: Sequence[Observation], *, stream: Stream, device: torch.device
 ) -> list[BlockStatistics]:
     """Returns the statistics of every dense block behind blocks that are pruned; the weights come back.
 
@@ -29,21 +44,25 @@ def statistics_behind_pruned(
     search starts from are close to them for all rates that it tries, and the weights at the start are those of the cut.
 
     Args:
-        blocks: The blocks, dense, with the linears that the cut prunes.
-        cut: Function of a block and its statistics that returns the pruned weights of its linears.
-        observe: Function of a stream, which it does not advance, and the dense block that it is in front of, that
-            returns the statistics.
+        blocks: The blocks, dense.
+        observations: One, or one for every part of a block, each behind the parts before it.
         stream: The stream in front of the first block.
         device: Device on which a block computes; the statistics come back to where its weights were.
     """
     found = []
+    dense = stream.copy() if any(each.compares for each in observations) else None
     for block in track(blocks, "Observing pruned blocks"):
-        home = next(block.module.parameters()).device
-        with on_device(block, device):
-            observed = observe(stream, block)
+        home, observed = next(block.module.parameters()).device, BlockStatistics()
+        with on_device(block, device), ExitStack() as pruned:
+            if dense is not None:
+                dense.run(block)
+            for each in observations:
+                own = each.observe(stream, block, dense.hidden if dense is not None and each.compares else None)
+                observed = observed.with_linears_of(own)
+                if block is not blocks[-1] or each is not observations[-1]:
+                    pruned.enter_context(_pruned(block, each.cut(block, own)))
             if block is not blocks[-1]:
-                with _pruned(block, cut(block, observed)):
-                    stream.run(block)
+                stream.run(block)
         found.append(observed.to(home))
     return found
 

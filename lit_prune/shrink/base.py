@@ -1,7 +1,4 @@
-"""The base class of methods that remove units of one part from every block.
-
-Suffixes: I inputs and O outputs of the writer of a part, U units, S inputs that stay.
-"""
+"""The base class of methods that remove units of one part from every block."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,9 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation
-from lit_prune.calibration.errors import observe_errors
 from lit_prune.calibration.statistics import GRAM, BlockStatistics
-from lit_prune.calibration.stream import Stream, observe, on_device
+from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.calibration.windows import Batch
 from lit_prune.calibration.written import is_added
 from lit_prune.errors import InputError
@@ -27,25 +23,22 @@ from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
 from lit_prune.models.families import Block, CustomClass, config_of, dense_family, find_blocks
 from lit_prune.models.linears import PrunableLinear
-from lit_prune.models.remote_code.modeling_shrunk import SHRUNK, LayerConfig, layer_config
+from lit_prune.models.remote_code.modeling_shrunk import SHRUNK, layer_config
 from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
-from lit_prune.progress import log, track
-from lit_prune.pruning.base import Method, Propagate
-from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
-from lit_prune.search.behind_pruned import statistics_behind_pruned
+from lit_prune.progress import log
+from lit_prune.search.behind_pruned import Observation, statistics_behind_pruned
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, model_on_device
-from lit_prune.shrink.narrow import adopt_sizes, check_part, config_error, narrow, set_sizes, set_weight
-from lit_prune.shrink.obs import Removal, corrected, drop_units, remove_units
-from lit_prune.shrink.parts import NoPart, Part
-from lit_prune.shrink.sizes import PartSizes, rates_from_units, units_from_rates
+from lit_prune.shrink.part_method import PartMethod
 from lit_prune.shrink.trial import ZeroedUnits
-
-Targets = Callable[[Block], Sequence[Tensor] | None]
+from lit_prune.shrink.unit_cut import UnitCut, UnitRemoval
+from lit_prune.shrink.units.narrow import check_part, config_error
+from lit_prune.shrink.units.parts import NoPart, Part
+from lit_prune.shrink.units.sizes import PartSizes, rates_from_units, units_from_rates
 
 
 @dataclass(frozen=True)
-class UnitMethod(Method):
+class UnitMethod(PartMethod):
     """A method that removes the least units of one part from every block, and refits the weights that read the others.
 
     A rate is the share of the dense model's units that a block has lost, by earlier cuts too.
@@ -63,14 +56,7 @@ class UnitMethod(Method):
     compensate: bool
 
     needs: ClassVar[frozenset[str]] = frozenset({GRAM})
-    chooses_linears: ClassVar[bool] = False
-    needs_text: ClassVar[bool] = True
-    changes_shapes: ClassVar[bool] = True
     supports_search: ClassVar[bool] = True
-    supports_reconstruction: ClassVar[bool] = True
-    supports_parameters: ClassVar[bool] = True
-    can_be_part: ClassVar[bool] = True
-    propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     @property
     def corrects(self) -> bool:
@@ -195,119 +181,49 @@ class UnitMethod(Method):
         return self.multiple / 2 / part.units
 
     @torch.no_grad()
-    def apply(
-        self,
-        model: PreTrainedModel,
-        blocks: Sequence[Block],
-        *,
-        rates: Sequence[float],
-        statistics: Sequence[BlockStatistics],
-        device: torch.device,
-        stream: Callable[[], Stream],
-        reconstruction: Reconstruction | None = None,
-    ) -> list[float]:
-        """Shrinks one block after the other, each behind those that are shrunk; see :meth:`Method.apply`."""
-        residual = stream() if reconstruction is None else reconstruction.stream
-        full = self.sizes(model, blocks)
-        units = units_from_rates(rates, full, self.multiple)
-        parts = [self._part(model, block) for block in blocks]
-        units = [min(wanted, part.units) for wanted, part in zip(units, parts, strict=True)]
-        note = None if reconstruction is None else reconstruction.note
-        targets_of = self._targets(blocks[0], parts[0], residual, reconstruction)
-        for block, part, kept in zip(track(blocks, "Shrinking blocks", note), parts, units, strict=True):
-            with on_device(block, device, changes=True), reconstructing(reconstruction, block):
-                targets = targets_of(block)
-                if kept < part.units:
-                    self._shrink(model, block, part, kept, residual, targets)
-                if reconstruction is None and block is not blocks[-1]:
-                    residual.run(block)
-        path = blocks[0].path.rpartition(".")[0]
-        sizes = self.sizes_class(units, full, dict(parts[0].fields), dict(parts[0].fixed), path)
-        set_sizes(model, [block.module for block in blocks], sizes.sizes)
-        structure.add_structure(model, sizes)
-        return rates_from_units(units, full)
+    def begin(
+        self, model: PreTrainedModel, blocks: Sequence[Block], *, rates: Sequence[float], stream: Stream
+    ) -> UnitCut:
+        """Returns the cut that leaves each block the units of its rate; see :meth:`PartMethod.begin`."""
+        full, parts = self.sizes(model, blocks), [self._part(model, block) for block in blocks]
+        wanted = units_from_rates(rates, full, self.multiple)
+        return UnitCut(
+            model,
+            blocks,
+            parts,
+            [min(units, part.units) for units, part in zip(wanted, parts, strict=True)],
+            removal=self._removal,
+            sizes_class=self.sizes_class,
+            full=full,
+            compares=self._compares(blocks[0], parts[0], stream),
+        )
 
-    def _targets(
-        self, first: Block, part: Part, residual: Stream, reconstruction: Reconstruction | None = None
-    ) -> Targets:
-        """Returns a function of a block, which is still dense, that returns its output behind dense blocks, if needed.
-
-        It must be called for every block, in their order, with the block on the stream's device.
-        """
+    def _compares(self, first: Block, part: Part, stream: Stream) -> bool:
+        """Returns whether blocks make up for the errors of those before, as far as what they write is simply added."""
         if not self.corrects:
-            return lambda block: None
-        with on_device(first, residual.device):
-            added = is_added(residual, first, first.linears[part.writer])
+            return False
+        with on_device(first, stream.device):
+            added = is_added(stream, first, first.linears[part.writer])
         if not added:
             log(
                 f"{type(self).__name__} does not make up for the errors of the blocks before: what an MLP writes is "
                 "not added to the residual stream as it is."
             )
-            return lambda block: None
-        shared = None if reconstruction is None else reconstruction.dense
-        dense = shared or residual.copy()
+        return added
 
-        def targets(block: Block) -> Sequence[Tensor]:
-            if dense is not shared:
-                dense.run(block)
-            return dense.hidden
+    def observation(
+        self, model: PreTrainedModel, blocks: Sequence[Block], *, rates: Sequence[float], stream: Stream
+    ) -> Observation:
+        """Returns how a search observes the part of every block behind blocks that are shrunk at ``rates``."""
+        zeroed, removal = self._zeroed(model, blocks), self._removal
 
-        return targets
+        def observe(stream: Stream, block: Block, targets: Sequence[Tensor] | None) -> BlockStatistics:
+            return removal.statistics(stream, block, zeroed.parts[block.index], targets)
 
-    def _shrink(
-        self,
-        model: PreTrainedModel,
-        block: Block,
-        part: Part,
-        kept: int,
-        residual: Stream,
-        targets: Sequence[Tensor] | None,
-    ) -> None:
-        """Removes units of one block, in place, until ``kept`` are left."""
-        writer = block.linears[part.writer]
-        bias_O: Any = writer.module.bias
-        constant = self.compensate and bias_O is not None
-        weight_IO, gram_II = self._observed(residual, block, part, targets, constant=constant)
-        removal = self._removal(weight_IO, gram_II, part, kept)
-        narrow(block.module, part, removal.kept_U)
-        config = LayerConfig(layer_config(model.config.get_text_config(), block.index), part.sizes(kept))
-        adopt_sizes(block.module, config, block.index)
-        weight_SO = removal.weight_SO
-        if constant:
-            weight_SO, bias_O = weight_SO[:-1], weight_SO[-1]
-        set_weight(writer, weight_SO.T, bias_O)
+        def cut(block: Block, observed: BlockStatistics) -> dict[str, Tensor]:
+            return zeroed.weights(block, observed, zeroed.split(block.index, rates[block.index]))
 
-    def _observed(
-        self, residual: Stream, block: Block, part: Part, targets: Sequence[Tensor] | None, *, constant: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the weight that the removal starts from, (I, O), and the Gram matrix of its inputs, (I, I).
-
-        Args:
-            residual: The stream in front of ``block``.
-            block: The block.
-            part: Its part.
-            targets: The outputs that the block should have, if it makes up for the errors of the blocks before.
-            constant: Whether the bias is a row of the weight, whose input is 1.
-        """
-        writer = block.linears[part.writer]
-        bias_O: Any = writer.module.bias
-        weight_IO = writer.weight_OI.T
-        if constant:
-            weight_IO = torch.cat([weight_IO, bias_O.detach()[None]])
-        if targets is None:
-            watched = replace(block, linears={part.writer: writer})
-            observed = observe(residual, watched, self.needs, advance=False, constant=constant)
-            return weight_IO, observed.grams[part.writer]
-        halves = observe_errors(residual, block, writer, targets, constant=constant)
-        corrected_IO = corrected(weight_IO, halves, part.columns_UK.to(weight_IO.device), damping=self.damping)
-        moments = halves[0] + halves[1]
-        return corrected_IO, moments.gram_II / max(moments.tokens, 1)
-
-    def _removal(self, weight_IO: Tensor, gram_II: Tensor, part: Part, kept: int) -> Removal:
-        columns_UK, count = part.columns_UK.to(weight_IO.device), part.units - kept
-        if not self.compensate:
-            return drop_units(weight_IO.float(), gram_II, columns_UK, count)
-        return remove_units(weight_IO, gram_II, columns_UK, count, rounds=self.rounds, damping=self.damping)
+        return Observation(observe, cut, compares=self._compares(blocks[0], zeroed.parts[0], stream))
 
     def trial_statistics(
         self,
@@ -320,19 +236,9 @@ class UnitMethod(Method):
         stream: Callable[[], Stream],
     ) -> Sequence[BlockStatistics]:
         """Returns statistics behind blocks shrunk at ``rates``; see :meth:`Method.trial_statistics`."""
-        zeroed, residual = self._zeroed(model, blocks), stream()
-        targets_of = self._targets(blocks[0], zeroed.parts[0], residual)
-
-        def observed(residual: Stream, block: Block) -> BlockStatistics:
-            part, targets = zeroed.parts[block.index], targets_of(block)
-            weight_IO, gram_II = self._observed(residual, block, part, targets, constant=False)
-            found = {} if targets is None else {part.writer: weight_IO.T.to(block.linears[part.writer].weight_OI)}
-            return BlockStatistics(grams={part.writer: gram_II}, corrected=found)
-
-        def cut(block: Block, observed: BlockStatistics) -> dict[str, Tensor]:
-            return zeroed.weights(block, observed, zeroed.split(block.index, rates[block.index]))
-
-        return statistics_behind_pruned(zeroed.blocks, cut, observed, stream=residual, device=device)
+        residual = stream()
+        observation = self.observation(model, blocks, rates=rates, stream=residual)
+        return statistics_behind_pruned(blocks, [observation], stream=residual, device=device)
 
     @contextmanager
     def trial(
@@ -358,7 +264,11 @@ class UnitMethod(Method):
 
     def _zeroed(self, model: PreTrainedModel, blocks: Sequence[Block]) -> ZeroedUnits:
         parts = [self._part(model, block) for block in blocks]
-        return ZeroedUnits(blocks, parts, self.sizes(model, blocks), self.multiple, self._removal)
+        return ZeroedUnits(blocks, parts, self.sizes(model, blocks), self.multiple, self._removal.removal)
+
+    @property
+    def _removal(self) -> UnitRemoval:
+        return UnitRemoval(self.rounds, self.damping, self.compensate)
 
     def _part(self, model: PreTrainedModel, block: Block) -> Part:
         config = layer_config(model.config.get_text_config(), block.index)

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, final
 
 from lit_prune.models.linears import PrunableLinear
 from lit_prune.shrink.base import UnitMethod
-from lit_prune.shrink.parts import Part, groups_of
-from lit_prune.shrink.sizes import PartSizes
+from lit_prune.shrink.units.parts import Part, groups_of
+from lit_prune.shrink.units.sizes import PartSizes
 
 
 @final
@@ -47,4 +47,5 @@ class HeadGroups(UnitMethod):
     damping: float = 0.01
     compensate: bool = True
 
+    place: ClassVar[int] = 0
     sizes_class: ClassVar[type[PartSizes]] = HeadGroupCounts

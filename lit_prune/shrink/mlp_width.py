@@ -8,8 +8,8 @@ from typing import Any, ClassVar, final
 
 from lit_prune.models.linears import PrunableLinear
 from lit_prune.shrink.base import UnitMethod
-from lit_prune.shrink.parts import Part, mlp_of
-from lit_prune.shrink.sizes import PartSizes
+from lit_prune.shrink.units.parts import Part, mlp_of
+from lit_prune.shrink.units.sizes import PartSizes
 
 
 @final
@@ -29,9 +29,9 @@ class MLPWidth(UnitMethod):
 
     With W the transposed weight of the linear that reads the channels and H the damped Gram matrix of its inputs behind
     the blocks that are already shrunk, channel j costs sum_o W_jo^2 / [H^-1]_jj. The cheapest are removed in rounds,
-    after each of which W and H^-1 are updated; see ``shrink.obs``. The linears that write the channels lose rows.
+    after each of which W and H^-1 are updated; see ``shrink.units.obs``. The linears that write the channels lose rows.
     Before that, W is changed to make up for a share of what the output of the block lacks because the blocks before
-    have been shrunk (after QEP, arXiv 2504.09629; see ``shrink.obs.corrected``).
+    have been shrunk (after QEP, arXiv 2504.09629; see ``shrink.units.obs.corrected``).
     Equal widths give a plain model of the family with a smaller `intermediate_size`.
 
     Args:

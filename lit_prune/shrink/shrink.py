@@ -20,7 +20,10 @@ from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.families import Block, CustomClass, find_blocks
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
+from lit_prune.search.behind_pruned import statistics_behind_pruned
 from lit_prune.search.trial import Trial
+from lit_prune.shrink.base import UnitMethod
+from lit_prune.shrink.part_method import PartMethod, cut_blocks
 from lit_prune.shrink.share import PartRates, split
 from lit_prune.shrink.trial import JointTrial
 
@@ -30,17 +33,17 @@ TOLERANCE = 1e-6
 @final
 @dataclass(frozen=True)
 class Shrink(Method):
-    """Shrinks several parts of every block, such as the MLP and the attention, one after the other.
+    """Shrinks several parts of every block, such as the attention and the MLP.
 
     The rate of a block is the share that it loses of the parameters of all parts together. Every part loses that share
     of its units, or shares in the proportion of `weights`. Parts with large units are rounded first, and the
     others make up for it: of 3 key/value groups none or one goes at a rate of 0.25, and the channels of the MLP then
     lose more or less. A search with `level: parts`, or a plan, gives every part of every block a rate of its own
-    instead. The second part is calibrated behind the model that the first one left, and so on.
+    instead. In every block the attention is cut first, and the MLP, or the mixture, is calibrated behind what that
+    leaves; with `MLPWidth.correct_errors` it also makes up for the error of the attention.
 
     Args:
-        parts: The methods, in the order in which they cut: MLPWidth, HeadGroups, and others that remove units of the
-            blocks.
+        parts: The methods: MLPWidth, HeadGroups, and others that remove units of the blocks.
         weights: Rate of each part relative to the others; null gives all the same.
 
     Raises:
@@ -53,6 +56,7 @@ class Shrink(Method):
     chooses_linears: ClassVar[bool] = False
     needs_text: ClassVar[bool] = True
     changes_shapes: ClassVar[bool] = True
+    supports_reconstruction: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
     finest_level: ClassVar[str] = "parts"
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
@@ -60,13 +64,13 @@ class Shrink(Method):
     def __post_init__(self) -> None:
         if not self.parts:
             raise InputError("`Shrink.parts` must be a list of methods, such as [MLPWidth, HeadGroups], got none.")
-        names = self._names
-        for part, name in zip(self.parts, names, strict=True):
-            if not part.can_be_part:
+        for part in self.parts:
+            if not isinstance(part, PartMethod):
                 raise InputError(
                     f"`Shrink.parts` must be methods that remove units of the blocks, such as MLPWidth and HeadGroups, "
-                    f"got {name}: make that cut in another run."
+                    f"got {type(part).__name__}: make that cut in another run."
                 )
+        names = self._names
         if len(set(names)) < len(names):
             raise InputError(f"`Shrink.parts` must be different methods, got {', '.join(names)}.")
         weights = self.weights
@@ -76,8 +80,8 @@ class Shrink(Method):
             )
 
     @property
-    def _parts(self) -> Sequence[Method]:
-        return self.parts or ()
+    def _parts(self) -> Sequence[PartMethod]:
+        return [part for part in self.parts or () if isinstance(part, PartMethod)]  # all are, see __post_init__
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -183,6 +187,7 @@ class Shrink(Method):
         """Returns the largest rounding of a part: the others make up for all but their own."""
         return max(part.rounding(blocks) for part in self._parts)
 
+    @torch.no_grad()
     def apply(
         self,
         model: PreTrainedModel,
@@ -194,10 +199,28 @@ class Shrink(Method):
         stream: Callable[[], Stream],
         reconstruction: Reconstruction | None = None,
     ) -> list[float]:
-        """Shrinks one part of all blocks after the other; see :meth:`Method.apply`."""
-        for part, own_rates in zip(self._parts, self._rates_of_parts(model, blocks, rates), strict=True):
-            part.apply(model, blocks, rates=own_rates, statistics=statistics, device=device, stream=stream)
+        """Shrinks all parts of one block after the other; see :meth:`Method.apply`."""
+        residual = stream() if reconstruction is None else reconstruction.stream
+        cuts = [
+            part.begin(model, blocks, rates=own_rates, stream=residual)
+            for part, own_rates in zip(self._parts, self._rates_of_parts(model, blocks, rates), strict=True)
+        ]
+        cut_blocks(
+            model,
+            blocks,
+            [cuts[index] for index in self._order],
+            stream=residual,
+            device=device,
+            reconstruction=reconstruction,
+        )
+        for cut in cuts:
+            cut.finish()
         return self.current_rates(model, blocks)
+
+    @property
+    def _order(self) -> list[int]:
+        """The parts by their places in a block."""
+        return sorted(range(len(self._parts)), key=lambda index: self._parts[index].place)
 
     def trial_statistics(
         self,
@@ -209,17 +232,14 @@ class Shrink(Method):
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> Sequence[BlockStatistics]:
-        """Returns the statistics of every part behind the parts that are cut before; see the base class."""
-        found = [BlockStatistics() for _ in blocks]
-        with ExitStack() as opened:
-            for part, own_rates in zip(self._parts, split(rates, self._rates(model, blocks)), strict=True):
-                observed = part.trial_statistics(
-                    model, blocks, rates=own_rates, statistics=statistics, device=device, stream=stream
-                )
-                trial = part.trial(model, blocks, statistics=observed, device=device, batches=[])
-                opened.enter_context(trial).take(own_rates)
-                found = [_merged(one, other) for one, other in zip(found, observed, strict=True)]
-        return found
+        """Returns the statistics of every part behind the parts and blocks that are cut before; see the base class."""
+        residual, own_rates = stream(), split(rates, self._rates(model, blocks))
+        observations = [
+            part.observation(model, blocks, rates=own_rates[index], stream=residual)
+            for index in self._order
+            if isinstance(part := self._parts[index], UnitMethod)
+        ]
+        return statistics_behind_pruned(blocks, observations, stream=residual, device=device)
 
     @contextmanager
     def trial(
@@ -271,10 +291,3 @@ class Shrink(Method):
             )
             for part, weight in zip(self._parts, weights, strict=True)
         ]
-
-
-def _merged(one: BlockStatistics, other: BlockStatistics) -> BlockStatistics:
-    """Returns the statistics of the linears of both."""
-    norms, grams = {**one.norms, **other.norms}, {**one.grams, **other.grams}
-    shared_inputs, corrected = {**one.shared_inputs, **other.shared_inputs}, {**one.corrected, **other.corrected}
-    return BlockStatistics(norms, other.cosine, grams, shared_inputs, corrected)

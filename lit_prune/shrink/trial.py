@@ -16,10 +16,10 @@ from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.windows import Batch
 from lit_prune.models.families import Block
 from lit_prune.search.trial import NamedTrial, Trial
-from lit_prune.shrink.obs import Removal
-from lit_prune.shrink.parts import Part
 from lit_prune.shrink.share import PartRates, split
-from lit_prune.shrink.sizes import units_from_rates
+from lit_prune.shrink.units.obs import Removal
+from lit_prune.shrink.units.parts import Part
+from lit_prune.shrink.units.sizes import units_from_rates
 
 Remove = Callable[[Tensor, Tensor, Part, int], Removal]
 

@@ -6,7 +6,7 @@ import torch
 from lit_prune.calibration.stream import Stream
 from lit_prune.calibration.written import is_added, outputs_of
 from lit_prune.models.families import find_blocks
-from lit_prune.shrink.parts import mlp_of
+from lit_prune.shrink.units.parts import mlp_of
 from tests.conftest import lively_model
 
 CPU = torch.device("cpu")

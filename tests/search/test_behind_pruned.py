@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import Plan
+from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream, observe
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import evaluating, measure
-from lit_prune.models.families import find_blocks
+from lit_prune.models.families import Block, find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.pruning import ADMM, Method, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.search import behind_pruned
+from lit_prune.search.behind_pruned import Observation
 from lit_prune.shrink import HeadGroups, MLPWidth
 from tests.conftest import lively_model
 
@@ -89,7 +90,9 @@ def test_an_error_gives_the_weights_back(batches: list[Batch], monkeypatch: pyte
     def cut(block: object, statistics: object) -> dict[str, Tensor]:
         return {name: torch.full_like(linear.weight_OI, torch.nan) for name, linear in blocks[0].linears.items()}
 
-    observed = partial(observe, wanted=frozenset(), advance=False)
+    def observed(stream: Stream, block: Block, targets: object) -> BlockStatistics:
+        return observe(stream, block, frozenset(), advance=False)
+
     with pytest.raises(Exception, match="NaN"):
-        behind_pruned.statistics_behind_pruned(blocks, cut, observed, stream=stream, device=CPU)
+        behind_pruned.statistics_behind_pruned(blocks, [Observation(observed, cut)], stream=stream, device=CPU)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lit_prune.shrink.share import PartRates, split
-from lit_prune.shrink.sizes import rates_from_units, units_from_rates
+from lit_prune.shrink.units.sizes import rates_from_units, units_from_rates
 
 
 def part(units: int, removable: int, multiple: int = 1, given: Sequence[int] | None = None, **fields: Any) -> PartRates:

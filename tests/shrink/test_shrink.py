@@ -26,8 +26,10 @@ from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Method, Wanda
 from lit_prune.recipe import Recipe
+from lit_prune.reconstruct import Reconstruct
 from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
-from lit_prune.shrink.sizes import rates_from_units
+from lit_prune.shrink.units.sizes import rates_from_units
+from tests.calibration.plain_forward import hidden_by_block
 from tests.conftest import lively_model, small_model
 from tests.experts.models import mixture_model
 from tests.shrink.given import Given
@@ -78,12 +80,53 @@ def test_the_budget_is_met_to_half_a_channel(fields: dict[str, Any], allocation:
     assert abs(parameters(model) - target) <= 3 * 96 / 2
 
 
-def test_the_second_part_is_shrunk_behind_the_first(batches: list[Tensor]) -> None:
-    model, apart = four_groups(), four_groups()
+def test_the_attention_is_cut_before_the_mlp_whatever_the_order_of_the_parts(batches: list[Tensor]) -> None:
+    model, turned, alone = four_groups(), four_groups(), four_groups()
     prune(model, batches, Recipe(BOTH, 0.5, Uniform()))
-    for method in BOTH.parts or ():
-        prune(apart, batches, Recipe(method, 0.5, Uniform()))
-    assert torch.equal(model(batches[0]).logits, apart(batches[0]).logits)
+    prune(turned, batches, Recipe(Shrink(BOTH.parts[::-1]), 0.5, Uniform()))  # type: ignore[index]
+    for one, other in zip(model.state_dict().values(), turned.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert [type(found).__name__ for found in structure.structures(turned)] == ["HeadGroupCounts", "MLPWidths"]
+    prune(alone, batches, Recipe(HeadGroups(), 0.5, Uniform()))
+    first, expected = model.model.layers[0], alone.model.layers[0]
+    assert torch.equal(first.self_attn.o_proj.weight, expected.self_attn.o_proj.weight)
+    assert not torch.equal(model.model.layers[1].self_attn.o_proj.weight, alone.model.layers[1].self_attn.o_proj.weight)
+
+
+def many_tokens() -> list[Tensor]:
+    return list(torch.randint(1, 64, (8, 4, 64), generator=torch.Generator().manual_seed(0)))
+
+
+@torch.no_grad()
+def test_the_mlp_makes_up_for_the_attention_of_its_block() -> None:
+    batches = many_tokens()
+    dense, plain, model = (four_groups() for _ in range(3))
+    for shrunk, correct_errors in ((plain, False), (model, True)):
+        parts = [MLPWidth(multiple=1, correct_errors=correct_errors), HeadGroups()]
+        prune(shrunk, batches, Recipe(Shrink(parts), 0.25, Given((0.75, 0, 0))))
+    errors = [0.0, 0.0]
+    for batch in batches:
+        target_BTD, *outputs = (hidden_by_block(each, {"input_ids": batch})[1][0] for each in (dense, plain, model))
+        for index, y_BTD in enumerate(outputs):
+            errors[index] += float((y_BTD - target_BTD).square().sum())
+    assert errors[1] < 0.98 * errors[0], errors
+
+
+def test_all_parts_are_reconstructed_at_once(tmp_path: Path) -> None:
+    model, cut, batches = four_groups(), four_groups(), many_tokens()
+    recipe = Recipe(BOTH, 0.5, Given((0.25, 0.5, 0.75)), reconstruction=Reconstruct(state=str(tmp_path / "state")))
+    pruned = prune(model, batches, recipe)
+    assert len(pruned.reconstruction) == 3
+    assert all(block.kept and block.held_out_after < block.held_out_before for block in pruned.reconstruction)
+    prune(cut, batches, replace(recipe, reconstruction=None))
+    assert [tensor.shape for tensor in model.state_dict().values()] == [t.shape for t in cut.state_dict().values()]
+    first, plain = (each.model.layers[0] for each in (model, cut))
+    assert not torch.equal(first.self_attn.q_proj.weight, plain.self_attn.q_proj.weight)
+    assert not torch.equal(first.mlp.up_proj.weight, plain.mlp.up_proj.weight)
+    again = four_groups()
+    prune(again, batches, recipe)  # from the state
+    for one, other in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_a_second_cut_and_masks_on_top(batches: list[Tensor]) -> None:

@@ -4,9 +4,9 @@ import torch
 
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.models.families import find_blocks
-from lit_prune.shrink.obs import drop_units
-from lit_prune.shrink.parts import mlp_of
 from lit_prune.shrink.trial import ZeroedUnits
+from lit_prune.shrink.units.obs import drop_units
+from lit_prune.shrink.units.parts import mlp_of
 from tests.conftest import small_model
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lit_prune.models.families import find_blocks
-from lit_prune.shrink.parts import NoPart, Part, groups_of, mlp_of
+from lit_prune.shrink.units.parts import NoPart, Part, groups_of, mlp_of
 from tests.conftest import small_model
 
 

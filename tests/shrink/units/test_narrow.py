@@ -5,8 +5,8 @@ import torch
 
 from lit_prune.models.families import find_blocks
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig
-from lit_prune.shrink.narrow import adopt_sizes, check_part, config_error, narrow, set_sizes
-from lit_prune.shrink.parts import NoPart, groups_of, mlp_of
+from lit_prune.shrink.units.narrow import adopt_sizes, check_part, config_error, narrow, set_sizes
+from lit_prune.shrink.units.parts import NoPart, groups_of, mlp_of
 from tests.conftest import FAMILIES, WITHOUT_ENTRY, lively_model, small_model
 
 IDS = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(3))

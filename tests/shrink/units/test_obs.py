@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.calibration.errors import ErrorMoments
-from lit_prune.shrink.obs import Removal, channels_of, corrected, damped, drop_units, remove_units
+from lit_prune.shrink.units.obs import Removal, channels_of, corrected, damped, drop_units, remove_units
 
 RANDOM = torch.Generator().manual_seed(0)
 X_PI = torch.randn(50, 6, generator=RANDOM, dtype=torch.float64) @ torch.randn(6, 6, generator=RANDOM).double()

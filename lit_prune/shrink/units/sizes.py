@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from lit_prune.models.linears import PrunableLinear, linears_of
 from lit_prune.models.remote_code.modeling_shrunk import layer_config
 from lit_prune.models.structure import Description, Structure
-from lit_prune.shrink.narrow import narrow, set_sizes
-from lit_prune.shrink.parts import Part
+from lit_prune.shrink.units.narrow import narrow, set_sizes
+from lit_prune.shrink.units.parts import Part
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from lit_prune.models.remote_code.modeling_shrunk import (
     LayerConfig,
     layer_config,
 )
-from lit_prune.shrink.parts import NoPart, Part
+from lit_prune.shrink.units.parts import NoPart, Part
 
 SIZES = "block_sizes"
 

@@ -17,7 +17,7 @@ from lit_prune.recipe import Recipe
 from lit_prune.recover import Snapshot
 from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.shrink.mlp_width import MLPWidths
-from lit_prune.shrink.sizes import rates_from_units, units_from_rates
+from lit_prune.shrink.units.sizes import rates_from_units, units_from_rates
 from tests.conftest import small_model
 
 RECIPES = [
