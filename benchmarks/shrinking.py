@@ -77,8 +77,9 @@ def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
         yield from (by_share(MLPWidth(), share, allocation) for allocation in allocations(folder, share))
     for share in SHARES:
         yield mixture(folder, share)
+    for allocation in (Uniform(), LayerRedundancy()):
+        yield by_share(HeadGroups(), min(SHARES), allocation)  # the others are more than all groups but one
     for share in SHARES:
-        yield by_share(HeadGroups(), share, Uniform())
         for contiguous, refit in ((False, False), (False, True), (True, False), (True, True)):
             name, recipe = by_share(Depth(contiguous=contiguous, refit=refit), share, Uniform())
             yield f"{name}{', neighbours' * contiguous}{', refitted' * refit}", recipe
