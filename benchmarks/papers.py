@@ -28,8 +28,8 @@ from lit_prune.recipe import Recipe
 Method = Magnitude | Wanda | SparseGPT
 ALLOCATIONS: Sequence[Allocation] = (Uniform(), OWL(), AlphaPruning(), DLP(), LayerRedundancy())
 SPARSITIES = (0.7, 0.5)
-# by level, evaluations for one sweep over all blocks, and for all sweeps over groups of linears
-SEARCHES: dict[Level, int] = {"blocks": 150, "linears": 540}
+# by level, evaluations for one sweep over all blocks, and for nearly two rounds over groups of linears and single ones
+SEARCHES: dict[Level, int] = {"blocks": 150, "linears": 1150}
 
 
 def method_cases() -> Iterator[tuple[str, Recipe]]:

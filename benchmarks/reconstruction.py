@@ -28,7 +28,7 @@ from resumable import MatchingCases, Protocol, Results, Row
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from lit_prune.allocate import DLP, OWL, Allocation, LayerRedundancy, Search, Uniform
+from lit_prune.allocate import DLP, OWL, Allocation, LayerRedundancy, Plan, Search, Uniform
 from lit_prune.calibration.windows import Batch, batches_of
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.load import load_model
@@ -53,13 +53,14 @@ def cut_cases(windows: int) -> Iterator[tuple[str, Recipe]]:
             yield name, recipe
 
 
-def allocation_cases(windows: int, folder: Path) -> Iterator[tuple[str, Recipe]]:
+def allocation_cases(windows: int, folder: Path, plan: str | None) -> Iterator[tuple[str, Recipe]]:
     """Yields SparseGPT at 0.7 with reconstruction under every other allocation; the search starts from the best."""
     search = Search(LayerRedundancy(), 540, level="linears", state=str(folder / "search.json"))
-    rules: list[Allocation] = [Uniform(), DLP(), OWL(), search]
-    for rule in rules:
-        name = f"SparseGPT by {type(rule).__name__}, 0.7, {windows} windows, reconstructed"
-        yield name, Recipe(SparseGPT(), 0.7, rule, reconstruction=Reconstruct())
+    searched = search if plan is None else Plan(plan)
+    rules: dict[str, Allocation] = {"Uniform": Uniform(), "DLP": DLP(), "OWL": OWL(), "Search": searched}
+    for rule, allocation in rules.items():
+        name = f"SparseGPT by {rule}, 0.7, {windows} windows, reconstructed"
+        yield name, Recipe(SparseGPT(), 0.7, allocation, reconstruction=Reconstruct())
 
 
 class Cases(MatchingCases):
@@ -112,8 +113,8 @@ class Cases(MatchingCases):
         ]
         return recoveries.fit_by(self.protocol, options, folder / f"{recovery}-{sparsity}")
 
-    def run(self) -> None:
-        """Runs the cases in the order of their importance."""
+    def run(self, plan: str | None) -> None:
+        """Runs the cases in the order of their importance; a ``plan`` takes the place of the search."""
         folder, windows = self.results.path.parent, self.protocol.num_samples
         self.once("dense", self.dense)
         self._cuts(cut_cases(windows), windows)
@@ -121,7 +122,7 @@ class Cases(MatchingCases):
             for sparsity in (0.5, 0.6):
                 case = f"{recovery}, {sparsity}, from the reconstructed model"
                 self.once(case, partial(self.recovered, recovery, sparsity, folder))
-        self._cuts(allocation_cases(windows, folder), windows)
+        self._cuts(allocation_cases(windows, folder, plan), windows)
         self._cuts(cut_cases(2 * windows), 2 * windows)
 
     def _cuts(self, cases: Iterator[tuple[str, Recipe]], windows: int) -> None:
@@ -139,10 +140,11 @@ def main() -> None:
     parser.add_class_arguments(Protocol, as_group=False)
     parser.add_argument("--results", default="runs/reconstruction/results.jsonl", help="Results file.")
     parser.add_argument("--cases", default="", help="Regular expression of the names of the cases to run.")
+    parser.add_argument("--plan", default=None, help="Plan with the rates of a search, instead of the search itself.")
     parser.set_defaults(num_samples=16, val_windows=6)
     settings = parser.parse_args()
-    results, pattern = Results(settings.pop("results")), settings.pop("cases")
-    Cases(Protocol(**settings.as_dict()), results, pattern).run()
+    results, pattern, plan = Results(settings.pop("results")), settings.pop("cases"), settings.pop("plan")
+    Cases(Protocol(**settings.as_dict()), results, pattern).run(plan)
     for name in ("reconstruction", "reconstruction allocations", "reconstruction recoveries"):
         print(tables.TABLES[name][1](results.rows))
 
