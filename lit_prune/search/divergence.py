@@ -55,14 +55,19 @@ def appended(model: PreTrainedModel, hidden_1TD: Tensor) -> Iterator[None]:
 
     def append(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         if args[0].shape[-1] != hidden_1TD.shape[-1]:
-            raise InputError(
-                "`Search.loss` must be cross_entropy for a method that slices the head, got kl: pass "
-                "`--pruning.allocation.loss cross_entropy`, or leave `slice_head` out."
-            )
+            raise kl_of_sliced_head()
         return (torch.cat([args[0], hidden_1TD.to(args[0])]),)
 
     with _before_head(model, append):
         yield
+
+
+def kl_of_sliced_head() -> InputError:
+    """Returns the error for a head whose inputs the unpruned model no longer fits."""
+    return InputError(
+        "`Search.loss` must be cross_entropy for a method that slices the head, got kl: pass "
+        "`--pruning.allocation.loss cross_entropy`, or leave `slice_head` out."
+    )
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_prune.allocate import DLP, Allocation
+from lit_prune.allocate import DLP, Allocation, Search
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.calibration.windows import Batch
@@ -36,6 +36,7 @@ from lit_prune.models.structure import add_structure
 from lit_prune.progress import log, track
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
+from lit_prune.search.divergence import kl_of_sliced_head
 from lit_prune.search.trial import Trial, model_on_device
 from lit_prune.slice.rotate import Covariance, centred, embed_along, project, read_along, write_along
 from lit_prune.slice.sizes import check_multiple, rates_from_sizes, sizes_from_rates
@@ -90,6 +91,11 @@ class Slicing(Method):
                 f"`pruning.sparsity` must be at most {most:.4g} for Slicing, got {sparsity:g}: every block "
                 f"keeps one `multiple` ({self.multiple}) of {width} dimensions."
             )
+
+    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+        """Raises InputError for a search by the divergence, if the head is sliced."""
+        if self.slice_head and isinstance(allocation, Search) and allocation.loss == "kl":
+            raise kl_of_sliced_head()
 
     def custom_class(self, allocation: Allocation) -> CustomClass:
         """Returns `sliced`."""

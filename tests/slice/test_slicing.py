@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.allocate import DLP, LayerRedundancy, Plan, Uniform, write_plan
+from lit_prune.allocate import DLP, LayerRedundancy, Plan, Search, Uniform, write_plan
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
@@ -213,6 +213,14 @@ def test_slices_that_cannot_be(
     model: PreTrainedModel, batches: list[torch.Tensor], recipe: Recipe, message: str
 ) -> None:
     refused(model, batches, recipe, message)
+
+
+def test_a_search_by_the_divergence_is_refused_before_any_work(
+    model: PreTrainedModel, batches: list[torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = Recipe(Slicing(slice_head=True), 0.25, Search())
+    refused(model, batches, recipe, "`Search.loss` must be cross_entropy for a method that slices the head, got kl")
+    assert capsys.readouterr().err == ""
 
 
 def test_settings_out_of_range() -> None:
