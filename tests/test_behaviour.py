@@ -28,7 +28,7 @@ from lit_prune.cli.main import main
 
 GOLDEN = Path(__file__).parent / "behaviour"
 BY_TYPE = re.compile(r"seconds|speed|^versions$|_version$|^max_logit_difference$")  # names of what differs every time
-TOLERANCE = 2e-3  # of a float, relative: kernels differ from processor to processor
+TOLERANCE = 1e-2  # of a float, relative: kernels differ from processor to processor, by 0.4% behind pruned blocks
 BLOCK = re.compile(r"\blayers\.(\d+)\.")
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(\.\d+)*(e-?\d+)?\b")
 
