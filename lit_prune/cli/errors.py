@@ -14,10 +14,12 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_prune.allocate import Allocation
+from lit_prune.distill import Distillation
 from lit_prune.errors import near_misses
 from lit_prune.export.formats import ExportFormat
 from lit_prune.files import disk_error
 from lit_prune.pruning import Method, Pattern
+from lit_prune.reconstruct import Reconstruct
 from lit_prune.recover import Recovery
 from lit_prune.schedule import Schedule
 
@@ -28,6 +30,8 @@ BASES: dict[str, type] = {
     "before": Recovery,
     "start": Allocation,
     "recovery": Recovery,
+    "reconstruction": Reconstruct,
+    "distillation": Distillation,
     "pattern": Pattern,
     "schedule": Schedule,
     "format": ExportFormat,
@@ -84,6 +88,7 @@ def explain(message: str, parser: Any) -> str:
         (r"No import path.*?'(\S+)'|Unexpected import path format: (\S+)", _class),
         (r"File does not exist: '?([^'\n]+)'?", _file),
         (r"Unexpected config:\s*$", _empty),
+        (r"Problems parsing config: ([^\n]+)", _no_yaml),
         (r"Problem with given class_path '([\w.]+)':\s+the following arguments are required: (\S+)", _required),
         (r"^the following arguments are required: \w+\.(\w+)$", _required_option),
         (r"argument subcommand: invalid choice: '(\S+)'|expected \"subcommand\" to be one of", _verb),
@@ -187,7 +192,7 @@ def _abstract(match: re.Match[str], message: str, parser: Any) -> str:
 def _classes(where: str) -> list[str]:
     """Returns the short names of this project's classes that the key accepts."""
     base = BASES.get(where.rsplit(".", 1)[-1])
-    leaves = [] if base is None else _leaves(base)
+    leaves = [] if base is None else _leaves(base) or [base]
     if where.endswith("parts"):
         leaves = [leaf for leaf in leaves if issubclass(leaf, Method) and leaf.can_be_part]
     return sorted(leaf.__name__ for leaf in leaves if leaf.__module__.startswith("lit_prune."))
@@ -199,6 +204,10 @@ def _file(match: re.Match[str], message: str, parser: Any) -> str:
 
 def _empty(match: re.Match[str], message: str, parser: Any) -> str:
     return "`--config` must be a YAML file of settings, got an empty one."
+
+
+def _no_yaml(match: re.Match[str], message: str, parser: Any) -> str:
+    return f"`--config` must be a YAML file of settings: {match.group(1)}."
 
 
 def _leaves(base: type) -> list[type]:

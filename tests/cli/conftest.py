@@ -33,6 +33,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Path("train.txt").write_text("Return the number of items in a container, or raise an error.\n" * 200)
     Path("val.txt").write_text("Open the file, read its lines and close it again when that is done.\n" * 100)
     Path("empty.yaml").write_text("")
+    Path("page.yaml").write_text("A page: with text: that is no YAML\n")
     Path("prunning.yaml").write_text("prunning:\n  sparsity: 0.5\n")
     warnings.simplefilter("ignore")
     return tmp_path

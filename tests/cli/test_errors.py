@@ -39,6 +39,15 @@ MISTAKES = [
         ["--pruning.recovery=Lora"],
         r"`pruning.recovery` must be one of FullFineTuning, LoRA, MaskedLoRA, .*Did you mean LoRA",
     ),
+    (
+        ["--pruning.reconstruction=Recon"],
+        r"`pruning.reconstruction` must be one of Reconstruct, or .*got 'Recon'. Did you mean Reconstruct",
+    ),
+    (
+        ["--pruning.distillation=Distil"],
+        r"`pruning.distillation` must be one of Distillation, or .*got 'Distil'. Did you mean Distillation",
+    ),
+    (["--config=page.yaml"], r"`--config` must be a YAML file of settings: mapping values are not allowed"),
     (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
     (["--pruning.allocation.alpha=much"], r"`pruning.allocation.alpha` must be a number, got much\.$"),
     (["--pruning.allocation=Plan"], r"`pruning.allocation.path` must be given: Plan needs it"),

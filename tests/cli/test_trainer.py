@@ -287,7 +287,13 @@ def test_a_prune_on_disk_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("lit_prune.pruning.Wanda.score", broken)
     with pytest.raises(RuntimeError, match="out of luck"):
         run("prune", "--output=runs/x", "--model.dtype=auto", "--model.on_disk=true")
-    assert sorted(path.name for path in Path().iterdir()) == ["empty.yaml", "prunning.yaml", "train.txt", "val.txt"]
+    assert sorted(path.name for path in Path().iterdir()) == [
+        "empty.yaml",
+        "page.yaml",
+        "prunning.yaml",
+        "train.txt",
+        "val.txt",
+    ]
 
 
 def test_a_model_with_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
