@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -135,7 +134,6 @@ class Experts(PartMethod):
         """Returns half a multiple as a share of the experts of a block."""
         return self.multiple / 2 / max(1, *(count_experts(block.module) for block in blocks))
 
-    @torch.no_grad()
     def begin(
         self, model: PreTrainedModel, blocks: Sequence[Block], *, rates: Sequence[float], stream: Stream
     ) -> ExpertCut:

@@ -180,7 +180,6 @@ class UnitMethod(PartMethod):
         part = self._find(blocks[0].linears, config_of(blocks[0]))
         return self.multiple / 2 / part.units
 
-    @torch.no_grad()
     def begin(
         self, model: PreTrainedModel, blocks: Sequence[Block], *, rates: Sequence[float], stream: Stream
     ) -> UnitCut:

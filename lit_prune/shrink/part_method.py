@@ -18,7 +18,6 @@ from lit_prune.models.remote_code.modeling_shrunk import LayerConfig, layer_conf
 from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction, reconstructing
-from lit_prune.shrink.units.narrow import adopt_sizes
 
 
 class PartCut(ABC):
@@ -33,6 +32,8 @@ class PartCut(ABC):
     @abstractmethod
     def cut(self, block: Block, config: Any, stream: Stream, targets: Sequence[Tensor] | None) -> LayerConfig | None:
         """Makes the part of ``block`` smaller, in place, and returns the config that it has now; None if it stays.
+
+        The modules of the block adopt the sizes of that config.
 
         Args:
             block: The block, on the stream's device.
@@ -76,6 +77,7 @@ class PartMethod(Method):
             stream: The stream of the calibration batches, in front of the first block.
         """
 
+    @torch.no_grad()
     def apply(
         self,
         model: PreTrainedModel,
@@ -94,7 +96,6 @@ class PartMethod(Method):
         return cut.finish()
 
 
-@torch.no_grad()
 def cut_blocks(
     model: PreTrainedModel,
     blocks: Sequence[Block],
@@ -123,9 +124,7 @@ def cut_blocks(
             if dense is not None and dense is not given:
                 dense.run(block)
             for cut in cuts:
-                smaller = cut.cut(block, config, stream, dense.hidden if dense is not None and cut.compares else None)
-                if smaller is not None:
-                    config = smaller
-                    adopt_sizes(block.module, config, block.index)
+                targets = dense.hidden if dense is not None and cut.compares else None
+                config = cut.cut(block, config, stream, targets) or config
             if reconstruction is None and block is not blocks[-1]:
                 stream.run(block)

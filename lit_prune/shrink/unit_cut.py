@@ -5,7 +5,7 @@ Suffixes: I inputs and O outputs of the writer of a part, S inputs that stay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig
 from lit_prune.shrink.part_method import PartCut
-from lit_prune.shrink.units.narrow import narrow, set_sizes, set_weight
+from lit_prune.shrink.units.narrow import adopt_sizes, narrow, set_sizes, set_weight
 from lit_prune.shrink.units.obs import Removal, corrected, drop_units, remove_units
 from lit_prune.shrink.units.parts import Part
 from lit_prune.shrink.units.sizes import PartSizes, rates_from_units
@@ -124,13 +124,14 @@ class UnitCut(PartCut):
         if constant:
             weight_SO, bias_O = weight_SO[:-1], weight_SO[-1]
         set_weight(writer, weight_SO.T, bias_O)
-        return LayerConfig(config, part.sizes(kept))
+        smaller = LayerConfig(config, part.sizes(kept))
+        adopt_sizes(block.module, smaller, block.index)
+        return smaller
 
     def finish(self) -> list[float]:
         """Records the numbers of units in the model, and returns the share of units that each block has lost."""
         part, path = self.parts[0], self.blocks[0].path.rpartition(".")[0]
-        fields: tuple[Mapping[str, int], Mapping[str, int]] = dict(part.fields), dict(part.fixed)
-        sizes = self.sizes_class(self.units, self.full, *fields, path)
+        sizes = self.sizes_class(self.units, self.full, dict(part.fields), dict(part.fixed), path)
         set_sizes(self.model, [block.module for block in self.blocks], sizes.sizes)
         structure.add_structure(self.model, sizes)
         return rates_from_units(self.units, self.full)
