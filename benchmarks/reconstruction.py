@@ -86,10 +86,11 @@ class Cases(MatchingCases):
     def cut(self, recipe: Recipe, windows: int) -> Row:
         """Returns the row of a recipe, run between two plain forward passes."""
         model, batches = load_model(self.protocol.pretrained, "float32"), self.batches(windows)
-        before = forward_seconds(model, batches)
-        with cost() as spent:
-            pruned = prune(model, batches, recipe)
-        after = forward_seconds(model, batches)
+        with self.protocol.products():
+            before = forward_seconds(model, batches)
+            with cost() as spent:
+                pruned = prune(model, batches, recipe)
+            after = forward_seconds(model, batches)
         losses = pruned.reconstruction
         return self.measured(model) | {
             "sparsity": pruned.sparsity,
@@ -98,6 +99,7 @@ class Cases(MatchingCases):
             "peak_bytes": spent.peak_bytes,
             "losses": [[block.held_out_before, block.held_out_after] for block in losses],
             "rejected": [index for index, block in enumerate(losses) if not block.kept],
+            "matmul_precision": self.protocol.matmul_precision,
         }
 
     def recovered(self, recovery: str, sparsity: float, folder: Path) -> Row:

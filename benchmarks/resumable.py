@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from jsonargparse import ArgumentParser
 
 from lit_prune.calibration.cached_statistics import CachedStatistics
@@ -37,6 +39,8 @@ class Protocol:
         seq_length: Tokens per calibration window.
         val_windows: Number of validation windows, taken from the start of the text.
         val_length: Tokens per validation window.
+        matmul_precision: `medium` multiplies float32 matrices in bfloat16 while a model is scored and pruned, in half
+            of the time on a processor that can; perplexity is measured in float32 all the same.
     """
 
     pretrained: str = "embedded"
@@ -46,6 +50,7 @@ class Protocol:
     seq_length: int = 1024
     val_windows: int = 12
     val_length: int = 2048
+    matmul_precision: Literal["highest", "medium"] = "highest"
 
     def __post_init__(self) -> None:
         self.data = TextDataModule(
@@ -64,10 +69,20 @@ class Protocol:
             self._batches = batches_of(self.data.calibration_windows(self.num_samples, self.seq_length, seed=0), 1)
         return self._batches
 
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Multiplies matrices in the chosen precision for as long as the context lasts."""
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
     def run(self, recipe: Recipe | None, stored: CachedStatistics | None = None) -> Row:
         """Returns the row of one recipe on a fresh copy of the model, or of the dense model for None."""
         model = load_model(self.pretrained, "float32")
-        pruned = None if recipe is None else prune(model, self.batches(), recipe, statistics=stored)
+        with self.products():
+            pruned = None if recipe is None else prune(model, self.batches(), recipe, statistics=stored)
         measured = measure(model, self.data.val_dataloader(), self.data.describe("val"))
         return {
             "perplexity": measured.perplexity,

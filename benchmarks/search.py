@@ -47,11 +47,16 @@ class Cases(MatchingCases):
         before = self.forward_seconds()
         with cost() as spent:
             row = self.protocol.run(recipe)
-        return row | {"multiple": 2 * spent.cpu_seconds / (before + self.forward_seconds())}
+        cost_of_pass = (before + self.forward_seconds()) / 2
+        return row | {
+            "multiple": spent.cpu_seconds / cost_of_pass,
+            "matmul_precision": self.protocol.matmul_precision,
+        }
 
     def forward_seconds(self) -> float:
         """Returns the CPU seconds of a plain forward pass of all windows through the dense model."""
-        return forward_seconds(load_model(self.protocol.pretrained, "float32"), self.protocol.batches())
+        with self.protocol.products():
+            return forward_seconds(load_model(self.protocol.pretrained, "float32"), self.protocol.batches())
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from lit_prune.calibration.statistics import GRAM, InputStatistics
 from lit_prune.errors import InputError
 from lit_prune.masks.zeros import cast
 from lit_prune.pruning.base import Propagate
+from lit_prune.pruning.full_precision import full_precision
 from lit_prune.pruning.mask_method import MaskMethod
 from lit_prune.pruning.patterns import Pattern
 from lit_prune.pruning.updates import DEAD_COLUMN, not_finite
@@ -80,6 +81,7 @@ class ADMM(MaskMethod):
         if not self.growth >= 1:
             raise InputError(f"`ADMM.growth` must be at least 1, a constant penalty, got {self.growth}.")
 
+    @full_precision()
     def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:
         """Returns the weights with entries set to 0 and the others updated."""
         assert statistics.gram_II is not None

@@ -17,6 +17,7 @@ from lit_prune.errors import InputError
 from lit_prune.masks.zeros import cast
 from lit_prune.progress import log
 from lit_prune.pruning.base import Propagate
+from lit_prune.pruning.full_precision import full_precision
 from lit_prune.pruning.mask_method import MaskMethod
 from lit_prune.pruning.patterns import Pattern
 from lit_prune.pruning.updates import DEAD_COLUMN, not_finite
@@ -82,6 +83,7 @@ class SparseGPT(MaskMethod):
         assert self.pattern is not None
         return self.pattern.columns or self.span
 
+    @full_precision()
     def prune(self, weights: Sequence[Tensor], statistics: InputStatistics, rate: float) -> list[Tensor]:
         """Returns the weights with the least costly entries set to 0 and the others updated."""
         assert statistics.gram_II is not None
