@@ -22,7 +22,6 @@ from lit_prune.distill import Teacher as Teacher
 from lit_prune.distill import TopK as TopK
 from lit_prune.errors import InputError as InputError
 from lit_prune.experts import Experts as Experts
-from lit_prune.find_sparsity import find_sparsity as find_sparsity
 from lit_prune.fit.module import PrunableLM as PrunableLM
 from lit_prune.hidden import HiddenWidth as HiddenWidth
 from lit_prune.masks.keep_zeros import keep_zeros as keep_zeros
@@ -52,3 +51,4 @@ from lit_prune.shrink import HeadGroups as HeadGroups
 from lit_prune.shrink import MLPWidth as MLPWidth
 from lit_prune.shrink import Shrink as Shrink
 from lit_prune.slice import Slicing as Slicing
+from lit_prune.target_perplexity import find_sparsity as find_sparsity

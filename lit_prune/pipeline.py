@@ -13,6 +13,7 @@ pruned = prune(copy, batches, other_recipe, statistics=statistics)
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune import distributed
-from lit_prune.allocate.base import Refined, weighted_mean
+from lit_prune.allocate.base import TOLERANCE, Refined, weighted_mean
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.cached_statistics import CachedStatistics, key_of
 from lit_prune.calibration.statistics import COSINE, INPUTS, BlockStatistics
@@ -176,6 +177,7 @@ def prune(
     finished = _finished(model, batches, recipe)
     scored = _score(model, batches, recipe, device, _needs(recipe), statistics)
     blocks = _with_rates(recipe.find(model), scored.linears or scored.parts)
+    before, rounding = recipe.method.current_rates(model, blocks), recipe.method.rounding(blocks)
     begin = time.perf_counter()
     with evaluating(model):
         reconstruction = None
@@ -191,6 +193,9 @@ def prune(
             reconstruction=reconstruction,
         )
     _check_same(blocks)
+    if recipe.method.changes_shapes and scored.target > 0 and math.dist(achieved, before) < TOLERANCE:
+        steps = f"steps of {2 * rounding:.4g}" if rounding else "steps"
+        log(f"{type(recipe.method).__name__} removed nothing: a sparsity of {scored.target:.4g} is rounded to {steps}.")
     added = recipe.method.structures if recipe.method.changes_shapes else 0
     structure.write_cut(model, recipe_record(recipe), scored.rates, added=added)
     return Pruned(
@@ -300,7 +305,10 @@ def _score(
     threshold = MIN_SPARSITY_BEFORE if structure.record(model) else MASK_SHARE
     before = limits.current_sparsity if limits.current_sparsity >= threshold else 0.0
     if before:
-        log(f"{before:.1%} of the weights to prune are pruned already: they stay so, and count toward the sparsity.")
+        what = (
+            "the weights to prune" if recipe.method.makes_zeros else f"what {type(recipe.method).__name__} can remove"
+        )
+        log(f"{before:.1%} of {what} is gone already, and counts toward the sparsity.")
     refined = _refine(model, blocks, batches, recipe, device, limits=limits, scores=scores, statistics=statistics)
     seconds = time.perf_counter() - begin
     return Scored(
@@ -330,7 +338,8 @@ def _score_blocks(
     cached_scores = cached.scores_of(recipe.allocation, blocks) if cached else None
     stream = _stream(model, blocks, batches, device) if needs and not cached else None
     scores, statistics = [], []
-    for block in track(blocks, "Scoring blocks"):
+    works = stream is not None or (cached is not None and not cached_scores)
+    for block in track(blocks, "Scoring blocks") if works else blocks:
         block_statistics = cached.by_block[block.index] if cached else BlockStatistics()
         with on_device(block, torch.device(device or model.device)):
             if stream is not None:

@@ -252,9 +252,10 @@ class Recipe:
         blocks = self.find(model)
         limits = self.limits(model, blocks)
         if limits.effective_target < limits.current_sparsity - TOLERANCE:
+            stays = "weights that are pruned stay pruned" if self.method.makes_zeros else "what is gone stays gone"
             raise InputError(
-                f"`pruning.sparsity` must be at least the current sparsity, {limits.current_sparsity:.4g} of the "
-                f"linears: weights that are pruned stay pruned; got {limits.target:.4g}."
+                f"`pruning.sparsity` must be at least the current sparsity, {limits.current_sparsity:.4g}: {stays}; "
+                f"got {limits.target:.4g}."
             )
         self.method.check_rates(blocks, self.allocation, limits.effective_target)
         self.allocation.check(limits.sizes, limits.effective_target, limits.lower, limits.upper)

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -7,13 +8,15 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
 from lit_prune.allocate.base import weighted_mean
 from lit_prune.calibration.statistics import BlockStatistics, InputStatistics
+from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
-from lit_prune.pipeline import prune, score
+from lit_prune.pipeline import prune, score, score_with_statistics
 from lit_prune.pruning import (
     Magnitude,
     MaskMethod,
+    Method,
     MixedNofM,
     NofM,
     Pattern,
@@ -23,6 +26,7 @@ from lit_prune.pruning import (
     Wanda,
 )
 from lit_prune.recipe import Recipe
+from lit_prune.shrink import MLPWidth, Shrink
 from tests.conftest import inputs_by_linear, small_model
 
 CASES: list[tuple[Pattern, float, Allocation]] = [
@@ -129,11 +133,35 @@ def test_pruned_stays_pruned_at_a_later_cut(
     gone = {name: tensor == 0 for name, tensor in weights(model).items()}
     capsys.readouterr()
     second = prune(model, batches, Recipe(sparsity=0.6))
-    assert "40.0% of the weights to prune are pruned already: they stay so, and count" in capsys.readouterr().err
+    assert "40.0% of the weights to prune is gone already, and counts toward the sparsity." in capsys.readouterr().err
     assert second.sparsity == pytest.approx(0.6, abs=1e-3)
     assert all((model.state_dict()[name][where] == 0).all() for name, where in gone.items())
-    with pytest.raises(InputError, match=r"must be at least the current sparsity, 0.(59\d*|6) of the .*; got 0.3"):
+    stays = r"must be at least the current sparsity, 0.(59\d*|6): weights that are pruned stay pruned; got 0.3"
+    with pytest.raises(InputError, match=stays):
         prune(model, batches, Recipe(sparsity=0.3))
+
+
+@pytest.mark.parametrize("method", [Depth(), Depth(refit=True), MLPWidth(8), Shrink([MLPWidth(8)])], ids=repr)
+def test_a_cut_that_rounds_to_nothing_says_so(
+    method: Method, model: PreTrainedModel, batches: list[torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, name = weights(model), type(method).__name__
+    prune(model, batches, Recipe(method, 0.0))
+    assert "removed nothing" not in capsys.readouterr().err
+    pruned = prune(model, batches, Recipe(method, 0.02))
+    assert pruned.sparsity == 0
+    assert re.search(f"{name} removed nothing: a sparsity of 0.02 is rounded to steps of 0", capsys.readouterr().err)
+    assert structure.describe(model)[-1].achieved == 0
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_cached_scores_are_not_announced(
+    model: PreTrainedModel, batches: list[torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, statistics = score_with_statistics(model, batches, Recipe())
+    assert "Scoring blocks" in capsys.readouterr().err
+    score(model, batches, Recipe(sparsity=0.6), statistics=statistics)
+    assert "Scoring blocks" not in capsys.readouterr().err
 
 
 def test_the_record_travels_in_the_config(

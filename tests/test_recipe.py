@@ -95,7 +95,9 @@ def test_a_check_returns_the_blocks_and_refuses_what_the_bounds_exclude(model: P
 def test_a_sparsity_below_the_current_one_is_refused(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
     prune(model, batches, Recipe(sparsity=0.6))
     Recipe(sparsity=0.6).check(model)
-    with pytest.raises(InputError, match=r"must be at least the current sparsity, 0.[56]\d* of the linears.*; got 0.5"):
+    with pytest.raises(
+        InputError, match=r"must be at least the current sparsity, 0.[56]\d*: weights that are pruned.*; got 0.5"
+    ):
         Recipe(sparsity=0.5).check(model)
 
 

@@ -191,10 +191,9 @@ class Depth(Method):
         """Removes the blocks with a rate of 1, or as many as equal rates amount to; see :meth:`Method.apply`."""
         every = _dense_blocks(model, blocks)
         removed = self._chosen(rates, every, blocks, stream)
-        if not removed:
-            return [_share(len(blocks), every)] * len(blocks)
-        log(f"Removing {_nouns(removed)} {spans(removed)} of {len(blocks)}.")
-        if self.refit:
+        if removed:
+            log(f"Removing {_nouns(removed)} {spans(removed)} of {len(blocks)}.")
+        if removed and self.refit:
             self._refit(model, blocks, removed, stream)
         _remove(model, blocks, removed)
         return [1.0 if block.index in removed else _share(len(blocks), every) for block in blocks]

@@ -48,10 +48,10 @@ class RemainingBlocks(Structure):
             name="depth",
             facts={"achieved": achieved, "blocks": self.blocks, "removed": removed, "remaining": list(self.remaining)},
             done="Shortened",
-            outcome=f"{left} blocks remain; removed are {spans(removed)}.",
+            outcome=f"{left} blocks remain; removed are {spans(removed)}." if removed else f"all {left} blocks remain.",
             rows={
                 "blocks removed, share": f"{achieved:.4f}",
-                "blocks that remain": f"{left}, without {spans(removed)}",
+                "blocks that remain": f"{left}, without {spans(removed)}" if removed else left,
             },
             unit="blocks",
             noun="block",
@@ -64,7 +64,7 @@ class RemainingBlocks(Structure):
 def spans(numbers: Iterable[int]) -> str:
     """Returns ascending numbers as text, with three and more neighbours together: 3, 7, 8, 9 as `3, 7 to 9`."""
     texts = [f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs_of(numbers)]
-    return ", ".join(texts) or "none"
+    return ", ".join(texts)
 
 
 def runs_of(numbers: Iterable[int]) -> list[list[int]]:

@@ -17,12 +17,12 @@ from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import Measurement, measure
 from lit_prune.evaluation.sizes import parameters, size_bytes
 from lit_prune.evaluation.speed import compare_speed, tokens_per_second, with_random_weights, without_weights
-from lit_prune.find_sparsity import FoundSparsity, find_sparsity
 from lit_prune.models.on_disk import on_disk, placed
 from lit_prune.pipeline import Pruned
 from lit_prune.progress import log
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.report.records import CutRecord, ModelSize, SearchRecord
+from lit_prune.target_perplexity import FoundSparsity, find_sparsity
 
 
 class _State(NamedTuple):

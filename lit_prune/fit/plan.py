@@ -14,7 +14,6 @@ from lit_prune.calibration.cached_statistics import CachedStatistics
 from lit_prune.calibration.windows import Calibration
 from lit_prune.distill import Distillation, Student
 from lit_prune.errors import InputError
-from lit_prune.find_sparsity import check_copies, check_single_cut
 from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.recipe import Recipe, recipe_record
@@ -22,6 +21,7 @@ from lit_prune.recover import Recovery
 from lit_prune.recover.existing_masks import check_kept, check_unfilled, take_zeros
 from lit_prune.schedule import Cut
 from lit_prune.target import StoredBytes
+from lit_prune.target_perplexity import check_copies, check_single_cut
 
 
 @final

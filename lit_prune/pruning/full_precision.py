@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -19,7 +20,8 @@ def full_precision() -> Iterator[None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # the precision was set for one backend, and differs between them
-        matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+        mkldnn: Any = torch.backends.mkldnn
+        matmuls = torch.backends.cuda.matmul, mkldnn.matmul
         by_backend = [matmul.fp32_precision for matmul in matmuls]
         for matmul in matmuls:
             matmul.fp32_precision = "ieee"

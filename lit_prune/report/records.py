@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from lit_prune.evaluation.perplexity import Measurement, Protocol
 from lit_prune.evaluation.speed import Speed
-from lit_prune.find_sparsity import FoundSparsity, SparsityTrial
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.plain import OMIT, json_form
+from lit_prune.target_perplexity import FoundSparsity, SparsityTrial
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from typing import Any
 from lit_prune.evaluation.perplexity import Measurement, Protocol
 from lit_prune.evaluation.tasks import TaskResults
 from lit_prune.export.verify import Verification
-from lit_prune.find_sparsity import FoundSparsity
 from lit_prune.models.structure import Description
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.plain import OMIT, fields_to_plain, json_form, to_plain
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.sections import CutSummary, Quantised, Shape, Sparsity, TargetSize
 from lit_prune.schedule import Cut
+from lit_prune.target_perplexity import FoundSparsity
 
 PACKAGES = ("lit-prune", "torch", "lightning", "transformers", "peft", "bitsandbytes", "torchmetrics", "datasets")
 

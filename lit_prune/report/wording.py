@@ -7,11 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lit_prune.evaluation.perplexity import Protocol
-from lit_prune.find_sparsity import FoundSparsity
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import Report
 from lit_prune.report.sections import Shape, TargetSize
+from lit_prune.target_perplexity import FoundSparsity
 
 REFERENCES = ("dense", "before")  # names of the perplexity that the others are compared with; a report has one of them
 RECOVERED = ("recovered", "requantised")

@@ -27,7 +27,6 @@ from tests.experts.models import mixture_model
 def test_spans() -> None:
     assert spans([3, 7, 8, 9]) == "3, 7 to 9"
     assert spans([1, 2, 4]) == "1, 2, 4"
-    assert spans([]) == "none"
     assert runs_of([3, 7, 8]) == [[3], [7, 8]]
 
 

@@ -1,6 +1,7 @@
 """Tests of the precision in which the methods that solve for weights multiply float32 matrices."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_products_are_in_full_precision_and_the_choice_comes_back(precision: str
 def test_a_precision_of_one_backend_comes_back() -> None:
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"
     before = chosen()
-    with pytest.raises(KeyError), full_precision():
+    with suppress(KeyError), full_precision():
         assert chosen() == ["ieee", "ieee"]
         raise KeyError
     assert chosen() == before == ["ieee", "bf16"]

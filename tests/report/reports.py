@@ -6,12 +6,12 @@ from typing import Any
 
 from lit_prune.evaluation.perplexity import Protocol
 from lit_prune.evaluation.speed import Speed
-from lit_prune.find_sparsity import FoundSparsity, SparsityTrial
 from lit_prune.models.structure import Description
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.records import CutRecord, ModelSize, SearchRecord
 from lit_prune.report.report import Report, ScoreReport, versions
 from lit_prune.report.sections import CutSummary, Shape, Sparsity
+from lit_prune.target_perplexity import FoundSparsity, SparsityTrial
 
 PROTOCOL = Protocol(data="text", windows=3, seq_length=16, tokens=45, dtype="float32")
 SEARCH = SearchRecord(evaluations=399, sweeps=33, windows=2, loss_start=4.25, loss_end=3.75)

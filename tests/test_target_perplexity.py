@@ -12,7 +12,6 @@ from lit_prune.allocate import Search, Uniform
 from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
-from lit_prune.find_sparsity import find_sparsity, greatest
 from lit_prune.models.families import find_blocks
 from lit_prune.models.load import load_tokenizer
 from lit_prune.pipeline import prune
@@ -20,6 +19,7 @@ from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
 from lit_prune.shrink import MLPWidth
+from lit_prune.target_perplexity import find_sparsity, greatest
 from tests.conftest import small_model
 
 MASKS = Recipe(Magnitude(), allocation=Uniform())
