@@ -105,15 +105,17 @@ class Cases(MatchingCases):
         """Returns the row of a recipe with so many times the windows, run between two plain forward passes."""
         protocol = replace(self.protocol, num_samples=times * self.protocol.num_samples)
         model, batches = load_model(protocol.pretrained, "float32"), protocol.batches()
-        before = forward_seconds(model, batches)
-        with cost() as spent:
-            pruned = prune(model, batches, recipe)
-        after = forward_seconds(load_model(protocol.pretrained, "float32"), batches)
+        with self.protocol.products():
+            before = forward_seconds(model, batches)
+            with cost() as spent:
+                pruned = prune(model, batches, recipe)
+            after = forward_seconds(load_model(protocol.pretrained, "float32"), batches)
         return self.measured(model) | {
             "rates": pruned.rates,
             "seconds": spent.seconds,
             "multiple": 2 * spent.cpu_seconds / (before + after),
             "peak_bytes": spent.peak_bytes,
+            "matmul_precision": protocol.matmul_precision,
         }
 
     def sliced(self, share: float) -> Row:
