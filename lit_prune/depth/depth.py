@@ -256,7 +256,7 @@ def _dense_blocks(model: PreTrainedModel, blocks: Sequence[Block]) -> int:
 
 def _share(left: int, every: int) -> float:
     """Returns the share of blocks that are gone."""
-    return 1 - left / every
+    return (every - left) / every
 
 
 def _rounded(number: float) -> int:

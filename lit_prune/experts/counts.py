@@ -52,7 +52,7 @@ class ExpertCounts(Structure):
 
     def describe(self, model: PreTrainedModel) -> Description:
         """Returns the number of experts and the share that was removed."""
-        achieved = 1 - self.experts / self.full
+        achieved = (self.full - self.experts) / self.full
         mixtures = sum(count_experts(layer) > 0 for layer in model.get_submodule(self.path).children())
         return Description(
             name="experts",

@@ -95,7 +95,8 @@ class Experts(PartMethod):
         """Returns the share of experts that each block has lost in earlier cuts."""
         recorded = structure.find_structure(model, ExpertCounts)
         return [
-            1 - recorded.experts / recorded.full if recorded and full else 0.0 for full in self.sizes(model, blocks)
+            (recorded.full - recorded.experts) / recorded.full if recorded and full else 0.0
+            for full in self.sizes(model, blocks)
         ]
 
     def max_rate(self, model: PreTrainedModel) -> float:
@@ -106,7 +107,7 @@ class Experts(PartMethod):
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates rounded so that the number of experts is a multiple; 0 for blocks without a mixture."""
         count = self._count(rates, sizes)
-        return [1 - count / full if full else 0.0 for full in sizes]
+        return [(full - count) / full if full else 0.0 for full in sizes]
 
     def size_multiple(self, model: PreTrainedModel) -> int:
         """Returns the number of which the number of experts is a multiple."""

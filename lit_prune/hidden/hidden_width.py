@@ -123,7 +123,8 @@ class HiddenWidth(Method):
 
     def current_rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[float]:
         """Returns the share of dimensions that earlier cuts have removed."""
-        return [1 - model.config.get_text_config().hidden_size / self._full(model)] * len(blocks)
+        full = self._full(model)
+        return [(full - model.config.get_text_config().hidden_size) / full] * len(blocks)
 
     def max_rate(self, model: PreTrainedModel) -> float:
         """Returns the rate that leaves one multiple."""
@@ -131,7 +132,7 @@ class HiddenWidth(Method):
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates rounded so that the width is a multiple."""
-        return [1 - self._width(rates, full) / full for full in sizes]
+        return [(full - self._width(rates, full)) / full for full in sizes]
 
     def size_multiple(self, model: PreTrainedModel) -> int:
         """Returns the number of which the width is a multiple."""
@@ -192,7 +193,7 @@ class HiddenWidth(Method):
             narrowing.narrow_ends(model)
             set_width(model, width)
         structure.add_structure(model, HiddenSize(width, full, len(blocks)))
-        return [1 - width / full] * len(blocks)
+        return [(full - width) / full] * len(blocks)
 
     def _width(self, rates: Sequence[float], full: int) -> int:
         return units_from_rates(rates[:1], [full], self.multiple)[0]

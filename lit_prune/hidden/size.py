@@ -45,7 +45,7 @@ class HiddenSize(Structure):
 
     def describe(self, model: PreTrainedModel) -> Description:
         """Returns the width and the share that was removed."""
-        achieved = 1 - self.width / self.full
+        achieved = (self.full - self.width) / self.full
         return Description(
             name="hidden_width",
             facts={"achieved": achieved, "width": self.width, "full": self.full},

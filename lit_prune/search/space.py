@@ -41,8 +41,9 @@ class Space:
         return (0,) * len(self.start)
 
     def rates(self, point: Point) -> list[float]:
-        """Returns the rates at ``point``."""
-        return [rate + part / size for rate, part, size in zip(self.start, point, self.sizes, strict=True)]
+        """Returns the rates at ``point``; a rate at a bound is the bound itself, which a sum of floats may miss."""
+        sums = [rate + part / size for rate, part, size in zip(self.start, point, self.sizes, strict=True)]
+        return [_snapped(rate, *bounds) for rate, *bounds in zip(sums, self.lower, self.upper, strict=True)]
 
     def on_budget(self, target: float, tolerance: float) -> Space:
         """Returns the space that starts, and stays, as near as ``tolerance`` units to a mean rate of ``target``.
@@ -152,6 +153,11 @@ class Space:
         bounds = zip(self.rates(point), self.lower, self.upper, strict=True)
         in_bounds = all(low - TOLERANCE <= rate <= high + TOLERANCE for rate, low, high in bounds)
         return in_bounds and least - TOLERANCE <= sum(point) <= most + TOLERANCE
+
+
+def _snapped(rate: float, *bounds: float) -> float:
+    """Returns the bound that ``rate`` equals but for the rounding of floats; else ``rate``."""
+    return next((bound for bound in bounds if abs(rate - bound) <= TOLERANCE), rate)
 
 
 def _multiples(low: float, high: float, grain: int) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def sizes_from_rates(rates: Sequence[float], hidden_size: int, multiple: int) ->
 
 def rates_from_sizes(sizes: Sequence[int], hidden_size: int) -> list[float]:
     """Returns the share of ``hidden_size`` that each width omits; a width of 24 of 32 gives 0.25."""
-    return [1 - size / hidden_size for size in sizes]
+    return [(hidden_size - size) / hidden_size for size in sizes]
 
 
 def check_multiple(multiple: int, hidden_size: int) -> None:

@@ -27,6 +27,14 @@ def test_rates_by_hand() -> None:
     assert space([100, 50], [1, 1]).rates((10, -10)) == pytest.approx([0.6, 0.3])
 
 
+def test_what_has_nothing_left_to_give_is_at_its_bound() -> None:
+    for start in (0.3, 1 / 3, 1 - 2 / 3):  # 0.3 - 0.2 - 0.1 is -2.8e-17, and 1 - 2 / 3 - 1 / 3 is 5.6e-17
+        where = replace(space([30, 30], [1, 1]), start=[start, 0.99 - start])
+        part = round(30 * start)
+        half = replace(where, start=where.rates((-6, 6)))
+        assert half.rates((6 - part, part - 6)) == where.rates((-part, part)) == [0.0, 0.99]
+
+
 def test_the_nearest_change() -> None:
     where = space([100, 1000], [1, 30])
     assert where.nearest(where.origin, 0, 12.4) == 12

@@ -72,7 +72,7 @@ class PartSizes(Structure):
     def describe(self, model: PreTrainedModel) -> Description:
         """Returns the numbers of units of the blocks and the share that was removed."""
         rates = rates_from_units(self.units, self.full)
-        achieved = 1 - sum(self.units) / sum(self.full)
+        achieved = (sum(self.full) - sum(self.units)) / sum(self.full)
         most, least, full = max(self.units), min(self.units), max(self.full)
         span = f"{least}" if least == most else f"{least} to {most}"
         equal = "the same in every block" if least == most else f"rates from {min(rates):.2%} to {max(rates):.2%}"
@@ -123,7 +123,7 @@ def units_from_rates(rates: Sequence[float], full: Sequence[int], multiple: int)
 
 def rates_from_units(units: Sequence[int], full: Sequence[int]) -> list[float]:
     """Returns the share of its units that each block loses; 24 of 32 is 0.25."""
-    return [1 - kept / all_units for kept, all_units in zip(units, full, strict=True)]
+    return [(all_units - kept) / all_units for kept, all_units in zip(units, full, strict=True)]
 
 
 def _below(exact: float, full: int, multiple: int) -> int:

@@ -78,7 +78,7 @@ def test_by_hand() -> None:
     assert units_from_rates([0.3, 0.4], [32, 32], 8) == [24, 16]
     assert units_from_rates([0.25, 0.25], [48, 48], 8) == [32, 32]  # 36 is as near to 40
     assert units_from_rates([0.25, 0.25], [48, 48], 1) == [36, 36]
-    assert rates_from_units([24, 32], [32, 32]) == [0.25, 0]
+    assert rates_from_units([24, 32, 2], [32, 32, 3]) == [0.25, 0, 1 / 3]  # 1 - 2 / 3 is another float
 
 
 def test_equal_rates_give_equal_numbers() -> None:
