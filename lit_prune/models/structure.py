@@ -55,7 +55,7 @@ class Description:
     """The description of a structure for the table, the picture and the model card.
 
     Attributes:
-        name: Key of the structure in report.json and first word of the table's row of the requested share: `slice`.
+        name: Key of the structure in report.json: `slice`.
         facts: Contents of report.json under that key, in plain JSON types.
         done: Beginning of the model card's first sentence: `Sliced`.
         outcome: End of that sentence, about the resulting sizes.
@@ -67,6 +67,7 @@ class Description:
         achieved: Share that was removed, mean over the blocks.
         loading: Line of Python that is needed before the model is opened; empty if there is none.
         added_parameters: Number of parameters that the structure adds to the model.
+        parts: The descriptions that this one joins, see :func:`joined`; empty for that of one structure.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Description:
     achieved: float
     loading: str = ""
     added_parameters: int = 0
+    parts: tuple[Description, ...] = ()
 
 
 class Structure(ABC):
@@ -160,7 +162,7 @@ def describe(model: PreTrainedModel) -> list[Description]:
 
 
 def joined(descriptions: Sequence[Description], name: str) -> Description:
-    """Returns one description of several structures that the same cut added; the picture shows the first.
+    """Returns one description of several structures that the same cut added.
 
     Args:
         descriptions: The descriptions, at least one, which is returned as it is if it is the only one.
@@ -175,6 +177,7 @@ def joined(descriptions: Sequence[Description], name: str) -> Description:
         facts={"parts": {described.name: described.facts for described in descriptions}},
         outcome="; ".join(described.outcome.removesuffix(".") for described in descriptions) + ".",
         rows={label: text for described in descriptions for label, text in described.rows.items()},
+        parts=tuple(descriptions),
     )
 
 

@@ -20,6 +20,7 @@ BLUE, PALE, DARK, BLACK = "#4c78a8", "#dbe5f0", "#1f3b5c", "#222222"
 COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of the bars of perplexities; others: RED
 RED = "#e45756"
 TITLE_LETTERS, LEGEND_COLUMNS = 100, 5
+HEIGHT, PANEL_HEIGHT = 4.0, 1.8  # of a picture with one panel of blocks, and of every further panel, in inches
 MAX_LINEAR_RATIO = 10  # of the largest to the smallest perplexity; beyond, the axis is logarithmic
 LONGEST_BAR = 1e100  # beyond, a logarithmic axis overflows
 NARROW, WIDE = 0.08, 0.4  # margins, as shares of the span of the bars; the wide one has room for a number
@@ -31,21 +32,29 @@ def save_figure(path: Path, report: Report | ScoreReport) -> None:
 
 
 def draw(report: Report | ScoreReport) -> Figure:
-    """Returns the picture of a report that has scores: the blocks and, if several were measured, the perplexities."""
+    """Returns the picture of a report that has scores: the blocks and, if several were measured, the perplexities.
+
+    A cut of several parts of the blocks has a panel of blocks for each, one below the other.
+    """
     from matplotlib.figure import Figure  # imported here because it takes a second
 
     perplexity = perplexities(report) if isinstance(report, Report) else {}
-    several = len(perplexity) > 1
-    figure = Figure(figsize=(10, 4) if several else (7.5, 4), layout="constrained")
-    axes = figure.subplots(1, 2 if several else 1, width_ratios=[3, 1] if several else [1], squeeze=False)[0]
-    _draw_blocks(axes[0], report)
+    several, structures = len(perplexity) > 1, _structures(report)
+    panels = max(len(structures), 1)
+    size = (10 if several else 7.5, HEIGHT + (panels - 1) * PANEL_HEIGHT)
+    figure = Figure(figsize=size, layout="constrained")
+    mosaic: list[Any] = [[f"blocks {panel}", *(["perplexity"] if several else [])] for panel in range(panels)]
+    axes = figure.subplot_mosaic(mosaic, width_ratios=[3, 1] if several else [1])
+    blocks = [axes[row[0]] for row in mosaic]
+    _draw_blocks(blocks, report, structures)
     scores = _scores(report)
-    drawn = [axes[0], *([_draw_scores(axes[0], scores)] if scores else [])]
-    handles = [handle for axis in drawn for handle in axis.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside lower left", ncols=min(len(handles), LEGEND_COLUMNS), fontsize=8)
-    axes[0].set_title(_title(report), fontsize=9)
+    drawn = [*blocks, *([_draw_scores(blocks[0], scores)] if scores else [])]
+    handles = {handle.get_label(): handle for axis in drawn for handle in axis.get_legend_handles_labels()[0]}
+    columns = min(len(handles), LEGEND_COLUMNS)
+    figure.legend(handles=list(handles.values()), loc="outside lower left", ncols=columns, fontsize=8)
+    blocks[0].set_title(_title(report), fontsize=9)
     if several:
-        _draw_perplexities(axes[1], perplexity)
+        _draw_perplexities(axes["perplexity"], perplexity)
     return figure
 
 
@@ -59,15 +68,22 @@ def perplexities(report: Report) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
-def _draw_blocks(axis: Any, report: Report | ScoreReport) -> None:
-    """Draws a bar for each block: its rate, or its size if the cut changed shapes."""
-    if isinstance(report, Report) and report.shape is not None:
-        _draw_sizes(axis, report.shape.structure)
-    else:
+def _structures(report: Report | ScoreReport) -> Sequence[Description]:
+    """Returns the structures whose sizes are drawn, one for every part of the blocks; none if the cut was of masks."""
+    shape = report.shape if isinstance(report, Report) else None
+    return () if shape is None else shape.structure.parts or (shape.structure,)
+
+
+def _draw_blocks(axes: Sequence[Any], report: Report | ScoreReport, structures: Sequence[Description]) -> None:
+    """Draws a bar for each block: its rate or, if the cut changed shapes, its size of every structure."""
+    for axis, structure in zip(axes, structures, strict=False):
+        _draw_sizes(axis, structure, alone=len(structures) == 1)
+    if not structures:
         earlier = report.cuts[:-1] if isinstance(report, Report) else ()
-        _draw_rates(axis, report.rates or [], earlier, report.sparsity.target)
-    axis.set_xlabel("block")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+        _draw_rates(axes[0], report.rates or [], earlier, report.sparsity.target)
+    axes[-1].set_xlabel("block")
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _draw_rates(axis: Any, rates: Sequence[float], earlier: Sequence[CutSummary], target: float | None) -> None:
@@ -83,15 +99,20 @@ def _draw_rates(axis: Any, rates: Sequence[float], earlier: Sequence[CutSummary]
     axis.set(ylabel="share removed", ylim=(0, 1))
 
 
-def _draw_sizes(axis: Any, structure: Description) -> None:
-    """Draws a bar for each block: the size that is left and, above it, the part that was removed."""
+def _draw_sizes(axis: Any, structure: Description, *, alone: bool) -> None:
+    """Draws a bar for each block: the size that is left and, above it, what was removed.
+
+    Unless the structure is drawn ``alone``, the legend, which is that of all panels, names its unit beside the mean.
+    """
     blocks, sizes, mean = range(len(structure.sizes)), structure.sizes, sum(structure.sizes) / len(structure.sizes)
     axis.bar(blocks, sizes, color=BLUE, label=f"remaining {structure.noun} (left)")
     removed = [structure.full - size for size in sizes]
     axis.bar(blocks, removed, bottom=sizes, color=PALE, label="removed (left)")
-    label = f"mean {structure.noun}, {mean:.{0 if structure.full > 1 else 2}f} of {structure.full} (left)"
+    noun = structure.noun if alone else structure.unit
+    label = f"mean {noun}, {mean:.{0 if structure.full > 9 else 2}f} of {structure.full} (left)"
     axis.axhline(mean, color=DARK, linestyle=":", label=label)
     axis.set(ylabel=structure.unit, ylim=(0, structure.full * 1.05))
+    axis.yaxis.get_major_locator().set_params(integer=True)
 
 
 def _scores(report: Report | ScoreReport) -> Sequence[float]:

@@ -92,5 +92,5 @@ def test_descriptions_of_one_cut_are_joined() -> None:
         "8 of 16; 2 of 4.",
         {"channels": "8", "groups": "2"},
     )
-    assert joined.sizes == (8,)
+    assert (joined.sizes, joined.parts) == ((8,), (widths, groups))
     assert structure.joined([groups], "shrink") is groups

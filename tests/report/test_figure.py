@@ -9,7 +9,7 @@ import pytest
 
 from lit_prune.report.figure import draw, perplexities, save_figure
 from lit_prune.report.report import Report, ScoreReport
-from tests.report.reports import REPORT, SCORES, SEARCH, SLICED, cut, perplexity, sparsity
+from tests.report.reports import REPORT, SCORES, SEARCH, SHAPE, SLICED, SLICES, cut, perplexity, sparsity
 
 
 def blocks(report: Report | ScoreReport) -> Any:
@@ -71,6 +71,27 @@ def test_what_every_block_keeps_of_its_width() -> None:
     assert axis.get_ylabel() == "dimensions of the residual stream"
     assert axis.get_ylim() == (0, pytest.approx(67.2))
     assert {"remaining width (left)", "removed (left)"} < legend(SLICED)
+
+
+def test_every_part_of_the_blocks_has_a_panel() -> None:
+    changes = {"name": "groups", "unit": "key/value groups", "noun": "size", "sizes": (3, 1), "full": 4}
+    parts = (SLICES, replace(SLICES, **changes))  # type: ignore[arg-type]
+    report = replace(SLICED, shape=replace(SHAPE, structure=replace(SLICES, parts=parts)))
+    figure = draw(report)
+    panels = [
+        axis for axis in figure.axes if axis.get_ylabel() in ("dimensions of the residual stream", changes["unit"])
+    ]
+    assert [[bar.get_height() for bar in axis.patches] for axis in panels] == [[56, 40, 8, 24], [3, 1, 1, 3]]
+    assert [axis.get_xlabel() for axis in panels] == ["", "block"]
+    assert all(float(tick).is_integer() for tick in panels[1].get_yticks())  # there are no half groups
+    assert list(line(panels[1], "mean key/value groups, 2.00 of 4 (left)").get_ydata()) == [2, 2]
+    assert {axis.get_subplotspec().rowspan.start for axis in panels} == {0, 1}
+    assert figure.get_figheight() > draw(SLICED).get_figheight()
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(labels) == len(set(labels))
+    assert {"mean dimensions of the residual stream, 48 of 64 (left)", "mean key/value groups, 2.00 of 4 (left)"} < {
+        *labels
+    }
 
 
 def test_the_title_says_how_the_rates_came_about_in_lines_that_fit() -> None:
