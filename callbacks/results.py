@@ -35,7 +35,7 @@ from lit_prune.files import write_text
 from lit_prune.fit.fsdp import gathered, is_sharded
 from lit_prune.progress import log
 from lit_prune.report.report import Report
-from lit_prune.report.summary import summary
+from lit_prune.report.summary import last_name, summary
 from lit_prune.report.table import table
 from lit_prune.report.write import Validation, write_results, write_tasks
 from lit_prune.target import StoredBytes
@@ -179,7 +179,7 @@ class ResultsCallback(Callback):
         model = pruning.find_model(pl_module)
         if not is_sharded(model):
             model = model.to(trainer.strategy.root_device)
-        name = "after" if pruning.fit_plan.recipe is None else "recovered"
+        name = last_name(pruning.fit_plan.recipe, trained=self.seconds > 0)
         validation = validation_data(trainer)
         measured = None if validation is None else measure(model, *validation, label=f"Perplexity, {name}")
         whole = gathered(model)  # a collective of all processes, so before any of them returns
@@ -212,6 +212,7 @@ class ResultsCallback(Callback):
             pruning.run.done,
             pruning.run.baseline,
             pruning.run.plan.cuts[len(pruning.run.done) :],
+            trained=self.seconds > 0,
             format=self.format,
         )
         # the time of cuts after step 0 is part of the training's, and is reported as their own

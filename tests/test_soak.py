@@ -136,7 +136,7 @@ def assert_budget(settings: dict[str, Any], report: dict[str, Any]) -> None:
     method = settings["method"]
     if method.changes_shapes:
         shape = report["slice" if isinstance(method, Slicing) else method.sizes_class.name]
-        kept = shape["pruned"]["parameters"] / shape["dense"]["parameters"]
+        kept = shape["pruned"]["parameters"] / shape.get("dense", shape.get("before"))["parameters"]
         achieved = 1 - kept if settings["budget"] == "parameters" else shape["achieved"]
         assert achieved == pytest.approx(settings["sparsity"], abs=HALF_A_SIZE[type(method)])
         return

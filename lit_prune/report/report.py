@@ -34,7 +34,7 @@ class Report:
     Attributes:
         perplexity: Perplexities by name: `dense` (`before` for a model that was already pruned or trained), `pruned`
             after the last cut, `quantised`, `recovered`, `requantised`; for a training without cuts `before` and
-            `after`. None for one that was not measured.
+            `after`, for an export alone `exported`. None for one that was not measured.
         protocol: Text and windows of the perplexities; None if none was measured.
         sparsity: Requested and achieved sparsity.
         recipe: The recipe, see ``recipe.recipe_record``; None for a model that no recorded run has cut.

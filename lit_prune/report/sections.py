@@ -60,20 +60,23 @@ class Shape:
     Attributes:
         structure: Description of the structure, see ``models.structure``.
         requested: Requested share to remove.
-        dense: Size before the cut; None if it is not known.
+        before: Size before the cut; None if it is not known.
         pruned: Size after the cut; None if it is not known.
         budget: Meaning of ``requested``, see ``allocate.budget``.
+        reference: Name of the model before the cut, as of its perplexity: `dense`, or `before` if it was pruned or
+            trained before.
     """
 
     structure: Description
     requested: float
-    dense: ModelSize | None = None
+    before: ModelSize | None = None
     pruned: ModelSize | None = None
     budget: Budget = "linears"
+    reference: str = "dense"
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the section of report.json; the budget is left out if the share is the mean over the blocks."""
-        sizes = {"dense": to_plain(self.dense), "pruned": to_plain(self.pruned)}
+        sizes = {self.reference: to_plain(self.before), "pruned": to_plain(self.pruned)}
         budget = {} if self.budget == "linears" else {"budget": self.budget}
         return {"requested": self.requested, **budget, **self.structure.facts, **sizes}
 

@@ -31,6 +31,7 @@ def summary(
     baseline: Baseline | None = None,
     cuts_not_made: Sequence[Cut] = (),
     *,
+    trained: bool = True,
     format: ExportFormat = HuggingFace(),  # noqa: B008 (frozen)
 ) -> Report:
     """Returns the report of a run, to which the measurements of the final model are still to be added.
@@ -43,12 +44,13 @@ def summary(
         cuts: Records of the cuts that were made.
         baseline: Record of the model before a training without cuts.
         cuts_not_made: Planned cuts that the training ended before.
+        trained: Whether the model was trained, see :func:`last_name`.
         format: Format of the export, which counts the bytes.
     """
     last, record = cuts[-1] if cuts else None, structure.record(plan.model)
     start, first = baseline or last, _first_name(plan.base, recipe, cuts)
     return Report(
-        perplexity=_perplexities(first, recipe, cuts, baseline),
+        perplexity=_perplexities(first, recipe, cuts, baseline, trained),
         protocol=None if start is None else start.protocol,
         sparsity=_sparsity(plan, recipe, cuts, baseline),
         recipe=_recipe(last, baseline),
@@ -142,17 +144,28 @@ def _first_name(base: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[Cut
     return "before" if _sparsity_before(cuts) or had_shape or trained else "dense"
 
 
+def last_name(recipe: Recipe | None, trained: bool) -> str:
+    """Returns the name of the perplexity at the end of a run: `recovered` if the run cuts, else `after` the training.
+
+    It is `exported` for a model that was neither cut nor trained.
+    """
+    if recipe is not None:
+        return "recovered"
+    return "after" if trained else "exported"
+
+
 def _perplexities(
-    first: str, recipe: Recipe | None, cuts: Sequence[CutRecord], baseline: Baseline | None
+    first: str, recipe: Recipe | None, cuts: Sequence[CutRecord], baseline: Baseline | None, trained: bool
 ) -> dict[str, float | None]:
     """Returns the perplexities around the cuts, and None for the one that is measured at the end of the run."""
+    end: dict[str, float | None] = {last_name(recipe, trained): None}
     if recipe is None:
-        return {**({} if baseline is None else baseline.perplexity), "after": None}
+        return {**({} if baseline is None else baseline.perplexity), **end}
     if not cuts:
-        return {first: None, "pruned": None, "recovered": None}
+        return {first: None, "pruned": None, **end}
     last = cuts[-1].perplexity
     quantised = {name: value for name, value in last.items() if name == "quantised"}
-    return {first: cuts[0].perplexity.get("before"), "pruned": last.get("after"), **quantised, "recovered": None}
+    return {first: cuts[0].perplexity.get("before"), "pruned": last.get("after"), **quantised, **end}
 
 
 def _seconds(cuts: Sequence[CutRecord], first: str) -> dict[str, float]:
@@ -174,12 +187,12 @@ def _shape(
     if requested is None or not described or (recipe is not None and not cuts):  # training may have ended before it
         return None
     sizes = (_size_before(cuts), cuts[-1].size.get("after") if cuts else None)
-    dense, pruned = (None if size is None else _in_written_type(size, plan) for size in sizes)
+    before, pruned = (None if size is None else _in_written_type(size, plan) for size in sizes)
     share, budget = requested
     earlier: Mapping[str, Any] = {} if baseline is None else baseline.record
     count = earlier.get(structure.ADDED) or 1 if recipe is None else recipe.method.structures
-    shape = structure.joined(described[-count:], "shrink")
-    return Shape(shape, share, dense=dense, pruned=pruned, budget=budget)
+    shape, reference = structure.joined(described[-count:], "shrink"), _first_name(plan.base, recipe, cuts)
+    return Shape(shape, share, before=before, pruned=pruned, budget=budget, reference=reference)
 
 
 def _requested(recipe: Recipe | None, last: CutRecord | None, baseline: Baseline | None) -> tuple[float, Budget] | None:

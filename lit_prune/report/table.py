@@ -130,7 +130,7 @@ def _sparsity_rows(sparsity: Sparsity) -> dict[str, str]:
 
 def _shape_rows(shape: Shape) -> dict[str, str]:
     """Returns the rows of the structure, and of what it saves."""
-    requested = {f"{shape.structure.name} requested, {describe_budget(shape.budget)}": f"{shape.requested:.4f}"}
+    requested = {f"sparsity requested, {describe_budget(shape.budget)}": f"{shape.requested:.4f}"}
     return requested | shape.structure.rows | describe_gains(shape)
 
 

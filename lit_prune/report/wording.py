@@ -156,7 +156,7 @@ def describe_miss(missed: float | None) -> str:
 
 
 def describe_size(report: Report) -> str:
-    """Returns the parameters and bytes of the exported model and, if a cut changed them, those of the dense one."""
+    """Returns the parameters and bytes of the exported model and, if a cut changed them, those before it."""
     adapter = ""
     if report.adapter and not report.merged:
         adapter = f" and {report.adapter_parameters:,} of the adapter"
@@ -177,14 +177,15 @@ def _compare_shape(report: Report) -> str:
     """Returns the end of the text in full precision."""
     if report.bytes_unpacked is not None:
         return f", packed; {report.bytes_unpacked / 1e6:,.1f} MB with the zeros"
-    if report.shape is None:
+    shape = report.shape
+    if shape is None:
         return ", zeros stored" if report.masked else ""
-    dense = report.shape.dense
-    if dense is None:
+    if shape.before is None:
         return ""
-    share = report.parameters / dense.parameters - 1
-    bigger = ": bigger than the dense model" if share > 0 else ""
-    return f", dense {dense.parameters:,}, {dense.bytes / 1e6:,.1f} MB  ({share:+.1%}){bigger}"
+    share = report.parameters / shape.before.parameters - 1
+    bigger = f": bigger than {'the dense model' if shape.reference == 'dense' else 'before'}" if share > 0 else ""
+    size = f"{shape.before.parameters:,}, {shape.before.bytes / 1e6:,.1f} MB"
+    return f", {shape.reference} {size}  ({share:+.1%}){bigger}"
 
 
 def _describe_head(report: Report) -> str:
@@ -195,18 +196,18 @@ def _describe_head(report: Report) -> str:
 
 
 def describe_gains(shape: Shape) -> dict[str, str]:
-    """Returns the memory and the tokens per second of a model of another shape beside the dense one's, by label.
+    """Returns the memory and the tokens per second of a model of another shape beside those before the cut, by label.
 
     Empty if the sizes are not known; without the speeds if they were not measured.
     """
-    dense, pruned = shape.dense, shape.pruned
-    if dense is None or pruned is None:
+    before, pruned, first = shape.before, shape.pruned, shape.reference
+    if before is None or pruned is None:
         return {}
-    change = f"{pruned.bytes / dense.bytes - 1:+.1%}"
-    rows = {"memory when opened": f"{pruned.bytes / 1e6:,.1f} MB, dense {dense.bytes / 1e6:,.1f} MB  ({change})"}
-    if dense.speed is None or pruned.speed is None:
+    change = f"{pruned.bytes / before.bytes - 1:+.1%}"
+    rows = {"memory when opened": f"{pruned.bytes / 1e6:,.1f} MB, {first} {before.bytes / 1e6:,.1f} MB  ({change})"}
+    if before.speed is None or pruned.speed is None:
         return rows
     for name in ("prefill", "decode"):
-        before, after = getattr(dense.speed, name), getattr(pruned.speed, name)
-        rows[f"tokens per second, {name}"] = f"{after:,.1f}, dense {before:,.1f}  ({after / before:.2f} x dense)"
+        earlier, now = getattr(before.speed, name), getattr(pruned.speed, name)
+        rows[f"tokens per second, {name}"] = f"{now:,.1f}, {first} {earlier:,.1f}  ({now / earlier:.2f} x {first})"
     return rows

@@ -49,7 +49,7 @@ class Slices(Structure):
                 "untied_head": self.untied_head,
             },
             rows={
-                "slice achieved, mean over blocks": f"{achieved:.4f}",
+                "dimensions of the residual stream removed, mean over blocks": f"{achieved:.4f}",
                 "widths of the blocks": f"{span} of {full}",
             },
             done="Sliced",

@@ -140,9 +140,9 @@ def test_a_folder_is_exported_to_gguf_and_run_by_llama_cpp(capsys: pytest.Captur
     assert "stores pruned weights as zeros" in capsys.readouterr().err
     assert sorted(path.name for path in Path("runs/y/model").iterdir()) == ["README.md", "model.gguf"]
     told = report("runs/y")
-    assert told["perplexity"]["after"] == pytest.approx(report()["perplexity"]["pruned"])
+    assert told["perplexity"]["exported"] == pytest.approx(report()["perplexity"]["pruned"])
     assert told["export"]["format"] == "GGUF"
-    assert told["export"]["perplexity"] == pytest.approx(told["perplexity"]["after"], rel=0.01)
+    assert told["export"]["perplexity"] == pytest.approx(told["perplexity"]["exported"], rel=0.01)
     assert told["export"]["zeros_found"] >= told["export"]["zeros_expected"] > 1e6
     assert told["bytes"] == pytest.approx(2 * told["parameters"], rel=1e-2)
     assert told["recipe"]["method"].startswith("Magnitude")
@@ -214,7 +214,7 @@ def test_a_folder_is_exported_as_it_is() -> None:
     run("export", "--model.pretrained=embedded", "--output=runs/x")
     assert AutoModelForCausalLM.from_pretrained("runs/x/model").dtype == torch.bfloat16
     assert "# embedded, exported with lit_prune" in Path("runs/x/model/README.md").read_text()
-    assert list(report()["perplexity"]) == ["after"]
+    assert list(report()["perplexity"]) == ["exported"]
 
 
 def test_a_fit_and_its_checkpoint_are_exported_to_gguf() -> None:

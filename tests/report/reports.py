@@ -72,7 +72,10 @@ SLICES = Description(
     facts={"achieved": 0.2512, "sizes": [56, 40]},
     done="Sliced",
     outcome="the residual stream has 40 to 56 of its 64 dimensions, 25.12% less in the mean.",
-    rows={"slice achieved, mean over blocks": "0.2512", "widths of the blocks": "40 to 56 of 64"},
+    rows={
+        "dimensions of the residual stream removed, mean over blocks": "0.2512",
+        "widths of the blocks": "40 to 56 of 64",
+    },
     unit="dimensions of the residual stream",
     noun="width",
     sizes=(56, 40),
@@ -83,7 +86,7 @@ SLICES = Description(
 SHAPE = Shape(
     structure=SLICES,
     requested=0.25,
-    dense=ModelSize(1_000_000, 3_000_000, Speed(prefill=100.0, decode=10.0)),
+    before=ModelSize(1_000_000, 3_000_000, Speed(prefill=100.0, decode=10.0)),
     pruned=ModelSize(1_100_000, 4_000_000, Speed(prefill=150.0, decode=9.0)),
 )
 SLICED = replace(REPORT, merged=True, structures=[SLICES], parameters=1_100_000, shape=SHAPE)

@@ -146,7 +146,7 @@ def test_a_sliced_model() -> None:
         "\n\nSpeeds are those of one sequence in float32; both models were measured by turns in one process.\n\n"
         in card
     )
-    slow = replace(SLICED, shape=replace(SHAPE, dense=replace(SHAPE.dense, speed=None)))
+    slow = replace(SLICED, shape=replace(SHAPE, before=replace(SHAPE.before, speed=None)))
     assert "memory when opened" in model_card(slow, "some/model", "USAGE")
     assert "by turns" not in model_card(slow, "some/model", "USAGE")
 

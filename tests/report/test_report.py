@@ -63,6 +63,9 @@ def test_a_shape_stands_under_the_name_of_its_structure() -> None:
     stored = json.loads(to_json(SLICED))
     assert (stored["sliced"], stored["slice"]["requested"], stored["slice"]["achieved"]) == (True, 0.25, 0.2512)
     assert stored["slice"]["dense"]["speed"] == {"prefill": 100.0, "decode": 10.0}
+    again = replace(SLICED, shape=replace(SHAPE, reference="before")).to_dict()["slice"]
+    assert again["before"] == stored["slice"]["dense"]
+    assert "dense" not in again
     dense = json.loads(to_json(REPORT))
     assert stored.keys() - dense.keys() == {"slice"}
     assert not dense["sliced"]

@@ -19,7 +19,7 @@ from lit_prune.report.report import Report
 from lit_prune.report.summary import summary
 from lit_prune.report.wording import describe_size
 from lit_prune.schedule import Cut
-from lit_prune.shrink import MLPWidth
+from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
 from tests.fit.cuts import cut
@@ -107,9 +107,24 @@ def test_a_model_that_was_sliced_by_this_run() -> None:
     assert found.shape is not None
     assert found.shape.requested == found.shape.structure.achieved == 0.25
     assert [structure.name for structure in found.structures] == ["slice"]
-    assert found.shape.dense == record.size["before"]
+    assert found.shape.before == record.size["before"]
     assert not found.masked
     assert found.sparsity.requested is None
+
+
+def test_a_model_that_was_shrunk_before_is_not_called_dense() -> None:
+    first, second = Recipe(MLPWidth(multiple=8), 0.3, Uniform()), Recipe(MLPWidth(multiple=8), 0.6, Uniform())
+    other = Recipe(HeadGroups(), 0.5, Uniform())
+    model, record = pruned(first)
+    shape = report(model, first, [record]).shape
+    assert shape is not None
+    assert shape.reference == "dense"
+    for recipe in (second, other):
+        batches = [{"input_ids": torch.arange(1, 17)[None]}]
+        record = cut(model, CutInputs(recipe, batches, {"num_samples": 1}, None, CPU))
+        found = report(model, recipe, [record])
+        assert found.shape is not None
+        assert found.shape.reference == next(iter(found.perplexity)) == "before"
 
 
 def test_two_cuts_are_compared_with_the_model_before_the_first() -> None:
@@ -122,14 +137,14 @@ def test_two_cuts_are_compared_with_the_model_before_the_first() -> None:
     shape = report(model, recipe, records).shape
     assert shape is not None
     assert shape.pruned == sizes[3]
-    assert shape.dense is not None
-    assert shape.dense.speed is not None
-    assert (shape.dense.parameters, shape.dense.bytes) == (10, 40)
-    assert (shape.dense.speed.prefill, shape.dense.speed.decode) == pytest.approx((4.0, 8.0))
+    assert shape.before is not None
+    assert shape.before.speed is not None
+    assert (shape.before.parameters, shape.before.bytes) == (10, 40)
+    assert (shape.before.speed.prefill, shape.before.speed.decode) == pytest.approx((4.0, 8.0))
     records[0] = replace(records[0], size={"before": sizes[0], "after": replace(sizes[1], speed=None)})
     unmeasured = report(model, recipe, records).shape
     assert unmeasured is not None
-    assert unmeasured.dense == replace(sizes[0], speed=None)
+    assert unmeasured.before == replace(sizes[0], speed=None)
 
 
 def test_a_model_that_was_sliced_before_and_masked_by_this_run() -> None:
@@ -172,6 +187,7 @@ def test_a_training_of_a_dense_model() -> None:
     assert found.baseline == {}
     assert found.recipe is None
     assert report(model, None, []).perplexity == {"after": None}
+    assert report(model, None, [], trained=False).perplexity == {"exported": None}
 
 
 def test_a_training_of_a_sliced_model() -> None:
@@ -179,6 +195,6 @@ def test_a_training_of_a_sliced_model() -> None:
     found = report(model, None, [], measure_baseline(model, None, CPU))
     assert found.shape is not None
     assert found.shape.requested == 0.25
-    assert found.shape.dense is None
+    assert found.shape.before is None
     assert found.sparsity.requested is None
     assert found.recipe == record.recipe

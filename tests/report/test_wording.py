@@ -108,5 +108,7 @@ def test_the_size_of_what_is_exported() -> None:
 def test_the_size_of_another_shape_stands_beside_the_dense_one() -> None:
     dense = ", 4.0 MB in float32, dense 1,000,000, 3.0 MB"
     assert describe_size(SLICED) == f"1,100,000{dense}  (+10.0%): bigger than the dense model"
+    again = replace(SLICED, shape=replace(SHAPE, reference="before"))
+    assert describe_size(again).endswith(", before 1,000,000, 3.0 MB  (+10.0%): bigger than before")
     assert describe_size(replace(SLICED, parameters=900_000)) == f"900,000{dense}  (-10.0%)"
-    assert describe_size(replace(SLICED, shape=replace(SHAPE, dense=None))) == "1,100,000, 4.0 MB in float32"
+    assert describe_size(replace(SLICED, shape=replace(SHAPE, before=None))) == "1,100,000, 4.0 MB in float32"

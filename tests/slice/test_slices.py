@@ -37,6 +37,9 @@ def test_described_by_hand() -> None:
         "untied_head": True,
     }
     assert described.added_parameters == shortcuts
-    assert described.rows == {"slice achieved, mean over blocks": "0.2500", "widths of the blocks": "16 to 32 of 32"}
+    assert described.rows == {
+        "dimensions of the residual stream removed, mean over blocks": "0.2500",
+        "widths of the blocks": "16 to 32 of 32",
+    }
     assert described.outcome.startswith("the residual stream has 16 to 32 of its 32 dimensions, 25.00% less in the ")
     assert (described.sizes, described.full, described.achieved) == ((24, 16, 32), 32, 0.25)
