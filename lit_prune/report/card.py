@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from huggingface_hub import ModelCardData
 
 from lit_prune.report.report import Report
@@ -24,16 +26,20 @@ QUANTISED_FORMS = {  # of the export, see ``export.plan.form_of``
 }
 
 
-def model_card(report: Report, base: str, usage: str) -> str:
+def model_card(
+    report: Report, base: str, usage: str, *, library_name: str | None = "transformers", tags: Sequence[str] = ()
+) -> str:
     """Returns the text of the model card, with the metadata that the hub reads.
 
     Args:
         report: Report of the run.
         base: Name of the base model.
         usage: The Markdown that says how the folder is opened, see ``ExportFormat.usage``.
+        library_name: Library that opens the folder; None names none.
+        tags: Tags of the format.
     """
     kind = ["sparse"] if report.shape is None or (report.sparsity.achieved_all or 0) > 0.01 else []
-    data = ModelCardData(library_name="transformers", tags=["pruning", *kind, "lit-prune"])
+    data = ModelCardData(library_name=library_name, tags=["pruning", *kind, "lit-prune", *tags])
     return f"""---
 {data.to_yaml()}
 ---

@@ -127,9 +127,10 @@ def _plan_header(plan: Path, report: ScoreReport) -> str:
 
 
 def _card(report: Report, plan: ExportPlan, format: ExportFormat, base: str, tokenizer: Tokenizer | None) -> str:
-    imports = [structure.loading for structure in report.structures if structure.loading]
+    imports = list(dict.fromkeys(structure.loading for structure in report.structures if structure.loading))
     source = "this/folder" if tokenizer is not None else _source_of_tokenizer(plan.model, base)
-    return model_card(report, base, format.usage(plan.outline, source, imports))
+    usage = format.usage(plan.outline, source, imports)
+    return model_card(report, base, usage, library_name=format.library_name, tags=format.tags)
 
 
 def _source_of_tokenizer(model: PreTrainedModel, base: str) -> str:

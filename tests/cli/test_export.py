@@ -147,7 +147,10 @@ def test_a_folder_is_exported_to_gguf_and_run_by_llama_cpp(capsys: pytest.Captur
     assert told["bytes"] == pytest.approx(2 * told["parameters"], rel=1e-2)
     assert told["recipe"]["method"].startswith("Magnitude")
     assert "train" not in told["seconds"]
-    assert "llama-cli -m this/folder/model.gguf" in Path("runs/y/model/README.md").read_text()
+    card = Path("runs/y/model/README.md").read_text()
+    assert "llama-cli -m this/folder/model.gguf" in card
+    assert "\n- gguf\n" in card
+    assert "library_name" not in card
 
     model, ids = (
         AutoModelForCausalLM.from_pretrained("runs/x/model"),

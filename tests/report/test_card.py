@@ -43,6 +43,9 @@ def test_the_hub_reads_it() -> None:
     card = ModelCard(model_card(REPORT, "some/model", "USAGE"))
     assert card.data.tags == ["pruning", "sparse", "lit-prune"]
     assert card.data.library_name == "transformers"
+    file = ModelCard(model_card(REPORT, "some/model", "USAGE", library_name=None, tags=["gguf"]))
+    assert file.data.tags == ["pruning", "sparse", "lit-prune", "gguf"]
+    assert "library_name" not in file.data.to_dict()
 
 
 def test_a_smaller_model_is_sparse_only_if_it_has_masks_too() -> None:

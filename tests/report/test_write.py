@@ -8,21 +8,27 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
-from lit_prune.allocate import Plan
+from lit_prune.allocate import LayerRedundancy, Plan
 from lit_prune.calibration.cached_statistics import FILE
 from lit_prune.errors import InputError
 from lit_prune.evaluation.tasks import HarnessSettings, TaskResults
-from lit_prune.export.formats import HuggingFace
+from lit_prune.export.formats import GGUF, HuggingFace, Packed
+from lit_prune.export.formats.packed import IMPORT
 from lit_prune.export.plan import ExportPlan
 from lit_prune.export.run_folder import RunFolder
-from lit_prune.pipeline import score_with_statistics
+from lit_prune.models.structure import describe
+from lit_prune.pipeline import prune, score_with_statistics
+from lit_prune.recipe import Recipe
 from lit_prune.report.summary import summary
 from lit_prune.report.write import write_report, write_results, write_scores, write_tasks
+from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from tests.conftest import small_model
 from tests.report.reports import REPORT, SCORES, SEARCH, sparsity
 
 IDS = torch.arange(1, 17)[None]
+SHRUNK = "import lit_prune  # or pass trust_remote_code=True below"
 
 
 def refuse(error: Exception) -> Any:
@@ -88,6 +94,21 @@ def test_a_plan_of_another_mean_says_what_to_ask_for(tmp_path: Path) -> None:
     usage = (tmp_path / "plan.yaml").read_text().splitlines()[1]
     assert usage.endswith("plan.yaml --pruning.sparsity 0.5 --pruning.budget linears")
     assert yaml.safe_load((tmp_path / "plan.yaml").read_text()) == {0: 0.4, 1: 0.6}
+
+
+def test_a_card_has_the_lines_that_open_the_folder_once(tmp_path: Path) -> None:
+    recipe = Recipe(Shrink([MLPWidth(multiple=8), HeadGroups()]), 0.4, LayerRedundancy(base=0.1))
+    model, folder = small_model(num_key_value_heads=4), RunFolder(str(tmp_path / "run"))
+    prune(model, [IDS], recipe)
+    plan = ExportPlan.of(model)
+    assert len([described for described in describe(model) if described.loading]) == 2
+    folder.claim()
+    (tmp_path / "run" / "model").mkdir()
+    for format, lines in ((HuggingFace(), [SHRUNK]), (Packed(), [IMPORT]), (GGUF(), [])):
+        write_tasks(folder, plan, summary(plan, None, []), format=format, base="some/model", tokenizer=None)
+        card = ModelCard.load(tmp_path / "run" / "model" / "README.md")
+        assert [line for line in card.text.splitlines() if line.startswith("import lit_prune")] == lines
+        assert ("gguf" in card.data.tags) is (card.data.library_name is None) is (not lines)
 
 
 def test_the_report_of_an_exported_folder_gains_its_verification(tmp_path: Path) -> None:

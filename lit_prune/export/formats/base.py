@@ -48,6 +48,16 @@ class ExportFormat(ABC):
         """The differences from the model in memory that are accepted when the folder is verified."""
         return Tolerance()
 
+    @property
+    def library_name(self) -> str | None:
+        """The library that the model card names, for the hub; None for a folder that no library there opens."""
+        return "transformers"
+
+    @property
+    def tags(self) -> Sequence[str]:
+        """The tags of the model card, beside those of every format."""
+        return ()
+
     def check(self, outline: Outline) -> None:  # noqa: B027 (some formats hold everything)
         """Raises InputError for a model that the format cannot hold.
 

@@ -25,7 +25,8 @@ BASE = "beside this file, open the folder by AutoModelForCausalLM.from_pretraine
 TRIED = "4.57.6"  # an earlier version, with benchmarks/readers.py
 TOKENIZER_NOTE = (
     "Without lit_prune, pass `trust_remote_code=False` to the tokenizer, which needs no code: transformers 5 would ask "
-    "whether to run that of the model."
+    "whether to run that of the model. It then warns that it does not know the type of the model, which does not "
+    "change the tokenizer."
 )
 CUSTOM_CODE_NOTE = "It contains the Python code that came with the model, which opens it."
 ADAPTER_NOTE = (

@@ -58,6 +58,15 @@ class GGUF(ExportFormat):
         """What rounding to another type explains; nothing for the model's own type and for f32."""
         return TOLERANCES.get(self.outtype, Tolerance())
 
+    @property
+    def library_name(self) -> None:
+        """None: the hub knows the readers of a .gguf file by its tag."""
+
+    @property
+    def tags(self) -> Sequence[str]:
+        """The tag of repositories with .gguf files."""
+        return ("gguf",)
+
     def check(self, outline: Outline) -> None:
         """Raises InputError without the packages, and for a model that a .gguf file cannot hold."""
         check_packages()

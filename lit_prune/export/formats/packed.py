@@ -84,4 +84,5 @@ class Packed(ExportFormat):
 
     def usage(self, outline: Outline, tokenizer: str, imports: Sequence[str] = ()) -> str:
         """Returns the lines of Python that open the folder, and how it is unpacked."""
-        return hugging_face.usage(outline, tokenizer, [*imports, IMPORT], NOTE)
+        others = [line for line in imports if not line.startswith("import lit_prune ")]
+        return hugging_face.usage(outline, tokenizer, [*others, IMPORT], NOTE)

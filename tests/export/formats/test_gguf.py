@@ -222,6 +222,7 @@ def test_the_card_has_the_command_of_llama_cpp() -> None:
     assert 'from_pretrained("this/folder", gguf_file="model.gguf")' in usage
     shrunk = Outline("full precision", "llama", custom_class="shrunk")
     assert GGUF().usage(shrunk, "this/folder").splitlines()[1:-1] == usage.splitlines()[1:2]
+    assert (GGUF().library_name, GGUF().tags) == (None, ("gguf",))
 
 
 def test_the_type_is_asked_for_where_there_is_none_like_it() -> None:
