@@ -246,7 +246,10 @@ def _check_hub(repo: str) -> None:
 def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any], trust_remote_code: bool) -> Any:
     """Calls a ``from_pretrained`` and returns its result; its errors become InputErrors of one line."""
     if os.path.isdir(source) and not extra.get("gguf_file") and not os.path.exists(os.path.join(source, needed)):
-        raise InputError(f"`model.pretrained` must be a Hugging Face model folder, got {source!r}: it has no {needed}.")
+        hint = _model_within(Path(source), needed)
+        raise InputError(
+            f"`model.pretrained` must be a Hugging Face model folder, got {source!r}: it has no {needed}.{hint}"
+        )
     try:
         return loader(source, trust_remote_code=trust_remote_code, **extra)  # None would ask on a terminal
     except ImportError as error:
@@ -263,6 +266,16 @@ def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any], trust
                 f"`model.pretrained` {source!r} cannot be loaded: {damaged}: download or copy that file again."
             ) from error
         raise InputError(f"`model.pretrained` {source!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def _model_within(folder: Path, needed: str) -> str:
+    """Returns where the model is, for a folder that has a .gguf file, or that of a run, which has it in `model`."""
+    for inner in (folder, folder / "model"):
+        if (inner / needed).is_file():
+            return f" Did you mean {inner}?"
+        if files := sorted(inner.glob("*.gguf")):
+            return f" Did you mean {' or '.join(str(file) for file in files)}?"
+    return ""
 
 
 def _damaged_file(folder: Path) -> str | None:

@@ -117,6 +117,21 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         locate(str(tmp_path / "file.txt"))
 
 
+def test_the_folder_of_a_run_says_where_its_model_is(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    small_model().save_pretrained(run / "model")
+    for load in (load_config, load_model):
+        with pytest.raises(InputError, match=rf"it has no config.json. Did you mean {run}/model\?$"):
+            load(str(run))
+    (other / "model").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"it has no config.json.$"):
+        load_config(str(other))
+    (other / "model" / "model.gguf").touch()
+    for folder in (other, other / "model"):
+        with pytest.raises(InputError, match=rf"it has no config.json. Did you mean {other}/model/model.gguf\?$"):
+            load_config(str(folder))
+
+
 def test_a_gguf_file_can_be_loaded_and_saved(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf")
     model, tokenizer = load_model(str(file)), load_tokenizer(str(file))
