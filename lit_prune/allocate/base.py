@@ -109,6 +109,13 @@ class Allocation(ABC):
     def check_key(self, key: Mapping[str, Any]) -> None:  # noqa: B027 (only a search keeps losses)
         """Raises InputError if losses that were measured before are not those of ``key``, see :meth:`refine`."""
 
+    def check_windows(self, available: int) -> None:  # noqa: B027 (only a search measures on windows)
+        """Raises InputError if the settings need more calibration windows than are ``available``."""
+
+    def planned_mean(self, sizes: Sequence[int]) -> float | None:
+        """Returns the mean of the rates for blocks of ``sizes``, if it is known before the blocks are scored."""
+        return None
+
     def named_rates(self, sizes: Sequence[Mapping[str, int]]) -> list[dict[str, float]] | None:
         """Returns the rates of each block's linears or parts by name, if the allocation knows them before a search.
 

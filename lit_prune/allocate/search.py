@@ -102,13 +102,26 @@ class Search(Allocation):
             raise InputError(f"`Search.windows` must be at least 1, got {self.windows}.")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"`Search.minutes` must be above 0, or null, got {self.minutes}.")
-        least = evaluations_of_sweep(2, self.windows) + 2 * COMPARISON * self.windows
-        if self.evaluations < least:
+        self._check_evaluations()
+
+    def _check_evaluations(self) -> None:
+        """Raises InputError if the evaluations do not suffice for a sweep over two blocks on all windows."""
+        per_window = evaluations_of_sweep(2, 1) + 2 * COMPARISON
+        least, most = per_window * self.windows, self.evaluations // per_window
+        if self.evaluations >= least:
+            return
+        if most and self.windows > type(self).windows:
             raise InputError(
-                f"`Search.evaluations` must be at least {least}, for a sweep over two blocks on {self.windows} windows "
-                f"and the final comparison with the start, got {self.evaluations}; a sweep over 32 blocks takes "
-                f"{evaluations_of_sweep(32, self.windows)}."
+                f"`Search.windows` must be at most {most} with {self.evaluations} evaluations, got {self.windows}: a "
+                f"sweep over two blocks and the final comparison take {per_window} for every window. Choose fewer, or "
+                f"`evaluations` of at least {least}."
             )
+        fixed = evaluations_of_sweep(0, self.windows)
+        raise InputError(
+            f"`Search.evaluations` must be at least {least}, for a sweep over two blocks on {self.windows} windows and "
+            f"the final comparison with the start, got {self.evaluations}; a sweep over n blocks takes "
+            f"{evaluations_of_sweep(1, self.windows) - fixed} n + {fixed}."
+        )
 
     @property
     def rule(self) -> Allocation:
@@ -146,6 +159,18 @@ class Search(Allocation):
         """Raises InputError if the start does not fit the model, or if the state belongs to another search."""
         self.rule.check(sizes, sparsity, lower, upper)
         MeasuredLosses(self.state).check_key(self._settings() | {"sizes": list(sizes)})
+
+    def planned_mean(self, sizes: Sequence[int]) -> float | None:
+        """Returns the mean of the start, which the search keeps, if that is a plan."""
+        return self.rule.planned_mean(sizes)
+
+    def check_windows(self, available: int) -> None:
+        """Raises InputError if there are fewer calibration windows than a sweep measures on."""
+        if self.windows > available:
+            raise InputError(
+                f"`Search.windows` must be at most `calibration.num_samples`, {available}, got {self.windows}: choose "
+                "fewer, or calibrate on more."
+            )
 
     def check_key(self, key: Mapping[str, Any]) -> None:
         """Raises InputError if the state belongs to a search of another model, text or recipe."""
@@ -232,6 +257,11 @@ class _Run:
 
     def run(self, key: Mapping[str, Any]) -> Refined:
         """Searches until a limit is reached and returns the result; the state is saved even if it is interrupted."""
+        if self._is_short:
+            log(
+                f"{self.search.evaluations} evaluations do not suffice for a sweep over {self._all}: a sweep takes "
+                f"some of them. {self._least} do: pass `--pruning.allocation.evaluations {self._least}` or more."
+            )
         try:
             before = self.loss(self.space.origin, self.comparison)
             if not math.isfinite(before):
@@ -287,8 +317,43 @@ class _Run:
             return "its measurements are lost; pass `--pruning.allocation.state FILE` to be able to resume it"
         return f"its measurements are in {self.measured.path}, and the same command resumes it"
 
+    @property
+    def _all(self) -> str:
+        """What takes part in a sweep over single blocks, linears or parts."""
+        count = len(self.space.start)
+        return f"{MOST} of the {count} {self.search.level}" if count > MOST else f"all {count} {self.search.level}"
+
+    @property
+    def _least(self) -> int:
+        """The evaluations of such a sweep and of the comparison of its result with the start."""
+        return evaluations_of_sweep(min(len(self.space.start), MOST), self.sweeps.windows) + 2 * len(self.comparison)
+
+    @property
+    def _is_short(self) -> bool:
+        return self.search.evaluations < self._least
+
+    def _reason(self) -> str:
+        """Returns why the search returns its start, and what to do about it."""
+        if not self.space.movable(self.space.origin):
+            return "the bounds allow no others. Change `--pruning.min_rate` or `--pruning.max_rate`."
+        if not self.swept:
+            return "no sweep came to its end. Pass more `--pruning.allocation.minutes`."
+        if self.sweeps.best != self.space.origin:
+            return (
+                f"those that it found are no better on the {len(self.comparison)} windows of the closing comparison. "
+                "Pass more `--pruning.allocation.windows`, and `evaluations` in proportion."
+            )
+        if self._is_short:
+            return f"there were too few evaluations for a sweep over {self._all}. Pass {self._least} or more."
+        return (
+            "no exchange of budget lowered the loss. Pass more "
+            "`--pruning.allocation.evaluations`, or another `--pruning.allocation.step`."
+        )
+
     def _refined(self, before: float, after: float) -> Refined:
         better = after < before
+        if not better:
+            log(f"Search found no better rates and returns those of its start: {self._reason()}")
         details = {
             "evaluations": len(self.evaluated),
             "sweeps": self.swept,

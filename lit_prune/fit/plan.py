@@ -71,6 +71,7 @@ class FitPlan:
                 )
             return
         method, count = self.recipe.method, len(self.cuts)
+        self.recipe.allocation.check_windows(self.calibration.num_samples)
         self._check_bytes()
         self._check_target_perplexity()
         self._check_full(self.before, "before")

@@ -108,7 +108,9 @@ def test_a_floor_of_the_start_and_a_lower_bound_above_the_upper_are_kept(tmp_pat
     assert all(rates[5] == 0.5 for rates, _ in trial.seen)
 
 
-def test_a_search_that_found_nothing_better_gives_back_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_that_found_nothing_better_gives_back_its_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     trial = Bowl()
     closing = random.Random("0, comparison").sample(range(4), 2)
     own = trial.loss
@@ -121,6 +123,57 @@ def test_a_search_that_found_nothing_better_gives_back_its_start(monkeypatch: py
     assert len(trial.seen) > 20
     assert found.rates == [0.5] * 6
     assert found.details["loss_end"] == found.details["loss_start"]
+    assert f"{START}: no exchange of budget lowered the loss" in logged(capsys)
+
+
+START = "Search found no better rates and returns those of its start"
+
+
+def logged(capsys: pytest.CaptureFixture[str]) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+def test_few_evaluations_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A sweep over 6 blocks on two windows takes 34, and the comparison 8."""
+    refine(Bowl(), evaluations=42)
+    assert "evaluations" not in logged(capsys)
+    refine(Bowl(), evaluations=41)
+    assert "41 evaluations do not suffice for a sweep over all 6 blocks" in (told := logged(capsys))
+    assert "pass `--pruning.allocation.evaluations 42` or more" in told
+    assert START not in told
+    flat = Bowl()
+    monkeypatch.setattr(flat, "divergence", lambda rates, window: 1.0)
+    for evaluations, reason in (
+        (41, "there were too few evaluations for a sweep over all 6 blocks. Pass 42 or more"),
+        (
+            200,
+            "no exchange of budget lowered the loss. Pass more `--pruning.allocation.evaluations`",
+        ),
+    ):
+        assert refine(flat, evaluations=evaluations).rates == [0.5] * 6
+        assert f"{START}: {reason}" in logged(capsys)
+
+
+def test_rates_that_are_worse_in_the_closing_comparison_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sweep(sweeps: searches.Sweeps, most: int) -> bool:
+        before, sweeps.best = sweeps.best, (100, -100, 0, 0, 0, 0)  # away from BEST
+        return sweeps.best != before
+
+    monkeypatch.setattr(searches.Sweeps, "sweep", sweep)
+    assert refine(Bowl()).rates == [0.5] * 6
+    assert f"{START}: those that it found are no better on the 4 windows of the closing comparison" in logged(capsys)
+
+
+def test_a_search_without_a_sweep_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    trial = Bowl()
+    monkeypatch.setattr(searches.time, "monotonic", lambda: 6.0 * len(trial.seen))
+    refine(trial, minutes=0.5)
+    assert f"{START}: no sweep came to its end. Pass more `--pruning.allocation.minutes`" in logged(capsys)
+    limits = Limits([1000] * 6, [0.5] * 6, 0.5, 0.5)
+    Search(Uniform()).refine([0.5] * 6, limits, trial=Bowl(), key={})  # type: ignore[arg-type]
+    assert f"{START}: the bounds allow no others" in logged(capsys)
 
 
 def test_a_stopped_search_goes_on_to_the_same_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +245,20 @@ def test_a_state_is_asked_before_the_model_runs(
         (lambda: Search(step=0.0), r"`Search.step` must be in \(0, 1\), a share of a block, got 0.0"),
         (lambda: Search(windows=0), "`Search.windows` must be at least 1, got 0"),
         (lambda: Search(minutes=0), "`Search.minutes` must be above 0, or null, got 0"),
-        (lambda: Search(evaluations=25), "`Search.evaluations` must be at least 26, .* got 25; a sweep over 32 .* 138"),
+        (
+            lambda: Search(evaluations=25),
+            r"`Search.evaluations` must be at least 26, .* got 25; a sweep over n blocks takes 4 n \+ 10\.",
+        ),
+        (
+            lambda: Search(windows=1000),
+            "`Search.windows` must be at most 30 with 400 evaluations, got 1000: .* take 13 .* `evaluations` of at "
+            "least 13000",
+        ),
+        (lambda: Search(evaluations=5, windows=1000), "`Search.evaluations` must be at least 13000, .* got 5"),
+        (
+            lambda: Search(windows=5).check_windows(4),
+            "`Search.windows` must be at most `calibration.num_samples`, 4, got",
+        ),
     ],
 )
 def test_settings_out_of_range(make: Callable[[], Search], message: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lit_prune.allocate import DLP, Plan, Uniform, write_plan
+from lit_prune.allocate import DLP, Plan, Search, Uniform, write_plan
 from lit_prune.calibration.windows import Calibration
 from lit_prune.errors import InputError
 from lit_prune.fit.plan import FitPlan
@@ -42,6 +42,10 @@ def course(cuts: tuple[Cut, ...] = ONE, recipe: Recipe | None = Recipe(Wanda(), 
             "`pruning.reconstruction.state` must be null for 2 cuts, since it holds the blocks of one, got blocks",
         ),
         ({"cuts": TWO, "recipe": Recipe(Wanda(NofM(2, 4)), 0.5, DLP())}, "`pruning.at_step` must be one step for"),
+        (
+            {"recipe": Recipe(Wanda(), 0.5, Search(windows=5)), "calibration": Calibration(4)},
+            "`Search.windows` must be at most `calibration.num_samples`, 4, got 5",
+        ),
         ({"cuts": (Cut(3, 0.5),), "statistics": object()}, "`pruning.statistics` must be null for cuts after step 0"),
     ],
 )
