@@ -28,7 +28,7 @@ from lit_prune.models import structure
 from lit_prune.models.families import Block, dense_family, find_blocks
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig
 from lit_prune.shrink.part_method import PartCut, PartMethod
-from lit_prune.shrink.units.sizes import units_from_rates
+from lit_prune.shrink.units.sizes import check_multiple, units_from_rates
 
 
 @final
@@ -70,10 +70,12 @@ class Experts(PartMethod):
                 f"`Experts.multiple` must be a multiple of {groups} for the family {family!r}, whose router "
                 f"picks from {groups} groups of experts (`n_group`), got {self.multiple}."
             )
+        full = max(self.sizes(model, blocks))
+        check_multiple("Experts", self.multiple, full, "experts of a mixture")
         if sparsity > (most := self.max_rate(model)) + 1e-9:
             raise InputError(
                 f"`pruning.sparsity` must be at most {most:.4g} for Experts, got {sparsity:g}: every mixture keeps "
-                f"{fewest_experts(config, picked, self.multiple)} of {max(self.sizes(model, blocks))} experts, since "
+                f"{fewest_experts(config, picked, self.multiple)} of {full} experts, since "
                 f"the router picks {picked} for a token."
             )
 

@@ -39,7 +39,7 @@ from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
 from lit_prune.shrink.units.narrow import config_error
-from lit_prune.shrink.units.sizes import units_from_rates
+from lit_prune.shrink.units.sizes import check_multiple, units_from_rates
 
 
 @final
@@ -74,6 +74,7 @@ class HiddenWidth(Method):
     needs_text: ClassVar[bool] = True
     changes_shapes: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
+    for_fewer: ClassVar[str] = "cut the model that HiddenWidth leaves in another run, by Depth or Shrink"
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
@@ -98,6 +99,7 @@ class HiddenWidth(Method):
                 "then mask the shrunk one."
             )
         fields = stream_fields(model.config.get_text_config(), self.multiple)
+        check_multiple("HiddenWidth", self.multiple, self._full(model), "dimensions of the residual stream")
         if self.multiple < width and (reason := config_error(model.config.get_text_config(), fields)):
             raise InputError(
                 f"`HiddenWidth.multiple` must give widths that the config accepts, got {self.multiple}: {reason} "

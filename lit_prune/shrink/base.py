@@ -34,7 +34,7 @@ from lit_prune.shrink.trial import ZeroedUnits
 from lit_prune.shrink.unit_cut import UnitCut, UnitRemoval
 from lit_prune.shrink.units.narrow import check_part, config_error
 from lit_prune.shrink.units.parts import NoPart, Part
-from lit_prune.shrink.units.sizes import PartSizes, rates_from_units, units_from_rates
+from lit_prune.shrink.units.sizes import PartSizes, check_multiple, rates_from_units, units_from_rates
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class UnitMethod(PartMethod):
             raise InputError(f"`{name}.damping` must be greater than 0, got {self.damping}.")
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:
-        """Raises InputError if the blocks of ``model`` have no such part, or ``sparsity`` would leave none of it."""
+        """Raises InputError if ``model`` has no such part, or ``multiple`` or ``sparsity`` would leave none of it."""
         self._check_state(model)
         blocks = find_blocks(model)
         for block in blocks:
@@ -86,10 +86,12 @@ class UnitMethod(PartMethod):
                 check_part(block.module, self._part(model, block), config, block.index)
             except NoPart as reason:
                 raise self._refused(model, str(reason)) from reason
+        fewest = min(self.sizes(model, blocks))
+        check_multiple(type(self).__name__, self.multiple, fewest, f"{self._noun} of a block")
         if sparsity > (most := self.max_rate(model)) + 1e-9:
             raise InputError(
                 f"`pruning.sparsity` must be at most {most:.4g} for {type(self).__name__}, got {sparsity:g}: every "
-                f"block keeps {self.multiple} (`multiple`) of {min(self.sizes(model, blocks))} {self._noun}."
+                f"block keeps {self.multiple} (`multiple`) of {fewest} {self._noun}."
             )
 
     def _check_state(self, model: PreTrainedModel) -> None:

@@ -41,13 +41,13 @@ def rates_from_sizes(sizes: Sequence[int], hidden_size: int) -> list[float]:
 
 
 def check_multiple(multiple: int, hidden_size: int) -> None:
-    """Raises InputError unless ``multiple`` divides ``hidden_size``."""
-    if hidden_size % multiple:
-        divisors = [number for number in range(1, hidden_size + 1) if hidden_size % number == 0]
+    """Raises InputError unless ``multiple`` divides ``hidden_size`` and is less, so that widths can be smaller."""
+    if hidden_size % multiple or multiple == hidden_size:
+        divisors = [number for number in range(1, hidden_size) if hidden_size % number == 0]
         nearest = sorted(sorted(divisors, key=lambda number: abs(number - multiple))[:3])
         raise InputError(
-            f"`Slicing.multiple` must divide the model's width of {hidden_size}, got {multiple}. The nearest "
-            f"divisors are {', '.join(map(str, nearest))}."
+            f"`Slicing.multiple` must divide the model's width of {hidden_size} and be less, got {multiple}. The "
+            f"nearest divisors are {', '.join(map(str, nearest))}."
         )
 
 

@@ -123,6 +123,13 @@ def test_blocks_are_reconstructed(batches: list[Tensor]) -> None:
             r"at most 0\.5 for Experts, got 0\.6: every mixture keeps 2 of 4 experts, since the router picks 2",
         ),
         (Experts(), "deepseek_v3", {}, 0.1, r"`Experts.multiple` must be a multiple of 2 .* 2 groups .* got 1"),
+        (
+            Experts(multiple=4),
+            "mixtral",
+            {},
+            0.5,
+            r"`Experts.multiple` must be less than 4, the number of experts of a",
+        ),
         (PAIRS, "deepseek_v3", {}, 0.5, r"at most 0 for Experts, got 0\.5: every mixture keeps 4 of 4 experts"),
     ],
 )

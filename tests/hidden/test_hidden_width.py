@@ -135,6 +135,7 @@ def test_weights_on_disk(batches: list[Tensor], tmp_path: Path, *, tied: bool) -
             r"HiddenWidth cannot shrink the family 'gpt2': it supports .* RMS norms alone, llama, min",
         ),
         (EIGHT, "gemma2", 0.25, "HiddenWidth cannot shrink the family 'gemma2'"),
+        (HiddenWidth(multiple=32), "llama", 0.5, r"`HiddenWidth.multiple` must be less than 32, the number of dimens"),
         (EIGHT, "llama", 0.9, r"at most 0\.75 for HiddenWidth, got 0\.9: the stream keeps 8 \(`multiple`\) of 32"),
         (
             HiddenWidth(multiple=6),

@@ -192,6 +192,13 @@ def dense_statistics(model: PreTrainedModel, batches: list[Tensor]) -> Any:
     [
         (MLPWidth(multiple=8), "llama", 0.9, r"at most 0\.8333 for MLPWidth, got 0\.9: every block keeps 8"),
         (HeadGroups(), "llama", 0.6, r"at most 0\.5 for HeadGroups, got 0\.6: every block keeps 1"),
+        (MLPWidth(multiple=1000), "llama", 0.5, r"`MLPWidth.multiple` must be less than 48, the number of channels of"),
+        (
+            HeadGroups(multiple=2),
+            "llama",
+            0.5,
+            r"`HeadGroups.multiple` must be less than 2, the number of key/value gr",
+        ),
         (MLPWidth(), "mixtral", 0.5, r"MLPWidth cannot shrink the family 'mixtral': its MLPs are mixtures of experts"),
         (HeadGroups(), "gpt2", 0.5, r"HeadGroups cannot shrink the family 'gpt2': its config has no field for the"),
         (HeadGroups(), "opt", 0.5, r"HeadGroups cannot shrink the family 'opt': its config has no place for"),

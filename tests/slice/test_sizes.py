@@ -32,13 +32,16 @@ def test_the_mean_is_as_near_as_a_multiple_allows(multiple: int) -> None:
 
 def test_a_multiple_that_does_not_divide_the_width() -> None:
     with pytest.raises(
-        InputError, match=r"`Slicing.multiple` must divide the model's width of 576, got 7. The nearest divisors are "
+        InputError,
+        match=r"`Slicing.multiple` must divide the model's width of 576 and be less, got 7. The nearest divis",
     ):
         check_multiple(7, 576)
     with pytest.raises(
-        InputError, match=r"must divide the model's width of 32, got 64. The nearest divisors are 8, 16, 32"
+        InputError, match=r"must divide the model's width of 32 and be less, got 64. The nearest divisors are 4, 8, 16"
     ):
         check_multiple(64, 32)
+    with pytest.raises(InputError, match=r"and be less, got 32. The nearest divisors are 4, 8, 16"):
+        check_multiple(32, 32)
     check_multiple(8, 576)
 
 

@@ -204,7 +204,7 @@ def refused(model: PreTrainedModel, batches: list[torch.Tensor], recipe: Recipe,
         ),
         (
             Recipe(Slicing(multiple=5), 0.25, Uniform()),
-            r"`Slicing.multiple` must divide the model's width of 32, got 5",
+            r"`Slicing.multiple` must divide the model's width of 32 and be less, got 5",
         ),
         (Recipe(Slicing(), 0.25, Uniform(), min_rate=0.3), r"`pruning.sparsity` must be between 0.3 and 0.75"),
     ],

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from lit_prune.errors import InputError
 from lit_prune.models.linears import PrunableLinear, linears_of
 from lit_prune.models.remote_code.modeling_shrunk import layer_config
 from lit_prune.models.structure import Description, Structure
@@ -119,6 +120,22 @@ def units_from_rates(rates: Sequence[float], full: Sequence[int], multiple: int)
             below[block] += steps[block]
             missing -= steps[block]
     return below
+
+
+def check_multiple(method: str, multiple: int, units: int, noun: str) -> None:
+    """Raises InputError if ``multiple`` is not less than ``units``, so that none of them could go.
+
+    Args:
+        method: Name of the method that has the multiple.
+        multiple: Number of which every smaller number of units is a multiple.
+        units: Number of units where there are fewest.
+        noun: The units, in the message.
+    """
+    if 1 < units <= multiple:
+        raise InputError(
+            f"`{method}.multiple` must be less than {units}, the number of {noun}, got {multiple}: one multiple stays, "
+            "so that none could go. Choose a smaller one."
+        )
 
 
 def rates_from_units(units: Sequence[int], full: Sequence[int]) -> list[float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import LayerRedundancy, Uniform
+from lit_prune.errors import InputError
 from lit_prune.models.structure import describe, structures
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Method
@@ -17,7 +18,7 @@ from lit_prune.recipe import Recipe
 from lit_prune.recover import Snapshot
 from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.shrink.mlp_width import MLPWidths
-from lit_prune.shrink.units.sizes import rates_from_units, units_from_rates
+from lit_prune.shrink.units.sizes import check_multiple, rates_from_units, units_from_rates
 from tests.conftest import small_model
 
 RECIPES = [
@@ -114,3 +115,14 @@ def test_the_mean_is_met_to_half_a_multiple(rates: list[float], multiple: int) -
 def test_no_block_gets_more_than_it_had(multiple: int) -> None:
     units = [40, 24, 48, 16]
     assert units_from_rates(rates_from_units(units, [48] * 4), [48] * 4, multiple) == units
+
+
+@pytest.mark.parametrize("multiple", [48, 1000])
+def test_a_multiple_that_leaves_nothing_to_remove(multiple: int) -> None:
+    message = (
+        rf"`MLPWidth.multiple` must be less than 48, the number of channels, got {multiple}: .* Choose a smaller one"
+    )
+    with pytest.raises(InputError, match=message):
+        check_multiple("MLPWidth", multiple, 48, "channels")
+    check_multiple("MLPWidth", 47, 48, "channels")
+    check_multiple("HeadGroups", 1, 1, "groups")  # the only one: no other multiple would help
