@@ -182,14 +182,15 @@ class Recipe:
         try:
             resolved.limits(model, blocks, share=share)
         except OutOfRange as error:
-            raise self._unreachable(error, full, total * per_weight / full) from error
+            raise self._unreachable(error, model, full, total * per_weight / full) from error
         return resolved
 
-    def _unreachable(self, error: OutOfRange, full: float, scale: float) -> InputError:
+    def _unreachable(self, error: OutOfRange, model: PreTrainedModel, full: float, scale: float) -> InputError:
         """Returns the error for a target that cannot be reached.
 
         Args:
             error: What is possible, as shares of all parameters.
+            model: The model before the cut.
             full: Number of parameters or bytes before any cut.
             scale: Share of ``full`` that goes with all parameters.
         """
@@ -200,14 +201,19 @@ class Recipe:
                 f"{math.floor(most * 1e4) / 1e4:g} of all bytes with `pruning.budget: bytes`, as {error.bounds}, "
                 f"{error.part} of all parameters, got {self.sparsity:g}."
             )
-        asked, remedy = int(getattr(self, self.target)), ""
-        if self.method.can_be_part and asked < full * (1 - most):
-            remedy = " For fewer, Shrink removes other parts too, Depth blocks, and HiddenWidth dimensions."
+        asked = int(getattr(self, self.target))
+        remedy = self._for_fewer(model) if asked < full * (1 - most) else ""
         return InputError(
             f"`pruning.{self.target}` must be between {math.ceil(full * (1 - most) - 1e-6):,} and "
             f"{math.floor(full * (1 - least) + 1e-6):,} for {method}, as {error.bounds}, {error.part} of all "
             f"parameters, got {asked:,}.{remedy}"
         )
+
+    def _for_fewer(self, model: PreTrainedModel) -> str:
+        """Returns the remedy for a target below what the recipe can leave of ``model``."""
+        if self.max_rate < min(type(self).max_rate, self.method.max_rate(model)):
+            return f" For fewer, raise `pruning.max_rate`, which is {self.max_rate:g}."
+        return f" For fewer, {self.method.for_fewer}." if self.method.for_fewer else ""
 
     @property
     def needs_text(self) -> bool:
@@ -257,6 +263,7 @@ class Recipe:
                 f"`pruning.sparsity` must be at least the current sparsity, {limits.current_sparsity:.4g}: {stays}; "
                 f"got {limits.target:.4g}."
             )
+        limits = self._as_planned(model, blocks, limits)
         self.method.check_rates(blocks, self.allocation, limits.effective_target)
         self.allocation.check(limits.sizes, limits.effective_target, limits.lower, limits.upper)
         if (named := self.allocation.named_rates(self.method.named_sizes(model, blocks))) is not None:
@@ -265,6 +272,13 @@ class Recipe:
         if self.allocation.is_uniform():
             self.method.check_sizes(model, blocks, equal_rates)
         return blocks, limits
+
+    def _as_planned(self, model: PreTrainedModel, blocks: Sequence[Block], limits: Limits) -> Limits:
+        """Returns ``limits`` with the mean of a plan as their target, if that is the target but for rounding."""
+        mean = self.allocation.planned_mean(limits.sizes)
+        if mean is None or abs(mean - limits.effective_target) > self.method.rounding_of_mean(model, blocks):
+            return limits
+        return replace(limits, target=mean)
 
     def limits(self, model: PreTrainedModel, blocks: Sequence[Block], *, share: float | None = None) -> Limits:
         """Returns the bounds of the blocks' rates, and the mean rate that gives the sparsity.

@@ -1,5 +1,6 @@
 """Recipes: settings out of range, the blocks that are selected, the limits of their rates, and the record."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from lit_prune.pruning import ADMM, Magnitude, Method, MixedNofM, SparseGPT, Wan
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from lit_prune.slice import Slicing
+from tests.conftest import small_model
 
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5])
@@ -108,3 +110,45 @@ def test_the_record_is_json_with_method_and_allocation_by_their_repr() -> None:
     assert record["allocation"] == "Uniform()"
     assert (record["sparsity"], record["targets"], record["ignore"]) == (0.25, ["q_proj"], [])
     assert (record["blocks"], record["budget"]) == ("model.layers", "linears")
+
+
+FEWER = {
+    "width": (
+        MLPWidth(multiple=8),
+        "For fewer, Shrink removes other parts too, Depth blocks, and HiddenWidth dimensions.",
+    ),
+    "parts": (
+        Shrink([MLPWidth(multiple=8)]),
+        "For fewer, cut the model that Shrink leaves in another run, by Depth, .* or",
+    ),
+    "depth": (Depth(), "For fewer, cut the model that Depth leaves in another run, by Shrink, or by HiddenWidth, "),
+    "hidden": (
+        HiddenWidth(multiple=8),
+        "For fewer, cut the model that HiddenWidth leaves in another run, by Depth or Sh",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FEWER)
+def test_a_target_that_a_method_does_not_reach_has_a_remedy(name: str, model: PreTrainedModel) -> None:
+    method, remedy = FEWER[name]
+    with pytest.raises(InputError, match=rf"`pruning.target_parameters` must be between .*, got 100\. {remedy}"):
+        Recipe(method, target_parameters=100).check(model)
+    with pytest.raises(InputError, match=r"`pruning.target_parameters` must be between .*, got 9,000,000\.$"):
+        Recipe(method, target_parameters="9M").check(model)
+
+
+def test_the_remedy_for_a_target_below_what_the_users_bounds_allow(model: PreTrainedModel) -> None:
+    with pytest.raises(InputError, match=r"got 100\. For fewer, raise `pruning.max_rate`, which is 0.3\.$"):
+        Recipe(MLPWidth(multiple=8), target_parameters=100, max_rate=0.3).check(model)
+
+
+def test_what_a_remedy_names_reaches_fewer(batches: list[torch.Tensor]) -> None:
+    """Each of the methods leaves a model that the others make smaller."""
+    methods = [Shrink([MLPWidth(multiple=8), HeadGroups()]), Depth(), HiddenWidth(multiple=8)]
+    for first, second in itertools.permutations(methods, 2):
+        model = small_model(num_key_value_heads=4)
+        prune(model, batches, Recipe(first, 0.5))
+        before = model.num_parameters()
+        prune(model, batches, Recipe(second, 0.5))
+        assert model.num_parameters() < before

@@ -61,6 +61,9 @@ class Depth(Method):
     chooses_linears: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
+    for_fewer: ClassVar[str] = (
+        "cut the model that Depth leaves in another run, by Shrink, or by HiddenWidth, which narrows the embeddings too"
+    )
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:

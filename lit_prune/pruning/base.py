@@ -43,6 +43,7 @@ class Method(ABC):
             :meth:`rate_of_parameters` itself, for the budgets `parameters` and `bytes`, and for targets.
         finest_level: The finest that can have rates of their own: `blocks`, their `linears`, or their `parts`.
         can_be_part: Whether the method implements :meth:`removable`, so that it can be a part of ``Shrink``.
+        for_fewer: What removes more parameters than the method can, for the error of a target that it does not reach.
         structures: Number of structures that a cut adds to the record of the model, if the method changes shapes.
     """
 
@@ -57,6 +58,7 @@ class Method(ABC):
     supports_parameters: ClassVar[bool] = False
     finest_level: ClassVar[str] = "blocks"
     can_be_part: ClassVar[bool] = False
+    for_fewer: ClassVar[str] = ""
     structures: int = 1
     propagate: Propagate = "dense"
 
@@ -175,6 +177,10 @@ class Method(ABC):
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns how far a cut may exceed the sparsity because the method supports only some rates."""
         return 0.0
+
+    def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns how far the mean of the rates that are planned for a sparsity may be from it because of rounding."""
+        return self.rounding(blocks)
 
     @abstractmethod
     def apply(

@@ -61,6 +61,7 @@ class PartMethod(Method):
     supports_reconstruction: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
     can_be_part: ClassVar[bool] = True
+    for_fewer: ClassVar[str] = "Shrink removes other parts too, Depth blocks, and HiddenWidth dimensions"
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
     place: ClassVar[int] = 1
 

@@ -59,6 +59,10 @@ class Shrink(Method):
     supports_reconstruction: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
     finest_level: ClassVar[str] = "parts"
+    for_fewer: ClassVar[str] = (
+        "cut the model that Shrink leaves in another run, by Depth, which removes blocks, or by HiddenWidth, which "
+        "narrows the embeddings too"
+    )
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
@@ -186,6 +190,12 @@ class Shrink(Method):
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns the largest rounding of a part: the others make up for all but their own."""
         return max(part.rounding(blocks) for part in self._parts)
+
+    def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns half of the smallest multiple of a part, as a share of all: the parts make up for each other."""
+        parts = self._rates(model, blocks)
+        smallest = min(part.step * size for part in parts for size in part.removable if size)
+        return smallest / sum(self.removable(model, blocks))
 
     @torch.no_grad()
     def apply(

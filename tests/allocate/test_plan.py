@@ -1,16 +1,18 @@
 """Plan: a file of rates is followed or refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lit_prune.allocate import Plan, write_plan
+from lit_prune.allocate import DLP, Allocation, Plan, Search, Uniform, write_plan
 from lit_prune.errors import InputError
 from lit_prune.models.families import find_blocks
-from lit_prune.pipeline import prune
+from lit_prune.pipeline import prune, score
 from lit_prune.pruning import Method, MixedNofM, Wanda
 from lit_prune.recipe import Recipe
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 from tests.allocate.blocks import rates
 from tests.conftest import small_model
@@ -34,7 +36,8 @@ def test_plan_is_followed(tmp_path: Path) -> None:
         ("0: 0.95\n1: 0.05\n", r"the rate of block 0 must be between 0 .* and 0.9 .*got 0.95"),
         (
             "0: 0.2\n1: 0.6\n",
-            r"must be the mean sparsity of the blocks, 0.5, got 0.4. Edit the plan, or pass `--pruning.sparsity 0.4",
+            r"must be the mean sparsity of the blocks, 0.5, got 0.4. Edit the plan, or pass `--pruning.sparsity 0.4 "
+            "--pruning.budget linears`, without a `pruning.target_parameters` or",
         ),
     ],
 )
@@ -137,3 +140,28 @@ def test_rates_of_linears_that_do_not_fit(tmp_path: Path, old: str, new: str, me
 def test_methods_without_rates_of_linears(method: Method, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"`pruning.allocation` {message}"):
         Recipe(method, 0.5, plan(tmp_path, LINEARS)).check(small_model())
+
+
+@pytest.mark.parametrize("allocation", [DLP(), Search(Uniform(), evaluations=26)], ids=str)
+def test_a_plan_that_was_made_for_a_target_meets_it(
+    allocation: Allocation, tmp_path: Path, batches: list[torch.Tensor]
+) -> None:
+    """The channels left are multiples of 8, so that the mean of the rates is not what the target amounts to."""
+    method, path = MLPWidth(multiple=8), tmp_path / "plan.yaml"
+    asked = Recipe(method, allocation=allocation, target_parameters=16_000)
+    scored = score(small_model(), batches, asked)
+    assert abs(scored.planned - scored.target) > 1e-3
+    write_plan(path, scored.rates, scored.scores, "")
+    model = small_model()
+    pruned = prune(model, batches, replace(asked, allocation=Plan(str(path))))
+    assert pruned.rates == pruned.achieved == pytest.approx(scored.rates)
+    assert pruned.target == pytest.approx(scored.planned)
+    further = Recipe(method, allocation=Plan(str(path)), target_parameters=20_000)
+    with pytest.raises(InputError, match="`Plan.path`: the mean of the rates in .*, without a `pruning.target_par"):
+        further.check(small_model())
+
+
+def test_the_mean_of_a_plan(tmp_path: Path) -> None:
+    own = plan(tmp_path, "0: 0.2\n1: 0.6\n")
+    assert own.planned_mean([10, 30]) == Search(own).planned_mean([10, 30]) == pytest.approx(0.5)
+    assert own.planned_mean([10]) is own.planned_mean([10] * 3) is DLP().planned_mean([10, 30]) is None

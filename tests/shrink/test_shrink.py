@@ -293,6 +293,19 @@ def test_a_search_of_parts_meets_the_budget_to_half_a_multiple(left: int, batche
     assert abs(parameters(model) - left) <= 8 * 96 / 2
 
 
+def test_a_plan_of_parts_that_was_made_for_a_target_meets_it(batches: list[Tensor], tmp_path: Path) -> None:
+    searched, planned, path = four_groups(), four_groups(), tmp_path / "plan.yaml"
+    asked = Recipe(BOTH, allocation=replace(PARTS, evaluations=20, windows=1), target_parameters=21_500)
+    pruned = prune(searched, batches, asked)
+    write_plan(path, pruned.rates, pruned.scores, "", pruned.parts)
+    assert abs(weighted_mean(pruned.rates, pruned.sizes) - pruned.target) > 1e-3
+    again = prune(planned, batches, replace(asked, allocation=Plan(str(path))))
+    assert rates_of(planned) == rates_of(searched)
+    assert again.rates == pytest.approx(pruned.rates, abs=1e-5)
+    with pytest.raises(InputError, match="`Plan.path`: the mean of the rates in .*, without a `pruning.target_par"):
+        replace(asked, allocation=Plan(str(path)), target_parameters=21_000).check(four_groups())
+
+
 def test_bounds_hold_for_every_part(batches: list[Tensor]) -> None:
     model = without_attention()
     pruned = prune(model, batches, Recipe(FINE, 0.5, PARTS, min_rate=0.25, max_rate=0.6))
