@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_prune.allocate import Allocation
@@ -68,6 +70,34 @@ def _refused(name: str, reason: str) -> str:
     if package:
         return f"`{name}` needs a package that is not installed: pip install '{package.group(1)}'."
     return f"`{name}` must have settings that it accepts: {reason}"
+
+
+def with_options(message: str, config: Namespace) -> str:
+    """Returns ``message`` with the options of those fields that it names by their class, as Python users know them.
+
+    `DLP.alpha` becomes `pruning.allocation.alpha`, and `calibration.seed` becomes `pruning.calibration.seed`. A class
+    that ``config`` has at several options, or in a list, keeps its name.
+    """
+    options: dict[str, list[str]] = {}
+    for field, option in _fields(config):
+        options.setdefault(field, []).append(option)
+
+    def replaced(match: re.Match[str]) -> str:
+        found = options.get(match[1], [])
+        return f"`{found[0]}`" if len(found) == 1 else match[0]
+
+    return re.sub(r"`(\w+\.\w+)`", replaced, message)
+
+
+def _fields(config: Namespace, parent: str = "") -> Iterator[tuple[str, str]]:
+    """Yields every setting of a class or group in ``config``: its field, as `DLP.alpha`, and its option."""
+    for name, value in vars(config).items():
+        if isinstance(value, Namespace):
+            class_path = value.get("class_path")
+            owner, option = (class_path or name).rsplit(".", 1)[-1], f"{parent}{name}"
+            settings = value.get("init_args", Namespace()) if class_path else value
+            yield from ((f"{owner}.{field}", f"{option}.{field}") for field in vars(settings))
+            yield from _fields(settings, f"{option}.")
 
 
 def explain(message: str, parser: Any) -> str:

@@ -34,7 +34,7 @@ from lit_prune.cli.defaults import (  # noqa: E402
     find_checkpoint,
     spell_format,
 )
-from lit_prune.cli.errors import explain  # noqa: E402
+from lit_prune.cli.errors import explain, one_line, with_options  # noqa: E402
 from lit_prune.cli.failure import fail  # noqa: E402
 from lit_prune.cli.help import PlainHelp, arrange  # noqa: E402
 from lit_prune.cli.preflight import check_objects, check_output, check_settings  # noqa: E402
@@ -77,19 +77,25 @@ class LitPruneCLI(LightningCLI):
     resume: Resume | None = None  # the checkpoint that fit resumes from, or that export reads
 
     def __init__(self, args: Sequence[str]) -> None:
-        super().__init__(
-            PrunableLM,
-            TextDataModule,
-            save_config_callback=None,
-            trainer_class=PruneTrainer,
-            trainer_defaults={"devices": 1, "num_sanity_val_steps": 0, "enable_model_summary": False},
-            seed_everything_default=0,
-            parser_kwargs={"description": DESCRIPTION, "formatter_class": PlainHelp},
-            parser_class=Parser,
-            args=list(args),
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        try:
+            super().__init__(
+                PrunableLM,
+                TextDataModule,
+                save_config_callback=None,
+                trainer_class=PruneTrainer,
+                trainer_defaults={"devices": 1, "num_sanity_val_steps": 0, "enable_model_summary": False},
+                seed_everything_default=0,
+                parser_kwargs={"description": DESCRIPTION, "formatter_class": PlainHelp},
+                parser_class=Parser,
+                args=list(args),
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        except ValueError as error:
+            message = str(error) if isinstance(error, InputError) else one_line(error)
+            if message is None or not hasattr(self, "config"):
+                raise
+            raise InputError(with_options(message, self.config[self.config.subcommand])) from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
+from lit_prune.cli.errors import with_options
 from tests.cli.conftest import check_refused, run
 
 MISTAKES = [
@@ -90,3 +92,50 @@ def test_a_misspelt_key_in_a_yaml(capsys: pytest.CaptureFixture[str]) -> None:
         run("fit", "--config=run.yaml")
     assert ended.value.code == 2
     assert "`pruning.sparsty` is not a setting. Did you mean pruning.sparsity" in capsys.readouterr().err
+
+
+def test_a_field_is_named_by_its_option() -> None:
+    start = Namespace(class_path="lit_prune.DLP", init_args=Namespace(alpha=0.1))
+    search = Namespace(class_path="lit_prune.Search", init_args=Namespace(start=start, windows=2))
+    lora, parts = Namespace(class_path="LoRA", init_args=Namespace(r=8)), [Namespace(class_path="MLPWidth")]
+    pruning = Namespace(allocation=search, before=lora, recovery=lora, calibration=Namespace(seed=0))
+    pruning.method = Namespace(class_path="Shrink", init_args=Namespace(parts=parts, weights=None))
+    config = Namespace(pruning=pruning, model=Namespace(dtype="auto"), output="runs/x")
+    for field, option in (
+        ("Search.windows", "pruning.allocation.windows"),
+        ("DLP.alpha", "pruning.allocation.start.alpha"),
+        ("Shrink.parts", "pruning.method.parts"),
+        ("calibration.seed", "pruning.calibration.seed"),
+        ("LoRA.r", "LoRA.r"),  # at two options
+        ("MLPWidth.multiple", "MLPWidth.multiple"),  # in a list
+        ("calibration.text", "calibration.text"),  # no setting
+        ("model.dtype", "model.dtype"),
+        ("pruning.allocation", "pruning.allocation"),
+        ("pruning.allocation.windows", "pruning.allocation.windows"),
+    ):
+        assert with_options(f"`{field}` must be 1, got 2: see `{field}`.", config) == (
+            f"`{option}` must be 1, got 2: see `{option}`."
+        )
+
+
+OPTIONS = [
+    (["--pruning.allocation.alpha=0.7"], r"`pruning.allocation.alpha` must be in"),
+    (
+        ["--pruning.allocation=Search", "--pruning.allocation.start=DLP", "--pruning.allocation.start.alpha=0.7"],
+        r"`pruning.allocation.start.alpha` must be in",
+    ),
+    (["--pruning.recovery.r=0"], r"`pruning.recovery.r` must be"),
+    (
+        ["--pruning.method=MLPWidth", "--pruning.method.multiple=1000"],
+        r"`pruning.method.multiple` must be less than 512",
+    ),
+    (
+        ["--pruning.method=Shrink", "--pruning.method.parts=[HeadGroups]", "--pruning.method.weights=[1,2]"],
+        r"`pruning.method.weights` must be 1 positive numbers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), OPTIONS, ids=lambda value: str(value)[:60])
+def test_errors_of_a_class_name_its_options(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    check_refused(message, capsys, *args)

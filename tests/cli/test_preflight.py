@@ -29,18 +29,26 @@ MISTAKES = [
     (["--pruning.sparsity=1.2"], r"`pruning.sparsity` must be in \[0, 1\).*got 1.2"),
     (["--pruning.budget=parameters", "--pruning.sparsity=0.9"], r"must be between 0 and 0.7\d* of all parameters"),
     (["--pruning.sparsity=0.8", "--pruning.max_rate=0.7"], r"`pruning.sparsity` must be between 0 and 0.7"),
-    (["--pruning.allocation.alpha=0.7"], r"`DLP.alpha` must be in \[0, 0.5\], got 0.7"),
+    (["--pruning.allocation.alpha=0.7"], r"`pruning.allocation.alpha` must be in \[0, 0.5\], got 0.7"),
     (
         ["--pruning.allocation=Plan", "--pruning.allocation.path=none.yaml"],
-        r"`Plan.path` must be a file, got none.yaml",
+        r"`pruning.allocation.path` must be a file, got none.yaml",
     ),
     (
         ["--pruning.allocation=Search", "--pruning.allocation.evaluations=5"],
-        r"`Search.evaluations` must be at least 26",
+        r"`pruning.allocation.evaluations` must be at least 26",
+    ),
+    (
+        ["--pruning.allocation=Search", "--pruning.allocation.windows=1000"],
+        r"`pruning.allocation.windows` must be at most 30 with 400 evaluations, got 1000: ",
+    ),
+    (
+        ["--pruning.allocation=Search", "--pruning.allocation.windows=5"],
+        r"`pruning.allocation.windows` must be at most `pruning.calibration.num_samples`, 4, got 5",
     ),
     (
         ["--pruning.allocation=Search", "--pruning.allocation.state=none/state.json"],
-        r"`Search.state` must be a file in a folder that exists, got none/state.json",
+        r"`pruning.allocation.state` must be a file in a folder that exists, got none/state.json",
     ),
     (["--pruning.method.pattern=NofM"], r"`pruning.allocation` must be Uniform for the pattern NofM, .*MixedNofM"),
     (
@@ -49,17 +57,20 @@ MISTAKES = [
     ),
     (
         ["--pruning.method.pattern=NofM", "--pruning.method.pattern.n=5"],
-        r"`NofM.n` must be between 1 and m, 4, .*got 5",
+        r"`pruning.method.pattern.n` must be between 1 and m, 4, .*got 5",
     ),
     (
         ["--pruning.method.pattern=MixedNofM", "--pruning.method.pattern.m=5"],
-        r"`MixedNofM.m` must divide .*got 5: self_attn.q_proj of block 0 has 192",
+        r"`pruning.method.pattern.m` must divide .*got 5: self_attn.q_proj of block 0 has 192",
     ),
     (
         ["--pruning.method=SparseGPT", "--pruning.method.pattern=NofM", "--pruning.method.pattern.m=6"],
-        r"`SparseGPT.span` must be a multiple of 6, .*got 128; pass `--pruning.method.span 126`",
+        r"`pruning.method.span` must be a multiple of 6, .*got 128; pass `--pruning.method.span 126`",
     ),
-    (["--pruning.calibration.num_samples=100000"], r"`calibration.num_samples` must be at most \d+, .*got 100000"),
+    (
+        ["--pruning.calibration.num_samples=100000"],
+        r"`pruning.calibration.num_samples` must be at most \d+, .*got 100000",
+    ),
     (
         ["--pruning.calibration.seq_length=1024"],
         r"`pruning.calibration.seq_length` must be at most 512, the model's limit",
@@ -92,7 +103,7 @@ MISTAKES = [
     ),
     (
         ["--pruning.recovery.target_modules=[qproj]"],
-        r"`MaskedLoRA.target_modules` must match linears of the model, got 'qproj'",
+        r"`pruning.recovery.target_modules` must match linears of the model, got 'qproj'",
     ),
     (["--trainer.overfit_batches=2"], r"`trainer.overfit_batches` must be 0 with TextDataModule, got 2"),
     (
@@ -143,7 +154,7 @@ MISTAKES = [
     ),
     (
         ["--pruning.reconstruction=Reconstruct", "--pruning.calibration.num_samples=0"],
-        r"`calibration.num_samples` must be at least 1, got 0",
+        r"`pruning.calibration.num_samples` must be at least 1, got 0",
     ),
     (
         ["--pruning.reconstruction=Reconstruct", "--pruning.ignore=['.*']"],
@@ -162,7 +173,7 @@ OTHER_VERBS = [
     ("prune", ["--format=gguf", "--pruning.method=Slicing"], r"`format` GGUF"),
     ("score", ["--pruning.method=null"], r"`pruning.method` must be given"),
     ("score", ["--push_to_hub=me/model"], r"`push_to_hub` must be left out for score, which writes no model"),
-    ("score", ["--pruning.allocation.alpha=0.7"], r"`DLP.alpha` must be in"),
+    ("score", ["--pruning.allocation.alpha=0.7"], r"`pruning.allocation.alpha` must be in"),
     ("evaluate", [], r"`tasks` must be given, such as"),
     ("validate", ["--ckpt_path=none.ckpt"], r"`ckpt_path` must be an existing checkpoint"),
     ("export", [], r"`model.pretrained` or `ckpt_path` must be given"),
@@ -194,7 +205,7 @@ def test_what_settings_tell_is_refused_before_weights_and_text_are_read(
     monkeypatch.setattr("lit_prune.data.datamodule.TextDataModule.stream", lambda *_: pytest.fail("text was read"))
     for args, message in (
         (["--pruning.at_step=2"], "`pruning.at_step` must be below"),
-        (["--pruning.recovery.target_modules=[qproj]"], "`MaskedLoRA.target_modules` must match linears"),
+        (["--pruning.recovery.target_modules=[qproj]"], "`pruning.recovery.target_modules` must match linears"),
         (["--pruning.targets=[qproj]"], "`pruning.targets` must match a linear"),
         (["--ckpt_path=run.ckpt"], "`data.seed` must be what the checkpoint was made with, 7, got 0"),
     ):

@@ -107,7 +107,8 @@ def test_score_once_sweep_many(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             run("prune", "--output=runs/other", stored, *other)
     assert re.search(
         r"`pruning.statistics` must be of this model and this calibration text, runs/look/statistics.safetensors "
-        r"differs: other calibration tokens; `calibration.num_samples` 4, now 3; `calibration.text` train.txt, now val",
+        r"differs: other calibration tokens; `pruning.calibration.num_samples` 4, now 3; `calibration.text` train.txt, "
+        r"now val",
         capsys.readouterr().err,
     )
     assert not Path("runs/other").exists()
@@ -143,7 +144,9 @@ def test_score_searches_and_its_plan_says_how_it_went(capsys: pytest.CaptureFixt
     assert "search of the rates" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run("prune", "--output=runs/y", *search, "--pruning.allocation.start.lam=0.2")
-    assert re.search(r"`Search.state` must be of the same search, .*lam=0.1\), now OWL", capsys.readouterr().err)
+    assert re.search(
+        r"`pruning.allocation.state` must be of the same search, .*lam=0.1\), now OWL", capsys.readouterr().err
+    )
     assert not Path("runs/y").exists()
 
 
