@@ -1,34 +1,25 @@
-"""Search: rates with a low measured loss; see ``search/sweeps.py``."""
+"""Search: rates with a low measured loss; see ``search/searching.py`` and ``search/sweeps.py``."""
 
 from __future__ import annotations
 
-import math
-import random
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, final, get_args
 
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, Level, Refined, mean_rate, weighted_mean
+from lit_prune.allocate.base import Allocation, Level, Refined, mean_rate
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
-from lit_prune.progress import counted, log
+from lit_prune.progress import counted
 from lit_prune.search.losses import MeasuredLosses
-from lit_prune.search.space import Group, Point, Space
-from lit_prune.search.sweeps import MOST, Sweeps, evaluations_of_sweep
+from lit_prune.search.searching import COMPARISON, Searching
+from lit_prune.search.space import Group, Space
+from lit_prune.search.sweeps import evaluations_of_sweep
 from lit_prune.search.trial import NamedTrial, Trial
 
 Loss = Literal["cross_entropy", "kl"]
-IDLE = 20  # sweeps without a new measurement, after which all rates in reach are taken as measured
-COMPARISON = 2  # windows of the closing comparison, in multiples of those of a sweep
-BROKEN = (
-    "`calibration`: the loss under the rates of `Search.start` is NaN or infinity; the weights are broken, or "
-    "`model.dtype` is too small for them (try float32 or bfloat16)."
-)
 
 
 @final
@@ -62,6 +53,8 @@ class Search(Allocation):
         loss: `kl`, the divergence of the pruned model's prediction from that of the unpruned one, as in EvoPress, which
             needs one more pass over the windows; or `cross_entropy` of the next token, also where `slice_head` slices
             the head.
+        tokens: Number of tokens of a window, evenly spread, whose predictions `kl` compares; null compares all. The
+            head, and the softmax over the vocabulary, compute no others, which is much of a pass of a small model.
         seed: Random seed.
         state: File with all measurements, written after every sweep and when the search is interrupted. If it
             exists, the search resumes from it; with more evaluations, a finished search continues.
@@ -78,6 +71,7 @@ class Search(Allocation):
     windows: int = 2
     level: Level = "blocks"
     loss: Loss = "kl"
+    tokens: int | None = 256
     seed: int = 0
     state: str | None = field(default=None, repr=False)
 
@@ -98,8 +92,9 @@ class Search(Allocation):
                 )
         if not 0 < self.step < 1:
             raise InputError(f"`Search.step` must be in (0, 1), a share of a block, got {self.step}.")
-        if self.windows < 1:
-            raise InputError(f"`Search.windows` must be at least 1, got {self.windows}.")
+        for name in ("windows", "tokens"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise InputError(f"`Search.{name}` must be at least 1, got {count}.")
         if self.minutes is not None and not self.minutes > 0:
             raise InputError(f"`Search.minutes` must be above 0, or null, got {self.minutes}.")
         self._check_evaluations()
@@ -178,7 +173,7 @@ class Search(Allocation):
 
     def _settings(self) -> dict[str, Any]:
         """The settings that determine the candidates; limits of evaluations and time only end a search."""
-        names = ("step", "windows", "level", "loss", "seed")
+        names = ("step", "windows", "level", "loss", "tokens", "seed")
         return {"start": repr(self.start)} | {name: getattr(self, name) for name in names}
 
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
@@ -207,7 +202,7 @@ class Search(Allocation):
         measured = MeasuredLosses(self.state)
         measured.check_key(key)
         with counted(self.evaluations, "Searching rates") as report:
-            return _Run(self, space, trial, measured, report, together).run(key)
+            return Refined(*Searching(self, space, trial, measured, report, together).run(key))
 
 
 def _space_of_names(
@@ -227,138 +222,3 @@ def _space_of_names(
     )
     space = Space(start, trial.sizes, trial.granularity, low, high)
     return space.on_budget(target, trial.tolerance) if trial.tolerance else space
-
-
-class _LimitReached(Exception):
-    """Raised to end the search when the evaluations or the minutes are used up."""
-
-
-class _Run:
-    """One search: its limits, its measurements and its sweeps."""
-
-    def __init__(
-        self,
-        search: Search,
-        space: Space,
-        trial: Trial,
-        measured: MeasuredLosses,
-        report: Callable[[int, str], None],
-        together: Sequence[Sequence[Group]],
-    ) -> None:
-        self.search, self.space, self.trial, self.measured, self.report = search, space, trial, measured, report
-        self.evaluated: set[tuple[Point, int]] = set()
-        self.limit, self.end = search.evaluations, math.inf
-        windows = len(trial.tokens)
-        trial.reuse(search.windows)
-        self.sweeps = Sweeps(space, search.step, search.windows, windows, self.loss, search.seed, together)
-        draw = random.Random(f"{search.seed}, comparison")  # not the windows of the first sweep
-        self.comparison = draw.sample(range(windows), min(COMPARISON * search.windows, windows))
-        self.swept = 0
-
-    def run(self, key: Mapping[str, Any]) -> Refined:
-        """Searches until a limit is reached and returns the result; the state is saved even if it is interrupted."""
-        if self._is_short:
-            log(
-                f"{self.search.evaluations} evaluations do not suffice for a sweep over {self._all}: a sweep takes "
-                f"some of them. {self._least} do: pass `--pruning.allocation.evaluations {self._least}` or more."
-            )
-        try:
-            before = self.loss(self.space.origin, self.comparison)
-            if not math.isfinite(before):
-                raise InputError(BROKEN)
-            self._sweep(key)
-            after = self.loss(self.sweeps.best, self.comparison)
-        except KeyboardInterrupt:
-            log(f"Search stopped after {len(self.evaluated)} evaluations; {self._state_message()}.")
-            raise
-        finally:
-            self._save(key)
-        return self._refined(before, after)
-
-    def _sweep(self, key: Mapping[str, Any]) -> None:
-        """Runs sweeps until a limit is reached, reserving the evaluations of the final comparison."""
-        begin, idle, evaluated = time.monotonic(), 0, 0
-        self.limit -= len(self.comparison)
-        self.end = begin + 60 * (self.search.minutes or math.inf)
-        with suppress(_LimitReached):
-            while idle < IDLE and (most := self._affordable()) > 1 and self.sweeps.sweep(most):
-                self.swept += 1
-                idle, evaluated = (idle + 1 if len(self.evaluated) == evaluated else 0), len(self.evaluated)
-                self._save(key)
-        self.limit, self.end = self.search.evaluations, math.inf
-
-    def _affordable(self) -> int:
-        """Returns the number of blocks, at most MOST, for whose sweep the remaining evaluations suffice."""
-        left, windows = self.limit - len(self.evaluated), self.sweeps.windows
-        return max((most for most in range(MOST + 1) if evaluations_of_sweep(most, windows) <= left), default=0)
-
-    def loss(self, point: Point, windows: Sequence[int]) -> float:
-        """Returns the mean loss over the predicted tokens of some windows, reusing measurements."""
-        tokens = [self.trial.tokens[window] for window in windows]
-        return weighted_mean([self._measure(point, window) for window in windows], tokens)
-
-    def _measure(self, point: Point, window: int) -> float:
-        measurement = (point, window)
-        if measurement not in self.evaluated:
-            if len(self.evaluated) >= self.limit or time.monotonic() >= self.end:
-                raise _LimitReached
-            if measurement not in self.measured.losses:
-                measure = self.trial.loss if self.search.loss == "cross_entropy" else self.trial.divergence
-                self.measured.losses[measurement] = measure(self.space.rates(point), window)
-            self.evaluated.add(measurement)
-            self.report(len(self.evaluated), "")
-        return self.measured.losses[measurement]
-
-    def _save(self, key: Mapping[str, Any]) -> None:
-        self.measured.save(key, self.space.rates(self.sweeps.best))
-
-    def _state_message(self) -> str:
-        if self.measured.path is None:
-            return "its measurements are lost; pass `--pruning.allocation.state FILE` to be able to resume it"
-        return f"its measurements are in {self.measured.path}, and the same command resumes it"
-
-    @property
-    def _all(self) -> str:
-        """What takes part in a sweep over single blocks, linears or parts."""
-        count = len(self.space.start)
-        return f"{MOST} of the {count} {self.search.level}" if count > MOST else f"all {count} {self.search.level}"
-
-    @property
-    def _least(self) -> int:
-        """The evaluations of such a sweep and of the comparison of its result with the start."""
-        return evaluations_of_sweep(min(len(self.space.start), MOST), self.sweeps.windows) + 2 * len(self.comparison)
-
-    @property
-    def _is_short(self) -> bool:
-        return self.search.evaluations < self._least
-
-    def _reason(self) -> str:
-        """Returns why the search returns its start, and what to do about it."""
-        if not self.space.movable(self.space.origin):
-            return "the bounds allow no others. Change `--pruning.min_rate` or `--pruning.max_rate`."
-        if not self.swept:
-            return "no sweep came to its end. Pass more `--pruning.allocation.minutes`."
-        if self.sweeps.best != self.space.origin:
-            return (
-                f"those that it found are no better on the {len(self.comparison)} windows of the closing comparison. "
-                "Pass more `--pruning.allocation.windows`, and `evaluations` in proportion."
-            )
-        if self._is_short:
-            return f"there were too few evaluations for a sweep over {self._all}. Pass {self._least} or more."
-        return (
-            "no exchange of budget lowered the loss. Pass more "
-            "`--pruning.allocation.evaluations`, or another `--pruning.allocation.step`."
-        )
-
-    def _refined(self, before: float, after: float) -> Refined:
-        better = after < before
-        if not better:
-            log(f"Search found no better rates and returns those of its start: {self._reason()}")
-        details = {
-            "evaluations": len(self.evaluated),
-            "sweeps": self.swept,
-            "windows": len(self.comparison),
-            "loss_start": before,
-            "loss_end": after if better else before,
-        }
-        return Refined(self.space.rates(self.sweeps.best if better else self.space.origin), details)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from lit_prune.calibration.windows import Batch
 from lit_prune.evaluation.perplexity import negative_log_likelihood
 from lit_prune.models.families import find_blocks
-from lit_prune.search.divergence import appended, divergence, recorded
+from lit_prune.search.divergence import appended, compared, divergence, recorded
 from lit_prune.search.prefix import Prefix
 from lit_prune.search.space import Group
 
@@ -77,19 +77,21 @@ class Trial(ABC):
         return _finite(float(nll) / tokens)
 
     @torch.no_grad()
-    def divergence(self, rates: Sequence[float], window: int) -> float:
-        """Returns the mean KL divergence from the unpruned model's prediction over one window; infinity for NaN.
+    def divergence(self, rates: Sequence[float], window: int, tokens: int | None = None) -> float:
+        """Returns the mean KL divergence from the unpruned model's predictions; infinity for NaN.
 
-        The first call runs the unpruned model over all windows, and keeps its last hidden states.
+        It is that of up to ``tokens`` predictions in one window, evenly spread, or of all for None. The first call runs
+        the unpruned model over all windows, and keeps its last hidden states.
         """
         if not self._unpruned:
             self.take_unpruned()
             with recorded(self.model) as self._unpruned:
                 for number in range(len(self.tokens)):
                     self._run(number)
-        with appended(self.model, self._unpruned[window]):
-            _, mask_1T, logits_2TV = self._run_at(rates, window)
-        return _finite(float(divergence(logits_2TV[1:], logits_2TV[:1], mask_1T)))
+        ids_1T, mask_1T = self._rows[window]
+        with appended(self.model, self._unpruned[window], compared(ids_1T.shape[1], mask_1T, tokens)):
+            logits_SV, reference_SV = self._run_at(rates, window)[2]
+        return _finite(float(divergence(reference_SV, logits_SV)))
 
     def _run_at(self, rates: Sequence[float], window: int) -> tuple[Tensor, Tensor | None, Tensor]:
         self.take(rates)

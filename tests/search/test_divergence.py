@@ -10,26 +10,34 @@ from lit_prune.allocate import Search, Uniform
 from lit_prune.errors import InputError
 from lit_prune.pipeline import score
 from lit_prune.recipe import Recipe
-from lit_prune.search.divergence import appended, divergence, recorded
+from lit_prune.search.divergence import appended, compared, divergence, recorded
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
 
 
 def test_by_hand() -> None:
-    reference = torch.zeros(1, 3, 2)
-    logits = torch.tensor([[[0.0, math.log(3)], [0.0, 0.0], [0.0, 9.0]]])  # the last token predicts none
+    reference, logits = torch.zeros(2, 2), torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])
     expected = math.log(2 / math.sqrt(3))
     assert float(divergence(reference, logits)) == pytest.approx(expected / 2)
-    assert float(divergence(reference, logits, torch.tensor([[1, 1, 0]]))) == pytest.approx(expected)
+    assert float(divergence(reference[:1], logits[:1])) == pytest.approx(expected)
     assert float(divergence(logits, logits)) == 0
 
 
 def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     random = torch.Generator().manual_seed(0)
-    one, other = (torch.randn(1, 20, 5, generator=random) for _ in range(2))
+    one, other = (torch.randn(20, 5, generator=random) for _ in range(2))
     whole = divergence(one, other)
     monkeypatch.setattr("lit_prune.search.divergence.CHUNK_TOKENS", 3)
     torch.testing.assert_close(divergence(one, other), whole)
+
+
+def test_tokens_that_are_compared() -> None:
+    assert compared(8, None, None).tolist() == list(range(7))  # the last token predicts none
+    assert compared(8, None, 7).tolist() == list(range(7))
+    assert compared(8, None, 3).tolist() == [1, 3, 5]
+    assert compared(8, None, 1).tolist() == [3]
+    assert compared(6, torch.tensor([[0, 1, 1, 1, 0, 0]]), None).tolist() == [1, 2]
+    assert compared(1025, None, 256).diff().tolist() == [4] * 255
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "opt", "falcon", "mixtral"])
@@ -39,9 +47,10 @@ def test_a_recorded_row_has_the_logits_that_it_had(family: str, batches: list[to
     with torch.no_grad():
         with recorded(model) as hidden:
             expected = model(input_ids=one).logits
-        with appended(model, hidden[0]):
+        rows = torch.tensor([0, 3, 4])
+        with appended(model, hidden[0], rows):
             both = model(input_ids=other).logits
-        torch.testing.assert_close(both, torch.cat([model(input_ids=other).logits, expected]))
+        torch.testing.assert_close(both, torch.cat([model(input_ids=other).logits, expected])[:, rows])
     assert len(hidden) == 1
 
 

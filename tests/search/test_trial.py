@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.evaluation.perplexity import measure
+from lit_prune.search.divergence import compared
 from lit_prune.search.trial import NamedTrial, Trial, model_on_device
 from tests.conftest import small_model
 
@@ -76,6 +77,9 @@ def test_the_divergence_is_from_the_unpruned_model(model: PreTrainedModel, batch
     trial.take([0.0] * 3)
     assert trial.divergence([1.0] * 3, 2) == pytest.approx(expected, rel=1e-4)
     assert expected > 0
+    some = compared(ids.shape[1], None, 5)
+    expected = float((dense.exp() * (dense - pruned)).sum(-1)[some].mean())
+    assert trial.divergence([1.0] * 3, 2, tokens=5) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_trial_of_blocks_alone() -> None:
