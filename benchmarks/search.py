@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from forwards import cost, forward_seconds
 from jsonargparse import ArgumentParser
@@ -27,7 +28,9 @@ from lit_prune.models.load import load_model
 from lit_prune.recipe import Recipe
 
 
-def cases(start: Allocation, evaluations: int, seeds: int, results: Results) -> Iterator[tuple[str, Allocation]]:
+def cases(
+    start: Allocation, evaluations: int, tokens: int, seeds: int, results: Results
+) -> Iterator[tuple[str, Allocation]]:
     """Yields the name and the allocation of every case."""
     for rule in dict.fromkeys([Uniform(), start, Arithmetic()]):
         yield type(rule).__name__, rule
@@ -35,7 +38,14 @@ def cases(start: Allocation, evaluations: int, seeds: int, results: Results) -> 
         for loss in ("cross_entropy", "kl"):
             for seed in range(seeds):
                 state = str(results.path.with_suffix(f".{level}-{loss}{seed}.json"))
-                search = Search(start, evaluations, level=level, loss=loss, seed=seed, state=state)  # type: ignore[arg-type]
+                settings: dict[str, Any] = {
+                    "level": level,
+                    "loss": loss,
+                    "tokens": tokens,
+                    "seed": seed,
+                    "state": state,
+                }
+                search = Search(start, evaluations, **settings)
                 yield f"Search, {level}, {loss}, seed {seed}", search
 
 
@@ -67,6 +77,7 @@ def main() -> None:
     parser.add_argument("--cases", default="", help="Regular expression of the names of the cases to run.")
     parser.add_argument("--sparsity", type=float, default=0.6)
     parser.add_argument("--evaluations", type=int, default=120)
+    parser.add_argument("--tokens", type=int, default=256, help="Tokens of a window that kl compares.")
     parser.add_argument("--minutes", type=float, default=None, help="Time limit of every search; null is no limit.")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", default="Wanda", help="Name of the mask method.")
@@ -74,11 +85,12 @@ def main() -> None:
     parser.set_defaults(num_samples=16, seq_length=256, val_windows=24, val_length=256)
     settings = parser.parse_args()
     results, sparsity = Results(settings.pop("results")), settings.pop("sparsity")
-    evaluations, seeds, minutes = settings.pop("evaluations"), settings.pop("seeds"), settings.pop("minutes")
+    evaluations, tokens = settings.pop("evaluations"), settings.pop("tokens")
+    seeds, minutes = settings.pop("seeds"), settings.pop("minutes")
     method, start = getattr(pruning, settings.pop("method"))(), getattr(allocate, settings.pop("start"))()
     pattern = settings.pop("cases")
     runner = Cases(Protocol(**settings.as_dict()), results, pattern)
-    for name, allocation in cases(start, evaluations, seeds, results):
+    for name, allocation in cases(start, evaluations, tokens, seeds, results):
         if isinstance(allocation, Search):
             allocation = replace(allocation, minutes=minutes)
         runner.once(name, partial(runner.run, Recipe(method, sparsity, allocation)))

@@ -17,7 +17,7 @@ from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.on_disk import on_disk, placed
-from lit_prune.pipeline import prune, score_with_statistics
+from lit_prune.pipeline import prune, score, score_with_statistics
 from lit_prune.progress import log
 from lit_prune.recipe import Recipe
 
@@ -67,8 +67,9 @@ def find_sparsity(
     """Returns the greatest sparsity of ``recipe`` whose perplexity on ``validation`` is at most ``perplexity``.
 
     The interval of all sparsities that the recipe allows is halved until it is shorter than ``tolerance``: 8 cuts of
-    copies of the model for 0 to 0.99 and 0.01. The blocks are scored once. Where the perplexity does not rise with the
-    sparsity throughout, a greater sparsity than the one that is found may do as well.
+    copies of the model for 0 to 0.99 and 0.01, fewer if the method rounds some of them to the same sizes. The blocks
+    are scored once. Where the perplexity does not rise with the sparsity throughout, a greater sparsity than the one
+    that is found may do as well.
 
     Args:
         model: A Hugging Face causal LM, which is not changed; a copy of it must fit into memory beside it.
@@ -97,13 +98,18 @@ def find_sparsity(
         )
     count = 1 + max(1, math.ceil(math.log2((most - least) / tolerance)))
     trials: list[SparsityTrial] = []
+    known: dict[tuple[float, ...], float] = {}  # perplexities by rates: sizes are rounded, so that trials may agree
     if statistics is None and recipe.needs_text:
         _, statistics = score_with_statistics(model, batches, replace(recipe, sparsity=most), device=chosen)
 
     def allows(sparsity: float) -> bool:
-        cut, label = copy.deepcopy(model), f"trial {len(trials) + 1} of {count}"
-        prune(cut, batches, replace(recipe, sparsity=sparsity), device=chosen, statistics=statistics)
-        found = measure(placed(cut, chosen), *validation, label=f"Perplexity, {label}").perplexity
+        tried, label = replace(recipe, sparsity=sparsity), f"trial {len(trials) + 1} of {count}"
+        rates = tuple(score(model, batches, tried, device=chosen, statistics=statistics).rates)
+        if rates not in known:
+            cut = copy.deepcopy(model)
+            prune(cut, batches, tried, device=chosen, statistics=statistics)
+            known[rates] = measure(placed(cut, chosen), *validation, label=f"Perplexity, {label}").perplexity
+        found = known[rates]
         trials.append(SparsityTrial(sparsity, found))
         log(f"Sparsity, {label}: {sparsity:.4f} has a perplexity of {found:.4g}, at most {perplexity:g} is asked for.")
         return found <= perplexity

@@ -86,11 +86,14 @@ def test_channels(embedded: PreTrainedModel, validation: Any) -> None:
     assert 0 < found.sparsity < 0.875
 
 
-def test_blocks(embedded: PreTrainedModel, validation: Any) -> None:
+def test_blocks(embedded: PreTrainedModel, validation: Any, capsys: pytest.CaptureFixture[str]) -> None:
     batches = [batch["input_ids"] for batch in validation[0]]
     dense = measure(embedded, *validation).perplexity
     found = find_sparsity(embedded, batches, Recipe(Depth(), allocation=Uniform()), validation, 1.01 * dense)
     count = len(find_blocks(embedded))
+    labels = capsys.readouterr().err
+    counts = [round(trial.sparsity * count) for trial in found.trials]
+    assert labels.count("Removing block") == len(set(counts) - {0}) < len(counts)
     assert found.trials[0].sparsity == pytest.approx(1 - 1 / count, abs=1e-4)
     assert round(found.sparsity * count) == 0  # the sparsities below half a block remove none
 
