@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lit_prune.errors import InputError, near_misses
@@ -260,6 +261,8 @@ def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any], trust
             raise custom_code_error(source, extra) from error
         if (unwritable := cache_error(error)) is not None:
             raise unwritable from error
+        if (unreadable := _unreadable_architecture(source, extra)) is not None:
+            raise unreadable from error
         damaged = _damaged_file(Path(source))
         if damaged is not None:
             raise InputError(
@@ -276,6 +279,22 @@ def _model_within(folder: Path, needed: str) -> str:
         if files := sorted(inner.glob("*.gguf")):
             return f" Did you mean {' or '.join(str(file) for file in files)}?"
     return ""
+
+
+def _unreadable_architecture(source: str, extra: dict[str, Any]) -> InputError | None:
+    """Returns the error for a .gguf file whose architecture transformers does not have, such as `deci`, or None."""
+    if (name := extra.get("gguf_file")) is None:
+        return None
+    try:
+        architecture = PreTrainedConfig.get_config_dict(source, gguf_file=name)[0].get("model_type")
+    except (OSError, ValueError, KeyError):  # the file is damaged, or transformers names its architecture itself
+        return None
+    if architecture in CONFIG_MAPPING:
+        return None
+    return InputError(
+        "`model.pretrained` must be a .gguf file of an architecture that transformers reads, got "
+        f"{os.path.join(source, name)} with `{architecture}`: give the Hugging Face folder that it was exported from."
+    )
 
 
 def _damaged_file(folder: Path) -> str | None:

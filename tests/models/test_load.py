@@ -1,4 +1,5 @@
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -144,14 +145,24 @@ def test_a_gguf_file_can_be_loaded_and_saved(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer("abc")["input_ids"]) == "abc"
 
 
-def write_gguf(path: Path) -> Path:
+@pytest.mark.parametrize("load", [load_config, load_model, load_tokenizer])
+def test_a_gguf_file_of_an_architecture_that_transformers_does_not_know(
+    load: Callable[[str], object], tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "blocks.gguf", "deci")
+    told = rf"must be a \.gguf file of an .*got {re.escape(str(file))} with `deci`: give the Hugging Face folder that"
+    with pytest.raises(InputError, match=told):
+        load(str(file))
+
+
+def write_gguf(path: Path, architecture: str = "llama") -> Path:
     """Writes a Llama of two blocks with a byte-level BPE vocabulary, as llama.cpp's converter lays it out."""
     gguf = pytest.importorskip("gguf")
     from tokenizers import pre_tokenizers
 
     width, heads, inner, words = 32, 4, 48, 300
     random = torch.Generator().manual_seed(0)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_context_length(64)
     writer.add_embedding_length(width)
