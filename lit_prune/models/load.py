@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,14 +257,15 @@ def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any], trust
     except ImportError as error:
         remedy = " Install it by: pip install 'lit-prune[gguf]'." if extra.get("gguf_file") else ""
         raise InputError(f"`model.pretrained`: {_first_line(error)}{remedy}") from error
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, struct.error) as error:
         if "trust_remote_code" in str(error):
             raise custom_code_error(source, extra) from error
         if (unwritable := cache_error(error)) is not None:
             raise unwritable from error
         if (unreadable := _unreadable_architecture(source, extra)) is not None:
             raise unreadable from error
-        damaged = _damaged_file(Path(source))
+        file = extra.get("gguf_file")
+        damaged = _damaged_file(Path(source)) if file is None else _damaged_gguf(Path(source, file))
         if damaged is not None:
             raise InputError(
                 f"`model.pretrained` {source!r} cannot be loaded: {damaged}: download or copy that file again."
@@ -287,7 +289,12 @@ def _unreadable_architecture(source: str, extra: dict[str, Any]) -> InputError |
         return None
     try:
         architecture = PreTrainedConfig.get_config_dict(source, gguf_file=name)[0].get("model_type")
-    except (OSError, ValueError, KeyError):  # the file is damaged, or transformers names its architecture itself
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        struct.error,
+    ):  # the file is damaged, or transformers names its architecture itself
         return None
     if architecture in CONFIG_MAPPING:
         return None
@@ -311,6 +318,17 @@ def _damaged_file(folder: Path) -> str | None:
                 pass
         except SafetensorError as error:
             return f"{name} is damaged ({_first_line(error)})"
+    return None
+
+
+def _damaged_gguf(file: Path) -> str | None:
+    """That a .gguf file is damaged or incomplete, with the error of its reader; None for one that can be read."""
+    from gguf import GGUFReader
+
+    try:
+        GGUFReader(file)
+    except (OSError, ValueError, IndexError, struct.error) as error:
+        return f"{file.name} is damaged ({_first_line(error)})"
     return None
 
 

@@ -155,6 +155,16 @@ def test_a_gguf_file_of_an_architecture_that_transformers_does_not_know(
         load(str(file))
 
 
+@pytest.mark.parametrize("length", [0, 3, 7, 100, 2000, -100])
+def test_a_gguf_file_that_is_damaged(length: int, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf")
+    file.write_bytes(file.read_bytes()[:length])
+    told = r"cannot be loaded: tiny.gguf is damaged \(.*\): download or copy that file again"
+    for load in (load_config, load_model, load_tokenizer):
+        with pytest.raises(InputError, match=told):
+            load(str(file))
+
+
 def write_gguf(path: Path, architecture: str = "llama") -> Path:
     """Writes a Llama of two blocks with a byte-level BPE vocabulary, as llama.cpp's converter lays it out."""
     gguf = pytest.importorskip("gguf")
