@@ -173,8 +173,9 @@ class Search(Allocation):
 
     def _settings(self) -> dict[str, Any]:
         """The settings that determine the candidates; limits of evaluations and time only end a search."""
-        names = ("step", "windows", "level", "loss", "tokens", "seed")
-        return {"start": repr(self.start)} | {name: getattr(self, name) for name in names}
+        names = ("step", "windows", "level", "loss", "seed")
+        own = {name: getattr(self, name) for name in names}
+        return {"start": repr(self.start), **own, "tokens compared": self.tokens}  # `tokens` are those of the text
 
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
         """Returns the best rates that were measured, and the details of the search."""

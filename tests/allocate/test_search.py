@@ -31,14 +31,17 @@ from tests.search.bowl import Bowl, refine
     [
         ({"seed": 1}, "`seed` 0, now 1"),
         ({"start": OWL()}, r"`start` Uniform\(\), now OWL\(threshold=5.0, lam=0.08\)"),
-        ({"key": {"weights": "b" * 64}}, "other weights"),
+        ({"tokens": 8}, "`tokens compared` 256, now 8"),
+        ({"key": {"weights": "b" * 64, "tokens": "a" * 64}}, "other weights"),
+        ({"key": {"weights": "a" * 64, "tokens": "b" * 64}}, "other tokens"),
     ],
 )
 def test_a_state_that_does_not_fit(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     state, trial = str(tmp_path / "state.json"), Bowl()
-    refine(Bowl(), state=state, evaluations=30)
+    key = {"weights": "a" * 64, "tokens": "a" * 64}
+    refine(Bowl(), key, state=state, evaluations=30)
     with pytest.raises(InputError, match=f"`Search.state` must be of the same search, .* of another: {message}"):
-        refine(trial, state=state, **change)
+        refine(trial, **{"key": key, "state": state} | change)
     assert trial.seen == []
 
 
