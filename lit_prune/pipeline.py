@@ -177,7 +177,7 @@ def prune(
     finished = _finished(model, batches, recipe)
     scored = _score(model, batches, recipe, device, _needs(recipe), statistics)
     blocks = _with_rates(recipe.find(model), scored.linears or scored.parts)
-    before, rounding = recipe.method.current_rates(model, blocks), recipe.method.rounding(blocks)
+    before = recipe.method.current_rates(model, blocks) if recipe.method.changes_shapes else []
     begin = time.perf_counter()
     with evaluating(model):
         reconstruction = None
@@ -193,9 +193,8 @@ def prune(
             reconstruction=reconstruction,
         )
     _check_same(blocks)
-    if recipe.method.changes_shapes and scored.target > 0 and math.dist(achieved, before) < TOLERANCE:
-        steps = f"steps of {2 * rounding:.4g}" if rounding else "steps"
-        log(f"{type(recipe.method).__name__} removed nothing: a sparsity of {scored.target:.4g} is rounded to {steps}.")
+    if before and math.dist(achieved, before) < TOLERANCE:
+        _tell_nothing_removed(recipe, scored.target, weighted_mean(before, scored.sizes))
     added = recipe.method.structures if recipe.method.changes_shapes else 0
     structure.write_cut(model, recipe_record(recipe), scored.rates, added=added)
     return Pruned(
@@ -212,6 +211,15 @@ def prune(
         linears=scored.linears,
         parts=scored.parts,
     )
+
+
+def _tell_nothing_removed(recipe: Recipe, target: float, before: float) -> None:
+    """Logs why a cut of shapes removed nothing, unless nothing was asked for."""
+    name = type(recipe.method).__name__
+    if target > before + TOLERANCE:
+        log(f"{name} removed nothing: a sparsity of {target:.4g} is less than half of its smallest step. Choose more.")
+    elif before:
+        log(f"{name} removed nothing: a sparsity of {target:.4g} was reached by an earlier cut.")
 
 
 def _finished(model: PreTrainedModel, batches: Sequence[Batch | Tensor], recipe: Recipe) -> FinishedBlocks | None:

@@ -275,10 +275,12 @@ class Recipe:
 
     def _as_planned(self, model: PreTrainedModel, blocks: Sequence[Block], limits: Limits) -> Limits:
         """Returns ``limits`` with the mean of a plan as their target, if that is the target but for rounding."""
-        mean = self.allocation.planned_mean(limits.sizes)
-        if mean is None or abs(mean - limits.effective_target) > self.method.rounding_of_mean(model, blocks):
+        planned = self.allocation.planned_rates(len(blocks))
+        if planned is None:
             return limits
-        return replace(limits, target=mean)
+        mean = weighted_mean(planned, limits.sizes)
+        exceeds = abs(mean - limits.effective_target) > self.method.rounding_of_mean(model, blocks, planned)
+        return limits if exceeds else replace(limits, target=mean)
 
     def limits(self, model: PreTrainedModel, blocks: Sequence[Block], *, share: float | None = None) -> Limits:
         """Returns the bounds of the blocks' rates, and the mean rate that gives the sparsity.

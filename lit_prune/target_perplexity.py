@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,12 +100,16 @@ def find_sparsity(
     count = 1 + max(1, math.ceil(math.log2((most - least) / tolerance)))
     trials: list[SparsityTrial] = []
     known: dict[tuple[float, ...], float] = {}  # perplexities by rates: sizes are rounded, so that trials may agree
-    if statistics is None and recipe.needs_text:
-        _, statistics = score_with_statistics(model, batches, replace(recipe, sparsity=most), device=chosen)
+    first = replace(recipe, sparsity=most)
+    settings: dict[str, Any] = {"device": chosen, "statistics": statistics}
+    if recipe.needs_text:
+        scored, statistics = score_with_statistics(model, batches, first, **settings)
+    else:
+        scored = score(model, batches, first, **settings)
 
     def allows(sparsity: float) -> bool:
         tried, label = replace(recipe, sparsity=sparsity), f"trial {len(trials) + 1} of {count}"
-        rates = tuple(score(model, batches, tried, device=chosen, statistics=statistics).rates)
+        rates = tuple(tried.spread(tried.bounded(model)[1], scored.scores))
         if rates not in known:
             cut = copy.deepcopy(model)
             prune(cut, batches, tried, device=chosen, statistics=statistics)

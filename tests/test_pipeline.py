@@ -1,4 +1,3 @@
-import re
 from collections.abc import Sequence
 
 import pytest
@@ -150,9 +149,19 @@ def test_a_cut_that_rounds_to_nothing_says_so(
     assert "removed nothing" not in capsys.readouterr().err
     pruned = prune(model, batches, Recipe(method, 0.02))
     assert pruned.sparsity == 0
-    assert re.search(f"{name} removed nothing: a sparsity of 0.02 is rounded to steps of 0", capsys.readouterr().err)
+    told = f"{name} removed nothing: a sparsity of 0.02 is less than half of its smallest step"
+    assert told in capsys.readouterr().err
     assert structure.describe(model)[-1].achieved == 0
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_a_cut_that_an_earlier_one_has_made_says_so(
+    model: PreTrainedModel, batches: list[torch.Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):
+        assert "removed nothing" not in capsys.readouterr().err
+        prune(model, batches, Recipe(MLPWidth(8), 0.5))
+    assert "MLPWidth removed nothing: a sparsity of 0.5 was reached by an earlier cut" in capsys.readouterr().err
 
 
 def test_cached_scores_are_not_announced(

@@ -112,8 +112,8 @@ class Allocation(ABC):
     def check_windows(self, available: int) -> None:  # noqa: B027 (only a search measures on windows)
         """Raises InputError if the settings need more calibration windows than are ``available``."""
 
-    def planned_mean(self, sizes: Sequence[int]) -> float | None:
-        """Returns the mean of the rates for blocks of ``sizes``, if it is known before the blocks are scored."""
+    def planned_rates(self, blocks: int) -> list[float] | None:
+        """Returns the rates of so many blocks, if they are known before the blocks are scored."""
         return None
 
     def named_rates(self, sizes: Sequence[Mapping[str, int]]) -> list[dict[str, float]] | None:

@@ -126,8 +126,7 @@ class Plan(Allocation):
                     f"`Plan.path`: the rate of block {block} must be between {low:.4g} (`pruning.min_rate` or its "
                     f"current sparsity) and {upper:.4g} (`pruning.max_rate`), got {planned[block]:g} in {self.path}."
                 )
-        mean = self.planned_mean(sizes)
-        assert mean is not None
+        mean = weighted_mean([planned[block] for block in range(blocks)], sizes)
         if abs(mean - sparsity) > MEAN_TOLERANCE:
             raise InputError(
                 f"`Plan.path`: the mean of the rates in {self.path} must be the mean sparsity of "
@@ -136,12 +135,10 @@ class Plan(Allocation):
                 "`pruning.target_bytes`."
             )
 
-    def planned_mean(self, sizes: Sequence[int]) -> float | None:
-        """Returns the mean of the planned rates; None if they are not those of so many blocks."""
+    def planned_rates(self, blocks: int) -> list[float] | None:
+        """Returns the planned rates; None if they are not those of so many blocks."""
         planned = self.rates()
-        if planned.keys() != set(range(len(sizes))):
-            return None
-        return weighted_mean([planned[block] for block in range(len(sizes))], sizes)
+        return [planned[block] for block in range(blocks)] if planned.keys() == set(range(blocks)) else None
 
     def score(self, weights: dict[str, Tensor], statistics: BlockStatistics) -> float:
         """Returns 1: a plan needs no scores."""

@@ -155,9 +155,9 @@ class Search(Allocation):
         self.rule.check(sizes, sparsity, lower, upper)
         MeasuredLosses(self.state).check_key(self._settings() | {"sizes": list(sizes)})
 
-    def planned_mean(self, sizes: Sequence[int]) -> float | None:
-        """Returns the mean of the start, which the search keeps, if that is a plan."""
-        return self.rule.planned_mean(sizes)
+    def planned_rates(self, blocks: int) -> list[float] | None:
+        """Returns the rates of the start, whose mean the search keeps, if that is a plan."""
+        return self.rule.planned_rates(blocks)
 
     def check_windows(self, available: int) -> None:
         """Raises InputError if there are fewer calibration windows than a sweep measures on."""
@@ -174,8 +174,9 @@ class Search(Allocation):
     def _settings(self) -> dict[str, Any]:
         """The settings that determine the candidates; limits of evaluations and time only end a search."""
         names = ("step", "windows", "level", "loss", "seed")
-        own = {name: getattr(self, name) for name in names}
-        return {"start": repr(self.start), **own, "tokens compared": self.tokens}  # `tokens` are those of the text
+        settings = {"start": repr(self.start)} | {name: getattr(self, name) for name in names}
+        # the key has the calibration text as `tokens`; a state without this entry compared all
+        return settings | ({"allocation.tokens": self.tokens} if self.loss == "kl" else {})
 
     def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
         """Returns the best rates that were measured, and the details of the search."""

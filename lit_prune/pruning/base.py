@@ -178,8 +178,8 @@ class Method(ABC):
         """Returns how far a cut may exceed the sparsity because the method supports only some rates."""
         return 0.0
 
-    def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
-        """Returns how far the mean of the rates that are planned for a sparsity may be from it because of rounding."""
+    def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
+        """Returns how far the mean of ``rates`` may be from the sparsity that they were planned for, by rounding."""
         return self.rounding(blocks)
 
     @abstractmethod

@@ -17,22 +17,25 @@ def full_precision() -> Iterator[None]:
     the activations of a model, and not for the solution of a linear system, where the errors in the large eigenvalues
     of a Hessian are as large as its small ones.
     """
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the precision was set for one backend, and differs between them
-        mkldnn: Any = torch.backends.mkldnn
-        matmuls = torch.backends.cuda.matmul, mkldnn.matmul
-        by_backend = [matmul.fp32_precision for matmul in matmuls]
+    if matmuls := _matmuls():
+        chosen = [matmul.fp32_precision for matmul in matmuls]
         for matmul in matmuls:
             matmul.fp32_precision = "ieee"
         try:
             yield
         finally:
-            for matmul, precision in zip(matmuls, by_backend, strict=True):
+            for matmul, precision in zip(matmuls, chosen, strict=True):
                 matmul.fp32_precision = precision
         return
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def _matmuls() -> list[Any]:
+    """The backends that have a precision of their own for products; none before torch 2.9."""
+    backends = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    return [matmul for matmul in backends if hasattr(matmul, "fp32_precision")]

@@ -72,7 +72,7 @@ def appended(model: PreTrainedModel, hidden_1TD: Tensor, rows_S: Tensor) -> Iter
     def append(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         if args[0].shape[-1] != hidden_1TD.shape[-1]:
             raise kl_of_sliced_head()
-        return (torch.cat([args[0], hidden_1TD.to(args[0])])[:, rows_S.to(args[0].device)],)
+        return (torch.cat([args[0][:, rows_S.to(args[0].device)], hidden_1TD[:, rows_S].to(args[0])]),)
 
     with _before_head(model, append):
         yield

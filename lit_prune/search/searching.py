@@ -183,7 +183,7 @@ class Searching:
     def _reason(self) -> str:
         """Returns why the search returns its start, and what to do about it."""
         if not self.space.movable(self.space.origin):
-            return "the bounds allow no others. Change `--pruning.min_rate` or `--pruning.max_rate`."
+            return "its bounds and steps allow no others. Choose another sparsity, or a smaller `multiple`."
         if not self.swept:
             return "no sweep came to its end. Pass more `--pruning.allocation.minutes`."
         if self.sweeps.best != self.space.origin:

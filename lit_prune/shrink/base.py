@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import Allocation
+from lit_prune.allocate.base import TOLERANCE, Allocation
 from lit_prune.calibration.statistics import GRAM, BlockStatistics
 from lit_prune.calibration.stream import Stream, on_device
 from lit_prune.calibration.windows import Batch
@@ -181,6 +181,11 @@ class UnitMethod(PartMethod):
         """Returns half a multiple as a share of the units of a block."""
         part = self._find(blocks[0].linears, config_of(blocks[0]))
         return self.multiple / 2 / part.units
+
+    def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
+        """Returns half a multiple as a share of a block for equal rates, and a multiple as one of all for others."""
+        equal = max(rates) - min(rates) < TOLERANCE
+        return self.rounding(blocks) if equal else self.multiple / sum(self.sizes(model, blocks))
 
     def begin(
         self, model: PreTrainedModel, blocks: Sequence[Block], *, rates: Sequence[float], stream: Stream

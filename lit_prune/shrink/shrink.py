@@ -191,7 +191,7 @@ class Shrink(Method):
         """Returns the largest rounding of a part: the others make up for all but their own."""
         return max(part.rounding(blocks) for part in self._parts)
 
-    def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+    def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
         """Returns half of the smallest multiple of a part, as a share of all: the parts make up for each other."""
         parts = self._rates(model, blocks)
         smallest = min(part.step * size for part in parts for size in part.removable if size)

@@ -161,7 +161,15 @@ def test_a_plan_that_was_made_for_a_target_meets_it(
         further.check(small_model())
 
 
-def test_the_mean_of_a_plan(tmp_path: Path) -> None:
+def test_a_plan_of_another_mean_is_not_taken_for_rounding(tmp_path: Path) -> None:
+    """A multiple is a sixth of a block here, and an eighteenth of the three."""
+    for text, mean in (("0: 0.5\n1: 0.5\n2: 0.333333\n", 0.45), ("0: 0.5\n1: 0.5\n2: 0.5\n", 0.45)):
+        Recipe(MLPWidth(8), mean, plan(tmp_path, text)).check(small_model())
+    with pytest.raises(InputError, match="`Plan.path`: the mean of the rates in .* must be .* 0.37, got 0.444"):
+        Recipe(MLPWidth(8), 0.37, plan(tmp_path, "0: 0.5\n1: 0.5\n2: 0.333333\n")).check(small_model())
+
+
+def test_the_rates_of_a_plan(tmp_path: Path) -> None:
     own = plan(tmp_path, "0: 0.2\n1: 0.6\n")
-    assert own.planned_mean([10, 30]) == Search(own).planned_mean([10, 30]) == pytest.approx(0.5)
-    assert own.planned_mean([10]) is own.planned_mean([10] * 3) is DLP().planned_mean([10, 30]) is None
+    assert own.planned_rates(2) == Search(own).planned_rates(2) == [0.2, 0.6]
+    assert own.planned_rates(1) is own.planned_rates(3) is DLP().planned_rates(2) is None

@@ -31,7 +31,7 @@ from tests.search.bowl import Bowl, refine
     [
         ({"seed": 1}, "`seed` 0, now 1"),
         ({"start": OWL()}, r"`start` Uniform\(\), now OWL\(threshold=5.0, lam=0.08\)"),
-        ({"tokens": 8}, "`tokens compared` 256, now 8"),
+        ({"tokens": 8}, "`allocation.tokens` 256, now 8"),
         ({"key": {"weights": "b" * 64, "tokens": "a" * 64}}, "other weights"),
         ({"key": {"weights": "a" * 64, "tokens": "b" * 64}}, "other tokens"),
     ],

@@ -144,7 +144,7 @@ def test_a_search_without_a_sweep_is_told(monkeypatch: pytest.MonkeyPatch, capsy
     assert f"{START}: no sweep came to its end. Pass more `--pruning.allocation.minutes`" in logged(capsys)
     limits = Limits([1000] * 6, [0.5] * 6, 0.5, 0.5)
     Search(Uniform()).refine([0.5] * 6, limits, trial=Bowl(), key={})  # type: ignore[arg-type]
-    assert f"{START}: the bounds allow no others" in logged(capsys)
+    assert f"{START}: its bounds and steps allow no others" in logged(capsys)
 
 
 def test_a_stopped_search_goes_on_to_the_same_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
