@@ -289,12 +289,7 @@ def _unreadable_architecture(source: str, extra: dict[str, Any]) -> InputError |
         return None
     try:
         architecture = PreTrainedConfig.get_config_dict(source, gguf_file=name)[0].get("model_type")
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        struct.error,
-    ):  # the file is damaged, or transformers names its architecture itself
+    except (OSError, ValueError, KeyError, struct.error):  # a damaged file, or an error that names the architecture
         return None
     if architecture in CONFIG_MAPPING:
         return None

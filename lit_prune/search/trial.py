@@ -44,7 +44,7 @@ class Trial(ABC):
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         self.model = model
         rows = [row for batch in batches for row in _rows(batch)]
-        counts = [_predicted(*row) for row in rows]
+        counts = [len(compared(ids_1T.shape[1], mask_1T, None)) for ids_1T, mask_1T in rows]
         self._rows = [row for row, count in zip(rows, counts, strict=True) if count]
         self.tokens = [count for count in counts if count]
         self._unpruned: list[Tensor] = []  # the last hidden states of every window, for the divergence
@@ -166,12 +166,6 @@ def _rows(batch: Batch) -> Iterator[tuple[Tensor, Tensor | None]]:
     for index in range(len(ids)):
         mask_1T = None if masks is None else masks[index : index + 1]
         yield ids[index : index + 1], None if mask_1T is None or bool(mask_1T.all()) else mask_1T
-
-
-def _predicted(ids_1T: Tensor, mask_1T: Tensor | None) -> int:
-    if mask_1T is None:
-        return ids_1T.shape[1] - 1
-    return int((mask_1T[:, 1:].bool() & mask_1T[:, :-1].bool()).sum())
 
 
 @contextmanager
