@@ -13,21 +13,23 @@ of a speed case generate by turns in one process; llama.cpp runs both as .gguf f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import recoveries
 import tables
+import yaml
 from forwards import cost, forward_seconds
 from jsonargparse import ArgumentParser
 from resumable import MatchingCases, Protocol, Results, Row
 from speed import in_llama_cpp, in_transformers
 from transformers import PreTrainedModel
 
-from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Search, Uniform
+from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Plan, Search, Uniform
+from lit_prune.allocate.plan import write_plan
 from lit_prune.depth import Depth
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.evaluation.sizes import parameters
@@ -60,10 +62,20 @@ def mixture(folder: Path, share: float) -> tuple[str, Recipe]:
     return by_share(Shrink([MLPWidth(), HeadGroups()]), share, search)
 
 
-def by_share(method: Method, share: float, allocation: Allocation) -> tuple[str, Recipe]:
+def by_share(method: Method, share: float, allocation: Allocation, name: str | None = None) -> tuple[str, Recipe]:
     """Returns the name and the recipe of a case by its share of all parameters."""
-    name = f"{type(method).__name__} by {type(allocation).__name__}, -{share:.0%}"
+    name = f"{name or type(method).__name__} by {type(allocation).__name__}, -{share:.0%}"
     return name, Recipe(method, share, allocation, budget="parameters")
+
+
+def setting(value: Any) -> Any:
+    """Returns a setting of a recipe as a configuration file has it, objects by `class_path` and `init_args`."""
+    if is_dataclass(value):
+        return {
+            "class_path": type(value).__name__,
+            "init_args": {field.name: setting(getattr(value, field.name)) for field in fields(value)},
+        }
+    return [setting(each) for each in value] if isinstance(value, list) else value
 
 
 def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
@@ -83,6 +95,8 @@ def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
         for contiguous, refit in ((False, False), (False, True), (True, False), (True, True)):
             name, recipe = by_share(Depth(contiguous=contiguous, refit=refit), share, Uniform())
             yield f"{name}{', neighbours' * contiguous}{', refitted' * refit}", recipe
+    for share in SHARES:
+        yield by_share(Shrink([Depth(), MLPWidth()], [0.5, 1]), share, Uniform(), "Depth and MLPWidth")
     for share in SHARES:
         name, recipe = by_share(MLPWidth(compensate=False), share, Uniform())
         yield f"{name}, not compensated", recipe
@@ -112,6 +126,7 @@ class Cases(MatchingCases):
             after = forward_seconds(load_model(protocol.pretrained, "float32"), batches)
         return self.measured(model) | {
             "rates": pruned.rates,
+            "parts": pruned.parts,
             "seconds": spent.seconds,
             "multiple": 2 * spent.cpu_seconds / (before + after),
             "peak_bytes": spent.peak_bytes,
@@ -133,16 +148,30 @@ class Cases(MatchingCases):
         sizes = sizes_from_rates([mean] * blocks, full, Slicing().multiple)
         return sliced_parameters(config, [*sizes, full])
 
-    def healed(self, healing: str, share: float, folder: Path) -> Row:
-        """Returns the row of a fit with 100 steps after MLPWidth by Uniform."""
-        options = [
-            "--pruning.method=MLPWidth",
-            "--pruning.allocation=Uniform",
-            "--pruning.budget=parameters",
-            f"--pruning.sparsity={share}",
-            *HEALINGS[healing],
-        ]
-        return recoveries.fit_by(self.protocol, options, folder / f"{healing}-{share}")
+    def healed(self, recipe: Recipe, row: Row | None, options: Sequence[str], folder: Path) -> Row:
+        """Returns the row of a fit with 100 steps after the cut by ``recipe``.
+
+        Args:
+            recipe: The recipe of the cut.
+            row: The row of the cut without training, whose rates a search is replaced by; None without one.
+            options: The options of the recovery.
+            folder: Folder of the run.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        allocation = recipe.allocation
+        if allocation.searches and row is not None:
+            plan = folder / "plan.yaml"
+            write_plan(plan, row["rates"], row["rates"], "Rates of a search, by block.", row.get("parts"))
+            allocation = Plan(str(plan))
+        pruning = {
+            "method": setting(recipe.method),
+            "allocation": setting(allocation),
+            "budget": recipe.budget,
+            "sparsity": recipe.sparsity,
+        }
+        config = folder / "pruning.yaml"
+        config.write_text(yaml.safe_dump({"pruning": pruning}))
+        return recoveries.fit_by(self.protocol, [f"--config={config}", *options], folder / "run")
 
     def speed(self, share: float, runtime: Any) -> Row:
         """Returns the tokens per second of the dense model and of MLPWidth by Uniform, which no weight changes."""
@@ -159,25 +188,36 @@ class Cases(MatchingCases):
         for name, recipe in cuts[: len(SHARES)]:
             windows = MORE * self.protocol.num_samples
             self.once(f"{name}, {windows} windows", partial(self.cut, recipe, MORE))
-        self._healed(0.15, folder)
+        self._healed(*cuts[0], folder)
         for share in sorted(SHARES, key=lambda share: abs(share - 0.20)):
             self.once(f"speed in transformers, -{share:.0%}", partial(self.speed, share, in_transformers))
             llama_cpp = partial(in_llama_cpp, tokenizer=self.protocol.data.tokenizer)
             self.once(f"speed in llama.cpp, -{share:.0%}", partial(self.speed, share, llama_cpp))
         self._cuts(cuts[len(SHARES) :])
         for share in SHARES:
-            self.once(f"Slicing by Uniform, -{share:.0%}", partial(self.sliced, share))
-        for share in SHARES[1:]:
-            self._healed(share, folder)
+            name = f"Slicing by Uniform, -{share:.0%}"
+            self.once(name, partial(self.sliced, share))
+            if (row := self._row(name)) is not None:
+                cuts.append((name, Recipe(Slicing(), row["slice"], Uniform())))
+        for name, recipe in cuts[1:]:
+            if recipe.reconstruction is None and "not compensated" not in name:
+                self._healed(name, recipe, folder)
 
     def _cuts(self, cases: list[tuple[str, Recipe]]) -> None:
         for name, recipe in cases:
             self.once(name, partial(self.cut, recipe))
 
-    def _healed(self, share: float, folder: Path) -> None:
-        for healing in HEALINGS:
-            case = f"MLPWidth by Uniform, -{share:.0%}, 100 steps of {healing}"
-            self.once(case, partial(self.healed, healing, share, folder))
+    def _healed(self, name: str, recipe: Recipe, folder: Path) -> None:
+        row = self._row(name)
+        if recipe.allocation.searches and row is None:
+            return
+        for healing, options in HEALINGS.items():
+            case = f"{name}, 100 steps of {healing}"
+            run = folder / case.replace(", ", "-").replace(" ", "_").replace("%", "")
+            self.once(case, partial(self.healed, recipe, row, options, run))
+
+    def _row(self, name: str) -> Row | None:
+        return next((row for row in self.results.rows if row["case"] == name), None)
 
 
 def main() -> None:

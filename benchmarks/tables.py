@@ -204,7 +204,7 @@ def shrinking(rows: Sequence[Row]) -> str:
     """Returns the table of perplexities, parameters, bytes and cost of shrunk models without training."""
     lines = []
     for row in rows:
-        match = re.fullmatch(rf"(\w+) by (\w+), -(\d+)%((?:, (?:{SHRINKING}))*)", row["case"])
+        match = re.fullmatch(rf"([\w ]+) by (\w+), -(\d+)%((?:, (?:{SHRINKING}))*)", row["case"])
         if match is not None:
             size = [f"{row['parameters'] / 1e6:.1f}", f"{row['bytes'] / 1e6:.1f}"]
             cells = [*size, f"{row['perplexity']:.2f}", f"{row['multiple']:.1f}"]
@@ -217,12 +217,13 @@ def shrinking_healed(rows: Sequence[Row]) -> str:
     """Returns the table of perplexities before and after 100 steps."""
     lines = []
     for row in rows:
-        match = re.fullmatch(r"(\w+) by (\w+), -(\d+)%, 100 steps of (\w+)", row["case"])
+        pattern = rf"([\w ]+) by (\w+), -(\d+)%((?:, (?:{SHRINKING}))*), 100 steps of (\w+)"
+        match = re.fullmatch(pattern, row["case"])
         if match is not None:
             change = [f"{row['pruned']:.2f}", f"{row['perplexity']:.2f}"]
-            lines.append([f"-{match[3]}%", f"{match[1]}, {match[2]}", match[4], *change])
-    head = ["parameters", "shrunk by", "100 steps of", "before", "after"]
-    return table(head, sorted(lines, key=lambda line: int(line[0][1:-1])), words=3)
+            lines.append([f"-{match[3]}%", match[1] + match[4], match[2], match[5], *change])
+    head = ["parameters", "method", "allocation", "100 steps of", "before", "after"]
+    return table(head, sorted(lines, key=lambda line: (int(line[0][1:-1]), float(line[5]))), words=4)
 
 
 def shrinking_speed(rows: Sequence[Row]) -> str:

@@ -93,7 +93,7 @@ class Recipe:
         if self.reconstruction is not None and not self.method.supports_reconstruction:
             raise InputError(
                 f"`pruning.reconstruction` must be null for {type(self.method).__name__}: leave it out, or choose a "
-                "mask method, MLPWidth, HeadGroups, Experts or Shrink."
+                "mask method, MLPWidth, HeadGroups, Experts, or Shrink with these alone."
             )
 
     def _check_level(self) -> None:

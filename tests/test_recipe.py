@@ -119,12 +119,16 @@ FEWER = {
     ),
     "parts": (
         Shrink([MLPWidth(multiple=8)]),
-        "For fewer, cut the model that Shrink leaves in another run, by Depth, .* or",
+        "For fewer, add to `Shrink.parts` Depth, which removes blocks or HiddenWidth, which narrows",
     ),
-    "depth": (Depth(), "For fewer, cut the model that Depth leaves in another run, by Shrink, or by HiddenWidth, "),
+    "depth": (Depth(), "For fewer, Shrink removes parts of blocks too"),
+    "some": (
+        Shrink([MLPWidth(multiple=8), Depth()]),
+        "For fewer, add to `Shrink.parts` HiddenWidth, which ",
+    ),
     "hidden": (
         HiddenWidth(multiple=8),
-        "For fewer, cut the model that HiddenWidth leaves in another run, by Depth or Sh",
+        "For fewer, Shrink removes blocks too",
     ),
 }
 

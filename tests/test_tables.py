@@ -48,3 +48,21 @@ def test_the_table_of_a_search_has_its_start() -> None:
         {"case": "Wanda, Search of blocks from DLP, 0.7", "perplexity": 200.0},
     ]
     assert tables.searched(rows).splitlines()[-1] == "| Wanda at 0.7 | DLP | 328.33 | **200.00** |  |"
+
+
+def test_the_tables_of_shrunk_models_have_their_settings() -> None:
+    sizes = {"parameters": 114.6e6, "bytes": 229.2e6}
+    rows = [
+        {"case": "Depth and MLPWidth by Uniform, -15%", "perplexity": 40.0, "multiple": 3.0, **sizes},
+        {"case": "Depth by Uniform, -15%, neighbours, refitted", "perplexity": 50.0, "multiple": 2.0, **sizes},
+        {"case": "Depth by Uniform, -15%, refitted, 100 steps of LoRA", "pruned": 52.4, "perplexity": 30.0},
+        {"case": "Shrink by Search, -10%, 100 steps of distillation", "pruned": 28.0, "perplexity": 25.0},
+    ]
+    assert tables.shrinking(rows).splitlines()[2:] == [
+        "| -15% | Depth and MLPWidth | Uniform | 114.6 | 229.2 | 40.00 | 3.0 |",
+        "| -15% | Depth, neighbours, refitted | Uniform | 114.6 | 229.2 | 50.00 | 2.0 |",
+    ]
+    assert tables.shrinking_healed(rows).splitlines()[2:] == [
+        "| -10% | Shrink | Search | distillation | 28.00 | 25.00 |",
+        "| -15% | Depth, refitted | Uniform | LoRA | 52.40 | 30.00 |",
+    ]

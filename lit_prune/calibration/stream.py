@@ -48,7 +48,7 @@ class Stream:
     def __init__(
         self, model: PreTrainedModel, blocks: Sequence[Block], batches: Sequence[Batch], device: torch.device
     ) -> None:
-        self.device = device
+        self.device, self.batches = device, batches
         self.offload_device = model.device
         self.masks: list[Tensor | None] = [_mask(batch) for batch in batches]
         self.hidden: list[Tensor] = []
@@ -98,6 +98,10 @@ class Stream:
         """
         args, kwargs = move_data_to_device(self.arguments[index][block.index], self.device)
         return unwrap((forward or block.module)(self.hidden[index].to(self.device), *args, **kwargs))
+
+    def restarted(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Stream:
+        """Returns the stream of the same batches in front of the first block of ``model``, whose shape has changed."""
+        return Stream(model, blocks, self.batches, self.device)
 
     def copy(self) -> Stream:
         """Returns a stream at the same block that advances by itself; tensors are shared until one of them does."""

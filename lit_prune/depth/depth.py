@@ -61,9 +61,9 @@ class Depth(Method):
     chooses_linears: ClassVar[bool] = False
     changes_shapes: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
-    for_fewer: ClassVar[str] = (
-        "cut the model that Depth leaves in another run, by Shrink, or by HiddenWidth, which narrows the embeddings too"
-    )
+    can_be_part: ClassVar[bool] = True
+    place: ClassVar[int] = -2
+    for_fewer: ClassVar[str] = "Shrink removes parts of blocks too: [Depth, MLPWidth, HiddenWidth] as its `parts`"
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
@@ -166,6 +166,10 @@ class Depth(Method):
             slack=slack,
             bounds="earlier cuts and the block that remains at least allow for the blocks",
         )
+
+    def coverage(self, model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[float, float]:
+        """Returns 1 and 0: the blocks alone go."""
+        return 1.0, 0.0
 
     def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns the number of parameters before all cuts by this method."""

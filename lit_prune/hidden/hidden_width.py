@@ -74,7 +74,9 @@ class HiddenWidth(Method):
     needs_text: ClassVar[bool] = True
     changes_shapes: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
-    for_fewer: ClassVar[str] = "cut the model that HiddenWidth leaves in another run, by Depth or Shrink"
+    can_be_part: ClassVar[bool] = True
+    place: ClassVar[int] = -1
+    for_fewer: ClassVar[str] = "Shrink removes blocks too: [Depth, MLPWidth, HiddenWidth] as its `parts`"
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
@@ -164,6 +166,11 @@ class HiddenWidth(Method):
             slack=slack,
             bounds="`pruning.min_rate`, `pruning.max_rate`, `multiple` and earlier cuts allow for the residual stream",
         )
+
+    def coverage(self, model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[float, float]:
+        """Returns the share of all parameters that have the width of the stream, which is almost 1, twice."""
+        share = model.config.get_text_config().hidden_size * parameters_of_a_dimension(model) / parameters(model)
+        return share, share
 
     def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns the number of parameters before all cuts by this method."""

@@ -174,6 +174,7 @@ def joined(descriptions: Sequence[Description], name: str) -> Description:
     return replace(
         first,
         name=name,
+        done=first.done if len({described.done for described in descriptions}) == 1 else "Shrunk",
         facts={"parts": {described.name: described.facts for described in descriptions}},
         outcome="; ".join(described.outcome.removesuffix(".") for described in descriptions) + ".",
         rows={label: text for described in descriptions for label, text in described.rows.items()},

@@ -42,7 +42,10 @@ class Method(ABC):
         supports_parameters: Whether the method implements :meth:`removable` and ``limits_of_share``, or
             :meth:`rate_of_parameters` itself, for the budgets `parameters` and `bytes`, and for targets.
         finest_level: The finest that can have rates of their own: `blocks`, their `linears`, or their `parts`.
-        can_be_part: Whether the method implements :meth:`removable`, so that it can be a part of ``Shrink``.
+        can_be_part: Whether the method can be a part of ``Shrink``: it makes a part of every block smaller and
+            implements :meth:`removable`, or it cuts the model as a whole and implements :meth:`coverage`.
+        place: Its place in the order in which ``Shrink`` cuts: below 0 if it cuts the model as a whole, which comes
+            first, otherwise where the part is in a block: 0 for the attention, 1 for the MLP or the mixture.
         for_fewer: What removes more parameters than the method can, for the error of a target that it does not reach.
         structures: Number of structures that a cut adds to the record of the model, if the method changes shapes.
     """
@@ -58,6 +61,7 @@ class Method(ABC):
     supports_parameters: ClassVar[bool] = False
     finest_level: ClassVar[str] = "blocks"
     can_be_part: ClassVar[bool] = False
+    place: ClassVar[int] = 1
     for_fewer: ClassVar[str] = ""
     structures: int = 1
     propagate: Propagate = "dense"
@@ -165,6 +169,13 @@ class Method(ABC):
     def removable(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of parameters that each block of the dense model would lose at a rate of 1."""
         raise NotImplementedError(f"{type(self).__name__} does not count the parameters that it removes by block")
+
+    def coverage(self, model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[float, float]:
+        """Returns the share of the blocks' parameters, and that of all others, that would go at a rate of 1.
+
+        Shares of the model as it is, for a method that cuts it as a whole: (1, 0) if it removes blocks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not cut a model as a whole")
 
     def bounds(self, least: float, most: float) -> tuple[float, float]:
         """Returns the smallest and the largest rate between ``least`` and ``most`` that the method supports."""

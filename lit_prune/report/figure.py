@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BLUE, PALE, DARK, BLACK = "#4c78a8", "#dbe5f0", "#1f3b5c", "#222222"
 COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of the bars of perplexities; others: RED
 RED = "#e45756"
-TITLE_LETTERS, LEGEND_COLUMNS = 100, 5
+TITLE_LETTERS, LEGEND_COLUMNS, PANEL_LEGEND_COLUMNS = 100, 5, 3
 HEIGHT, PANEL_HEIGHT = 4.0, 1.8  # of a picture with one panel of blocks, and of every further panel, in inches
 MAX_LINEAR_RATIO = 10  # of the largest to the smallest perplexity; beyond, the axis is logarithmic
 LONGEST_BAR = 1e100  # beyond, a logarithmic axis overflows
@@ -50,7 +50,7 @@ def draw(report: Report | ScoreReport) -> Figure:
     scores = _scores(report)
     drawn = [*blocks, *([_draw_scores(blocks[0], scores)] if scores else [])]
     handles = {handle.get_label(): handle for axis in drawn for handle in axis.get_legend_handles_labels()[0]}
-    columns = min(len(handles), LEGEND_COLUMNS)
+    columns = min(len(handles), LEGEND_COLUMNS if panels == 1 else PANEL_LEGEND_COLUMNS)
     figure.legend(handles=list(handles.values()), loc="outside lower left", ncols=columns, fontsize=8)
     blocks[0].set_title(_title(report), fontsize=9)
     if several:
@@ -102,10 +102,10 @@ def _draw_rates(axis: Any, rates: Sequence[float], earlier: Sequence[CutSummary]
 def _draw_sizes(axis: Any, structure: Description, *, alone: bool) -> None:
     """Draws a bar for each block: the size that is left and, above it, what was removed.
 
-    Unless the structure is drawn ``alone``, the legend, which is that of all panels, names its unit beside the mean.
+    Unless the structure is drawn ``alone``, the legend, which is that of all panels, names its unit at the mean only.
     """
     blocks, sizes, mean = range(len(structure.sizes)), structure.sizes, sum(structure.sizes) / len(structure.sizes)
-    axis.bar(blocks, sizes, color=BLUE, label=f"remaining {structure.noun} (left)")
+    axis.bar(blocks, sizes, color=BLUE, label=f"remaining {structure.noun} (left)" if alone else "remaining (left)")
     removed = [structure.full - size for size in sizes]
     axis.bar(blocks, removed, bottom=sizes, color=PALE, label="removed (left)")
     noun = structure.noun if alone else structure.unit

@@ -49,11 +49,7 @@ class PartCut(ABC):
 
 @dataclass(frozen=True)
 class PartMethod(Method):
-    """A method that makes one part of every block smaller, and can do so beside others as a part of ``Shrink``.
-
-    Attributes:
-        place: Where the part is in a block: 0 for the attention, 1 for the MLP or the mixture, which reads its output.
-    """
+    """A method that makes one part of every block smaller, and can do so beside others as a part of ``Shrink``."""
 
     needs_text: ClassVar[bool] = True
     chooses_linears: ClassVar[bool] = False
@@ -63,7 +59,6 @@ class PartMethod(Method):
     can_be_part: ClassVar[bool] = True
     for_fewer: ClassVar[str] = "Shrink removes other parts too, Depth blocks, and HiddenWidth dimensions"
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
-    place: ClassVar[int] = 1
 
     @abstractmethod
     def begin(

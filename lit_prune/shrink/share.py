@@ -30,6 +30,14 @@ class PartRates:
     sizes: Sequence[int]
     rounded: Callable[[Sequence[float], Sequence[int]], list[float]]
 
+    def removed(self, amount: float) -> float:
+        """Returns the number of parameters that go if every block loses ``amount`` times the weight of what it has."""
+        gone = (
+            (min(rate + (1 - rate) * amount * self.weight, max(self.most, rate)) - rate) * size
+            for rate, size in zip(self.current, self.removable, strict=True)
+        )
+        return sum(gone)
+
 
 def split(rates: Sequence[float], parts: Sequence[PartRates]) -> list[list[float]]:
     """Returns the rates of every part, each possible for it, at which the blocks lose ``rates`` of all parts together.

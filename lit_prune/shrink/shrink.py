@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, cast, final
+from typing import ClassVar, final
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +18,7 @@ from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.families import Block, CustomClass, find_blocks
+from lit_prune.models.on_disk import on_disk
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
 from lit_prune.search.behind_pruned import statistics_behind_pruned
@@ -25,6 +26,7 @@ from lit_prune.search.trial import Trial
 from lit_prune.shrink.base import UnitMethod
 from lit_prune.shrink.part_method import PartMethod, cut_blocks
 from lit_prune.shrink.share import PartRates, split
+from lit_prune.shrink.stages import PartsMethod, PartsStage, Stages, WholeStage
 from lit_prune.shrink.trial import JointTrial
 
 TOLERANCE = 1e-6
@@ -32,8 +34,8 @@ TOLERANCE = 1e-6
 
 @final
 @dataclass(frozen=True)
-class Shrink(Method):
-    """Shrinks several parts of every block, such as the attention and the MLP.
+class Shrink(PartsMethod):
+    """Shrinks several parts of a model, such as the attention and the MLP of every block.
 
     The rate of a block is the share that it loses of the parameters of all parts together. Every part loses that share
     of its units, or shares in the proportion of `weights`. Parts with large units are rounded first, and the
@@ -42,8 +44,14 @@ class Shrink(Method):
     instead. In every block the attention is cut first, and the MLP, or the mixture, is calibrated behind what that
     leaves; with `MLPWidth.correct_errors` it also makes up for the error of the attention.
 
+    Depth and HiddenWidth can be parts too. The sparsity is then the share of all parameters of the model as it is:
+    blocks go first, then dimensions of the residual stream, then units of the blocks that remain, each calibrated on
+    what the cuts before have left. The share of the blocks, of the dimensions and of the units is the same, or in the
+    proportion of `weights`, and units make up for what goes more or less by rounding to whole blocks and
+    dimensions. Such a model cannot be cut in several steps, searched or reconstructed.
+
     Args:
-        parts: The methods: MLPWidth, HeadGroups, and others that remove units of the blocks.
+        parts: The methods: MLPWidth, HeadGroups or Experts, which remove units of the blocks, Depth and HiddenWidth.
         weights: Rate of each part relative to the others; null gives all the same.
 
     Raises:
@@ -56,23 +64,17 @@ class Shrink(Method):
     chooses_linears: ClassVar[bool] = False
     needs_text: ClassVar[bool] = True
     changes_shapes: ClassVar[bool] = True
-    supports_reconstruction: ClassVar[bool] = True
     supports_parameters: ClassVar[bool] = True
-    finest_level: ClassVar[str] = "parts"
-    for_fewer: ClassVar[str] = (
-        "cut the model that Shrink leaves in another run, by Depth, which removes blocks, or by HiddenWidth, which "
-        "narrows the embeddings too"
-    )
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise InputError("`Shrink.parts` must be a list of methods, such as [MLPWidth, HeadGroups], got none.")
         for part in self.parts:
-            if not isinstance(part, PartMethod):
+            if not part.can_be_part:
                 raise InputError(
-                    f"`Shrink.parts` must be methods that remove units of the blocks, such as MLPWidth and HeadGroups, "
-                    f"got {type(part).__name__}: make that cut in another run."
+                    "`Shrink.parts` must be methods that make a model smaller: MLPWidth, HeadGroups, Experts, Depth or "
+                    f"HiddenWidth, got {type(part).__name__}: make that cut in another run."
                 )
         names = self._names
         if len(set(names)) < len(names):
@@ -84,62 +86,112 @@ class Shrink(Method):
             )
 
     @property
+    def _every(self) -> Sequence[Method]:
+        return self.parts or ()
+
+    @property
     def _parts(self) -> Sequence[PartMethod]:
-        return cast("Sequence[PartMethod]", self.parts or ())
+        """The parts of the blocks."""
+        return [part for part in self._every if isinstance(part, PartMethod)]
+
+    @property
+    def _stages(self) -> Stages | None:
+        """The cuts of the whole model and of the parts of its blocks; None if there are only the latter."""
+        weights = self.weights or [1.0] * len(self._every)
+        pairs = sorted(zip(self._every, weights, strict=True), key=lambda pair: pair[0].place)
+        whole = [WholeStage(part, weight) for part, weight in pairs if not isinstance(part, PartMethod)]
+        if not whole:
+            return None
+        rest = [(part, weight) for part, weight in pairs if isinstance(part, PartMethod)]
+        shrink = Shrink([part for part, _ in rest], [weight for _, weight in rest]) if rest else None
+        return Stages(whole, None if shrink is None else PartsStage(shrink))
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """The statistics that the parts read."""
-        return frozenset().union(*(part.needs for part in self._parts))
+        return frozenset().union(*(part.needs for part in self._every))
 
     @property
     def supports_search(self) -> bool:  # type: ignore[override]
         """Whether all parts have trials."""
-        return all(part.supports_search for part in self._parts)
+        return all(part.supports_search for part in self._every)
+
+    @property
+    def supports_reconstruction(self) -> bool:  # type: ignore[override]
+        """Whether all parts leave the blocks comparable with those of before."""
+        return all(part.supports_reconstruction for part in self._every)
+
+    @property
+    def finest_level(self) -> str:  # type: ignore[override]
+        """`parts`, unless the model is cut as a whole too."""
+        return "parts" if self._stages is None else "blocks"
+
+    @property
+    def for_fewer(self) -> str:  # type: ignore[override]
+        """What removes more than these parts, as far as they are not all there are."""
+        others = {"Depth": "which removes blocks", "HiddenWidth": "which narrows the embeddings too"}
+        missing = [f"{name}, {does}" for name, does in others.items() if name not in self._names]
+        return f"add to `Shrink.parts` {' or '.join(missing)}" if missing else ""
 
     @property
     def structures(self) -> int:  # type: ignore[override]
         """Number of parts, each of which records a structure."""
-        return len(self._parts)
+        return len(self._every)
 
     def check(self, model: PreTrainedModel, sparsity: float) -> None:
         """Raises InputError if ``model`` does not have one of the parts, or ``sparsity`` would leave none of one."""
-        for part in self._parts:
+        if self._stages is not None and on_disk(model) is not None:
+            raise InputError(
+                "`model.on_disk` must be false for Shrink with Depth or HiddenWidth, which cuts the model several "
+                "times: make these cuts in runs of their own."
+            )
+        for part in self._every:
             part.check(model, 0.0)
         if sparsity > (most := self.max_rate(model)) + 1e-9:
             raise InputError(
                 f"`pruning.sparsity` must be at most {most:.4g} for Shrink, got {sparsity:g}: every part keeps one "
-                "`multiple` of units in every block."
+                "`multiple` of units in every block, and Depth one block."
             )
 
     def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
         """Raises InputError if one of the parts does not support the rates that ``allocation`` gives."""
-        for part in self._parts:
+        for part in self._every:
             part.check_rates(blocks, allocation, sparsity)
 
     def check_sizes(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> None:
         """Raises InputError if the config does not accept the sizes that one of the parts leaves."""
+        if (stages := self._stages) is not None:
+            if stages.parts is not None:
+                stages.parts.method.check_sizes(model, blocks, stages.rates_of_parts(model, blocks, rates))
+            return
         for part, own_rates in zip(self._parts, split(rates, self._rates(model, blocks)), strict=True):
             part.check_sizes(model, blocks, own_rates)
 
     def custom_class(self, allocation: Allocation) -> CustomClass | None:
         """Returns the kind of class that one of the parts makes of a model."""
-        return next((kind for part in self._parts if (kind := part.custom_class(allocation)) is not None), None)
+        return next((kind for part in self._every if (kind := part.custom_class(allocation)) is not None), None)
 
     def repeats(self) -> bool:
-        """Returns whether all parts can be cut again."""
-        return all(part.repeats() for part in self._parts)
+        """Returns whether all parts can be cut again towards one sparsity."""
+        return self._stages is None and all(part.repeats() for part in self._parts)
 
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the number of parameters that all parts of each block of the dense model have."""
         return self.removable(model, blocks)
 
     def removable(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
-        """Returns the number of parameters that all parts of each block of the dense model have."""
+        """Returns the number of parameters that all parts of each block of the dense model have.
+
+        With cuts of the whole model, its size as it is; see :class:`Stages`.
+        """
+        if (stages := self._stages) is not None:
+            return stages.sizes(model, blocks)
         return [sum(numbers) for numbers in zip(*(part.removable(model, blocks) for part in self._parts), strict=True)]
 
     def named_sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[dict[str, int]]:
         """Returns the number of parameters of each part, without parts that a block does not have."""
+        if self._stages is not None:
+            return super().named_sizes(model, blocks)
         numbers = zip(*(part.removable(model, blocks) for part in self._parts), strict=True)
         return [{name: number for name, number in zip(self._names, own, strict=True) if number} for own in numbers]
 
@@ -158,6 +210,8 @@ class Shrink(Method):
 
     def current_rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[float]:
         """Returns the share of these parameters that each block has lost in earlier cuts."""
+        if self._stages is not None:
+            return [0.0] * len(blocks)
         parts = self._rates(model, blocks)
         return [
             weighted_mean([part.current[block] for part in parts], sizes) if any(sizes) else 0.0
@@ -166,6 +220,8 @@ class Shrink(Method):
 
     def max_rate(self, model: PreTrainedModel) -> float:
         """Returns the rate at which every part has lost all that it can, in the block where that is least."""
+        if (stages := self._stages) is not None:
+            return stages.max_rate(model, find_blocks(model))
         parts = self._rates(model, find_blocks(model))
         return min(
             weighted_mean([part.most for part in parts], sizes)
@@ -175,7 +231,7 @@ class Shrink(Method):
 
     def size_multiple(self, model: PreTrainedModel) -> int:
         """Returns the greatest number of which all sizes that the parts change are multiples."""
-        return math.gcd(*(part.size_multiple(model) for part in self._parts))
+        return math.gcd(*(part.size_multiple(model) for part in self._every))
 
     @property
     def limits_of_share(self) -> str:
@@ -183,16 +239,20 @@ class Shrink(Method):
         return "`pruning.min_rate`, `pruning.max_rate`, their multiples and earlier cuts allow for the parts of Shrink"
 
     def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
-        """Returns the number of parameters before all cuts by the parts."""
+        """Returns the number of parameters before all cuts by the parts, or as it is with cuts of the whole model."""
         left = parameters(model)
+        if self._stages is not None:
+            return left
         return left + sum(part.full_parameters(model, blocks) - left for part in self._parts)
 
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns the largest rounding of a part: the others make up for all but their own."""
-        return max(part.rounding(blocks) for part in self._parts)
+        return max(part.rounding(blocks) for part in self._parts or self._every)
 
     def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
         """Returns half of the smallest multiple of a part, as a share of all: the parts make up for each other."""
+        if self._stages is not None:
+            return self.rounding(blocks)
         parts = self._rates(model, blocks)
         smallest = min(part.step * size for part in parts for size in part.removable if size)
         return smallest / sum(self.removable(model, blocks))
@@ -210,6 +270,8 @@ class Shrink(Method):
         reconstruction: Reconstruction | None = None,
     ) -> list[float]:
         """Shrinks all parts of one block after the other; see :meth:`Method.apply`."""
+        if (stages := self._stages) is not None:
+            return stages.apply(model, blocks, rates=rates, device=device, stream=stream)
         residual = stream() if reconstruction is None else reconstruction.stream
         cuts = [
             part.begin(model, blocks, rates=own_rates, stream=residual)
@@ -226,6 +288,15 @@ class Shrink(Method):
         for cut in cuts:
             cut.finish()
         return self.current_rates(model, blocks)
+
+    def share_at(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Callable[[float], float]:
+        """Returns how much goes at an amount; see :meth:`PartsMethod.share_at`."""
+        parts, in_blocks = self._rates(model, blocks), sum(parameters(block.module) for block in blocks)
+
+        def share(amount: float) -> float:
+            return sum(part.removed(amount) for part in parts) / in_blocks
+
+        return share
 
     @property
     def _order(self) -> list[int]:
@@ -272,7 +343,7 @@ class Shrink(Method):
 
     @property
     def _names(self) -> list[str]:
-        return [type(part).__name__ for part in self._parts]
+        return [type(part).__name__ for part in self._every]
 
     def _rates_of_parts(
         self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]

@@ -94,3 +94,5 @@ def test_descriptions_of_one_cut_are_joined() -> None:
     )
     assert (joined.sizes, joined.parts) == ((8,), (widths, groups))
     assert structure.joined([groups], "shrink") is groups
+    assert joined.done == "Shrunk"
+    assert structure.joined([replace(widths, done="Shortened"), groups], "shrink").done == "Shrunk"

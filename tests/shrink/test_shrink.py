@@ -202,8 +202,8 @@ def test_a_block_without_any_of_the_parts(batches: list[Tensor]) -> None:
     [
         ({}, r"`Shrink.parts` must be a list of methods, such as \[MLPWidth, HeadGroups\], got none"),
         ({"parts": []}, "`Shrink.parts` must be a list of methods"),
-        ({"parts": [Wanda()]}, "`Shrink.parts` must be methods that remove units of the blocks, .* got Wanda"),
-        ({"parts": [BOTH]}, "`Shrink.parts` must be methods that remove units .* got Shrink"),
+        ({"parts": [Wanda()]}, "`Shrink.parts` must be methods that make a model smaller: .* got Wanda"),
+        ({"parts": [BOTH]}, "`Shrink.parts` must be methods that make a model smaller: .* got Shrink"),
         ({"parts": [MLPWidth(), MLPWidth()]}, "`Shrink.parts` must be different methods, got MLPWidth, MLPWidth"),
         ({"parts": [MLPWidth()], "weights": [1, 2]}, r"`Shrink.weights` must be 1 positive numbers, .* got \[1, 2\]"),
         ({"parts": [MLPWidth()], "weights": [0]}, r"`Shrink.weights` must be 1 positive numbers, .* got \[0\]"),
