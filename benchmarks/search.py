@@ -23,7 +23,7 @@ from jsonargparse import ArgumentParser
 from resumable import MatchingCases, Protocol, Results, Row
 
 from lit_prune import allocate, pruning
-from lit_prune.allocate import Allocation, Arithmetic, Search, Uniform
+from lit_prune.allocate import Allocation, Arithmetic, Plan, Search, Uniform
 from lit_prune.models.load import load_model
 from lit_prune.recipe import Recipe
 
@@ -34,7 +34,8 @@ def cases(
     """Yields the name and the allocation of every case."""
     for rule in dict.fromkeys([Uniform(), start, Arithmetic()]):
         yield type(rule).__name__, rule
-    for level in ("blocks", "linears"):
+    levels = [level for level in ("blocks", "linears") if start.levels & {"blocks", level}]
+    for level in levels:
         for loss in ("cross_entropy", "kl"):
             for seed in range(seeds):
                 state = str(results.path.with_suffix(f".{level}-{loss}{seed}.json"))
@@ -82,13 +83,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--method", default="Wanda", help="Name of the mask method.")
     parser.add_argument("--start", default="DLP", help="Name of the allocation of the initial rates.")
+    parser.add_argument("--plan", default=None, help="Plan with the initial rates, of another search, instead.")
     parser.set_defaults(num_samples=16, seq_length=256, val_windows=24, val_length=256)
     settings = parser.parse_args()
     results, sparsity = Results(settings.pop("results")), settings.pop("sparsity")
     evaluations, tokens = settings.pop("evaluations"), settings.pop("tokens")
     seeds, minutes = settings.pop("seeds"), settings.pop("minutes")
     method, start = getattr(pruning, settings.pop("method"))(), getattr(allocate, settings.pop("start"))()
-    pattern = settings.pop("cases")
+    plan, pattern = settings.pop("plan"), settings.pop("cases")
+    start = start if plan is None else Plan(plan)
     runner = Cases(Protocol(**settings.as_dict()), results, pattern)
     for name, allocation in cases(start, evaluations, tokens, seeds, results):
         if isinstance(allocation, Search):

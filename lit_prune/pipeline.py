@@ -235,10 +235,10 @@ def _finished(model: PreTrainedModel, batches: Sequence[Batch | Tensor], recipe:
     return FinishedBlocks(recipe.reconstruction.state, key_of(model, batches), recipe_record(recipe) | processes)
 
 
-def _with_rates(blocks: list[Block], named: Sequence[Mapping[str, float]] | None) -> list[Block]:
+def _with_rates(blocks: Sequence[Block], named: Sequence[Mapping[str, float]] | None) -> list[Block]:
     """Returns the blocks with the rates of their linears or parts, if these are planned one by one."""
     if named is None:
-        return blocks
+        return list(blocks)
     return [replace(block, rates=rates) for block, rates in zip(blocks, named, strict=True)]
 
 
@@ -374,15 +374,15 @@ def _refine(
 ) -> Refined:
     """Returns the rates that follow from the scores, or better ones if the allocation searches."""
     rates = recipe.spread(limits, scores)
+    named = recipe.allocation.named_rates(recipe.method.named_sizes(model, blocks))
     if not recipe.allocation.searches:
-        named = recipe.allocation.named_rates(recipe.method.named_sizes(model, blocks))
         return Refined(rates).with_named(recipe.method.finest_level, named)
     key = _search_key(model, batches, recipe)
     trial_device, dicts = torch.device(device or model.device), _dicts(model, batches)
     with evaluating(model):
         statistics = recipe.method.trial_statistics(
             model,
-            blocks,
+            _with_rates(blocks, named),
             rates=rates,
             statistics=statistics,
             device=trial_device,

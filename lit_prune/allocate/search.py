@@ -83,13 +83,17 @@ class Search(Allocation):
         object.__setattr__(self, "start", self.start or DLP())
         if self.rule.searches:
             raise InputError("`Search.start` must be an allocation that does not search itself, got Search.")
-        if "blocks" not in self.rule.levels:
-            raise InputError("`Search.start` must have one rate per block, got rates of linears or parts.")
         for name, kind in (("level", Level), ("loss", Loss)):
             if getattr(self, name) not in get_args(kind):
                 raise InputError(
                     f"`Search.{name}` must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}."
                 )
+        if not self.rule.levels & {"blocks", self.level}:
+            finer = " or ".join(sorted(self.rule.levels))
+            raise InputError(
+                f"`Search.start` must have one rate per block, got rates of {finer}: search with `level: linears` or "
+                "`level: parts`, whichever they are of."
+            )
         if not 0 < self.step < 1:
             raise InputError(f"`Search.step` must be in (0, 1), a share of a block, got {self.step}.")
         for name in ("windows", "tokens"):
@@ -155,6 +159,10 @@ class Search(Allocation):
         self.rule.check(sizes, sparsity, lower, upper)
         MeasuredLosses(self.state).check_key(self._settings() | {"sizes": list(sizes)})
 
+    def named_rates(self, sizes: Sequence[Mapping[str, int]]) -> list[dict[str, float]] | None:
+        """Returns the rates of linears or parts that the search starts from, if the start is a plan that has them."""
+        return self.rule.named_rates(sizes)
+
     def planned_rates(self, blocks: int) -> list[float] | None:
         """Returns the rates of the start, whose mean the search keeps, if that is a plan."""
         return self.rule.planned_rates(blocks)
@@ -186,7 +194,9 @@ class Search(Allocation):
         if self.level == "blocks":
             return self._run(Space(list(rates), limits.sizes, trial.granularity, lower, upper), trial, key)
         named = trial.by_name()
-        space = _space_of_names(named, rates, lower, upper, limits.effective_target)
+        start = self.named_rates(named.by_block(named.sizes))
+        flat = named.split(rates) if start is None else [rate for by_name in start for rate in by_name.values()]
+        space = _space_of_names(named, flat, lower, upper, limits.effective_target)
         found = self._run(space, named, {**key, f"sizes of {self.level}": named.sizes}, named.families())
         by_block, sizes = named.by_block(found.rates), named.by_block(named.sizes)
         means = [
@@ -209,13 +219,13 @@ class Search(Allocation):
 
 def _space_of_names(
     trial: NamedTrial,
-    rates: Sequence[float],
+    start: Sequence[float],
     lower: Sequence[float],
     upper: Sequence[float],
     target: float,
 ) -> Space:
-    """Returns the space of the rates of all linears or parts, which starts from ``rates`` of the blocks."""
-    start, (low, high) = trial.split(rates), trial.bounds(lower, upper)
+    """Returns the space of the rates of all linears or parts, which starts from ``start``."""
+    low, high = trial.bounds(lower, upper)
     # a linear that an earlier cut left sparser than its block, or a part with large units, makes the others start
     # below the bound of the block or above it
     low, high = (

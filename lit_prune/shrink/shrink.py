@@ -314,7 +314,7 @@ class Shrink(PartsMethod):
         stream: Callable[[], Stream],
     ) -> Sequence[BlockStatistics]:
         """Returns the statistics of every part behind the parts and blocks that are cut before; see the base class."""
-        residual, own_rates = stream(), split(rates, self._rates(model, blocks))
+        residual, own_rates = stream(), self._rates_of_parts(model, blocks, rates)
         observations = [
             part.observation(model, blocks, rates=own_rates[index], stream=residual)
             for index in self._order

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, OWL, Plan, Search, Uniform
 from lit_prune.allocate.base import Level, weighted_mean
+from lit_prune.allocate.plan import write_plan
 from lit_prune.allocate.search import Loss
 from lit_prune.calibration.windows import batches_of
 from lit_prune.data.datamodule import TextDataModule
@@ -231,7 +232,44 @@ def test_the_divergence_is_that_from_the_model_with_its_zeros(level: Level, batc
     assert 0 < score(model, batches, recipe).search["loss_start"] < 1e-3  # 1% of the weights is little
 
 
-def test_a_start_with_rates_of_linears_is_refused(tmp_path: Path) -> None:
+def test_a_search_goes_on_from_a_plan_of_linears(batches: list[torch.Tensor], tmp_path: Path) -> None:
+    search = Search(Uniform(), evaluations=60, level="linears")
+    first = score(lively_model("llama"), batches, Recipe(Wanda(), 0.5, search))
+    write_plan(tmp_path / "plan.yaml", first.rates, first.scores, "", first.linears)
+    again = Search(Plan(str(tmp_path / "plan.yaml")), evaluations=60, level="linears", seed=1)
+    second = score(lively_model("llama"), batches, Recipe(Wanda(), 0.5, again))
+    assert second.planned == pytest.approx(0.5, abs=1e-5)
+    assert first.linears is not None
+    assert second.linears is not None
+    assert second.linears != first.linears
+    cut = prune(lively_model("llama"), batches, Recipe(Wanda(), 0.5, Plan(str(tmp_path / "plan.yaml"))))
+    measured = Search(Plan(str(tmp_path / "plan.yaml")), evaluations=26, minutes=1e-9, level="linears")
+    stopped = score(lively_model("llama"), batches, Recipe(Wanda(), 0.5, measured))
+    assert stopped.linears == cut.linears  # no sweep was made: these are the rates that it starts from
+
+
+def test_candidates_from_a_plan_of_linears_are_made_behind_its_rates(
+    batches: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = dict.fromkeys(find_blocks(lively_model("llama"))[0].linears, 0.1)
+    sizes = {name: linear.size for name, linear in find_blocks(lively_model("llama"))[0].linears.items()}
+    named = rates | {"mlp.down_proj": 0.9}
+    mean = weighted_mean(list(named.values()), [sizes[name] for name in named])
+    write_plan(tmp_path / "plan.yaml", [mean] * 3, [1.0] * 3, "", [named] * 3)
+    seen: list[Any] = []
+    kept = SparseGPT.trial_statistics
+
+    def watched(self: SparseGPT, model: Any, blocks: Any, **settings: Any) -> Any:
+        seen.extend(block.rates for block in blocks)
+        return kept(self, model, blocks, **settings)
+
+    monkeypatch.setattr(SparseGPT, "trial_statistics", watched)
+    search = Search(Plan(str(tmp_path / "plan.yaml")), evaluations=26, level="linears")
+    score(lively_model("llama"), batches, Recipe(SparseGPT(), float(f"{mean:.6f}"), search))
+    assert seen == [pytest.approx(named)] * 3
+
+
+def test_a_start_with_rates_of_linears_is_refused_for_blocks(tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text("0: {rate: 0.5, q_proj: 0.5}\n")
     with pytest.raises(InputError, match="`Search.start` must have one rate per block, got rates of linears or parts"):
         Search(Plan(str(tmp_path / "plan.yaml")))
