@@ -247,12 +247,16 @@ class ResultsCallback(Callback):
         report, failure = self._run_tasks(plan, report, base, tokenizer)
         picture = self.folder.path / "blocks.png"
         log_results(trainer.loggers, report, picture if picture in written else None, trainer.global_step)
-        config = [] if self.config is None else [self.folder.path / "config.yaml"]
-        print_tables([table(report)], written + config)
+        print_tables([table(report)], written + self.written_config)
         if self.push_to_hub is not None:
             log(f"Sent to {push(self.folder.path / 'model', self.push_to_hub)}")
         if failure is not None:
             raise failure
+
+    @property
+    def written_config(self) -> list[Path]:
+        """Path of the config.yaml of the run, in a list; empty for a run that was not made at the command line."""
+        return [] if self.config is None else [self.folder.path / "config.yaml"]
 
     def _run_tasks(
         self, plan: ExportPlan, report: Report, base: str, tokenizer: Tokenizer | None

@@ -139,7 +139,7 @@ class PruneTrainer(Trainer):
         with results.opened(), self._logging():
             written = write_scores(results.folder.path, report, cached)
         results.folder.finish()
-        print_tables([block_table(report)], written)
+        print_tables([block_table(report)], written + results.written_config)
 
     def export(
         self,

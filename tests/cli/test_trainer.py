@@ -81,7 +81,10 @@ def test_prune_trains_nothing() -> None:
 
 def test_score_writes_a_plan_that_prune_and_fit_accept(capsys: pytest.CaptureFixture[str]) -> None:
     run("score", "--output=runs/score", "--pruning.allocation.alpha=0.2")
-    assert "block" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "block" in out
+    listed = re.findall(r"^\S*runs/score/(\S+)", out, re.MULTILINE)
+    assert sorted(listed) == sorted(path.name for path in Path("runs/score").iterdir())
     assert not Path("runs/score/model").exists()
     planned = yaml.safe_load(Path("runs/score/plan.yaml").read_text())
     assert sum(planned.values()) / 8 == pytest.approx(0.5, abs=1e-5)
