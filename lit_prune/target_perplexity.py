@@ -41,7 +41,7 @@ class FoundSparsity:
         sparsity: The greatest sparsity that was tried whose perplexity is at most ``limit``.
         perplexity: The perplexity after a cut to it.
         limit: The perplexity that was asked for.
-        dense: The perplexity before the cut.
+        before: The perplexity before the cut.
         tolerance: Largest distance to a smaller sparsity that was tried and whose perplexity is above ``limit``.
         trials: All cuts that were tried, in order.
     """
@@ -49,7 +49,7 @@ class FoundSparsity:
     sparsity: float
     perplexity: float
     limit: float
-    dense: float
+    before: float
     tolerance: float
     trials: Sequence[SparsityTrial]
 
@@ -91,10 +91,10 @@ def find_sparsity(
     check_copies(model)
     batches, chosen = list(batches), device or model.device
     least, most = recipe.sparsities(model)
-    dense = measure(placed(model, chosen), *validation, label="Perplexity, before the trials").perplexity
-    if not dense <= perplexity:
+    before = measure(placed(model, chosen), *validation, label="Perplexity, before the trials").perplexity
+    if not before <= perplexity:
         raise InputError(
-            f"`pruning.target_perplexity` must be at least {dense:.4g}, that of the model before the cut, got "
+            f"`pruning.target_perplexity` must be at least {before:.4g}, that of the model before the cut, got "
             f"{perplexity:g}."
         )
     count = 1 + max(1, math.ceil(math.log2((most - least) / tolerance)))
@@ -131,7 +131,7 @@ def find_sparsity(
             f"{trials[-1].sparsity:.4g}, the smallest that was tried, got {perplexity:g}."
         )
     reached = next(trial.perplexity for trial in trials if trial.sparsity == sparsity)
-    return FoundSparsity(sparsity, reached, perplexity, dense, tolerance, tuple(trials))
+    return FoundSparsity(sparsity, reached, perplexity, before, tolerance, tuple(trials))
 
 
 def greatest(allows: Callable[[float], bool], least: float, most: float, tolerance: float) -> float | None:

@@ -66,7 +66,7 @@ def test_the_greatest_sparsity_is_found(embedded: PreTrainedModel, validation: A
     weights = embedded.state_dict()["model.layers.0.mlp.up_proj.weight"].clone()
     found = find_sparsity(embedded, [], MASKS, validation, 2 * dense, tolerance=0.05)
     assert torch.equal(embedded.state_dict()["model.layers.0.mlp.up_proj.weight"], weights)
-    assert (found.dense, found.limit) == (dense, 2 * dense)
+    assert (found.before, found.limit) == (dense, 2 * dense)
     assert [trial.sparsity for trial in found.trials[:2]] == [0.99, 0.495]
     assert len(found.trials) == 1 + 5  # 0.99 / 2^5 is below 0.05
     above = [trial for trial in found.trials if trial.sparsity > found.sparsity]

@@ -168,7 +168,7 @@ def _recovery(report: Report) -> str:
         return ""
     method = "" if report.recovery is None else f" with {report.recovery}"
     if report.distillation is not None:
-        method += f", distilled from the dense model ({report.distillation})"
+        method += f", distilled from the model before its cuts ({report.distillation})"
     if report.baseline and not report.adapter and "train" not in report.seconds:
         return f"\nTrained{method} in an earlier run.\n"
     verb = "Recovered" if report.pruned_here else "Trained"

@@ -70,7 +70,7 @@ def test_the_format_says_how_the_folder_is_opened() -> None:
         ({"merged": True, "recipe": None}, "Recovered: an adapter was trained and is merged into the weights.\n"),
         (
             {"adapter": None, "distillation": "T"},
-            "Recovered, distilled from the dense model (T): the model's own",
+            "Recovered, distilled from the model before its cuts (T): the model's own",
         ),
         ({"recovery": "LoRA()", "baseline": {"recipe": RECIPE}}, "Trained with LoRA(): an adapter was trained."),
     ],
@@ -98,7 +98,7 @@ def test_what_earlier_runs_have_done() -> None:
     exported = {"baseline": {"recipe": RECIPE}, "adapter": None, "seconds": {}, "shape": Shape(SLICES, 0.25)}
     card = model_card(replace(REPORT, recovery="LoRA()", distillation="T", **exported), "x", "")  # type: ignore[arg-type]
     assert ", in an earlier run: the residual stream has" in card
-    assert "\nTrained with LoRA(), distilled from the dense model (T) in an earlier run.\n" in card
+    assert "\nTrained with LoRA(), distilled from the model before its cuts (T) in an earlier run.\n" in card
 
 
 def test_masks_on_a_model_of_another_shape() -> None:
