@@ -6,9 +6,10 @@
         --seq_length 1024 --val_windows 6 --val_length 2048 --sparsity 0.7 --method SparseGPT --start LayerRedundancy \\
         --seeds 1 --cases "blocks, kl" --evaluations 1000 --results FILE.jsonl
 
-`--cases` is a regular expression of the names of the cases to run. The results file has one JSON object per case. The
-state of every search is stored beside it, so that an interrupted benchmark continues. F is the CPU time of a case in
-multiples of one plain forward pass of the calibration windows.
+`--cases` is a regular expression of the names of the cases to run. With `--plan FILE` searches start from a plan that
+another search has found, on the windows of other seeds; give such a run a results file of its own. The results file has
+one JSON object per case. The state of every search is stored beside it, so that an interrupted benchmark continues. F
+is the CPU time of a case in multiples of one plain forward pass of the calibration windows.
 """
 
 from __future__ import annotations

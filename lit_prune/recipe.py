@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lit_prune import distributed
 from lit_prune.allocate import Allocation, Uniform, allocate
 from lit_prune.allocate.base import TOLERANCE, weighted_mean
-from lit_prune.allocate.budget import Budget, Limits, OutOfRange
+from lit_prune.allocate.budget import MAX_RATE, Budget, Limits, OutOfRange
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.families import Block, check_experts_of, find_blocks
@@ -56,7 +56,7 @@ class Recipe:
     sparsity: float = None  # type: ignore[assignment]  # a float, until the recipe has a target
     allocation: Allocation = None  # type: ignore[assignment]  # of the method, if it is not given
     min_rate: float = 0.0
-    max_rate: float = 0.99
+    max_rate: float = MAX_RATE
     targets: Sequence[str] | None = None
     ignore: Sequence[str] = ()
     blocks: str | None = None
@@ -83,17 +83,19 @@ class Recipe:
             )
         if self.allocation.searches and not self.method.supports_search:
             raise InputError(
-                f"`pruning.allocation` must not be {type(self.allocation).__name__} for {type(self.method).__name__}, "
+                f"`pruning.allocation` must not be {type(self.allocation).__name__} for {self.method.described}, "
                 "which offers no trial of rates."
             )
         self._check_level()
         if self.budget not in get_args(Budget):
             raise InputError(f"`pruning.budget` must be one of {', '.join(get_args(Budget))}, got {self.budget!r}.")
         self._check_budget()
+        if self.budget == "linears" and self.target is None and self.method.of_all_parameters:
+            object.__setattr__(self, "budget", "parameters")
         if self.reconstruction is not None and not self.method.supports_reconstruction:
             raise InputError(
-                f"`pruning.reconstruction` must be null for {type(self.method).__name__}: leave it out, or choose a "
-                "mask method, MLPWidth, HeadGroups, Experts, or Shrink with these alone."
+                f"`pruning.reconstruction` must be null for {self.method.described}: leave it out, or choose a mask "
+                "method, MLPWidth, HeadGroups, Experts, or Shrink with these alone."
             )
 
     def _check_level(self) -> None:

@@ -119,7 +119,7 @@ FEWER = {
     ),
     "parts": (
         Shrink([MLPWidth(multiple=8)]),
-        "For fewer, add to `Shrink.parts` Depth, which removes blocks or HiddenWidth, which narrows",
+        "For fewer, add to `Shrink.parts` Depth, which removes blocks, or HiddenWidth, which narrows",
     ),
     "depth": (Depth(), "For fewer, Shrink removes parts of blocks too"),
     "some": (

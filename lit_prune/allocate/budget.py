@@ -15,6 +15,7 @@ from lit_prune.models.families import Block
 
 Budget = Literal["linears", "parameters", "bytes"]
 TOLERANCE = 1e-6
+MAX_RATE = 0.99  # the default of `pruning.max_rate`
 
 
 class OutOfRange(InputError):

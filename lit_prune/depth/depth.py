@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import TOLERANCE, Allocation
-from lit_prune.allocate.budget import rate_of_share
+from lit_prune.allocate.budget import MAX_RATE, rate_of_share
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.depth.distance import distances
@@ -27,8 +27,6 @@ from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
 from lit_prune.progress import log
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
-
-MAX_RATE = 0.99  # the default of `pruning.max_rate`
 
 
 @final

@@ -104,7 +104,8 @@ class Experts(PartMethod):
     def max_rate(self, model: PreTrainedModel) -> float:
         """Returns the rate that leaves as many experts as the router needs."""
         config, blocks = model.config.get_text_config(), find_blocks(model)
-        return max(0.0, 1 - fewest_experts(config, _picked(blocks), self.multiple) / max(self.sizes(model, blocks)))
+        most = max(self.sizes(model, blocks))
+        return max(0.0, 1 - fewest_experts(config, _picked(blocks), self.multiple) / most) if most else 0.0
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates rounded so that the number of experts is a multiple; 0 for blocks without a mixture."""

@@ -89,8 +89,9 @@ class FitPlan:
             return
         if not method.repeats():
             raise InputError(
-                f"`pruning.at_step` must be one step for {method}, which cannot prune a model twice, got {count}: give "
-                "one, or a method with the pattern Unstructured or MixedNofM."
+                f"`pruning.at_step` must be one step for {method if method.makes_zeros else method.described}, which "
+                f"cannot prune a model twice, got {count}: give one, or "
+                f"{'a method with the pattern Unstructured or MixedNofM' if method.makes_zeros else 'another method'}."
             )
         if isinstance(self.recipe.allocation, Plan):
             raise InputError(

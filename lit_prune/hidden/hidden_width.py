@@ -103,9 +103,10 @@ class HiddenWidth(Method):
         fields = stream_fields(model.config.get_text_config(), self.multiple)
         check_multiple("HiddenWidth", self.multiple, self._full(model), "dimensions of the residual stream")
         if self.multiple < width and (reason := config_error(model.config.get_text_config(), fields)):
+            heads = model.config.get_text_config().num_attention_heads
             raise InputError(
                 f"`HiddenWidth.multiple` must give widths that the config accepts, got {self.multiple}: {reason} "
-                "Choose a multiple of the number of attention heads."
+                f"Choose a multiple of the number of attention heads, {heads}."
             )
         if sparsity > (most := self.max_rate(model)) + 1e-9:
             raise InputError(
@@ -120,6 +121,12 @@ class HiddenWidth(Method):
                 f"`pruning.allocation` must be Uniform for HiddenWidth, got {type(allocation).__name__}: the residual "
                 "stream has one width. Slicing gives every block its own."
             )
+
+    def sizes_in_config(
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]
+    ) -> dict[str, int]:
+        """Returns the width that is left, and the size of a head."""
+        return stream_fields(model.config.get_text_config(), self._width(rates, self._full(model)))
 
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the width of the stream of the dense model for each block."""

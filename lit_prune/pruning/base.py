@@ -41,11 +41,12 @@ class Method(ABC):
         supports_reconstruction: Whether blocks that the method has cut can be reconstructed, see :meth:`apply`.
         supports_parameters: Whether the method implements :meth:`removable` and ``limits_of_share``, or
             :meth:`rate_of_parameters` itself, for the budgets `parameters` and `bytes`, and for targets.
+        of_all_parameters: Whether its sparsity is a share of all parameters, whatever `budget` says.
         finest_level: The finest that can have rates of their own: `blocks`, their `linears`, or their `parts`.
         can_be_part: Whether the method can be a part of ``Shrink``: it makes a part of every block smaller and
             implements :meth:`removable`, or it cuts the model as a whole and implements :meth:`coverage`.
-        place: Its place in the order in which ``Shrink`` cuts: below 0 if it cuts the model as a whole, which comes
-            first, otherwise where the part is in a block: 0 for the attention, 1 for the MLP or the mixture.
+        place: Its place in the order in which ``Shrink`` cuts: where the part is in a block, 0 for the attention, 1 for
+            the MLP or the mixture; below 0 for a method that cuts the model as a whole, which comes first.
         for_fewer: What removes more parameters than the method can, for the error of a target that it does not reach.
         structures: Number of structures that a cut adds to the record of the model, if the method changes shapes.
     """
@@ -59,6 +60,7 @@ class Method(ABC):
     supports_search: ClassVar[bool] = False
     supports_reconstruction: ClassVar[bool] = False
     supports_parameters: ClassVar[bool] = False
+    of_all_parameters: ClassVar[bool] = False
     finest_level: ClassVar[str] = "blocks"
     can_be_part: ClassVar[bool] = False
     place: ClassVar[int] = 1
@@ -83,6 +85,12 @@ class Method(ABC):
         self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]
     ) -> None:
         """Raises InputError if the config of ``model`` does not accept the sizes that equal ``rates`` leave."""
+
+    def sizes_in_config(
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]
+    ) -> dict[str, int]:
+        """Returns the fields of the config, with their values, that equal ``rates`` of a part of ``Shrink`` leave."""
+        return {}
 
     def custom_class(self, allocation: Allocation) -> CustomClass | None:
         """Returns the kind of class that a model becomes with the rates of ``allocation``; None if it keeps its own."""
@@ -127,6 +135,11 @@ class Method(ABC):
     def size_multiple(self, model: PreTrainedModel) -> int:
         """Returns a number of which every size of a weight is a multiple that the method changes."""
         return 1
+
+    @property
+    def described(self) -> str:
+        """The method for an error that says what it cannot do."""
+        return type(self).__name__
 
     @property
     def limits_of_share(self) -> str:

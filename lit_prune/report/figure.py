@@ -74,10 +74,21 @@ def _structures(report: Report | ScoreReport) -> Sequence[Description]:
     return () if shape is None else shape.structure.parts or (shape.structure,)
 
 
+def _remaining(structures: Sequence[Description]) -> Sequence[int]:
+    """Returns the numbers of the blocks that are left, in the model that no block had been removed from."""
+    for structure in structures:
+        if structure.name == "depth":
+            return list(structure.facts["remaining"])
+    return range(len(structures[0].sizes)) if structures else ()
+
+
 def _draw_blocks(axes: Sequence[Any], report: Report | ScoreReport, structures: Sequence[Description]) -> None:
     """Draws a bar for each block: its rate or, if the cut changed shapes, its size of every structure."""
+    numbers = _remaining(structures)
     for axis, structure in zip(axes, structures, strict=False):
-        _draw_sizes(axis, structure, alone=len(structures) == 1)
+        places = numbers if len(structure.sizes) == len(numbers) else range(len(structure.sizes))
+        _draw_sizes(axis, structure, places, alone=len(structures) == 1)
+        axis.set_xlim(-0.7, max([*numbers, *places]) + 0.7)
     if not structures:
         earlier = report.cuts[:-1] if isinstance(report, Report) else ()
         _draw_rates(axes[0], report.rates or [], earlier, report.sparsity.target)
@@ -99,12 +110,12 @@ def _draw_rates(axis: Any, rates: Sequence[float], earlier: Sequence[CutSummary]
     axis.set(ylabel="share removed", ylim=(0, 1))
 
 
-def _draw_sizes(axis: Any, structure: Description, *, alone: bool) -> None:
-    """Draws a bar for each block: the size that is left and, above it, what was removed.
+def _draw_sizes(axis: Any, structure: Description, blocks: Sequence[int], *, alone: bool) -> None:
+    """Draws a bar for each of the ``blocks``: the size that is left and, above it, what was removed.
 
     Unless the structure is drawn ``alone``, the legend, which is that of all panels, names its unit at the mean only.
     """
-    blocks, sizes, mean = range(len(structure.sizes)), structure.sizes, sum(structure.sizes) / len(structure.sizes)
+    sizes, mean = structure.sizes, sum(structure.sizes) / len(structure.sizes)
     axis.bar(blocks, sizes, color=BLUE, label=f"remaining {structure.noun} (left)" if alone else "remaining (left)")
     removed = [structure.full - size for size in sizes]
     axis.bar(blocks, removed, bottom=sizes, color=PALE, label="removed (left)")

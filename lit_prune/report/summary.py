@@ -138,8 +138,7 @@ def _quantised(plan: ExportPlan) -> Quantised | None:
 
 def _first_name(base: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[CutRecord]) -> str:
     """Returns the name of the first perplexity: `dense`, or `before` if the model was pruned or trained before."""
-    added = recipe.method.structures if recipe is not None and recipe.method.changes_shapes and cuts else 0
-    had_shape = recipe is not None and len(structure.structures(base)) > added
+    had_shape = cuts[0].reshaped_before if cuts else recipe is not None and bool(structure.structures(base))
     trained = bool(cuts) and cuts[0].step > 0
     return "before" if _sparsity_before(cuts) or had_shape or trained else "dense"
 

@@ -131,6 +131,13 @@ class UnitMethod(PartMethod):
                 f"{type(self).__name__} to that."
             )
 
+    def sizes_in_config(
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]
+    ) -> dict[str, int]:
+        """Returns the fields that the number of units changes which equal ``rates`` leave."""
+        units = units_from_rates(rates, self.sizes(model, blocks), self.multiple)[0]
+        return dict(self._part(model, blocks[0]).sizes(units))
+
     def custom_class(self, allocation: Allocation) -> CustomClass | None:
         """Returns `shrunk` if the blocks may get different sizes."""
         return None if allocation.is_uniform() else "shrunk"

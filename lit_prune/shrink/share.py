@@ -54,6 +54,8 @@ def split(rates: Sequence[float], parts: Sequence[PartRates]) -> list[list[float
     order = sorted(range(len(parts)), key=lambda index: -parts[index].step * sum(parts[index].removable))
     for done, index in enumerate(order):
         part = parts[index]
+        if not sum(part.removable):  # experts whose mixtures are gone
+            continue
         shift = missing / sum(sum(parts[other].removable) for other in order[done:])
         wanted = [
             min(max(rate + shift, low), max(part.most, low))

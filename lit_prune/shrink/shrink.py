@@ -6,12 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, final
 
 import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate.base import Allocation, weighted_mean
+from lit_prune.allocate.budget import MAX_RATE
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.calibration.windows import Batch
@@ -28,6 +30,7 @@ from lit_prune.shrink.part_method import PartMethod, cut_blocks
 from lit_prune.shrink.share import PartRates, split
 from lit_prune.shrink.stages import PartsMethod, PartsStage, Stages, WholeStage
 from lit_prune.shrink.trial import JointTrial
+from lit_prune.shrink.units.narrow import config_error
 
 TOLERANCE = 1e-6
 
@@ -47,8 +50,8 @@ class Shrink(PartsMethod):
     Depth and HiddenWidth can be parts too. The sparsity is then the share of all parameters of the model as it is:
     blocks go first, then dimensions of the residual stream, then units of the blocks that remain, each calibrated on
     what the cuts before have left. The share of the blocks, of the dimensions and of the units is the same, or in the
-    proportion of `weights`, and units make up for what goes more or less by rounding to whole blocks and
-    dimensions. Such a model cannot be cut in several steps, searched or reconstructed.
+    proportion of `weights`. Blocks and dimensions are rounded so that the units can make up for it. Such a cut is made
+    once in a fit, with rates that are neither searched nor bounded, and without reconstruction.
 
     Args:
         parts: The methods: MLPWidth, HeadGroups or Experts, which remove units of the blocks, Depth and HiddenWidth.
@@ -80,7 +83,7 @@ class Shrink(PartsMethod):
         if len(set(names)) < len(names):
             raise InputError(f"`Shrink.parts` must be different methods, got {', '.join(names)}.")
         weights = self.weights
-        if weights is not None and (len(weights) != len(names) or not all(weight > 0 for weight in weights)):
+        if weights is not None and (len(weights) != len(names) or not all(0 < weight < math.inf for weight in weights)):
             raise InputError(
                 f"`Shrink.weights` must be {len(names)} positive numbers, one a part, got {list(weights)}."
             )
@@ -94,7 +97,7 @@ class Shrink(PartsMethod):
         """The parts of the blocks."""
         return [part for part in self._every if isinstance(part, PartMethod)]
 
-    @property
+    @cached_property
     def _stages(self) -> Stages | None:
         """The cuts of the whole model and of the parts of its blocks; None if there are only the latter."""
         weights = self.weights or [1.0] * len(self._every)
@@ -102,9 +105,8 @@ class Shrink(PartsMethod):
         whole = [WholeStage(part, weight) for part, weight in pairs if not isinstance(part, PartMethod)]
         if not whole:
             return None
-        rest = [(part, weight) for part, weight in pairs if isinstance(part, PartMethod)]
-        shrink = Shrink([part for part, _ in rest], [weight for _, weight in rest]) if rest else None
-        return Stages(whole, None if shrink is None else PartsStage(shrink))
+        parts = PartsStage(Shrink(self._parts, self._weights)) if self._parts else None
+        return Stages(whole, parts)
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -122,6 +124,11 @@ class Shrink(PartsMethod):
         return all(part.supports_reconstruction for part in self._every)
 
     @property
+    def of_all_parameters(self) -> bool:  # type: ignore[override]
+        """Whether the model is cut as a whole too."""
+        return self._stages is not None
+
+    @property
     def finest_level(self) -> str:  # type: ignore[override]
         """`parts`, unless the model is cut as a whole too."""
         return "parts" if self._stages is None else "blocks"
@@ -131,7 +138,12 @@ class Shrink(PartsMethod):
         """What removes more than these parts, as far as they are not all there are."""
         others = {"Depth": "which removes blocks", "HiddenWidth": "which narrows the embeddings too"}
         missing = [f"{name}, {does}" for name, does in others.items() if name not in self._names]
-        return f"add to `Shrink.parts` {' or '.join(missing)}" if missing else ""
+        return f"add to `Shrink.parts` {', or '.join(missing)}" if missing else ""
+
+    @property
+    def described(self) -> str:
+        """The method for an error that says what it cannot do."""
+        return "Shrink" if self._stages is None else "Shrink with Depth or HiddenWidth"
 
     @property
     def structures(self) -> int:  # type: ignore[override]
@@ -147,10 +159,12 @@ class Shrink(PartsMethod):
             )
         for part in self._every:
             part.check(model, 0.0)
-        if sparsity > (most := self.max_rate(model)) + 1e-9:
+        most = min(self.max_rate(model), self.max_sparsity(model, find_blocks(model)))
+        if sparsity > most + 1e-9:
+            and_blocks = ", and Depth one block" if "Depth" in self._names else ""
             raise InputError(
                 f"`pruning.sparsity` must be at most {most:.4g} for Shrink, got {sparsity:g}: every part keeps one "
-                "`multiple` of units in every block, and Depth one block."
+                f"`multiple`{and_blocks}."
             )
 
     def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
@@ -161,11 +175,25 @@ class Shrink(PartsMethod):
     def check_sizes(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> None:
         """Raises InputError if the config does not accept the sizes that one of the parts leaves."""
         if (stages := self._stages) is not None:
-            if stages.parts is not None:
-                stages.parts.method.check_sizes(model, blocks, stages.rates_of_parts(model, blocks, rates))
+            fields = stages.sizes_in_config(model, blocks, rates)
+            if fields and (reason := config_error(model.config.get_text_config(), fields)):
+                sizes = ", ".join(f"{name} {value}" for name, value in fields.items())
+                raise InputError(
+                    f"`pruning.sparsity` must leave sizes that the config accepts together, got {sizes}: {reason} "
+                    "Choose another sparsity, or a larger `multiple` of a part."
+                )
             return
         for part, own_rates in zip(self._parts, split(rates, self._rates(model, blocks)), strict=True):
             part.check_sizes(model, blocks, own_rates)
+
+    def sizes_in_config(
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]
+    ) -> dict[str, int]:
+        """Returns the fields of the config that the parts of the blocks change at equal ``rates``."""
+        fields: dict[str, int] = {}
+        for part, own_rates in zip(self._parts, split(rates, self._rates(model, blocks)), strict=True):
+            fields |= part.sizes_in_config(model, blocks, own_rates)
+        return fields
 
     def custom_class(self, allocation: Allocation) -> CustomClass | None:
         """Returns the kind of class that one of the parts makes of a model."""
@@ -219,15 +247,46 @@ class Shrink(PartsMethod):
         ]
 
     def max_rate(self, model: PreTrainedModel) -> float:
-        """Returns the rate at which every part has lost all that it can, in the block where that is least."""
-        if (stages := self._stages) is not None:
-            return stages.max_rate(model, find_blocks(model))
+        """Returns the rate at which every part has lost all that it can, in the block where that is least.
+
+        With cuts of the whole model, of which blocks may go, it is 1; see :meth:`max_sparsity`.
+        """
+        if self._stages is not None:
+            return 1.0
         parts = self._rates(model, find_blocks(model))
         return min(
             weighted_mean([part.most for part in parts], sizes)
             for sizes in zip(*(part.removable for part in parts), strict=True)
             if any(sizes)  # a block may have none of the parts, such as experts
         )
+
+    def max_sparsity(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns the share of all parameters that goes with all that the cuts can remove, if one is of the whole."""
+        return 1.0 if (stages := self._stages) is None else stages.max_share(model, blocks)
+
+    def bounds(self, least: float, most: float) -> tuple[float, float]:
+        """Returns the bounds; raises InputError for any that the user changed, with cuts of the whole model."""
+        if self._stages is not None and (least > 0 or most < MAX_RATE):
+            raise InputError(
+                f"`pruning.min_rate` must be 0 and `pruning.max_rate` at least {MAX_RATE} for {self.described}, which "
+                f"cuts the model as a whole, got {least:g} and {most:g}: give `weights` instead."
+            )
+        return least, most if self._stages is None else 1.0
+
+    def rate_of_parameters(
+        self,
+        share: float,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        *,
+        lower: Sequence[float],
+        upper: float,
+        slack: float = 0.0,
+    ) -> float:
+        """Returns the mean rate at which ``share`` goes of all parameters; see the base class."""
+        if (stages := self._stages) is not None:
+            upper, slack = min(upper, self.max_sparsity(model, blocks)), stages.half_step(model, blocks)
+        return super().rate_of_parameters(share, model, blocks, lower=lower, upper=upper, slack=slack)
 
     def size_multiple(self, model: PreTrainedModel) -> int:
         """Returns the greatest number of which all sizes that the parts change are multiples."""
@@ -247,12 +306,15 @@ class Shrink(PartsMethod):
 
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns the largest rounding of a part: the others make up for all but their own."""
-        return max(part.rounding(blocks) for part in self._parts or self._every)
+        return max(part.rounding(blocks) for part in self._parts) if self._stages is None else 0.0
 
     def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
-        """Returns half of the smallest multiple of a part, as a share of all: the parts make up for each other."""
+        """Returns half of the smallest multiple of a part, as a share of all: the parts make up for each other.
+
+        With cuts of the whole model no rate is rounded before it is planned.
+        """
         if self._stages is not None:
-            return self.rounding(blocks)
+            return 0.0
         parts = self._rates(model, blocks)
         smallest = min(part.step * size for part in parts for size in part.removable if size)
         return smallest / sum(self.removable(model, blocks))
@@ -273,19 +335,21 @@ class Shrink(PartsMethod):
         if (stages := self._stages) is not None:
             return stages.apply(model, blocks, rates=rates, device=device, stream=stream)
         residual = stream() if reconstruction is None else reconstruction.stream
-        cuts = [
-            part.begin(model, blocks, rates=own_rates, stream=residual)
-            for part, own_rates in zip(self._parts, self._rates_of_parts(model, blocks, rates), strict=True)
-        ]
+        own_rates = self._rates_of_parts(model, blocks, rates)
+        cuts = {
+            index: part.begin(model, blocks, rates=own_rates[index], stream=residual)
+            for index, part in enumerate(self._parts)
+            if sum(part.removable(model, blocks))
+        }
         cut_blocks(
             model,
             blocks,
-            [cuts[index] for index in self._order],
+            [cuts[index] for index in self._order if index in cuts],
             stream=residual,
             device=device,
             reconstruction=reconstruction,
         )
-        for cut in cuts:
+        for cut in cuts.values():
             cut.finish()
         return self.current_rates(model, blocks)
 
@@ -345,6 +409,12 @@ class Shrink(PartsMethod):
     def _names(self) -> list[str]:
         return [type(part).__name__ for part in self._every]
 
+    @property
+    def _weights(self) -> list[float]:
+        """The weights of the parts of the blocks."""
+        weights = self.weights or [1.0] * len(self._every)
+        return [weight for part, weight in zip(self._every, weights, strict=True) if isinstance(part, PartMethod)]
+
     def _rates_of_parts(
         self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]
     ) -> list[list[float]]:
@@ -359,7 +429,6 @@ class Shrink(PartsMethod):
 
     def _rates(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[PartRates]:
         """Returns what every part can remove from the blocks."""
-        weights = self.weights or [1.0] * len(self._parts)
         return [
             PartRates(
                 removable=part.removable(model, blocks),
@@ -370,5 +439,5 @@ class Shrink(PartsMethod):
                 sizes=part.sizes(model, blocks),
                 rounded=part.rates,
             )
-            for part, weight in zip(self._parts, weights, strict=True)
+            for part, weight in zip(self._parts, self._weights, strict=True)
         ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -18,11 +19,11 @@ from lit_prune.models.families import Block, find_blocks
 from lit_prune.pruning.base import Method
 
 BISECTIONS = 60
-LARGEST = 1e9  # an amount at which every cut removes as much as it can
+LARGEST_AMOUNT = 1e9  # at which every cut removes as much as it can
 
 
-class Pools(NamedTuple):
-    """The parameters of a model: those of its blocks and all others."""
+class Counts(NamedTuple):
+    """Numbers of parameters of a model: of its blocks and of all else."""
 
     blocks: float
     others: float
@@ -32,28 +33,22 @@ class Pools(NamedTuple):
         """All parameters."""
         return self.blocks + self.others
 
-    def without(self, covered: tuple[float, float], gone: float) -> Pools:
-        """Returns what is left where a cut of those shares of the two that are ``covered`` removes ``gone``."""
-        return Pools(*(pool * (1 - share * gone) for pool, share in zip(self, covered, strict=True)))
+    def without(self, coverage: tuple[float, float], share: float) -> Counts:
+        """Returns what remains where ``share`` goes of what a cut covers: shares of the blocks and of all else."""
+        return Counts(*(count * (1 - covered * share) for count, covered in zip(self, coverage, strict=True)))
 
     @classmethod
-    def of(cls, model: PreTrainedModel, blocks: Sequence[Block]) -> Pools:
+    def of(cls, model: PreTrainedModel, blocks: Sequence[Block]) -> Counts:
         """Returns those of ``model``, tied weights counted once."""
         in_blocks = sum(parameters(block.module) for block in blocks)
         return cls(in_blocks, parameters(model) - in_blocks)
 
 
-Left = Callable[[Pools, float], Pools]
+Remainder = Callable[[Counts, float], Counts]
+"""A function of what a cut starts from, and of an amount, that gives what remains.
 
-
-class Stage(Protocol):
-    """One of several cuts that share a target."""
-
-    def left(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Left:
-        """Returns a function that tells what the cut leaves of pools.
-
-        Its second argument is the amount: the cut removes that times its weight, or as much as it can.
-        """
+The cut removes the amount times its weight, or as much as it can.
+"""
 
 
 @dataclass(frozen=True)
@@ -68,45 +63,79 @@ class WholeStage:
     method: Method
     weight: float
 
-    def left(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Left:
-        """Returns what the cut leaves; see :class:`Stage`."""
+    def remainder(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Remainder:
+        """Returns what remains after the cut, by the amount."""
         current, most = self._bounds(model, blocks)
-        covered = self.method.coverage(model, blocks)
-        return lambda pools, amount: pools.without(covered, min(amount * self.weight, (most - current) / (1 - current)))
+        coverage, largest = self.method.coverage(model, blocks), (most - current) / (1 - current)
+        return lambda counts, amount: counts.without(coverage, min(amount * self.weight, largest))
 
-    def rates(
+    def planned(
         self,
         model: PreTrainedModel,
         blocks: Sequence[Block],
         *,
         rates: Sequence[float],
-        amount: float,
-        least: float | None,
-    ) -> list[float]:
-        """Returns the rates that the method supports at ``amount``.
+        counts: Counts,
+        target: float,
+        later: Sequence[Remainder],
+    ) -> tuple[list[float], Counts]:
+        """Returns the rates that the method supports, and what remains after them.
+
+        They are nearest to what all cuts need, as far as later ones can meet the target: no more goes than is asked
+        for, and what remains is no more than later cuts can remove. The last cut is rounded to the nearest.
 
         Args:
-            model: The model, as the cuts before have left it.
+            model: The model.
             blocks: Its blocks.
             rates: Their rates by the allocation, which may tell what goes first.
-            amount: The amount.
-            least: Number of parameters that a later cut must find, so that fewer go where rounding would remove more;
-                None rounds to the nearest.
+            counts: What the cuts before leave.
+            target: Number of parameters that all cuts together are to leave.
+            later: What remains after each of the later cuts.
         """
-        sizes, pools, covered = self.method.sizes(model, blocks), Pools.of(model, blocks), self.method.coverage
         current, most = self._bounds(model, blocks)
-        share, middle = min(current + (1 - current) * amount * self.weight, most), sum(rates) / len(rates)
-        while True:
-            found = self.method.rates([share + rate - middle for rate in rates], sizes)
-            gone = (sum(found) / len(found) - current) / (1 - current)
-            if least is None or gone <= 0 or pools.without(covered(model, blocks), gone).total >= least:
-                return found
-            share -= 2 * self.method.rounding(blocks)
+        amount = amount_for([self.remainder(model, blocks), *later], counts, target)
+        wanted = min(current + (1 - current) * amount * self.weight, most)
+        step, mean, sizes = self._step(model, blocks), sum(rates) / len(rates), self.method.sizes(model, blocks)
+        best, smallest = (list(rates), counts), math.inf
+        for steps in range(2 * math.ceil(1 / step)):
+            share = wanted + step * ((steps + 1) // 2) * (-1 if steps % 2 else 1)  # nearer ones first
+            if steps and not current - step < share < most + step:
+                continue
+            share = min(max(share, current), most)
+            supported = self.method.rates([share + rate - mean for rate in rates], sizes)
+            remaining = self._remaining(model, blocks, counts, supported)
+            miss = 0.0
+            if later:
+                least = remains(later, remaining, LARGEST_AMOUNT).total
+                miss = max(least - target, target - remaining.total, 0.0)
+            if miss < smallest:
+                best, smallest = (supported, remaining), miss
+            if smallest < 1:
+                break
+        return best
+
+    def _remaining(
+        self, model: PreTrainedModel, blocks: Sequence[Block], counts: Counts, rates: Sequence[float]
+    ) -> Counts:
+        """Returns what remains of ``counts`` after the cut; of blocks that differ, the largest go if none are named."""
+        current, coverage = self._bounds(model, blocks)[0], self.method.coverage(model, blocks)
+        share = (sum(rates) / len(rates) - current) / (1 - current)
+        sizes = [parameters(block.module) for block in blocks]
+        if coverage != (1.0, 0.0) or len(set(sizes)) == 1:
+            return counts.without(coverage, share)
+        named = [size for size, rate in zip(sizes, rates, strict=True) if rate == 1]
+        largest = sorted(sizes, reverse=True)[: round(share * len(sizes))]
+        return counts.without(coverage, sum(named or largest) / sum(sizes))
 
     def _bounds(self, model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[float, float]:
         """Returns the rate of earlier cuts and the largest rate."""
+        current = self.method.current_rates(model, blocks)[0]
         most = min(self.method.max_rate(model), self.method.max_sparsity(model, blocks))
-        return self.method.current_rates(model, blocks)[0], most
+        return current, max(most, current)
+
+    def _step(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns the distance of two rates, which count from the dense model, where the rounding does not."""
+        return 2 * self.method.rounding(blocks) * (1 - self._bounds(model, blocks)[0])
 
 
 class PartsMethod(Method):
@@ -114,7 +143,7 @@ class PartsMethod(Method):
 
     @abstractmethod
     def share_at(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Callable[[float], float]:
-        """Returns the function of an amount that gives the share of all blocks that goes with it.
+        """Returns the function of an amount that gives the share of all blocks' parameters that goes with it.
 
         Every part loses the amount times its weight, of what it has now, or as much as it can.
         """
@@ -130,12 +159,12 @@ class PartsStage:
 
     method: PartsMethod
 
-    def left(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Left:
-        """Returns what the cut leaves; see :class:`Stage`."""
+    def remainder(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Remainder:
+        """Returns what remains after the cut, by the amount."""
         share_at = self.method.share_at(model, blocks)
-        return lambda pools, amount: pools.without((1.0, 0.0), share_at(amount))
+        return lambda counts, amount: counts.without((1.0, 0.0), share_at(amount))
 
-    def rates(
+    def planned(
         self, model: PreTrainedModel, blocks: Sequence[Block], *, rates: Sequence[float], target: float
     ) -> list[float]:
         """Returns rates that leave ``target`` parameters, or as nearly as can be, apart like those of the allocation.
@@ -143,15 +172,23 @@ class PartsStage:
         Args:
             model: The model, as the cuts before have left it.
             blocks: Its blocks.
-            rates: Their rates by the allocation.
+            rates: Their rates by the allocation, of what the blocks have now.
             target: Number of parameters to leave.
         """
-        removable, total = self.method.removable(model, blocks), self.method.full_parameters(model, blocks)
-        lower, upper = self.method.current_rates(model, blocks), self.method.max_rate(model)
-        possible = [weighted_mean(bound, removable) for bound in (lower, [max(upper, low) for low in lower])]
-        mean = min(max((total - target) / sum(removable), possible[0]), possible[1])
+        removable, current = self.method.removable(model, blocks), self.method.current_rates(model, blocks)
+        if not sum(removable):
+            return current
+        most = self.method.max_rate(model)
+        least_mean, most_mean = (
+            weighted_mean(bound, removable) for bound in (current, [max(most, rate) for rate in current])
+        )
+        mean = least_mean + (parameters(model) - target) / sum(removable)
         return meet_budget(
-            lambda amount: [rate + amount for rate in rates], mean, sizes=removable, lower=lower, upper=upper
+            lambda amount: [now + (1 - now) * (rate + amount) for now, rate in zip(current, rates, strict=True)],
+            min(max(mean, least_mean), most_mean),
+            sizes=removable,
+            lower=current,
+            upper=most,
         )
 
 
@@ -172,27 +209,40 @@ class Stages:
     whole: Sequence[WholeStage]
     parts: PartsStage | None
 
-    @property
-    def _all(self) -> list[WholeStage | PartsStage]:
-        return [*self.whole, *([] if self.parts is None else [self.parts])]
-
     def sizes(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         """Returns the size of each block of the model as it is; their sum is the number of its parameters."""
         return _with_others([parameters(block.module) for block in blocks], parameters(model))
 
-    def max_rate(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+    def max_share(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
         """Returns the share of all parameters that goes if every cut removes as much as it can."""
-        pools = Pools.of(model, blocks)
-        return 1 - _after(_lefts(model, blocks, self._all), pools, LARGEST).total / pools.total
+        counts = Counts.of(model, blocks)
+        return 1 - remains(self._remainders(model, blocks), counts, LARGEST_AMOUNT).total / counts.total
 
-    def rates_of_parts(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> list[float]:
-        """Returns the rates of the parts of the blocks as they are expected, before any cut is made."""
+    def half_step(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns half of the finest step in which the parameters of the model can go, as a share of all of them."""
+        counts = Counts.of(model, blocks)
         if self.parts is None:
-            return []
-        pools, target = Pools.of(model, blocks), self._target(model, blocks, rates)
-        lefts = _lefts(model, blocks, self._all)
-        amount, share_at = _amount(lefts, pools, target), self.parts.method.share_at(model, blocks)
-        return self.parts.rates(model, blocks, rates=rates, target=pools.total - pools.blocks * share_at(amount))
+            last = self.whole[-1].method
+            return 1 - counts.without(last.coverage(model, blocks), last.rounding(blocks)).total / counts.total
+        method = self.parts.method
+        equal = [0.0] * len(blocks)
+        return method.rounding_of_mean(model, blocks, equal) * sum(method.removable(model, blocks)) / counts.total
+
+    def sizes_in_config(
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]
+    ) -> dict[str, int]:
+        """Returns the fields of the config that all cuts together change, for equal rates, without making them."""
+        target, counts, fields = self._target(model, blocks, rates), Counts.of(model, blocks), dict[str, int]()
+        before, remainders = counts, self._remainders(model, blocks)
+        for index, stage in enumerate(self.whole):
+            later = remainders[index + 1 :]
+            planned, counts = stage.planned(model, blocks, rates=rates, counts=counts, target=target, later=later)
+            fields |= stage.method.sizes_in_config(model, blocks, planned)
+        if self.parts is not None and counts.blocks:
+            share = (counts.total - target) / counts.blocks  # of the blocks as they then are
+            planned = self.parts.planned(model, blocks, rates=rates, target=before.total - share * before.blocks)
+            fields |= self.parts.method.sizes_in_config(model, blocks, planned)
+        return fields
 
     def apply(
         self,
@@ -203,7 +253,7 @@ class Stages:
         device: torch.device,
         stream: Callable[[], Stream],
     ) -> list[float]:
-        """Makes the cuts one after the other, in place, and returns the share that each block has lost.
+        """Makes the cuts one after the other, in place, and returns the share that each block has lost of its size.
 
         Args:
             model: The causal LM, in eval mode.
@@ -213,51 +263,59 @@ class Stages:
             stream: Returns a stream of the calibration batches that begins at the first block's input.
         """
         target, sizes = self._target(model, blocks, rates), self.sizes(model, blocks)
-        path, first = blocks[0].path.rpartition(".")[0], stream()
-        present, kept, start = list(blocks), list(range(len(blocks))), first.copy
-        for index, stage in enumerate(self._all):
-            own = [rates[block] for block in kept]
-            if isinstance(stage, PartsStage):
-                planned = stage.rates(model, present, rates=own, target=target)
-            else:
-                lefts = _lefts(model, present, self._all[index:])
-                amount = _amount(lefts, Pools.of(model, present), target)
-                least = None if len(lefts) == 1 else target
-                planned = stage.rates(model, present, rates=own, amount=amount, least=least)
-            unread = [BlockStatistics()] * len(present)
-            lost = stage.method.apply(model, present, rates=planned, statistics=unread, device=device, stream=start)
-            if isinstance(stage, WholeStage):
-                kept = [block for block, share in zip(kept, lost, strict=True) if share < 1]
-                present = find_blocks(model, blocks=path)
-                start = first.restarted(model, present).copy
-        left = dict(zip(kept, (parameters(block.module) for block in present), strict=True))
-        after = _with_others([left.get(block, 0) for block in range(len(blocks))], parameters(model))
+        kept, path, start = list(blocks), blocks[0].path.rpartition(".")[0], stream()
+        numbers = list(range(len(blocks)))  # of the blocks that are kept, in the model as it was
+
+        def cut(method: Method, planned: Sequence[float]) -> list[float]:
+            none = [BlockStatistics()] * len(kept)
+            return method.apply(model, kept, rates=planned, statistics=none, device=device, stream=start.copy)
+
+        for index, stage in enumerate(self.whole):
+            planned, _ = stage.planned(
+                model,
+                kept,
+                rates=[rates[number] for number in numbers],
+                counts=Counts.of(model, kept),
+                target=target,
+                later=self._remainders(model, kept)[index + 1 :],
+            )
+            lost = cut(stage.method, planned)
+            numbers = [number for number, share in zip(numbers, lost, strict=True) if share < 1]
+            kept = find_blocks(model, blocks=path)
+            start = start.restarted(model, kept)
+        if self.parts is not None:
+            cut(
+                self.parts.method,
+                self.parts.planned(model, kept, rates=[rates[number] for number in numbers], target=target),
+            )
+        left = dict(zip(numbers, (parameters(block.module) for block in kept), strict=True))
+        after = _with_others([left.get(number, 0) for number in range(len(blocks))], parameters(model))
         return [1 - now / before for now, before in zip(after, sizes, strict=True)]
 
     def _target(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
         """Returns the number of parameters that ``rates`` leave."""
         return sum((1 - rate) * size for rate, size in zip(rates, self.sizes(model, blocks), strict=True))
 
-
-def _lefts(model: PreTrainedModel, blocks: Sequence[Block], stages: Sequence[Stage]) -> list[Left]:
-    return [stage.left(model, blocks) for stage in stages]
-
-
-def _after(lefts: Sequence[Left], pools: Pools, amount: float) -> Pools:
-    """Returns what is left of ``pools`` after all cuts."""
-    for left in lefts:
-        pools = left(pools, amount)
-    return pools
+    def _remainders(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[Remainder]:
+        found = [stage.remainder(model, blocks) for stage in self.whole]
+        return found if self.parts is None else [*found, self.parts.remainder(model, blocks)]
 
 
-def _amount(lefts: Sequence[Left], pools: Pools, target: float) -> float:
+def remains(remainders: Sequence[Remainder], counts: Counts, amount: float) -> Counts:
+    """Returns what remains of ``counts`` after all cuts."""
+    for remainder in remainders:
+        counts = remainder(counts, amount)
+    return counts
+
+
+def amount_for(remainders: Sequence[Remainder], counts: Counts, target: float) -> float:
     """Returns the amount at which all cuts leave ``target`` parameters, by bisection."""
     below, above = 0.0, 1.0
-    while _after(lefts, pools, above).total > target and above < LARGEST:
+    while remains(remainders, counts, above).total > target and above < LARGEST_AMOUNT:
         above *= 2
     for _ in range(BISECTIONS):
         middle = (below + above) / 2
-        if _after(lefts, pools, middle).total > target:
+        if remains(remainders, counts, middle).total > target:
             below = middle
         else:
             above = middle

@@ -48,7 +48,9 @@ TIMES: dict[str, Any] = {"step 0": 0, "later": 1, "gradual": [0, 1]}
 FILLS = "`pruning.recovery` must be given if pruned weights are trained, .*use MaskedLoRA, FullFineTuning or LoRA"
 FOLDS = "`pruning.recovery` must keep zeros when its adapter is merged, .* 2 cuts of masks, got LoRA.*, or make one"
 FULL = "`pruning.recovery` must leave the weights in full precision .* a cut comes after it, got QLoRA.*use MaskedLoRA"
-ONCE = "`pruning.at_step` must be one step for .*, which cannot prune a model twice, .* or a method with the pattern"
+ONCE = (
+    "`pruning.at_step` must be one step for .*, which cannot prune a model twice, .*: give one, or (a|another) method"
+)
 WIDTHS = "`QLoRA.form` must be merged after Slicing, or `quantization` int8, got adapter in nf4"
 QLORAS = ("QLoRA", "QLoRA merged", "QLoRA requantised")
 REFUSED: dict[tuple[str, str, str], str] = {

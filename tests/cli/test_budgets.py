@@ -74,7 +74,7 @@ def test_a_perplexity(verb: str) -> None:
     run(verb, "--output=runs/x", "--pruning.method=Magnitude", "--pruning.target_perplexity=40")
     found, after = report()["target_perplexity"], last_cut()["perplexity"]["after"]
     assert (found["limit"], found["perplexity"]) == (40, after)
-    assert found["dense"] == last_cut()["perplexity"]["before"] < 40
+    assert found["before"] == last_cut()["perplexity"]["before"] < 40
     assert 30 < after <= 40
     assert last_cut()["requested"] == found["sparsity"] == report()["sparsity"]["requested"]
     assert len(found["trials"]) == 8

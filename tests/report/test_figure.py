@@ -94,6 +94,19 @@ def test_every_part_of_the_blocks_has_a_panel() -> None:
     }
 
 
+def test_blocks_that_remain_have_the_same_place_in_all_panels() -> None:
+    assert SLICED.shape is not None
+    facts = {"remaining": [0, 2, 3]}
+    depth = replace(SLICED.shape.structure, name="depth", facts=facts, unit="blocks", sizes=(1, 0, 1, 1), full=1)
+    widths = replace(SLICED.shape.structure, name="mlp_width", unit="channels", sizes=(8, 6, 4), full=8)
+    joined = replace(SLICED.shape, structure=replace(depth, parts=(depth, widths)))
+    panels = {axis.get_ylabel(): axis for axis in draw(replace(SLICED, shape=joined)).axes}
+    places = {unit: sorted({bar.get_x() + bar.get_width() / 2 for bar in panels[unit].patches}) for unit in panels}
+    assert places["blocks"] == pytest.approx([0, 1, 2, 3])
+    assert places["channels"] == pytest.approx([0, 2, 3])
+    assert panels["blocks"].get_xlim() == panels["channels"].get_xlim()
+
+
 def test_the_title_says_how_the_rates_came_about_in_lines_that_fit() -> None:
     assert blocks(REPORT).get_title() == "DLP()\nWanda()"
     recipe = {"method": "Wanda()", "allocation": "Search(" + "seed=0, " * 30}

@@ -19,6 +19,7 @@ from lit_prune.allocate.plan import write_plan
 from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
+from lit_prune.experts import Experts
 from lit_prune.hidden import HiddenWidth
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
@@ -28,8 +29,9 @@ from lit_prune.pruning import Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
 from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
-from lit_prune.shrink.stages import Pools
+from lit_prune.shrink.stages import Counts
 from tests.conftest import lively_model, small_model
+from tests.experts.models import mixture_model
 
 SIX = {"num_hidden_layers": 6}
 CHANNELS, WIDTH = MLPWidth(multiple=1), HiddenWidth(multiple=4)
@@ -72,7 +74,7 @@ def test_all_parts_lose_the_same_share_or_by_weights(batches: list[Tensor]) -> N
     shares = [1 - blocks / 6, 1 - width / 32, 1 - channels / 48]
     assert max(shares) - min(shares) < 0.1, shares
     names = [type(found).__name__ for found in structure.structures(model)]
-    assert names == ["RemainingBlocks", "HiddenSize", "HeadGroupCounts", "MLPWidths"]
+    assert names == ["RemainingBlocks", "HiddenSize", "MLPWidths", "HeadGroupCounts"]
     unequal = six_blocks()
     prune(unequal, batches, Recipe(Shrink([CHANNELS, Depth()], weights=[1, 0.1]), 0.3))
     assert sizes(unequal)[0] == 6
@@ -136,12 +138,83 @@ def test_without_parts_of_the_blocks_the_last_cut_is_rounded_to_the_nearest(
     assert abs(parameters(model) - 0.6 * dense) <= 0.51 * step
 
 
-def test_no_cut_removes_more_than_is_asked_for_in_all(batches: list[Tensor]) -> None:
-    for sparsity in (0.02, 0.05, 0.08, 0.12, 0.16):
-        model, dense = six_blocks(), parameters(six_blocks())
-        prune(model, batches, Recipe(Shrink([Depth(), WIDTH, CHANNELS]), sparsity))
-        blocks, width, _ = sizes(model)
-        assert abs(parameters(model) - (1 - sparsity) * dense) <= blocks * 3 * width / 2, sparsity
+@pytest.mark.parametrize(
+    ("weights", "sparsity", "blocks"),
+    [
+        ([1, 0.01], 0.25, 5),  # 1.6 blocks are wanted, and two are more than is asked for
+        ([1, 0.01], 0.46, 4),
+        ([0.1, 1], 0.65, 4),  # 0.4 blocks are wanted, and without one all channels together would be too few
+        ([1, 1], 0.02, 6),
+    ],
+)
+def test_blocks_are_rounded_so_that_channels_can_make_up_for_them(
+    weights: list[float], sparsity: float, blocks: int, batches: list[Tensor]
+) -> None:
+    model, dense = six_blocks(), parameters(six_blocks())
+    prune(model, batches, Recipe(Shrink([Depth(), CHANNELS], weights), sparsity))
+    assert sizes(model)[0] == blocks
+    assert abs(parameters(model) - (1 - sparsity) * dense) <= blocks * 3 * 32 / 2
+
+
+def test_blocks_of_different_sizes_are_counted_as_they_are(batches: list[Tensor], tmp_path: Path) -> None:
+    """Without block 1, which is the first to go, and twice as large as others, more would be gone than is asked for."""
+    model, path = six_blocks(), tmp_path / "plan.yaml"
+    uneven = [0.9, 0.1, 0.9, 0.9, 0.9, 0.9]
+    write_plan(path, uneven, uneven, "by hand")
+    prune(model, batches, Recipe(CHANNELS, sum(uneven) / 6, Plan(str(path))))
+    method, before = Shrink([Depth(), CHANNELS], [1, 0.01]), parameters(model)
+    rates, block_sizes = [0.1, 0.5, 0.1, 0.1, 0.1, 0.1], method.sizes(model, find_blocks(model))
+    write_plan(path, rates, rates, "by hand")
+    sparsity = round(weighted_mean(rates, block_sizes), 6)
+    prune(model, batches, Recipe(method, sparsity, Plan(str(path))))
+    assert sizes(model)[0] == 6
+    assert parameters(model) == pytest.approx((1 - sparsity) * before, abs=6 * 3 * 32)
+
+
+def test_steps_count_from_the_dense_model(batches: list[Tensor]) -> None:
+    """A model that has lost half of its blocks loses single ones, as a model of so many blocks does."""
+    method = Shrink([Depth(), CHANNELS], [1, 0.01])
+    twelve = lively_model("llama", num_hidden_layers=12)
+    prune(twelve, batches, Recipe(Depth(), 0.5, Uniform()))
+    for model in (six_blocks(), twelve):
+        prune(model, batches, Recipe(method, 0.25))
+        assert sizes(model)[0] == 5
+
+
+def test_a_width_below_the_multiple_of_today_stays(batches: list[Tensor]) -> None:
+    model = six_blocks()
+    prune(model, batches, Recipe(WIDTH, 0.75, Uniform()))
+    before, wider = parameters(model), HiddenWidth(multiple=16)
+    method, without = Shrink([Depth(), wider, CHANNELS]), Shrink([Depth(), CHANNELS])
+    blocks = find_blocks(model)
+    assert method.max_sparsity(model, blocks) == pytest.approx(without.max_sparsity(model, blocks))
+    prune(model, batches, Recipe(method, 0.4))
+    assert sizes(model)[1] == 8
+    assert parameters(model) == pytest.approx(0.6 * before, abs=6 * 3 * 8 / 2)
+
+
+def test_units_that_an_earlier_cut_has_left_lose_the_same_share(batches: list[Tensor], tmp_path: Path) -> None:
+    model, path = six_blocks(), tmp_path / "plan.yaml"
+    earlier = [0.0, 0.5, 0.0, 0.5, 0.0, 0.5]
+    write_plan(path, earlier, earlier, "by hand")
+    prune(model, batches, Recipe(CHANNELS, 0.25, Plan(str(path))))
+    prune(model, batches, Recipe(Shrink([WIDTH, CHANNELS], [0.01, 1]), 0.2))
+    widths = model.config.block_sizes["intermediate_size"]
+    assert widths[0] < 48
+    assert [widths[block] / 24 for block in (1, 3, 5)] == pytest.approx([widths[0] / 48] * 3, abs=0.03)
+
+
+def test_mixtures_that_went_with_their_blocks(batches: list[Tensor]) -> None:
+    """Block 0 alone has experts, and it is among those that go."""
+    fields = {"num_hidden_layers": 4, "mlp_only_layers": [1, 2, 3]}
+    short = mixture_model("qwen3_moe", **fields)
+    pruned = prune(short, batches, Recipe(Depth(), 0.5, Uniform()))
+    method = Shrink([Depth(), Experts()], [1, 0.1])
+    model = mixture_model("qwen3_moe", **fields)
+    asked = 1 - (parameters(short) + 1) / parameters(model)
+    again = prune(model, batches, Recipe(method, asked))
+    assert [share > 0.7 for share in again.achieved] == [share == 1 for share in pruned.achieved]
+    assert Experts().max_rate(model) == 0.0  # there is no mixture left
 
 
 def test_a_shrunk_model_is_cut_again(batches: list[Tensor], tmp_path: Path) -> None:
@@ -161,7 +234,7 @@ def test_a_shrunk_model_is_cut_again(batches: list[Tensor], tmp_path: Path) -> N
 def test_the_largest_sparsity_leaves_one_of_everything(batches: list[Tensor]) -> None:
     model = six_blocks()
     method = Shrink([Depth(), CHANNELS])
-    prune(model, batches, Recipe(method, method.max_rate(model) - 1e-4, max_rate=1.0))
+    prune(model, batches, Recipe(method, method.max_sparsity(model, find_blocks(model)) - 1e-4))
     assert sizes(model)[::2] == (1, 1)
 
 
@@ -171,6 +244,9 @@ def test_the_largest_sparsity_leaves_one_of_everything(batches: list[Tensor]) ->
         ({"sparsity": 0.3, "allocation": DLP()}, "`pruning.allocation` must be Uniform, LayerRedundancy or Plan"),
         ({"sparsity": 0.99}, "`pruning.sparsity` must be at most 0.8.* and Depth one block"),
         ({"target_parameters": 10}, "`pruning.target_parameters` must be between .* parts of Shrink"),
+        ({"target_parameters": 53_000}, "`pruning.target_parameters` must be between .* parts of Shrink"),
+        ({"sparsity": 0.3, "min_rate": 0.1}, "`pruning.min_rate` must be 0 and .* for Shrink with Depth or HiddenWid"),
+        ({"sparsity": 0.3, "max_rate": 0.4}, "`pruning.min_rate` must be 0 and .* for Shrink with Depth or HiddenWid"),
     ],
 )
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -180,9 +256,11 @@ def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
 
 def test_what_the_settings_do_not_allow() -> None:
     parts = [Depth(), CHANNELS]
-    with pytest.raises(InputError, match=r"`pruning.reconstruction` must be null for Shrink: .* Shrink with these"):
+    with pytest.raises(
+        InputError, match=r"`pruning.reconstruction` must be null for Shrink with Depth or .* with these"
+    ):
         Recipe(Shrink(parts), reconstruction=Reconstruct())
-    with pytest.raises(InputError, match="`pruning.allocation` must not be Search for Shrink, which offers no trial"):
+    with pytest.raises(InputError, match="`pruning.allocation` must not be Search for Shrink with Depth or Hid"):
         Recipe(Shrink(parts), allocation=Search())
     assert not Shrink(parts).repeats()
     with pytest.raises(InputError, match="HiddenWidth cannot shrink the family 'gpt2'"):
@@ -198,12 +276,12 @@ def test_a_model_on_disk_is_refused(tmp_path: Path) -> None:
         Recipe(Shrink([Depth(), CHANNELS]), 0.3).check(model)
 
 
-def test_pools() -> None:
-    pools = Pools(80, 20)
-    assert pools.without((1, 0), 0.25) == (60, 20)
-    assert pools.without((0.5, 1), 0.5).total == 60 + 10
+def test_counts() -> None:
+    counts = Counts(80, 20)
+    assert counts.without((1, 0), 0.25) == (60, 20)
+    assert counts.without((0.5, 1), 0.5).total == 60 + 10
     model = six_blocks()
-    found = Pools.of(model, find_blocks(model))
+    found = Counts.of(model, find_blocks(model))
     assert found.total == parameters(model)
     assert found.others == model.get_input_embeddings().weight.numel() + 32
 
@@ -213,3 +291,58 @@ def test_sizes_are_shares_of_all_parameters(batches: list[Tensor]) -> None:
     pruned = prune(model, batches, Recipe(Shrink(ALL), 0.3))
     assert weighted_mean(pruned.achieved, pruned.sizes) == pytest.approx(pruned.sparsity)
     assert all(isinstance(size, int) for size in pruned.sizes)
+
+
+def test_a_plan_of_another_mean_is_refused(tmp_path: Path) -> None:
+    write_plan(tmp_path / "plan.yaml", [0.4] * 6, [1.0] * 6, "by hand")
+    with pytest.raises(InputError, match="`Plan.path`: the mean of the rates .* must be the mean sparsity of the blo"):
+        Recipe(Shrink([Depth(), HeadGroups()]), 0.35, Plan(str(tmp_path / "plan.yaml"))).check(six_blocks())
+
+
+def test_a_block_that_a_plan_removes_has_a_rate_of_1(batches: list[Tensor], tmp_path: Path) -> None:
+    rates = [0.2, 0.2, 0.2, 1.0, 0.2, 0.2]
+    write_plan(tmp_path / "plan.yaml", rates, rates, "by hand")
+    model = six_blocks()
+    plan, method = Plan(str(tmp_path / "plan.yaml")), Shrink([Depth(), CHANNELS])
+    pruned = prune(model, batches, Recipe(method, round(2 / 6, 6), plan))
+    assert pruned.achieved[3] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "sparsity"),
+    [
+        (Shrink([HiddenWidth(multiple=6), HeadGroups(), CHANNELS]), {"num_attention_heads": 6, "hidden_size": 48}, 0.3),
+        (Shrink([Depth(), HeadGroups(), CHANNELS]), {"num_attention_heads": 8, "hidden_size": 64}, 0.08),
+    ],
+    ids=["width", "depth"],
+)
+def test_sizes_that_the_config_does_not_accept_together(
+    method: Shrink, fields: dict[str, int], sparsity: float, batches: list[Tensor]
+) -> None:
+    groups = fields["num_attention_heads"] if fields["hidden_size"] == 64 else 3
+    model = lively_model("llama", **SIX, **fields, num_key_value_heads=groups)
+    with pytest.raises(InputError, match="must leave sizes that the config accepts together, got .*num_attention_head"):
+        Recipe(method, sparsity).check(model)
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.45, 0.6])
+def test_the_sizes_are_known_before(sparsity: float, batches: list[Tensor]) -> None:
+    model, method = six_blocks(), Shrink(ALL)
+    blocks = find_blocks(model)
+    expected = method._stages.sizes_in_config(model, blocks, [sparsity] * 6)  # type: ignore[union-attr]
+    prune(model, batches, Recipe(method, sparsity))
+    found = {name: getattr(model.config, name) for name in expected}
+    channels = "intermediate_size"
+    assert found | {channels: 0} == expected | {channels: 0}
+    assert found[channels] == pytest.approx(expected[channels], abs=1)
+
+
+def test_the_sparsity_is_that_of_all_parameters() -> None:
+    assert Recipe(Shrink([Depth(), CHANNELS]), 0.3).budget == "parameters"
+    assert Recipe(Shrink([HeadGroups(), CHANNELS]), 0.3).budget == "linears"
+
+
+def test_a_model_that_had_another_shape_is_not_called_dense(batches: list[Tensor]) -> None:
+    model = six_blocks()
+    recipe = Recipe(Shrink([Depth(), CHANNELS]), 0.3)
+    assert [prune(model, batches, recipe).reshaped_before for _ in range(2)] == [False, True]
