@@ -219,7 +219,7 @@ def test_a_foreign_module_loads_what_its_checkpoint_leaves_out(tmp_path: Path) -
     ("fields", "message"),
     [
         ({"at_step": [0, 2]}, r"`pruning.recovery` must keep zeros .*, for 2 cuts of masks, got LoRA.*use MaskedLoRA"),
-        ({"at_step": [0, 2], "method": Slicing()}, r"`pruning.at_step` must be one step for Slicing\("),
+        ({"at_step": [0, 2], "method": Slicing()}, r"`pruning.at_step` must be one step for Slicing, which"),
         ({"at_step": 4}, r"`pruning.at_step` must be below the number of optimizer steps, 4 .*, got 4"),
         ({"at_step": 3, "max_steps": -1, "max_epochs": 1, "limit_train_batches": 3}, "optimizer steps, 3 .*, got 3"),
         ({"at_step": 1, "recovery": None}, "`pruning.recovery` must be given if pruned weights are trained"),
