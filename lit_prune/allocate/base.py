@@ -209,10 +209,10 @@ def meet_budget(
         return weighted_mean(clipped(amount), sizes)
 
     # a target outside [least, most] by a rounding error would be reached by no amount
-    return clipped(_bisect(mean, min(max(target, least), most)))
+    return clipped(bisect(mean, min(max(target, least), most)))
 
 
-def _bisect(mean: Callable[[float], float], target: float) -> float:
+def bisect(mean: Callable[[float], float], target: float) -> float:
     """Returns the amount at which the non-decreasing ``mean`` reaches ``target``."""
     bound = 1.0
     while mean(-bound) > target or mean(bound) < target:

@@ -100,8 +100,7 @@ class Shrink(PartsMethod):
     @cached_property
     def _stages(self) -> Stages | None:
         """The cuts of the whole model and of the parts of its blocks; None if there are only the latter."""
-        weights = self.weights or [1.0] * len(self._every)
-        pairs = sorted(zip(self._every, weights, strict=True), key=lambda pair: pair[0].place)
+        pairs = sorted(self._weighted, key=lambda pair: pair[0].place)
         whole = [WholeStage(part, weight) for part, weight in pairs if not isinstance(part, PartMethod)]
         if not whole:
             return None
@@ -412,8 +411,12 @@ class Shrink(PartsMethod):
     @property
     def _weights(self) -> list[float]:
         """The weights of the parts of the blocks."""
-        weights = self.weights or [1.0] * len(self._every)
-        return [weight for part, weight in zip(self._every, weights, strict=True) if isinstance(part, PartMethod)]
+        return [weight for part, weight in self._weighted if isinstance(part, PartMethod)]
+
+    @property
+    def _weighted(self) -> list[tuple[Method, float]]:
+        """All parts with their weights."""
+        return list(zip(self._every, self.weights or [1.0] * len(self._every), strict=True))
 
     def _rates_of_parts(
         self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]

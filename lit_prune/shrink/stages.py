@@ -11,14 +11,13 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import meet_budget, weighted_mean
+from lit_prune.allocate.base import bisect, meet_budget, weighted_mean
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.families import Block, find_blocks
 from lit_prune.pruning.base import Method
 
-BISECTIONS = 60
 LARGEST_AMOUNT = 1e9  # at which every cut removes as much as it can
 
 
@@ -309,17 +308,9 @@ def remains(remainders: Sequence[Remainder], counts: Counts, amount: float) -> C
 
 
 def amount_for(remainders: Sequence[Remainder], counts: Counts, target: float) -> float:
-    """Returns the amount at which all cuts leave ``target`` parameters, by bisection."""
-    below, above = 0.0, 1.0
-    while remains(remainders, counts, above).total > target and above < LARGEST_AMOUNT:
-        above *= 2
-    for _ in range(BISECTIONS):
-        middle = (below + above) / 2
-        if remains(remainders, counts, middle).total > target:
-            below = middle
-        else:
-            above = middle
-    return above
+    """Returns the amount at which all cuts leave ``target`` parameters, or as few as they can."""
+    fewest = remains(remainders, counts, LARGEST_AMOUNT).total
+    return bisect(lambda amount: -remains(remainders, counts, amount).total, -max(target, fewest))
 
 
 def _with_others(in_blocks: Sequence[int], total: int) -> list[int]:
