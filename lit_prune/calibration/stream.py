@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class Stream:
             self.hidden.append(inputs)
             self.arguments.append([reuse_equal(new, old) for new, old in self._paired_with_last(arguments)])
         self.wraps = bool(capture.wraps)
+        self._index: int | None = None  # of the batch in a block
 
     def _paired_with_last(self, arguments: Arguments) -> Iterable[tuple[Any, Any]]:
         return zip(arguments, self.arguments[-1] if self.arguments else [None] * len(arguments), strict=True)
@@ -97,7 +98,47 @@ class Stream:
             forward: Function that is called in the place of the block.
         """
         args, kwargs = move_data_to_device(self.arguments[index][block.index], self.device)
-        return unwrap((forward or block.module)(self.hidden[index].to(self.device), *args, **kwargs))
+        self._index = index
+        try:
+            return unwrap((forward or block.module)(self.hidden[index].to(self.device), *args, **kwargs))
+        finally:
+            self._index = None
+
+    @contextmanager
+    def once(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Computes modules of a block once per batch for the context: later passes get copies of their first outputs.
+
+        For modules whose inputs and weights do not change in between, such as the attention while the MLP is cut. Of
+        the weights that eager attention returns, (B, heads, T, T), which no block reads, later passes get None. A
+        module that returns other tensors than these beside the first is computed in every pass.
+
+        Args:
+            modules: Modules of the block that the stream is in front of, each called at most once per batch.
+        """
+        with ExitStack() as patched:
+            for module in modules:
+                patched.enter_context(patched_forward([module], self._once(module.forward)))
+            yield
+
+    def _once(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that calls ``forward`` once per batch of this stream, and always for others."""
+        found: dict[int, tuple[Tensor, Any]] = {}
+
+        def first_output(*args: Any, **kwargs: Any) -> Any:
+            index = self._index
+            if index in found:
+                first, rest = found[index]
+                first = first.to(self.device, copy=True)  # a block may add to it in place
+                return first if rest is None else (first, *rest)
+            output = forward(*args, **kwargs)
+            first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+            if rest is not None:
+                rest = tuple(None if isinstance(each, Tensor) and each.ndim == 4 else each for each in rest)
+            if index is not None and not any(isinstance(each, Tensor) for each in rest or ()):
+                found[index] = first.to(self.offload_device, copy=True), rest
+            return output
+
+        return first_output
 
     def restarted(self, model: PreTrainedModel, blocks: Sequence[Block]) -> Stream:
         """Returns the stream of the same batches in front of the first block of ``model``, whose shape has changed."""

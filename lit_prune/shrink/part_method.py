@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_prune.calibration.statistics import BlockStatistics
@@ -25,9 +26,11 @@ class PartCut(ABC):
 
     Attributes:
         compares: Whether it needs the outputs of the dense blocks.
+        behind_attention: Whether the part is behind the attention of its block, which the cut leaves as it is.
     """
 
     compares: bool = False
+    behind_attention: bool = True
 
     @abstractmethod
     def cut(self, block: Block, config: Any, stream: Stream, targets: Sequence[Tensor] | None) -> LayerConfig | None:
@@ -106,7 +109,7 @@ def cut_blocks(
     Args:
         model: The causal LM.
         blocks: Its blocks.
-        cuts: The cuts of the parts, in the order in which they are made in a block.
+        cuts: The cuts of the parts, in the order in which they are made in a block, those of the attention first.
         stream: The stream in front of the first block; it advances behind the cut blocks.
         device: Device on which a block computes.
         reconstruction: The reconstruction of the blocks, whose ``stream`` it then is.
@@ -114,13 +117,33 @@ def cut_blocks(
     given = None if reconstruction is None else reconstruction.dense  # which advances by itself
     dense = (given or stream.copy()) if any(cut.compares for cut in cuts) else None
     note = None if reconstruction is None else reconstruction.note
+    of_attention = [cut for cut in cuts if not cut.behind_attention]
     for block in track(blocks, "Shrinking blocks", note):
         config = layer_config(model.config.get_text_config(), block.index)
-        with on_device(block, device, changes=True), reconstructing(reconstruction, block):
+        advances = reconstruction is None and block is not blocks[-1]
+        with on_device(block, device, changes=True), reconstructing(reconstruction, block), ExitStack() as opened:
             if dense is not None and dense is not given:
                 dense.run(block)
-            for cut in cuts:
+            for index, cut in enumerate(cuts):
+                if advances and index == len(of_attention):
+                    opened.enter_context(stream.once(attention_of(block)))
                 targets = dense.hidden if dense is not None and cut.compares else None
                 config = cut.cut(block, config, stream, targets) or config
-            if reconstruction is None and block is not blocks[-1]:
+            if advances:
                 stream.run(block)
+
+
+def attention_of(block: Block) -> list[nn.Module]:
+    """Returns the module of a block that is its attention; none if no module is named so."""
+    names = {name.partition(".")[0] for name in block.linears if in_attention(name)}
+    return [block.module.get_submodule(name) for name in sorted(names)]
+
+
+def in_attention(name: str) -> bool:
+    """Returns whether the linear of a block with that name is in its attention.
+
+    >>> in_attention("self_attn.o_proj"), in_attention("attention.dense"), in_attention("mlp.down_proj")
+    (True, True, False)
+    """
+    parent = name.partition(".")[0]
+    return "attn" in parent or "attention" in parent

@@ -19,7 +19,7 @@ from lit_prune.calibration.stream import Stream, observe
 from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig
-from lit_prune.shrink.part_method import PartCut
+from lit_prune.shrink.part_method import PartCut, in_attention
 from lit_prune.shrink.units.narrow import adopt_sizes, narrow, set_sizes, set_weight
 from lit_prune.shrink.units.obs import Removal, corrected, drop_units, remove_units
 from lit_prune.shrink.units.parts import Part
@@ -108,6 +108,7 @@ class UnitCut(PartCut):
     ) -> None:
         self.model, self.blocks, self.parts, self.units = model, blocks, parts, units
         self.removal, self.sizes_class, self.full, self.compares = removal, sizes_class, full, compares
+        self.behind_attention = not in_attention(parts[0].writer)
 
     def cut(self, block: Block, config: Any, stream: Stream, targets: Sequence[Tensor] | None) -> LayerConfig | None:
         """Removes units of one block, in place; see :meth:`PartCut.cut`."""

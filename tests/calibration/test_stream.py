@@ -1,12 +1,16 @@
 """The stream through the blocks gives what a plain forward gives."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lit_prune.calibration.stream import Stream
 from lit_prune.errors import InputError
 from lit_prune.models.families import find_blocks
+from lit_prune.shrink.part_method import attention_of
 from tests.calibration.plain_forward import hidden_by_block
 from tests.conftest import small_model
 
@@ -65,3 +69,46 @@ def test_nan_and_infinity_name_the_block(model: PreTrainedModel, batches: list[t
     stream.run(blocks[0])
     with pytest.raises(InputError, match="block 1 gives NaN or infinity on calibration batch 0"):
         stream.run(blocks[1])
+
+
+def test_modules_run_once_per_batch_and_the_output_is_the_same(
+    any_model: PreTrainedModel, batches: list[torch.Tensor]
+) -> None:
+    blocks, counts = find_blocks(any_model), [0, 0]
+    stream = Stream(any_model, blocks, dicts(batches), CPU)
+    plain = [stream.output(index, blocks[0]) for index in range(len(batches))]
+    attention = attention_of(blocks[0])
+    inside = next(each for each in attention[0].modules() if isinstance(each, torch.nn.Linear | Conv1D))
+    hook = inside.register_forward_hook(lambda *_: counts.__setitem__(0, counts[0] + 1))
+    with stream.once(attention):
+        for _ in range(3):
+            for index, expected in enumerate(plain):
+                torch.testing.assert_close(stream.output(index, blocks[0]), expected)
+        counts[1], other = counts[0], stream.copy()
+        other.hidden = [hidden + 1 for hidden in other.hidden]
+        assert not torch.equal(other.output(0, blocks[0]), plain[0])  # another stream has other inputs
+    hook.remove()
+    assert counts == [len(batches) + 1, len(batches)]
+    assert all("forward" not in vars(module) for module in attention)
+
+
+class TwoTensors(torch.nn.Module):
+    """An attention whose second output other blocks may read."""
+
+    def __init__(self, attention: torch.nn.Module) -> None:
+        super().__init__()
+        self.attention, self.calls = attention, 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls += 1
+        first, _ = self.attention(*args, **kwargs)
+        return first, first.sum(-1)
+
+
+def test_a_module_with_two_outputs_runs_every_time(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    stream, layer = Stream(model, find_blocks(model), dicts(batches), CPU), model.model.layers[0]
+    layer.self_attn = two = TwoTensors(layer.self_attn)
+    with stream.once([two]):
+        for _ in range(2):
+            stream.run(find_blocks(model)[0], advance=False)
+    assert two.calls == 2 * len(batches)
