@@ -275,6 +275,22 @@ class Recipe:
             self.method.check_sizes(model, blocks, equal_rates)
         return blocks, limits
 
+    def check_removes(self, model: PreTrainedModel) -> None:
+        """Raises InputError if equal rates of shapes are rounded to those that earlier cuts have left."""
+        recipe = self.resolved(model)
+        if recipe.method.makes_zeros or not recipe.allocation.is_uniform():
+            return
+        blocks = recipe.find(model)
+        limits = recipe.limits(model, blocks)
+        least = recipe.method.rounding_of_mean(model, blocks, [limits.target] * len(blocks))
+        if 0 < limits.target - limits.current_sparsity < least - TOLERANCE:
+            gone = f" more than the {limits.current_sparsity:.4g} that is gone" if limits.current_sparsity else ""
+            raise InputError(
+                f"`pruning.{self.target or 'sparsity'}` must remove at least half of the smallest step of "
+                f"{type(self.method).__name__}, {least:.4g} of what it can remove{gone}, got "
+                f"{limits.target - limits.current_sparsity:.4g}, which is rounded to nothing."
+            )
+
     def _as_planned(self, model: PreTrainedModel, blocks: Sequence[Block], limits: Limits) -> Limits:
         """Returns ``limits`` with the mean of a plan as their target, if that is the target but for rounding."""
         planned = self.allocation.planned_rates(len(blocks))

@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -156,3 +157,20 @@ def test_what_a_remedy_names_reaches_fewer(batches: list[torch.Tensor]) -> None:
         before = model.num_parameters()
         prune(model, batches, Recipe(second, 0.5))
         assert model.num_parameters() < before
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "step"),
+    [
+        (MLPWidth(multiple=16), {"sparsity": 0.1}, "`pruning.sparsity` .* MLPWidth, 0.1667 of .* got 0.1, which"),
+        (MLPWidth(multiple=16), {"target_parameters": 25000}, "`pruning.target_parameters` .* MLPWidth, 0.1667 of"),
+        (Depth(), {"sparsity": 0.1}, "`pruning.sparsity` must remove .* smallest step of Depth, 0.1667"),
+        (Shrink([MLPWidth(multiple=8), HeadGroups()]), {"sparsity": 0.02}, "smallest step of Shrink, 0.0"),
+    ],
+)
+def test_a_cut_that_is_rounded_to_nothing(method: Method, fields: dict[str, Any], step: str) -> None:
+    with pytest.raises(InputError, match=step):
+        Recipe(method, **fields).check_removes(small_model())
+    Recipe(method, 0.3).check_removes(small_model())
+    if not isinstance(method, Depth):
+        Recipe(method, 0.1, LayerRedundancy()).check_removes(small_model())  # some blocks may lose more

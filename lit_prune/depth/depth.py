@@ -197,7 +197,7 @@ class Depth(Method):
         every = _dense_blocks(model, blocks)
         removed = self._chosen(rates, every, blocks, stream)
         if removed:
-            log(f"Removing {_nouns(removed)} {spans(removed)} of {len(blocks)}.")
+            log(f"Removing {len(removed)} of {len(blocks)} blocks: {spans(removed)} (the first is 0).")
         if removed and self.refit:
             self._refit(model, blocks, removed, stream)
         _remove(model, blocks, removed)

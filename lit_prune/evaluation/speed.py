@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from lit_prune.evaluation.perplexity import evaluating
 
-PREFILL_TOKENS, DECODE_TOKENS, REPEATS = 512, 32, 3
+PREFILL_TOKENS, DECODE_TOKENS = 512, 32
+LEAST_RUNS, MOST_RUNS, LEAST_SECONDS = 3, 25, 3.0  # of each model: the best of 3 short runs says little
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Speed:
 
 
 def tokens_per_second(model: PreTrainedModel) -> Speed:
-    """Returns the tokens per second of one sequence, the best of three runs after a warm-up run.
+    """Returns the tokens per second of one sequence, the best of several runs after a warm-up run.
 
+    There are three runs, or as many as take three seconds, at most 25.
     Prefill is one forward pass over 512 tokens (or half of the model's limit, if that is less); decode is the 32
     forward passes of one token that follow it, with a KV cache. The token ids are arbitrary.
     """
@@ -38,11 +40,15 @@ def tokens_per_second(model: PreTrainedModel) -> Speed:
 def compare_speed(models: Sequence[PreTrainedModel]) -> list[Speed]:
     """Returns what :func:`tokens_per_second` does for each model; they run by turns, so that all are slowed alike."""
     runs: list[list[tuple[float, float]]] = [[] for _ in models]
-    for _ in range(REPEATS + 1):
+    for number in range(MOST_RUNS + 1):
         for model, seconds in zip(models, runs, strict=True):
             with evaluating(model):
-                seconds.append(_run(model, *_lengths(model)))
-    return [_best(model, seconds[1:]) for model, seconds in zip(models, runs, strict=True)]
+                taken = _run(model, *_lengths(model))
+            if number:  # the first one warms up
+                seconds.append(taken)
+        if number >= LEAST_RUNS and min(sum(map(sum, seconds)) for seconds in runs) >= LEAST_SECONDS:
+            break
+    return [_best(model, seconds) for model, seconds in zip(models, runs, strict=True)]
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel | None:

@@ -118,6 +118,8 @@ def check_without_weights(plan: FitPlan, model: PreTrainedModel, datamodule: Any
     if plan.recipe is not None:
         plan.recipe.method.check(model, plan.recipe.sparsity if plan.recipe.is_resolved else 0.0)
         plan.recipe.find(model)
+        if known:
+            plan.recipe.check_removes(model)
     for recovery in (plan.before, plan.recovery) if trains else ():
         if recovery is not None:
             recovery.check(model)

@@ -209,5 +209,11 @@ def describe_gains(shape: Shape) -> dict[str, str]:
         return rows
     for name in ("prefill", "decode"):
         earlier, now = getattr(before.speed, name), getattr(pruned.speed, name)
-        rows[f"tokens per second, {name}"] = f"{now:,.1f}, {first} {earlier:,.1f}  ({now / earlier:.2f} x {first})"
+        change = f"{now / earlier:.2f} x {first}"
+        rows[f"tokens per second, {name}"] = f"{_three_digits(now)}, {first} {_three_digits(earlier)}  ({change})"
     return rows
+
+
+def _three_digits(number: float) -> str:
+    """Returns a measured number with three digits: 16442.2 as `16,400`, 128.06 as `128`, 18.41 as `18.4`."""
+    return f"{float(f'{number:.3g}'):,.10g}"

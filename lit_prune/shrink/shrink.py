@@ -308,14 +308,19 @@ class Shrink(PartsMethod):
         return max(part.rounding(blocks) for part in self._parts) if self._stages is None else 0.0
 
     def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
-        """Returns half of the smallest multiple of a part, as a share of all: the parts make up for each other.
+        """Returns half of the smallest multiple of a part, in every block for equal rates and in one for others.
 
-        With cuts of the whole model no rate is rounded before it is planned.
+        It is a share of all parameters of the parts, which make up for each other. With cuts of the whole model no rate
+        is rounded before it is planned.
         """
         if self._stages is not None:
             return 0.0
-        parts = self._rates(model, blocks)
-        smallest = min(part.step * size for part in parts for size in part.removable if size)
+        equal = max(rates) - min(rates) < TOLERANCE
+        parts = [part for part in self._rates(model, blocks) if any(part.removable)]
+        smallest = min(
+            part.step * (sum(part.removable) if equal else min(size for size in part.removable if size))
+            for part in parts
+        )
         return smallest / sum(self.removable(model, blocks))
 
     @torch.no_grad()

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from lit_prune.callbacks import ResultsCallback
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lit_prune.allocate import DLP, Allocation, Uniform
+from lit_prune.allocate import DLP, Allocation, LayerRedundancy, Uniform
 from lit_prune.errors import InputError
 from lit_prune.export import plan as plans
 from lit_prune.export.plan import ExportPlan, Outline, check_merge
 from lit_prune.pipeline import prune
+from lit_prune.pruning import Method
 from lit_prune.recipe import Recipe
 from lit_prune.recover import FullFineTuning, LoRA, MaskedLoRA, QLoRA, Recovery, Snapshot
 from lit_prune.recover.existing_masks import attach
@@ -148,3 +149,13 @@ def test_blocks_are_of_different_sizes_unless_the_rates_are_uniform() -> None:
         "shrunk_llama", block_sizes={"num_key_value_heads": [1, 2, 2], "num_attention_heads": [2, 4, 4]}
     )
     assert expected(Uniform(), shrunk) == Outline.of(shrunk).custom_class == "shrunk"
+
+
+@pytest.mark.parametrize(("method", "kind"), [(MLPWidth(multiple=8), "shrunk"), (Slicing(multiple=8), "sliced")])
+def test_a_model_that_was_read_and_cut_is_of_its_new_class(
+    method: Method, kind: str, batches: list[torch.Tensor], tmp_path: Path
+) -> None:
+    small_model().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prune(model, batches, Recipe(method, 0.25, LayerRedundancy()))
+    assert Outline.of(model).custom_class == kind

@@ -144,7 +144,7 @@ def test_a_sliced_model() -> None:
     assert "Sliced with Wanda(), rates per block by DLP(): the residual stream has 40 to 56 of its 64" in card
     assert "merged into the weights.\n" in card
     assert "zero" not in card
-    assert "\n- memory when opened: 4.0 MB, dense 3.0 MB  (+33.3%)\n- tokens per second, prefill: 150.0, dense" in card
+    assert "\n- memory when opened: 4.0 MB, dense 3.0 MB  (+33.3%)\n- tokens per second, prefill: 150, dense" in card
     assert (
         "\n\nSpeeds are those of one sequence in float32; both models were measured by turns in one process.\n\n"
         in card

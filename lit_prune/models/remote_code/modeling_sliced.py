@@ -283,6 +283,7 @@ def _shape_linear(linear: Any, *, rows: int | None = None, columns: int | None =
 def convert_to_sliced(model: PreTrainedModel, sizes: Sequence[int]) -> None:
     """Makes a model of these shapes an instance of its family's sliced class, in place, its config too."""
     kind: Any = sliced_class(model)
+    vars(model.config).pop("model_type", None)  # a config that was read from a file hides its class's with its own
     model.config.__class__ = kind.config_class
     model.config.slice_sizes = list(sizes)
     model.__class__ = kind

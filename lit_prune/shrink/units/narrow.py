@@ -130,6 +130,7 @@ def _set_class(model: PreTrainedModel, *, shrunk: bool) -> None:
         kind = kind.__mro__[2]  # the family's own class, after the mixin
         for name in (SIZES, "auto_map"):
             vars(model.config).pop(name, None)
+    vars(model.config).pop("model_type", None)  # a config that was read from a file hides its class's with its own
     model.config.__class__ = kind.config_class
     model.__class__ = kind
 

@@ -1,9 +1,12 @@
 """Smaller blocks compute what the full ones compute without the units, and know their sizes."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from lit_prune.models.families import find_blocks
+from lit_prune.models.families import custom_class, find_blocks
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig
 from lit_prune.shrink.units.narrow import adopt_sizes, check_part, config_error, narrow, set_sizes
 from lit_prune.shrink.units.parts import NoPart, groups_of, mlp_of
@@ -73,8 +76,12 @@ def test_blocks_that_cannot_be_built() -> None:
         check_part(block.module, part, model.config, 0)
 
 
-def test_the_class_and_the_config_follow_the_sizes() -> None:
+@pytest.mark.parametrize("read", [False, True])
+def test_the_class_and_the_config_follow_the_sizes(read: bool, tmp_path: Path) -> None:
     model = small_model()
+    if read:  # its config has a `model_type` of its own beside that of its class
+        model.save_pretrained(tmp_path)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
     blocks = find_blocks(model)
     layers = [block.module for block in blocks]
     config, shared = model.config, layers[0].self_attn.config
@@ -84,6 +91,8 @@ def test_the_class_and_the_config_follow_the_sizes() -> None:
     set_sizes(model, layers, {"intermediate_size": [8, 16, 24]})
     assert type(model).__name__ == "ShrunkLlamaForCausalLM"
     assert model.config is config
+    assert config.model_type == "shrunk_llama"
+    assert custom_class(config) == "shrunk"
     assert config.block_sizes == {"intermediate_size": [8, 16, 24]}
     assert config.intermediate_size == 48
     assert [layer.mlp.intermediate_size for layer in layers] == [8, 16, 24]
