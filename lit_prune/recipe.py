@@ -79,12 +79,12 @@ class Recipe:
         if not self.method.chooses_linears and (self.targets is not None or self.ignore):
             raise InputError(
                 f"`pruning.targets` and `pruning.ignore` must be left out for {type(self.method).__name__}: it "
-                "prunes all linears of a block together."
+                "says itself which linears of a block it changes."
             )
         if self.allocation.searches and not self.method.supports_search:
             raise InputError(
                 f"`pruning.allocation` must not be {type(self.allocation).__name__} for {self.method.described}, "
-                "which offers no trial of rates."
+                "which offers no trial of rates: leave it out, or choose another."
             )
         self._check_level()
         if self.budget not in get_args(Budget):
@@ -137,7 +137,10 @@ class Recipe:
                 "method that removes parameters, such as MLPWidth."
             )
         if (target is not None or self.budget != "linears") and not self.method.supports_parameters:
-            raise InputError(f"{field} for {method}, whose rates do not tell how many parameters it removes, {asked}.")
+            raise InputError(
+                f"{field} for {method}, whose rates do not tell how many parameters it removes, {asked}: give "
+                "`pruning.sparsity` alone."
+            )
 
     @property
     def target(self) -> Literal["target_parameters", "target_bytes"] | None:

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_prune.allocate import Allocation
 from lit_prune.distill import Distillation
+from lit_prune.distill.base import Teacher
 from lit_prune.errors import near_misses
 from lit_prune.export.formats import ExportFormat
 from lit_prune.files import disk_error
@@ -34,6 +35,7 @@ BASES: dict[str, type] = {
     "recovery": Recovery,
     "reconstruction": Reconstruct,
     "distillation": Distillation,
+    "teacher": Teacher,
     "pattern": Pattern,
     "schedule": Schedule,
     "format": ExportFormat,
@@ -172,10 +174,19 @@ def _class_option(match: re.Match[str], message: str, parser: Any) -> str:
     name, option = match.group(1).rsplit(".", 1)[-1], match.group(2)
     leaves = {leaf.__name__: leaf for base in BASES.values() for leaf in _leaves(base)}
     leaf = leaves.get(name)
-    choices = [field.name for field in fields(leaf)] if leaf is not None and is_dataclass(leaf) else []
-    return _not_known(
-        f"`{_where(message, match.start())}.{option}` is not a setting of {name}", option, choices, ", ".join(choices)
-    )
+    choices = _settings(leaf)
+    where = _where(message, match.start())
+    remedy = ", ".join(choices)
+    if others := [other for other in _classes(where) if option in _settings(leaves.get(other))]:
+        remedy += f"; of {' and '.join(others)} it is: --{where} {others[0]}"
+    if "parts" in choices and any(option in _settings(leaves.get(part)) for part in _classes(f"{where}.parts")):
+        part = "{class_path: MLPWidth, init_args: {" + f"{option}: ..." + "}}"
+        remedy = f"for a part, give it among the parts: --{where}.parts '[{part}]'"
+    return _not_known(f"`{where}.{option}` is not a setting of {name}", option, choices, remedy)
+
+
+def _settings(kind: type | None) -> list[str]:
+    return [field.name for field in fields(kind)] if kind is not None and is_dataclass(kind) else []
 
 
 def _class(match: re.Match[str], message: str, parser: Any) -> str:
@@ -208,7 +219,11 @@ def _value(match: re.Match[str], message: str, parser: Any) -> str:
     where = _where(message, match.start())
     if not where or not kinds:
         return ""
-    hint = f"a list is written [{value}]" if kinds == [WORDS["list"]] else ""
+    hint = ""
+    if kinds == [WORDS["list"]]:
+        hint = (
+            "put a list in quotes and brackets: '[A, B]'" if set(value) & set("[],") else f"a list is written [{value}]"
+        )
     if re.fullmatch(r"[\d.]+%", value) and WORDS["float"] in kinds:
         hint = f"a share is written {float(value[:-1]) / 100:g}"
     return _not_known(f"`{where}` must be {' or '.join(kinds)}, got {value}", value, choices, hint)

@@ -60,7 +60,10 @@ class Experts(PartMethod):
         family, mixtures = dense_family(model.config), _mixtures(model, blocks)
         counts = {mixture.count for mixture in mixtures if mixture is not None}
         if not counts:
-            raise InputError(f"`pruning.method` Experts needs a mixture of experts; the family {family!r} has none.")
+            raise InputError(
+                f"`pruning.method` Experts needs a mixture of experts; the family {family!r} has none: use MLPWidth, "
+                "which removes channels of its MLPs."
+            )
         if len(counts) > 1:
             raise _refused(model, f"its mixtures have different numbers of experts, {sorted(counts)}")
         if not (picked := _picked(blocks)):

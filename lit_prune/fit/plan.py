@@ -17,6 +17,7 @@ from lit_prune.errors import InputError
 from lit_prune.models import structure
 from lit_prune.models.families import Block
 from lit_prune.recipe import Recipe, recipe_record
+from lit_prune.reconstruct.reconstruction import check_batches
 from lit_prune.recover import Recovery
 from lit_prune.recover.existing_masks import check_kept, check_unfilled, take_zeros
 from lit_prune.schedule import Cut
@@ -72,6 +73,8 @@ class FitPlan:
             return
         method, count = self.recipe.method, len(self.cuts)
         self.recipe.allocation.check_windows(self.calibration.num_samples)
+        if self.recipe.reconstruction is not None:
+            check_batches(-(-self.calibration.num_samples // self.calibration.batch_size))
         self._check_bytes()
         self._check_target_perplexity()
         self._check_full(self.before, "before")

@@ -158,7 +158,7 @@ def _draw_perplexities(axis: Any, perplexity: Mapping[str, float]) -> None:
     linear = max(values) <= MAX_LINEAR_RATIO * min(values)
     axis.set(xscale="linear" if linear else "log", xlim=_limits(values, start, linear))
     axis.set_title("perplexity", fontsize=9)
-    axis.set_xlabel(f"bars begin at {first or names[0]}")
+    axis.set_xlabel(f"bars begin at `{first or names[0]}`")
     axis.minorticks_off()
     axis.invert_yaxis()
 

@@ -81,7 +81,7 @@ def _rows(report: Report) -> dict[str, str]:
         rows["perplexity measured on"] = describe_protocol(report.protocol)
     rows |= _sparsity_rows(report.sparsity) if report.shape is None else _shape_rows(report.shape)
     for structure in report.other_structures:
-        rows |= structure.rows
+        rows |= {label: f"{text}, by an earlier cut" for label, text in structure.rows.items()}
     rows |= _cut_rows(report)
     if report.search is not None:
         rows["search of the rates"] = describe_search(report.search)

@@ -49,6 +49,22 @@ MISTAKES = [
         ["--pruning.distillation=Distil"],
         r"`pruning.distillation` must be one of Distillation, or .*got 'Distil'. Did you mean Distillation",
     ),
+    (
+        ["--pruning.method.parts=[MLPWidth]"],
+        r"`pruning.method.parts` is not a setting of Wanda. .*of Shrink it is: --pruning.method Shrink",
+    ),
+    (
+        ["--pruning.method=Shrink", "--pruning.method.parts=[MLPWidth,"],
+        r"`pruning.method.parts` must be a list, got .MLPWidth,. \(put a list in quotes and brackets: '\[A, B\]'\)",
+    ),
+    (
+        ["--pruning.method=Shrink", "--pruning.method.multiple=8"],
+        r"`pruning.method.multiple` is not a setting of Shrink. .*.parts '\[{class_path: MLPWidth, init_args",
+    ),
+    (
+        ["--pruning.distillation.teacher=Copi"],
+        r"`pruning.distillation.teacher` must be one of Copy, SparseDelta, TopK, .*Did you mean Copy",
+    ),
     (["--config=page.yaml"], r"`--config` must be a YAML file of settings: mapping values are not allowed"),
     (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
     (["--pruning.allocation.alpha=much"], r"`pruning.allocation.alpha` must be a number, got much\.$"),

@@ -123,7 +123,7 @@ def test_a_bar_is_the_loss_against_the_dense_model() -> None:
     assert [label.get_text() for label in axis.get_yticklabels()] == ["dense", "pruned", "recovered"]
     assert axis.get_ylim()[0] > axis.get_ylim()[1]  # the first at the top
     assert len({bar.get_facecolor() for bar in axis.patches}) == 3
-    assert (axis.get_xscale(), axis.get_xlabel()) == ("linear", "bars begin at dense")
+    assert (axis.get_xscale(), axis.get_xlabel()) == ("linear", "bars begin at `dense`")
     left, right = axis.get_xlim()
     assert 13.8 < left < 14.3
     assert right > 18.8 + 0.3 * 4.5  # room for the number at the longest bar
@@ -146,7 +146,7 @@ def test_without_a_dense_perplexity_the_first_is_the_reference() -> None:
     axis = bars(perplexity(pruned=60.0, recovered=30.0))
     assert [bar.get_x() for bar in axis.patches] == [60, 60]
     assert [bar.get_width() for bar in axis.patches] == [0, -30]
-    assert axis.get_xlabel() == "bars begin at pruned"
+    assert axis.get_xlabel() == "bars begin at `pruned`"
 
 
 def test_one_perplexity_or_none_has_no_axis() -> None:

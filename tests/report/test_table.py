@@ -104,6 +104,11 @@ def test_a_search_has_a_row() -> None:
     assert rows(table(replace(REPORT, search=SEARCH)))["search of the rates"].startswith("399 evaluations of a")
 
 
+def test_what_an_earlier_cut_has_changed_is_said_to_be_of_it() -> None:
+    shown = rows(table(replace(REPORT, structures=[SHAPE.structure])))
+    assert shown["widths of the blocks"] == "40 to 56 of 64, by an earlier cut"
+
+
 def test_another_shape_has_its_own_rows_and_its_speed() -> None:
     shown = rows(table(SLICED))
     assert shown["sparsity requested, mean over blocks"] == "0.2500"

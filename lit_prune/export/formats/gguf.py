@@ -68,8 +68,7 @@ class GGUF(ExportFormat):
         return ("gguf",)
 
     def check(self, outline: Outline) -> None:
-        """Raises InputError without the packages, and for a model that a .gguf file cannot hold."""
-        check_packages()
+        """Raises InputError for a model that a .gguf file cannot hold, and without the packages."""
         if outline.form == "adapter":
             raise InputError(
                 "`format` GGUF must have the adapter merged, got one beside the weights: train with "
@@ -98,6 +97,7 @@ class GGUF(ExportFormat):
                 f"`format` GGUF must have a model of the families {', '.join(FAMILIES)}, got {outline.family}: use "
                 "`--format HuggingFace`, and llama.cpp's convert_hf_to_gguf.py on the folder."
             )
+        check_packages()
 
     def check_model(self, model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
         """Raises InputError without a tokenizer, and for a model or a tokenizer that llama.cpp does not support."""
