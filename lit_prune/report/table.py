@@ -11,6 +11,7 @@ from lit_prune.masks.zeros import MASK_SHARE
 from lit_prune.report.report import Report, ScoreReport, TaskReport
 from lit_prune.report.sections import Shape, Sparsity
 from lit_prune.report.wording import (
+    MIN_MISS,
     describe_budget,
     describe_change,
     describe_found,
@@ -56,6 +57,8 @@ def block_table(report: ScoreReport) -> Table:
     assert sparsity.planned is not None
     assert sparsity.target is not None
     mean = f"mean {sparsity.planned:.4f}, requested {sparsity.requested:.4f} ({describe_budget(sparsity.budget)})"
+    if abs(sparsity.target - (sparsity.requested or 0.0)) >= MIN_MISS:
+        mean += f", which is a mean of {sparsity.target:.4f}"
     search = "" if report.search is None else describe_search(report.search)
     named = describe_means(report.linears or report.parts)
     caption = "; ".join(filter(None, (mean, describe_miss(sparsity.planned - sparsity.target), named, search)))

@@ -72,7 +72,8 @@ def test_the_plan_of_scores_says_how_it_is_used(tmp_path: Path) -> None:
     lines = (tmp_path / "plan.yaml").read_text().splitlines()
     assert lines[0] == "# block: share to remove; mean 0.5, by DLP()"
     assert lines[1].startswith("# search: 399 evaluations")
-    assert lines[2] == f"# use it by --pruning.allocation Plan --pruning.allocation.path {tmp_path / 'plan.yaml'}"
+    options = f"--pruning.allocation Plan --pruning.allocation.path {tmp_path / 'plan.yaml'} --pruning.sparsity 0.5"
+    assert lines[2] == f"# use it with the same method by {options} --pruning.budget linears"
     assert Plan(str(tmp_path / "plan.yaml")).rates() == {0: 0.4, 1: 0.6}
 
 
