@@ -85,7 +85,7 @@ class LitPruneCLI(LightningCLI):
                 trainer_class=PruneTrainer,
                 trainer_defaults={"devices": 1, "num_sanity_val_steps": 0, "enable_model_summary": False},
                 seed_everything_default=0,
-                parser_kwargs={"description": DESCRIPTION, "formatter_class": PlainHelp},
+                parser_kwargs={"description": DESCRIPTION, "formatter_class": PlainHelp, "allow_abbrev": False},
                 parser_class=Parser,
                 args=list(args),
                 auto_configure_optimizers=False,

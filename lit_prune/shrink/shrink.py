@@ -28,7 +28,7 @@ from lit_prune.search.trial import Trial
 from lit_prune.shrink.base import UnitMethod
 from lit_prune.shrink.part_method import PartMethod, cut_blocks
 from lit_prune.shrink.share import PartRates, split
-from lit_prune.shrink.stages import PartsMethod, PartsStage, Stages, WholeStage
+from lit_prune.shrink.stages import PartsMethod, PartsStage, Stages, WholeStage, tell_if_nothing_goes
 from lit_prune.shrink.trial import JointTrial
 from lit_prune.shrink.units.narrow import config_error
 
@@ -340,6 +340,9 @@ class Shrink(PartsMethod):
             return stages.apply(model, blocks, rates=rates, device=device, stream=stream)
         residual = stream() if reconstruction is None else reconstruction.stream
         own_rates = self._rates_of_parts(model, blocks, rates)
+        for part, planned in zip(self._parts, own_rates, strict=True):
+            if blocks[0].rates is None and any(part.removable(model, blocks)):
+                tell_if_nothing_goes(part, planned, part.current_rates(model, blocks))
         cuts = {
             index: part.begin(model, blocks, rates=own_rates[index], stream=residual)
             for index, part in enumerate(self._parts)

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import bisect, meet_budget, weighted_mean
+from lit_prune.allocate.base import TOLERANCE, bisect, meet_budget, weighted_mean
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.families import Block, find_blocks
+from lit_prune.progress import log
 from lit_prune.pruning.base import Method
 
 LARGEST_AMOUNT = 1e9  # at which every cut removes as much as it can
@@ -278,6 +279,7 @@ class Stages:
                 target=target,
                 later=self._remainders(model, kept)[index + 1 :],
             )
+            tell_if_nothing_goes(stage.method, planned, stage.method.current_rates(model, kept))
             lost = cut(stage.method, planned)
             numbers = [number for number, share in zip(numbers, lost, strict=True) if share < 1]
             kept = find_blocks(model, blocks=path)
@@ -298,6 +300,12 @@ class Stages:
     def _remainders(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[Remainder]:
         found = [stage.remainder(model, blocks) for stage in self.whole]
         return found if self.parts is None else [*found, self.parts.remainder(model, blocks)]
+
+
+def tell_if_nothing_goes(part: Method, planned: Sequence[float], current: Sequence[float]) -> None:
+    """Logs that a part loses nothing, because its steps are larger than its share, so that others lose more."""
+    if all(rate <= now + TOLERANCE for rate, now in zip(planned, current, strict=True)):
+        log(f"{type(part).__name__} removes nothing: by the other parts alone the size comes closer to the sparsity.")
 
 
 def remains(remainders: Sequence[Remainder], counts: Counts, amount: float) -> Counts:

@@ -65,6 +65,10 @@ MISTAKES = [
         ["--pruning.distillation.teacher=Copi"],
         r"`pruning.distillation.teacher` must be one of Copy, SparseDelta, TopK, .*Did you mean Copy",
     ),
+    (
+        ["--pruning.calibration.num_sample=8"],
+        r"num_sample` is not an option. Did you mean --pruning.calibration.num_samples",
+    ),
     (["--config=page.yaml"], r"`--config` must be a YAML file of settings: mapping values are not allowed"),
     (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
     (["--pruning.allocation.alpha=much"], r"`pruning.allocation.alpha` must be a number, got much\.$"),

@@ -4,6 +4,7 @@ A block of the Llama here has 4 key/value groups with one head of 8 each, 8 * 32
 and 48 channels with 3 * 32, 4,608 in all.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lit_prune.allocate.base import weighted_mean
 from lit_prune.allocate.plan import write_plan
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
+from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.experts import Experts
@@ -333,3 +335,18 @@ def test_a_second_cut_by_a_search_of_parts(batches: list[Tensor]) -> None:
 def test_levels_that_a_method_does_not_have(method: Method, level: Any, message: str) -> None:
     with pytest.raises(InputError, match=f"`pruning.allocation` {message}"):
         Recipe(method, 0.3, Search(level=level))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "parts", "told"),
+    [
+        (0.1, [MLPWidth(multiple=1), HeadGroups()], ["HeadGroups"]),
+        (0.5, [MLPWidth(multiple=1), HeadGroups()], []),
+        (0.1, [MLPWidth(multiple=1), Depth()], ["Depth"]),
+    ],
+)
+def test_a_part_that_loses_nothing_is_named(
+    sparsity: float, parts: list[Method], told: list[str], batches: list[Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prune(small_model(), batches, Recipe(Shrink(parts), sparsity, Uniform()))
+    assert re.findall(r"(\w+) removes nothing: by the other parts", capsys.readouterr().err) == told
