@@ -279,19 +279,20 @@ class Recipe:
         return blocks, limits
 
     def check_removes(self, model: PreTrainedModel) -> None:
-        """Raises InputError if equal rates of shapes are rounded to those that earlier cuts have left."""
+        """Raises InputError if a cut by equal rates of shapes is rounded to nothing."""
         recipe = self.resolved(model)
         if recipe.method.makes_zeros or not recipe.allocation.is_uniform():
             return
         blocks = recipe.find(model)
         limits = recipe.limits(model, blocks)
-        least = recipe.method.rounding_of_mean(model, blocks, [limits.target] * len(blocks))
-        if 0 < limits.target - limits.current_sparsity < least - TOLERANCE:
-            gone = f" more than the {limits.current_sparsity:.4g} that is gone" if limits.current_sparsity else ""
+        if limits.target <= limits.current_sparsity + TOLERANCE:
+            return
+        rates = recipe.spread(limits, [1.0] * len(blocks), equal=True)
+        if not recipe.method.removes(model, blocks, rates):
+            field, method = self.target or "sparsity", type(self.method).__name__
             raise InputError(
-                f"`pruning.{self.target or 'sparsity'}` must remove at least half of the smallest step of "
-                f"{type(self.method).__name__}, {least:.4g} of what it can remove{gone}, got "
-                f"{limits.target - limits.current_sparsity:.4g}, which is rounded to nothing."
+                f"`pruning.{field}` must remove something, got {getattr(self, field):,}, which {method} rounds to "
+                f"nothing: remove more{', or set a smaller `multiple`' if method != 'Depth' else ''}."
             )
 
     def _as_planned(self, model: PreTrainedModel, blocks: Sequence[Block], limits: Limits) -> Limits:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
 from lit_prune.depth import Depth
 from lit_prune.errors import InputError
+from lit_prune.evaluation.sizes import parameters
 from lit_prune.experts import Experts
 from lit_prune.hidden import HiddenWidth
 from lit_prune.pipeline import prune
@@ -160,17 +161,47 @@ def test_what_a_remedy_names_reaches_fewer(batches: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "fields", "step"),
+    ("method", "fields", "message"),
     [
-        (MLPWidth(multiple=16), {"sparsity": 0.1}, "`pruning.sparsity` .* MLPWidth, 0.1667 of .* got 0.1, which"),
-        (MLPWidth(multiple=16), {"target_parameters": 25000}, "`pruning.target_parameters` .* MLPWidth, 0.1667 of"),
-        (Depth(), {"sparsity": 0.1}, "`pruning.sparsity` must remove .* smallest step of Depth, 0.1667"),
-        (Shrink([MLPWidth(multiple=8), HeadGroups()]), {"sparsity": 0.02}, "smallest step of Shrink, 0.0"),
+        (MLPWidth(multiple=16), {"sparsity": 0.1}, "sparsity` must remove something, got 0.1, which MLPWidth rounds"),
+        (MLPWidth(multiple=16), {"target_parameters": 25000}, "target_parameters` must remove something, got 25,000"),
+        (Depth(), {"sparsity": 0.1}, r"which Depth rounds to nothing: remove more\."),
+        (Shrink([MLPWidth(multiple=8), HeadGroups()]), {"sparsity": 0.02}, "which Shrink rounds to nothing"),
     ],
 )
-def test_a_cut_that_is_rounded_to_nothing(method: Method, fields: dict[str, Any], step: str) -> None:
-    with pytest.raises(InputError, match=step):
+def test_a_cut_that_is_rounded_to_nothing(method: Method, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         Recipe(method, **fields).check_removes(small_model())
     Recipe(method, 0.3).check_removes(small_model())
     if not isinstance(method, Depth):
         Recipe(method, 0.1, LayerRedundancy()).check_removes(small_model())  # some blocks may lose more
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "less", "more"),
+    [
+        (MLPWidth(multiple=8), 0.5, 0.55, 0.6),
+        (MLPWidth(multiple=32), 0.0, 0.1, 0.2),  # of 48 channels, 16 go to leave a multiple
+        (Depth(), 1 / 3, 0.4, 0.6),
+        (HiddenWidth(multiple=8), 0.25, 0.3, 0.4),
+        (Shrink([MLPWidth(multiple=8), HeadGroups()]), 0.4, 0.41, 0.46),
+    ],
+)
+def test_a_second_cut_counts_what_is_gone(
+    method: Method, first: float, less: float, more: float, batches: list[torch.Tensor]
+) -> None:
+    model = small_model()
+    if first:
+        prune(model, batches, Recipe(method, first))
+    with pytest.raises(InputError, match="rounds to nothing"):
+        Recipe(method, less).check_removes(model)
+    Recipe(method, more).check_removes(model)
+    before = parameters(model)
+    prune(model, batches, Recipe(method, more))
+    assert parameters(model) < before
+
+
+def test_equal_rates_after_others() -> None:
+    model, batches = small_model(), list(torch.randint(1, 64, (4, 16)).split(2))
+    prune(model, batches, Recipe(MLPWidth(multiple=16), 0.33, LayerRedundancy()))
+    Recipe(MLPWidth(multiple=16), 0.44).check_removes(model)

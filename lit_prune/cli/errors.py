@@ -179,8 +179,11 @@ def _class_option(match: re.Match[str], message: str, parser: Any) -> str:
     remedy = ", ".join(choices)
     if others := [other for other in _classes(where) if option in _settings(leaves.get(other))]:
         remedy += f"; of {' and '.join(others)} it is: --{where} {others[0]}"
-    if "parts" in choices and any(option in _settings(leaves.get(part)) for part in _classes(f"{where}.parts")):
-        part = "{class_path: MLPWidth, init_args: {" + f"{option}: ..." + "}}"
+    if where.endswith("parts") and others:
+        remedy = f"of {' and '.join(others)} it is"
+    own = [part for part in _classes(f"{where}.parts") if option in _settings(leaves.get(part))]
+    if "parts" in choices and own:
+        part = f"{{class_path: {own[0]}, init_args: {{{option}: ...}}}}"
         remedy = f"for a part, give it among the parts: --{where}.parts '[{part}]'"
     return _not_known(f"`{where}.{option}` is not a setting of {name}", option, choices, remedy)
 
@@ -213,17 +216,18 @@ def _value(match: re.Match[str], message: str, parser: Any) -> str:
     """Returns the message about a value of the wrong type; the types that jsonargparse tried are the valid ones."""
     value, before = match.group(1).strip(), message[: match.start()]
     tried = before[before.rfind("Parser key") :]  # of the innermost key
-    kinds = [WORDS[name] for name in re.findall(r"Expected an? <class '(?:[\w]+\.)*(\w+)'>", tried) if name in WORDS]
+    names = re.findall(r"Expected (?:an? )?(?:<class ')?(?:\w+\.)*(\w+)", tried)
+    kinds = [WORDS[name] for name in names if name in WORDS]
     choices = re.findall(r"'([^']+)'", " ".join(re.findall(r"Expected a typing\.Literal\[(.*?)\]", tried)))
     kinds += [f"one of {', '.join(choices)}"] if choices else []
     where = _where(message, match.start())
     if not where or not kinds:
         return ""
     hint = ""
-    if kinds == [WORDS["list"]]:
-        hint = (
-            "put a list in quotes and brackets: '[A, B]'" if set(value) & set("[],") else f"a list is written [{value}]"
-        )
+    if kinds == [WORDS["list"]] and set(value) & set("[],"):
+        hint = "put a list in quotes and brackets: '[A, B]'"
+    elif kinds == [WORDS["list"]]:
+        hint = f"a list is written [{value}]"
     if re.fullmatch(r"[\d.]+%", value) and WORDS["float"] in kinds:
         hint = f"a share is written {float(value[:-1]) / 100:g}"
     return _not_known(f"`{where}` must be {' or '.join(kinds)}, got {value}", value, choices, hint)

@@ -23,6 +23,7 @@ from lit_prune.fit.preflight import (
     check_one_process,
     check_overfitting,
     check_processes,
+    check_removes,
     check_resumed,
     check_scaled_gradients,
     check_trainer,
@@ -143,6 +144,7 @@ def check_objects(verb: str, trainer: Trainer, model: PrunableLM, datamodule: Te
         unloaded = skeleton(model.config, model.attn_implementation, model.trust_remote_code)
         check_without_weights(pruning.fit_plan, unloaded, datamodule, trains=verb == "fit")
         if verb != "score":
+            check_removes(pruning.fit_plan, unloaded)
             results.check_format(pruning, unloaded, trains=verb == "fit", on_disk=model.on_disk)
             results.format.check_model(unloaded, datamodule.tokenizer)
     if verb == "export":

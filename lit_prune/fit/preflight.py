@@ -118,14 +118,18 @@ def check_without_weights(plan: FitPlan, model: PreTrainedModel, datamodule: Any
     if plan.recipe is not None:
         plan.recipe.method.check(model, plan.recipe.sparsity if plan.recipe.is_resolved else 0.0)
         plan.recipe.find(model)
-        if known:
-            plan.recipe.check_removes(model)
     for recovery in (plan.before, plan.recovery) if trains else ():
         if recovery is not None:
             recovery.check(model)
     if plan.statistics is not None and plan.recipe is not None:
         key = statistics_key(calibration_settings(datamodule, plan.calibration), model)
         check_expected_statistics(plan.statistics, model, plan.recipe, key)
+
+
+def check_removes(plan: FitPlan, model: PreTrainedModel) -> None:
+    """Raises InputError if the last cut is rounded to nothing, as far as that is known before the weights are."""
+    if plan.recipe is not None and plan.target_perplexity is None and not plan.recipe.counts_bytes:
+        plan.recipe.check_removes(model)
 
 
 def check_caches(plan: FitPlan, model: PreTrainedModel, batches: list[Batch], settings: dict[str, Any]) -> None:

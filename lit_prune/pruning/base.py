@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import Uniform
-from lit_prune.allocate.base import Allocation
+from lit_prune.allocate.base import TOLERANCE, Allocation
 from lit_prune.allocate.budget import rate_of_share
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
@@ -197,6 +197,11 @@ class Method(ABC):
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the supported rates that are closest to the allocated ``rates``."""
         return list(rates)
+
+    def removes(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> bool:
+        """Returns whether a cut at ``rates``, which :meth:`rates` has returned, removes more than is gone."""
+        current = self.current_rates(model, blocks)
+        return any(rate > now + TOLERANCE for rate, now in zip(rates, current, strict=True))
 
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns how far a cut may exceed the sparsity because the method supports only some rates."""

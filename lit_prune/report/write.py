@@ -120,7 +120,8 @@ def _plan_header(plan: Path, report: ScoreReport) -> str:
             lines.append(f"the rate of a block is the mean of its {name}, weighted by their sizes")
     if report.search is not None:
         lines.append(f"search: {describe_search(report.search)}")
-    usage = f"use it with the same method by --pruning.allocation Plan --pruning.allocation.path {plan}"
+    usage = "use it with the same method, in place of a target, by --pruning.allocation Plan"
+    usage += f" --pruning.allocation.path {plan}"
     exceeds = abs(mean - requested) > MEAN_TOLERANCE
     usage += f" --pruning.sparsity {mean:.6g} --pruning.budget {'linears' if exceeds else report.sparsity.budget}"
     return "\n".join([*lines, usage])

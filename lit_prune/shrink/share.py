@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lit_prune.allocate.base import meet_budget, weighted_mean
+from lit_prune.allocate.base import TOLERANCE, meet_budget, weighted_mean
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,16 @@ class PartRates:
     step: float
     sizes: Sequence[int]
     rounded: Callable[[Sequence[float], Sequence[int]], list[float]]
+
+    @property
+    def can_lose(self) -> bool:
+        """Whether a block can lose more than it has lost."""
+        pairs = zip(self.removable, self.current, strict=True)
+        return any(size and self.most > rate + TOLERANCE for size, rate in pairs)
+
+    def loses(self, rates: Sequence[float]) -> bool:
+        """Returns whether a block loses more at ``rates`` than it has lost."""
+        return any(rate > now + TOLERANCE for rate, now in zip(rates, self.current, strict=True))
 
     def removed(self, amount: float) -> float:
         """Returns the number of parameters that go if every block loses ``amount`` times the weight of what it has."""

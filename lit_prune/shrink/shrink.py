@@ -28,7 +28,7 @@ from lit_prune.search.trial import Trial
 from lit_prune.shrink.base import UnitMethod
 from lit_prune.shrink.part_method import PartMethod, cut_blocks
 from lit_prune.shrink.share import PartRates, split
-from lit_prune.shrink.stages import PartsMethod, PartsStage, Stages, WholeStage, tell_if_nothing_goes
+from lit_prune.shrink.stages import PartsMethod, PartsStage, Stages, WholeStage, tell_it_stays
 from lit_prune.shrink.trial import JointTrial
 from lit_prune.shrink.units.narrow import config_error
 
@@ -303,6 +303,13 @@ class Shrink(PartsMethod):
             return left
         return left + sum(part.full_parameters(model, blocks) - left for part in self._parts)
 
+    def removes(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> bool:
+        """Returns whether a part removes something, which is taken for granted with cuts of the whole model."""
+        if self._stages is not None:
+            return True
+        parts = self._rates(model, blocks)
+        return any(part.loses(own) for part, own in zip(parts, split(rates, parts), strict=True))
+
     def rounding(self, blocks: Sequence[Block]) -> float:
         """Returns the largest rounding of a part: the others make up for all but their own."""
         return max(part.rounding(blocks) for part in self._parts) if self._stages is None else 0.0
@@ -340,9 +347,8 @@ class Shrink(PartsMethod):
             return stages.apply(model, blocks, rates=rates, device=device, stream=stream)
         residual = stream() if reconstruction is None else reconstruction.stream
         own_rates = self._rates_of_parts(model, blocks, rates)
-        for part, planned in zip(self._parts, own_rates, strict=True):
-            if blocks[0].rates is None and any(part.removable(model, blocks)):
-                tell_if_nothing_goes(part, planned, part.current_rates(model, blocks))
+        if blocks[0].rates is None:
+            self._tell_what_stays(own_rates, self._rates(model, blocks))
         cuts = {
             index: part.begin(model, blocks, rates=own_rates[index], stream=residual)
             for index, part in enumerate(self._parts)
@@ -368,6 +374,13 @@ class Shrink(PartsMethod):
             return sum(part.removed(amount) for part in parts) / in_blocks
 
         return share
+
+    def _tell_what_stays(self, rates: Sequence[Sequence[float]], parts: Sequence[PartRates]) -> None:
+        """Logs which parts lose nothing although others do and they could."""
+        lose = [part.loses(own) for part, own in zip(parts, rates, strict=True)]
+        for name, part, loses in zip(self._names, parts, lose, strict=True):
+            if any(lose) and not loses and part.can_lose:
+                tell_it_stays(name)
 
     @property
     def _order(self) -> list[int]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import TOLERANCE, bisect, meet_budget, weighted_mean
+from lit_prune.allocate.base import bisect, meet_budget, weighted_mean
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.evaluation.sizes import parameters
@@ -279,7 +279,8 @@ class Stages:
                 target=target,
                 later=self._remainders(model, kept)[index + 1 :],
             )
-            tell_if_nothing_goes(stage.method, planned, stage.method.current_rates(model, kept))
+            if not stage.method.removes(model, kept, planned):
+                tell_it_stays(type(stage.method).__name__)
             lost = cut(stage.method, planned)
             numbers = [number for number, share in zip(numbers, lost, strict=True) if share < 1]
             kept = find_blocks(model, blocks=path)
@@ -302,10 +303,9 @@ class Stages:
         return found if self.parts is None else [*found, self.parts.remainder(model, blocks)]
 
 
-def tell_if_nothing_goes(part: Method, planned: Sequence[float], current: Sequence[float]) -> None:
-    """Logs that a part loses nothing, because its steps are larger than its share, so that others lose more."""
-    if all(rate <= now + TOLERANCE for rate, now in zip(planned, current, strict=True)):
-        log(f"{type(part).__name__} removes nothing: by the other parts alone the size comes closer to the sparsity.")
+def tell_it_stays(name: str) -> None:
+    """Logs that a part loses nothing, while others do."""
+    log(f"{name} removes nothing: its share is less than half of its smallest step. The other parts make up for it.")
 
 
 def remains(remainders: Sequence[Remainder], counts: Counts, amount: float) -> Counts:

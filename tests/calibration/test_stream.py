@@ -112,3 +112,17 @@ def test_a_module_with_two_outputs_runs_every_time(model: PreTrainedModel, batch
         for _ in range(2):
             stream.run(find_blocks(model)[0], advance=False)
     assert two.calls == 2 * len(batches)
+
+
+def _add_one(tensor: torch.Tensor) -> None:
+    tensor.add_(1)
+
+
+def test_a_block_may_change_what_a_module_returned(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    block = find_blocks(model)[0]
+    stream, attention = Stream(model, find_blocks(model), dicts(batches), CPU), attention_of(block)
+    attention[0].register_forward_hook(lambda _module, _args, output: _add_one(output[0]))
+    plain = stream.output(0, block)
+    with stream.once(attention):
+        for _ in range(3):
+            assert torch.equal(stream.output(0, block), plain)

@@ -58,8 +58,16 @@ MISTAKES = [
         r"`pruning.method.parts` must be a list, got .MLPWidth,. \(put a list in quotes and brackets: '\[A, B\]'\)",
     ),
     (
+        ["--pruning.method=Shrink", "--pruning.method.parts=a"],
+        r"`pruning.method.parts` must be a list, got a. \(a list is written \[a\]\)",
+    ),
+    (
         ["--pruning.method=Shrink", "--pruning.method.multiple=8"],
-        r"`pruning.method.multiple` is not a setting of Shrink. .*.parts '\[{class_path: MLPWidth, init_args",
+        r"`pruning.method.multiple` is not a setting of Shrink. .*.parts '\[{class_path: Experts, init_args",
+    ),
+    (
+        ["--pruning.method=Shrink", "--pruning.method.contiguous=true"],
+        r"`pruning.method.contiguous` is not a setting of Shrink. .*.parts '\[{class_path: Depth, init_args: {",
     ),
     (
         ["--pruning.distillation.teacher=Copi"],

@@ -73,7 +73,7 @@ def test_the_plan_of_scores_says_how_it_is_used(tmp_path: Path) -> None:
     assert lines[0] == "# block: share to remove; mean 0.5, by DLP()"
     assert lines[1].startswith("# search: 399 evaluations")
     options = f"--pruning.allocation Plan --pruning.allocation.path {tmp_path / 'plan.yaml'} --pruning.sparsity 0.5"
-    assert lines[2] == f"# use it with the same method by {options} --pruning.budget linears"
+    assert lines[2] == f"# use it with the same method, in place of a target, by {options} --pruning.budget linears"
     assert Plan(str(tmp_path / "plan.yaml")).rates() == {0: 0.4, 1: 0.6}
 
 

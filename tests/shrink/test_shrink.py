@@ -349,4 +349,13 @@ def test_a_part_that_loses_nothing_is_named(
     sparsity: float, parts: list[Method], told: list[str], batches: list[Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:
     prune(small_model(), batches, Recipe(Shrink(parts), sparsity, Uniform()))
-    assert re.findall(r"(\w+) removes nothing: by the other parts", capsys.readouterr().err) == told
+    assert re.findall(r"(\w+) removes nothing: its share is less", capsys.readouterr().err) == told
+
+
+def test_a_part_that_has_nothing_left_to_lose_is_not_named(
+    batches: list[Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model()
+    prune(model, batches, Recipe(HeadGroups(), 0.5))
+    prune(model, batches, Recipe(Shrink([HeadGroups(), MLPWidth(multiple=8)]), 0.6))
+    assert "removes nothing" not in capsys.readouterr().err
