@@ -177,14 +177,16 @@ def _class_option(match: re.Match[str], message: str, parser: Any) -> str:
     choices = _settings(leaf)
     where = _where(message, match.start())
     remedy = ", ".join(choices)
-    if others := [other for other in _classes(where) if option in _settings(leaves.get(other))]:
-        remedy += f"; of {' and '.join(others)} it is: --{where} {others[0]}"
-    if where.endswith("parts") and others:
-        remedy = f"of {' and '.join(others)} it is"
-    own = [part for part in _classes(f"{where}.parts") if option in _settings(leaves.get(part))]
-    if "parts" in choices and own:
-        part = f"{{class_path: {own[0]}, init_args: {{{option}: ...}}}}"
+
+    def having_it(place: str) -> list[str]:
+        return [other for other in _classes(place) if option in _settings(leaves.get(other))]
+
+    if "parts" in choices and (parts := having_it(f"{where}.parts")):
+        part = f"{{class_path: {parts[0]}, init_args: {{{option}: ...}}}}"
         remedy = f"for a part, give it among the parts: --{where}.parts '[{part}]'"
+    elif others := having_it(where):
+        theirs = f"of {' and '.join(others)} it is"
+        remedy = theirs if where.endswith("parts") else f"{remedy}; {theirs}: --{where} {others[0]}"
     return _not_known(f"`{where}.{option}` is not a setting of {name}", option, choices, remedy)
 
 

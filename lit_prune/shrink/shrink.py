@@ -12,7 +12,7 @@ from typing import ClassVar, final
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.allocate.base import Allocation, weighted_mean
+from lit_prune.allocate.base import TOLERANCE, Allocation, weighted_mean
 from lit_prune.allocate.budget import MAX_RATE
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
@@ -31,8 +31,6 @@ from lit_prune.shrink.share import PartRates, split
 from lit_prune.shrink.stages import PartsMethod, PartsStage, Stages, WholeStage, tell_it_stays
 from lit_prune.shrink.trial import JointTrial
 from lit_prune.shrink.units.narrow import config_error
-
-TOLERANCE = 1e-6
 
 
 @final
@@ -315,19 +313,14 @@ class Shrink(PartsMethod):
         return max(part.rounding(blocks) for part in self._parts) if self._stages is None else 0.0
 
     def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
-        """Returns half of the smallest multiple of a part, in every block for equal rates and in one for others.
+        """Returns half of the smallest multiple of a part, as a share of all: the parts make up for each other.
 
-        It is a share of all parameters of the parts, which make up for each other. With cuts of the whole model no rate
-        is rounded before it is planned.
+        With cuts of the whole model no rate is rounded before it is planned.
         """
         if self._stages is not None:
             return 0.0
-        equal = max(rates) - min(rates) < TOLERANCE
-        parts = [part for part in self._rates(model, blocks) if any(part.removable)]
-        smallest = min(
-            part.step * (sum(part.removable) if equal else min(size for size in part.removable if size))
-            for part in parts
-        )
+        parts = self._rates(model, blocks)
+        smallest = min(part.step * size for part in parts for size in part.removable if size)
         return smallest / sum(self.removable(model, blocks))
 
     @torch.no_grad()
