@@ -145,6 +145,10 @@ MISTAKES = [
         r"`pruning.reconstruction.state` must be a folder that a reconstruction wrote",
     ),
     (
+        ["--pruning.method=Depth", "--pruning.sparsity=0.01"],
+        r"`pruning.sparsity` must remove something, got 0.01, which Depth rounds to nothing",
+    ),
+    (
         ["--pruning.reconstruction=Reconstruct", "--pruning.calibration.batch_size=4"],
         r"`pruning.reconstruction` must have at least two calibration batches",
     ),
