@@ -1,7 +1,8 @@
-"""Progress bars on stderr, or a single line each where stderr is no terminal; of several processes one prints."""
+"""Progress bars on stderr, or a line a minute where stderr is no terminal; of several processes one prints."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -11,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lit_prune import distributed
 
+SECONDS = 60.0  # between the lines of long work, without a terminal
 Item = TypeVar("Item")
+Progressed = Callable[[int, str], None]  # sets the number of items that are done, and the text about the last one
 console = Console(stderr=True)
 
 
@@ -22,7 +25,7 @@ def log(text: str) -> None:
 
 
 def track(items: Iterable[Item], label: str, note: Callable[[], str] | None = None) -> Iterator[Item]:
-    """Yields ``items`` under a progress bar; without a terminal prints one line when the work begins.
+    """Yields ``items`` under a progress bar; without a terminal prints a line when the work begins, and every minute.
 
     Args:
         items: The items.
@@ -33,32 +36,44 @@ def track(items: Iterable[Item], label: str, note: Callable[[], str] | None = No
     if not distributed.is_rank_zero():
         yield from items
         return
-    if not console.is_terminal:
-        console.print(f"{label} ...", highlight=False, markup=False)
-        yield from items
-        return
-    with _bar() as bar:
-        task = bar.add_task(label, total=total)
-        for item in items:
+    with counted(total, label) as progressed:
+        for done, item in enumerate(items, 1):
             yield item
-            bar.update(task, advance=1, description=label if note is None else f"{label}, {note()}")
+            progressed(done, "" if note is None else note())
 
 
 @contextmanager
-def counted(total: int, label: str) -> Iterator[Callable[[int, str], None]]:
-    """Gives a function that sets a progress bar to a count and a text; without a terminal prints one line.
+def counted(total: int | None, label: str) -> Iterator[Progressed]:
+    """Gives a function that sets a progress bar to a count and a text; without a terminal prints lines.
 
     Args:
-        total: The count at which the bar is full.
+        total: The count at which the bar is full, if it is known.
         label: Text of the bar, to which the function appends its own.
     """
     if not console.is_terminal:
-        console.print(f"{label} ...", highlight=False, markup=False)
-        yield lambda done, text: None
+        log(f"{label} ...")
+        yield _lines(total, label)
         return
     with _bar() as bar:
         task = bar.add_task(label, total=total)
-        yield lambda done, text: bar.update(task, completed=done, description=f"{label}, {text}")
+        yield lambda done, text: bar.update(task, completed=done, description=", ".join(filter(None, (label, text))))
+
+
+def _lines(total: int | None, label: str) -> Progressed:
+    """Returns a function that prints how far the work is, at most once a minute."""
+    start = last = time.monotonic()
+
+    def progressed(done: int, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < SECONDS or done == total:
+            return
+        last = now
+        minutes, seconds = divmod(int(now - start), 60)
+        count = f"{done:,}" if total is None else f"{done:,} of {total:,}"
+        log(", ".join(filter(None, (f"{label}: {count} in {minutes}:{seconds:02}", text))))
+
+    return progressed
 
 
 def _bar() -> Progress:

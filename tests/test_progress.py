@@ -25,6 +25,17 @@ def test_without_a_terminal_work_begins_with_a_line(printed: io.StringIO) -> Non
     assert printed.getvalue() == "Blocks ...\nSearch ...\nDone with [brackets].\n"
 
 
+@pytest.mark.parametrize("printed", [False], indirect=True)
+def test_without_a_terminal_long_work_has_a_line_every_minute(
+    printed: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0, 59, 65, 66, 124, 126, 300])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    losses = iter(["loss 3.1", "loss 3.2", "loss 3.3", "loss 3.4", "loss 3.5", "loss 3.6"])
+    assert list(progress.track(range(6), "Blocks", lambda: next(losses))) == list(range(6))
+    assert printed.getvalue() == "Blocks ...\nBlocks: 2 of 6 in 1:05, loss 3.2\nBlocks: 5 of 6 in 2:06, loss 3.5\n"
+
+
 @pytest.mark.parametrize("printed", [True], indirect=True)
 def test_a_terminal_has_bars(printed: io.StringIO) -> None:
     assert list(progress.track([1, 2], "Blocks")) == [1, 2]

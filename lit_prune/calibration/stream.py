@@ -17,6 +17,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lit_prune import distributed
 from lit_prune.calibration.statistics import BlockStatistics, Observer
 from lit_prune.calibration.windows import Batch, inputs_of
 from lit_prune.errors import InputError
@@ -168,6 +169,12 @@ class Stream:
             if block is not None:
                 _check_finite(y_BTD, block, index)
             self.hidden[index] = y_BTD.to(self.offload_device)
+
+    def tokens(self) -> int:
+        """Returns the number of unmasked positions of all batches, over all processes."""
+        masks = zip(self.hidden, self.masks, strict=True)
+        own = sum(x_BTD[..., 0].numel() if mask_BT is None else int(mask_BT.sum()) for x_BTD, mask_BT in masks)
+        return distributed.all_reduce_count(own)
 
     def unmasked(self, index: int, x_BTD: Tensor) -> Tensor:
         """Returns the unmasked positions of batch ``index``, (P, D)."""

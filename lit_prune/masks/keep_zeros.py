@@ -44,10 +44,10 @@ def keep_zeros(model: PreTrainedModel, *, blocks: str | None = None) -> FrozenZe
     The gradients of these weights are set to zero, so that moments stay zero and a clipped norm does not count them.
     After every step of a ``torch.optim.Optimizer`` the weights are set to zero again, which matters only to optimizers
     that have momentum from before the call or that mix the gradients of different weights, such as Muon. Hooks belong
-    to the parameters: FSDP and DeepSpeed replace these, and lose the hooks; DDP does not.
+    to the parameters: FSDP and DeepSpeed replace these, and lose the hooks; DDP does not. In two lines::
 
-    >>> keep_zeros(model)
-    >>> Trainer(model, ...).train()
+        keep_zeros(model)
+        Trainer(model, ...).train()
 
     Args:
         model: A causal LM, pruned by lit_prune or by another tool, whose weights are trained.

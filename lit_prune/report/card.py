@@ -14,6 +14,7 @@ from lit_prune.report.wording import (
     describe_found,
     describe_gains,
     describe_protocol,
+    describe_settings,
     describe_size,
     describe_target,
     short,
@@ -103,9 +104,10 @@ def _pruning(report: Report) -> str:
     """Returns the sentences about the pruning: the recipe, the zeros or the shape, and the size."""
     if not report.recipe:
         return _existing_zeros(report)
-    how = f"{report.recipe['method']}, rates per block by {report.recipe['allocation']}"
+    method, allocation = (describe_settings(str(report.recipe[name])) for name in ("method", "allocation"))
+    how = f"{method}, rates per block by {allocation}"
     if settings := report.recipe.get("reconstruction"):
-        how += f", every block then trained towards its dense output by {settings}"
+        how += f", every block then trained towards its dense output by {describe_settings(str(settings))}"
     if report.shape is not None:
         structure = report.shape.structure
         return f"{structure.done} with {how}{_steps(report)}: {structure.outcome}"
@@ -166,9 +168,9 @@ def _recovery(report: Report) -> str:
     """Returns the paragraph about the training; empty for a model that was not trained."""
     if report.recovery is None and not report.adapter and report.distillation is None:
         return ""
-    method = "" if report.recovery is None else f" with {report.recovery}"
+    method = "" if report.recovery is None else f" with {describe_settings(report.recovery)}"
     if report.distillation is not None:
-        method += f", distilled from the model before its cuts ({report.distillation})"
+        method += f", distilled from the model before its cuts ({describe_settings(report.distillation)})"
     if report.baseline and not report.adapter and "train" not in report.seconds:
         return f"\nTrained{method} in an earlier run.\n"
     verb = "Recovered" if report.pruned_here else "Trained"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lit_prune.models.structure import Description
 from lit_prune.report.report import Report, ScoreReport
 from lit_prune.report.sections import CutSummary
-from lit_prune.report.wording import REFERENCES, describe_search, reference, short
+from lit_prune.report.wording import REFERENCES, describe_search, describe_settings, reference, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -179,7 +179,7 @@ def _scale(linear: bool) -> tuple[Callable[[float], float], Callable[[float], fl
 def _title(report: Report | ScoreReport) -> str:
     """Returns the allocation, the method and the search of the rates, wrapped to the width of the picture."""
     assert report.recipe is not None  # there are rates
-    details = [report.recipe["allocation"], report.recipe["method"]]
+    details = [describe_settings(report.recipe[name]) for name in ("allocation", "method")]
     if report.search is not None:
         details.append(describe_search(report.search))
     return "\n".join(line for text in details for line in textwrap.wrap(text, TITLE_LETTERS))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
 
+import lit_prune
+from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import Protocol
+from lit_prune.pruning import Pattern
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import Report
@@ -29,6 +35,45 @@ def short(value: float, usual: str = ".3f") -> str:
     if not math.isfinite(value):
         return "not finite"
     return format(value, usual if value < MAX_FIXED else ".2e")
+
+
+def describe_settings(text: str) -> str:
+    """Returns the ``repr`` of a method, an allocation or a recovery without the settings that have their default.
+
+    >>> describe_settings("MLPWidth(multiple=32, rounds=16, damping=0.001, compensate=True, correct_errors=True)")
+    'MLPWidth(multiple=32)'
+    >>> describe_settings("Wanda(pattern=NofM(n=2, m=4), propagate='dense')")
+    'Wanda(pattern=NofM(n=2, m=4))'
+    >>> describe_settings("Uniform()")
+    'Uniform'
+    """
+    try:
+        tree = ast.parse(text, mode="eval")
+    except SyntaxError:  # an object of a user's class, such as <object at 0x7f>
+        return text
+    return ast.unparse(_WithoutDefaults().visit(tree))
+
+
+class _WithoutDefaults(ast.NodeTransformer):
+    """Removes the arguments that have their default from calls of lit_prune's classes; 2:4 keeps its numbers."""
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        """Returns the call, or the name alone if no argument is left."""
+        self.generic_visit(node)
+        known = getattr(lit_prune, node.func.id, None) if isinstance(node.func, ast.Name) else None
+        if isinstance(known, type) and is_dataclass(known) and not issubclass(known, Pattern):
+            defaults = _defaults(known)
+            node.keywords = [each for each in node.keywords if ast.unparse(each.value) != defaults.get(str(each.arg))]
+        return node if node.args or node.keywords else node.func
+
+
+def _defaults(settings: type) -> dict[str, str]:
+    """Returns the texts of a class's defaults; of a class that needs arguments, those of the fields that have one."""
+    try:
+        known: dict[str, Any] = vars(settings())
+    except (TypeError, InputError):
+        known = {field.name: field.default for field in fields(settings) if field.default is not MISSING}
+    return {name: describe_settings(repr(value)) for name, value in known.items()}
 
 
 def reference(perplexity: Mapping[str, float | None]) -> str | None:
@@ -142,6 +187,7 @@ def describe_found(found: FoundSparsity) -> str:
 def describe_trials(found: FoundSparsity) -> str:
     """Returns the sparsities that were tried, with their perplexities, from the smallest on.
 
+    >>> from lit_prune.target_perplexity import SparsityTrial
     >>> trials = (SparsityTrial(0.5, 60.0), SparsityTrial(0.25, 24.0))
     >>> describe_trials(FoundSparsity(0.25, 24.0, 30.0, 20.0, 0.25, trials))
     '0.2500: 24.000, 0.5000: 60.000'

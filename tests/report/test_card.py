@@ -20,7 +20,7 @@ def test_what_was_done_and_what_it_cost() -> None:
     card = model_card(REPORT, "some/model", "USAGE")
     for part in (
         "# some/model, pruned with",
-        "Pruned with Wanda(), rates per block by DLP(), at a sparsity of 0.5",
+        "Pruned with Wanda, rates per block by DLP, at a sparsity of 0.5",
     ):
         assert part in card
     for part in (
@@ -35,8 +35,8 @@ def test_what_was_done_and_what_it_cost() -> None:
 
 
 def test_a_reconstruction_is_named() -> None:
-    card = model_card(replace(REPORT, recipe={**RECIPE, "reconstruction": "Reconstruct(epochs=4)"}), "x", "")
-    assert "DLP(), every block then trained towards its dense output by Reconstruct(epochs=4), at a sparsity" in card
+    card = model_card(replace(REPORT, recipe={**RECIPE, "reconstruction": "Reconstruct(epochs=6, lr=0.002)"}), "x", "")
+    assert "DLP, every block then trained towards its dense output by Reconstruct(epochs=6), at a sparsity" in card
 
 
 def test_the_hub_reads_it() -> None:
@@ -61,7 +61,7 @@ def test_the_format_says_how_the_folder_is_opened() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"recovery": "LoRA()"}, "Recovered with LoRA(): an adapter was trained. It is saved beside the pruned"),
+        ({"recovery": "LoRA()"}, "Recovered with LoRA: an adapter was trained. It is saved beside the pruned"),
         ({"recovery": "MaskedLoRA()", "merged": True}, "an adapter was trained and is merged into the weights, which"),
         (
             {"recovery": "FullFineTuning()", "adapter": None},
@@ -72,7 +72,7 @@ def test_the_format_says_how_the_folder_is_opened() -> None:
             {"adapter": None, "distillation": "T"},
             "Recovered, distilled from the model before its cuts (T): the model's own",
         ),
-        ({"recovery": "LoRA()", "baseline": {"recipe": RECIPE}}, "Trained with LoRA(): an adapter was trained."),
+        ({"recovery": "LoRA()", "baseline": {"recipe": RECIPE}}, "Trained with LoRA: an adapter was trained."),
     ],
 )
 def test_what_was_trained_and_where_that_is(fields: dict[str, Any], text: str) -> None:
@@ -90,7 +90,7 @@ def test_what_was_trained_and_where_that_is(fields: dict[str, Any], text: str) -
 def test_what_was_trained_over_quantised_weights(form: str, text: str) -> None:
     quantised = Quantised("nf4", True, form, 9_000_000)
     card = model_card(replace(REPORT, recovery="QLoRA()", quantised=quantised), "x", "")
-    assert "Recovered with QLoRA(). The linears were quantised to nf4, and" in card
+    assert "Recovered with QLoRA. The linears were quantised to nf4, and" in card
     assert text in card
 
 
@@ -98,7 +98,7 @@ def test_what_earlier_runs_have_done() -> None:
     exported = {"baseline": {"recipe": RECIPE}, "adapter": None, "seconds": {}, "shape": Shape(SLICES, 0.25)}
     card = model_card(replace(REPORT, recovery="LoRA()", distillation="T", **exported), "x", "")  # type: ignore[arg-type]
     assert ", in an earlier run: the residual stream has" in card
-    assert "\nTrained with LoRA(), distilled from the model before its cuts (T) in an earlier run.\n" in card
+    assert "\nTrained with LoRA, distilled from the model before its cuts (T) in an earlier run.\n" in card
 
 
 def test_masks_on_a_model_of_another_shape() -> None:
@@ -141,7 +141,7 @@ def test_a_model_that_was_only_trained() -> None:
 
 def test_a_sliced_model() -> None:
     card = model_card(SLICED, "some/model", "USAGE")
-    assert "Sliced with Wanda(), rates per block by DLP(): the residual stream has 40 to 56 of its 64" in card
+    assert "Sliced with Wanda, rates per block by DLP: the residual stream has 40 to 56 of its 64" in card
     assert "merged into the weights.\n" in card
     assert "zero" not in card
     assert "\n- memory when opened: 4.0 MB, dense 3.0 MB  (+33.3%)\n- tokens per second, prefill: 150, dense" in card

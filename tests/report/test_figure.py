@@ -108,7 +108,7 @@ def test_blocks_that_remain_have_the_same_place_in_all_panels() -> None:
 
 
 def test_the_title_says_how_the_rates_came_about_in_lines_that_fit() -> None:
-    assert blocks(REPORT).get_title() == "DLP()\nWanda()"
+    assert blocks(REPORT).get_title() == "DLP\nWanda"
     recipe = {"method": "Wanda()", "allocation": "Search(" + "seed=0, " * 30}
     lines = blocks(replace(REPORT, recipe=recipe, search=SEARCH)).get_title().split("\n")
     assert "399 evaluations of a calibration window in 33 sweeps" in " ".join(lines)

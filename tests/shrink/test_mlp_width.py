@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.allocate import Uniform
+from lit_prune.calibration.windows import Batch
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
@@ -72,3 +73,17 @@ def test_families_that_normalise_the_output_are_not_corrected(
     assert "does not make up for the errors of the blocks before" in capsys.readouterr().err
     for one, other in zip(*(model.state_dict().values() for model in models), strict=True):
         assert torch.equal(one, other)
+
+
+def test_too_few_calibration_tokens_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """48 channels take 192 tokens; padding is none."""
+    tokens_NT = torch.randint(1, 64, (4, 64), generator=torch.Generator().manual_seed(0))
+    mask_NT = torch.ones_like(tokens_NT)
+    mask_NT[:, 47:] = 0
+    padded: list[Batch] = [{"input_ids": tokens_NT, "attention_mask": mask_NT}]
+    for method in (MLPWidth(multiple=8, compensate=False), MLPWidth(multiple=8)):
+        assert "calibration tokens" not in capsys.readouterr().err
+        prune(lively_model("llama"), padded, Recipe(method, 0.25))
+    assert "MLPWidth has 188 calibration tokens for the 48 inputs of mlp.down_proj; with" in capsys.readouterr().err
+    prune(lively_model("llama"), [tokens_NT], Recipe(MLPWidth(multiple=8), 0.25))
+    assert "calibration tokens" not in capsys.readouterr().err
