@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 BLUE, PALE, DARK, BLACK = "#4c78a8", "#dbe5f0", "#1f3b5c", "#222222"
 COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of the bars of perplexities; others: RED
 RED = "#e45756"
+MARKERS = "osD"  # of the parts of a block
 TITLE_LETTERS, LEGEND_COLUMNS, PANEL_LEGEND_COLUMNS = 100, 5, 3
 HEIGHT, PANEL_HEIGHT = 4.0, 1.8  # of a picture with one panel of blocks, and of every further panel, in inches
 MAX_LINEAR_RATIO = 10  # of the largest to the smallest perplexity; beyond, the axis is logarithmic
@@ -92,6 +93,7 @@ def _draw_blocks(axes: Sequence[Any], report: Report | ScoreReport, structures: 
     if not structures:
         earlier = report.cuts[:-1] if isinstance(report, Report) else ()
         _draw_rates(axes[0], report.rates or [], earlier, report.sparsity.target)
+        _draw_parts(axes[0], report.parts or [])
     axes[-1].set_xlabel("block")
     for axis in axes:
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -108,6 +110,14 @@ def _draw_rates(axis: Any, rates: Sequence[float], earlier: Sequence[CutSummary]
     if target is not None:
         axis.axhline(target, color=BLUE, linestyle=":", label="requested mean (left)")
     axis.set(ylabel="share removed", ylim=(0, 1))
+
+
+def _draw_parts(axis: Any, parts: Sequence[Mapping[str, float]]) -> None:
+    """Draws a mark for the rate of each part of the blocks."""
+    for name, marker in zip(parts[0] if parts else (), MARKERS, strict=False):
+        rates = [of_block.get(name, math.nan) for of_block in parts]
+        label = f"{name} (left)"
+        axis.plot(range(len(parts)), rates, color=DARK, marker=marker, markersize=5, linestyle="none", label=label)
 
 
 def _draw_sizes(axis: Any, structure: Description, blocks: Sequence[int], *, alone: bool) -> None:

@@ -52,7 +52,7 @@ def task_rows(tasks: TaskResults | None) -> dict[str, str]:
 
 
 def block_table(report: ScoreReport) -> Table:
-    """Returns the table of every block's score and rate; the caption has the mean rate and the requested one."""
+    """Returns the table of every block's score and rates; the caption has the mean rate and the requested one."""
     sparsity = report.sparsity
     assert sparsity.planned is not None
     assert sparsity.target is not None
@@ -63,11 +63,14 @@ def block_table(report: ScoreReport) -> Table:
     named = describe_means(report.linears or report.parts)
     caption = "; ".join(filter(None, (mean, describe_miss(sparsity.planned - sparsity.target), named, search)))
     grid = Table(title="blocks", title_justify="left", caption=caption, caption_justify="left")
-    for name in ("block", "score", "rate"):
+    parts = report.parts or [{} for _ in report.rates]
+    names = list(dict.fromkeys(name for rates in parts for name in rates))
+    for name in ("block", "score", *names, "rate"):
         grid.add_column(name, justify="right")
     grid.add_column("")
-    for block, (score, rate) in enumerate(zip(report.scores, report.rates, strict=True)):
-        grid.add_row(str(block), f"{score:.6g}", f"{rate:.4f}", "█" * round(rate * BAR))
+    for block, (score, rate, rates) in enumerate(zip(report.scores, report.rates, parts, strict=True)):
+        of_parts = [f"{rates[name]:.4f}" if name in rates else "" for name in names]
+        grid.add_row(str(block), f"{score:.6g}", *of_parts, f"{rate:.4f}", "█" * round(rate * BAR))
     return grid
 
 

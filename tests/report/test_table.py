@@ -1,5 +1,6 @@
 import io
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -143,6 +144,14 @@ def test_the_blocks() -> None:
     assert [first.count("█"), second.count("█")] == [16, 24]
     assert "mean 0.5000, requested 0.5000 (mean over blocks)" in shown
     assert "missed" not in shown
+
+
+def test_the_parts_of_the_blocks_have_columns() -> None:
+    shown = text(block_table(replace(SCORES, parts=[{"MLPWidth": 0.25, "HeadGroups": 1.0}, {"MLPWidth": 0.6}])))
+    first, second = (line.replace("│", " | ") for line in shown.splitlines() if "█" in line)
+    assert re.search(r"MLPWidth\W+HeadGroups\W+rate", shown)
+    assert first.split()[1:10:2] == ["0", "1", "0.2500", "1.0000", "0.4000"]
+    assert second.split()[1:6:2] + second.split()[7:9] == ["1", "2", "0.6000", "|", "0.6000"]
 
 
 def test_the_mean_of_the_blocks_that_misses_the_target() -> None:
