@@ -21,7 +21,6 @@ from lit_prune.distributed import shards_weights
 from lit_prune.errors import InputError
 from lit_prune.fit.plan import FitPlan
 from lit_prune.pipeline import check_expected_statistics, check_search, check_statistics
-from lit_prune.reconstruct.reconstruction import check_batches
 
 COPIES = "its copy of the weights does not follow their changes"
 UNSUPPORTED_CALLBACKS: dict[type[Callback], str] = {
@@ -88,10 +87,7 @@ def check_data(plan: FitPlan, trainer: Trainer) -> None:
     if plan.last_step > 0:  # a cut at step 0 reads them right away
         check_calibration(trainer, plan.calibration)
     if hasattr(_datamodule(trainer), "calibration_windows"):
-        batches = -(-plan.calibration.num_samples // plan.calibration.batch_size)
-        distributed.check_shards(batches)
-        if plan.recipe.reconstruction is not None:
-            check_batches(batches)
+        distributed.check_shards(-(-plan.calibration.num_samples // plan.calibration.batch_size))
 
 
 def check_resumed(plan: FitPlan, resume: Resume, trainer: Trainer, pl_module: LightningModule, datamodule: Any) -> None:

@@ -38,6 +38,16 @@ def test_models_run_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert turns == [1, 2] * 4
 
 
+@pytest.mark.parametrize(("seconds", "runs"), [(0.5, 3), (0.25, 6), (0.01, 25)])
+def test_short_runs_are_repeated_for_three_seconds_at_most_25_times(
+    seconds: float, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(speed, "_run", lambda *_: (taken.append(1), (seconds, seconds))[1])
+    speed.compare_speed([small_model()])
+    assert len(taken) == 1 + runs
+
+
 def test_a_copy_without_weights_gets_random_ones_of_the_same_shapes(model: PreTrainedModel) -> None:
     like = speed.without_weights(model)
     assert like is not None

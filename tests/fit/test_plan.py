@@ -87,6 +87,14 @@ def test_settings_bear_the_users_names_and_one_of_a_kind_stands_alone() -> None:
     assert course((), None).settings()["pruning.method"] is None
 
 
+def test_a_reconstruction_needs_two_batches() -> None:
+    recipe = Recipe(reconstruction=Reconstruct())
+    with pytest.raises(InputError, match="`pruning.reconstruction` must have at least two calibration batches"):
+        course(recipe=recipe, calibration=Calibration(num_samples=4, batch_size=4))
+    course(recipe=recipe, calibration=Calibration(num_samples=5, batch_size=4))
+    course(calibration=Calibration(num_samples=1))
+
+
 def test_trained_weights_must_be_held() -> None:
     with pytest.raises(InputError, match="`pruning.recovery` must be given if pruned weights are trained"):
         course().check(small_model())

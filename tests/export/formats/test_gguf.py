@@ -194,11 +194,20 @@ def test_a_sliding_window_is_pointed_out(
         (Outline("full precision", "opt"), "of the families llama, mistral, qwen2, qwen3, smollm3, got opt: use"),
     ],
 )
-def test_what_a_file_cannot_hold_is_refused(outline: Outline, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        GGUF().check(outline)
+def test_what_a_file_cannot_hold_is_refused_before_a_missing_package(
+    outline: Outline, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     GGUF().check(Outline("merged", "llama", masked=True, reshaped=True))
     GGUF().check(Outline("merged", "mistral", reshaped=True, custom_class="shrunk"))
+    monkeypatch.setattr("lit_prune.export.formats.gguf.check_packages", _missing)
+    with pytest.raises(InputError, match=message):
+        GGUF().check(outline)
+    with pytest.raises(InputError, match="needs the package gguf"):
+        GGUF().check(Outline("merged", "llama", reshaped=True))
+
+
+def _missing() -> None:
+    raise InputError("`format` GGUF needs the package gguf.")
 
 
 def test_heads_that_llama_cpp_cannot_load_are_refused(tmp_path: Path) -> None:
