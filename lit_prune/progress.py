@@ -1,4 +1,4 @@
-"""Progress bars on stderr, or a line a minute where stderr is no terminal; of several processes one prints."""
+"""Progress bars on stderr, or a line a minute where it is no terminal; of several processes one prints."""
 
 from __future__ import annotations
 
@@ -16,23 +16,31 @@ SECONDS = 60.0  # between the lines of long work, without a terminal
 Item = TypeVar("Item")
 Progressed = Callable[[int, str], None]  # sets the number of items that are done, and the text about the last one
 console = Console(stderr=True)
+_told: set[str] = set()  # lines that are printed once
 
 
-def log(text: str) -> None:
-    """Prints a line beside the progress bars."""
+def log(text: str, *, once: bool = False) -> None:
+    """Prints a line beside the progress bars; with ``once`` not again what the process has printed so before."""
+    if once and text in _told:
+        return
+    if once:
+        _told.add(text)
     if distributed.is_rank_zero():
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def track(items: Iterable[Item], label: str, note: Callable[[], str] | None = None) -> Iterator[Item]:
-    """Yields ``items`` under a progress bar; without a terminal prints a line when the work begins, and every minute.
+    """Yields ``items`` under a progress bar; without a terminal prints a line at first, and then at most one a minute.
 
     Args:
         items: The items.
         label: Text of the bar.
         note: Returns a text about the last item, which the bar shows behind its label.
     """
-    total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+    try:
+        total = len(items)  # type: ignore[arg-type]
+    except TypeError:  # also of a DataLoader over an IterableDataset, which has the method
+        total = None
     if not distributed.is_rank_zero():
         yield from items
         return

@@ -9,7 +9,8 @@ import pytest
 import lit_prune
 
 PACKAGE = Path(lit_prune.__file__).parent
-FILES = sorted(file for file in PACKAGE.rglob("*.py") if "\n    >>> " in file.read_text())
+FILES = sorted(file for file in PACKAGE.rglob("*.py") if ">>> " in file.read_text())
+assert FILES
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

@@ -1,9 +1,13 @@
 """Lines and bars on stderr."""
 
 import io
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
+from torch.utils.data import DataLoader, IterableDataset
 
 from lit_prune import progress
 
@@ -30,7 +34,7 @@ def test_without_a_terminal_long_work_has_a_line_every_minute(
     printed: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([0, 59, 65, 66, 124, 126, 300])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     losses = iter(["loss 3.1", "loss 3.2", "loss 3.3", "loss 3.4", "loss 3.5", "loss 3.6"])
     assert list(progress.track(range(6), "Blocks", lambda: next(losses))) == list(range(6))
     assert printed.getvalue() == "Blocks ...\nBlocks: 2 of 6 in 1:05, loss 3.2\nBlocks: 5 of 6 in 2:06, loss 3.5\n"
@@ -54,3 +58,23 @@ def test_other_processes_print_nothing(printed: io.StringIO, monkeypatch: pytest
     assert list(progress.track([1, 2], "Blocks")) == [1, 2]
     progress.log("Done.")
     assert printed.getvalue() == ""
+
+
+@pytest.mark.parametrize("printed", [False], indirect=True)
+def test_a_line_that_is_printed_once(printed: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_told", set())
+    for text in ("Few tokens.", "Few tokens.", "Other."):
+        progress.log(text, once=True)
+    assert printed.getvalue() == "Few tokens.\nOther.\n"
+
+
+class Endless(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.arange(3))
+
+
+@pytest.mark.parametrize("printed", [False, True], indirect=True)
+def test_items_of_unknown_number(printed: io.StringIO) -> None:
+    batches: DataLoader[torch.Tensor] = DataLoader(Endless(), batch_size=None)
+    assert list(map(int, progress.track(batches, "Batches"))) == [0, 1, 2]
+    assert "Batches" in printed.getvalue()

@@ -168,9 +168,9 @@ def _recovery(report: Report) -> str:
     """Returns the paragraph about the training; empty for a model that was not trained."""
     if report.recovery is None and not report.adapter and report.distillation is None:
         return ""
-    method = "" if report.recovery is None else f" with {describe_settings(report.recovery)}"
+    method = "" if report.recovery is None else f" with {report.recovery}"
     if report.distillation is not None:
-        method += f", distilled from the model before its cuts ({describe_settings(report.distillation)})"
+        method += f", distilled from the model before its cuts ({report.distillation})"
     if report.baseline and not report.adapter and "train" not in report.seconds:
         return f"\nTrained{method} in an earlier run.\n"
     verb = "Recovered" if report.pruned_here else "Trained"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lit_prune.models.structure import Description
 from lit_prune.report.report import Report, ScoreReport
 from lit_prune.report.sections import CutSummary
-from lit_prune.report.wording import REFERENCES, describe_search, describe_settings, reference, short
+from lit_prune.report.wording import REFERENCES, describe_search, describe_settings, part_names, reference, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 BLUE, PALE, DARK, BLACK = "#4c78a8", "#dbe5f0", "#1f3b5c", "#222222"
 COLORS = {"dense": "#54a24b", "before": "#54a24b", "recovered": "#f58518"}  # of the bars of perplexities; others: RED
 RED = "#e45756"
-MARKERS = "osD"  # of the parts of a block
+MARKERS = "sD^v"  # of the parts of a block
 TITLE_LETTERS, LEGEND_COLUMNS, PANEL_LEGEND_COLUMNS = 100, 5, 3
 HEIGHT, PANEL_HEIGHT = 4.0, 1.8  # of a picture with one panel of blocks, and of every further panel, in inches
 MAX_LINEAR_RATIO = 10  # of the largest to the smallest perplexity; beyond, the axis is logarithmic
@@ -114,10 +115,10 @@ def _draw_rates(axis: Any, rates: Sequence[float], earlier: Sequence[CutSummary]
 
 def _draw_parts(axis: Any, parts: Sequence[Mapping[str, float]]) -> None:
     """Draws a mark for the rate of each part of the blocks."""
-    for name, marker in zip(parts[0] if parts else (), MARKERS, strict=False):
+    style = {"color": DARK, "markersize": 5, "linestyle": "none", "clip_on": False}
+    for name, marker in zip(part_names(parts), itertools.cycle(MARKERS)):
         rates = [of_block.get(name, math.nan) for of_block in parts]
-        label = f"{name} (left)"
-        axis.plot(range(len(parts)), rates, color=DARK, marker=marker, markersize=5, linestyle="none", label=label)
+        axis.plot(range(len(parts)), rates, marker=marker, label=f"{name} (left)", **style)
 
 
 def _draw_sizes(axis: Any, structure: Description, blocks: Sequence[int], *, alone: bool) -> None:

@@ -24,6 +24,7 @@ from lit_prune.report.wording import (
     describe_size,
     describe_target,
     describe_trials,
+    part_names,
     short,
 )
 
@@ -64,7 +65,7 @@ def block_table(report: ScoreReport) -> Table:
     caption = "; ".join(filter(None, (mean, describe_miss(sparsity.planned - sparsity.target), named, search)))
     grid = Table(title="blocks", title_justify="left", caption=caption, caption_justify="left")
     parts = report.parts or [{} for _ in report.rates]
-    names = list(dict.fromkeys(name for rates in parts for name in rates))
+    names = part_names(parts)
     for name in ("block", "score", *names, "rate"):
         grid.add_column(name, justify="right")
     grid.add_column("")

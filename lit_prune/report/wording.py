@@ -38,7 +38,9 @@ def short(value: float, usual: str = ".3f") -> str:
 
 
 def describe_settings(text: str) -> str:
-    """Returns the ``repr`` of a method, an allocation or a recovery without the settings that have their default.
+    """Returns the ``repr`` of a method, an allocation or a reconstruction without the settings that have their default.
+
+    Texts that are no such call stay as they are, and 2:4 keeps its numbers.
 
     >>> describe_settings("MLPWidth(multiple=32, rounds=16, damping=0.001, compensate=True, correct_errors=True)")
     'MLPWidth(multiple=32)'
@@ -47,15 +49,17 @@ def describe_settings(text: str) -> str:
     >>> describe_settings("Uniform()")
     'Uniform'
     """
-    try:
-        tree = ast.parse(text, mode="eval")
-    except SyntaxError:  # an object of a user's class, such as <object at 0x7f>
+    if re.fullmatch(r"\w+\(.*\)", text, re.DOTALL) is None:
         return text
-    return ast.unparse(_WithoutDefaults().visit(tree))
+    try:
+        call = ast.parse(text, mode="eval").body
+    except SyntaxError:
+        return text
+    return ast.unparse(_WithoutDefaults().visit(call)) if isinstance(call, ast.Call) else text
 
 
 class _WithoutDefaults(ast.NodeTransformer):
-    """Removes the arguments that have their default from calls of lit_prune's classes; 2:4 keeps its numbers."""
+    """Removes the arguments that have their default from calls of lit_prune's classes."""
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         """Returns the call, or the name alone if no argument is left."""
@@ -145,6 +149,15 @@ def describe_reconstruction(losses: Sequence[BlockLosses]) -> str:
         else ""
     )
     return f"mean loss of a block {', '.join(sides)}{unchanged}"
+
+
+def part_names(parts: Sequence[Mapping[str, float]]) -> list[str]:
+    """Returns the names of the parts that any block has a rate for, in their order.
+
+    >>> part_names([{"MLPWidth": 0.5}, {"MLPWidth": 0.4, "HeadGroups": 0.2}])
+    ['MLPWidth', 'HeadGroups']
+    """
+    return list(dict.fromkeys(name for rates in parts for name in rates))
 
 
 def describe_means(named: Sequence[Mapping[str, float]] | None) -> str:

@@ -36,7 +36,7 @@ from lit_prune.shrink.units.narrow import check_part, config_error
 from lit_prune.shrink.units.parts import NoPart, Part
 from lit_prune.shrink.units.sizes import PartSizes, check_multiple, rates_from_units, units_from_rates
 
-FEW_TOKENS = 4  # for an input of the writer; with fewer the compensation is no better than none, see docs/shrinking.md
+FEW_TOKENS = 4  # for an input of the writer; with fewer a small cut is better without compensation
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,8 @@ class UnitMethod(PartMethod):
         """Returns the cut that leaves each block the units of its rate; see :meth:`PartMethod.begin`."""
         full, parts = self.sizes(model, blocks), [self._part(model, block) for block in blocks]
         wanted = units_from_rates(rates, full, self.multiple)
-        self._tell_of_few_tokens(stream, blocks[0].linears[parts[0].writer])
+        if self.compensate and any(units < part.units for units, part in zip(wanted, parts, strict=True)):
+            self._tell_of_few_tokens(stream, blocks[0].linears[parts[0].writer])
         return UnitCut(
             model,
             blocks,
@@ -217,11 +218,11 @@ class UnitMethod(PartMethod):
     def _tell_of_few_tokens(self, stream: Stream, writer: PrunableLinear) -> None:
         """Tells of a calibration text that is too short to compensate by."""
         tokens, inputs = stream.tokens(), writer.weight_OI.shape[1]
-        if self.compensate and tokens < FEW_TOKENS * inputs:
+        if tokens < FEW_TOKENS * inputs:
             log(
-                f"{type(self).__name__} has {tokens:,} calibration tokens for the {inputs:,} inputs of {writer.name}; "
-                f"with fewer than {FEW_TOKENS} for each, the weights that are left are fitted to these tokens alone: "
-                "raise `pruning.calibration.num_samples`, or set `compensate: false`."
+                f"{type(self).__name__} compensates by {tokens:,} calibration tokens for the {inputs:,} inputs of "
+                f"{writer.name}, fewer than {FEW_TOKENS} for each: raise `pruning.calibration.num_samples`.",
+                once=True,
             )
 
     def _compares(self, first: Block, part: Part, stream: Stream) -> bool:

@@ -61,7 +61,7 @@ def test_the_format_says_how_the_folder_is_opened() -> None:
 @pytest.mark.parametrize(
     ("fields", "text"),
     [
-        ({"recovery": "LoRA()"}, "Recovered with LoRA: an adapter was trained. It is saved beside the pruned"),
+        ({"recovery": "LoRA()"}, "Recovered with LoRA(): an adapter was trained. It is saved beside the pruned"),
         ({"recovery": "MaskedLoRA()", "merged": True}, "an adapter was trained and is merged into the weights, which"),
         (
             {"recovery": "FullFineTuning()", "adapter": None},
@@ -72,7 +72,7 @@ def test_the_format_says_how_the_folder_is_opened() -> None:
             {"adapter": None, "distillation": "T"},
             "Recovered, distilled from the model before its cuts (T): the model's own",
         ),
-        ({"recovery": "LoRA()", "baseline": {"recipe": RECIPE}}, "Trained with LoRA: an adapter was trained."),
+        ({"recovery": "LoRA()", "baseline": {"recipe": RECIPE}}, "Trained with LoRA(): an adapter was trained."),
     ],
 )
 def test_what_was_trained_and_where_that_is(fields: dict[str, Any], text: str) -> None:
@@ -90,7 +90,7 @@ def test_what_was_trained_and_where_that_is(fields: dict[str, Any], text: str) -
 def test_what_was_trained_over_quantised_weights(form: str, text: str) -> None:
     quantised = Quantised("nf4", True, form, 9_000_000)
     card = model_card(replace(REPORT, recovery="QLoRA()", quantised=quantised), "x", "")
-    assert "Recovered with QLoRA. The linears were quantised to nf4, and" in card
+    assert "Recovered with QLoRA(). The linears were quantised to nf4, and" in card
     assert text in card
 
 
@@ -98,7 +98,7 @@ def test_what_earlier_runs_have_done() -> None:
     exported = {"baseline": {"recipe": RECIPE}, "adapter": None, "seconds": {}, "shape": Shape(SLICES, 0.25)}
     card = model_card(replace(REPORT, recovery="LoRA()", distillation="T", **exported), "x", "")  # type: ignore[arg-type]
     assert ", in an earlier run: the residual stream has" in card
-    assert "\nTrained with LoRA, distilled from the model before its cuts (T) in an earlier run.\n" in card
+    assert "\nTrained with LoRA(), distilled from the model before its cuts (T) in an earlier run.\n" in card
 
 
 def test_masks_on_a_model_of_another_shape() -> None:

@@ -170,7 +170,7 @@ def test_a_perplexity_that_is_no_number_or_a_huge_one(value: float, tmp_path: Pa
 
 
 def test_the_rates_of_parts_are_marked() -> None:
-    axis = blocks(replace(SCORES, parts=[{"MLPWidth": 0.25, "HeadGroups": 1.0}, {"MLPWidth": 0.6}]))
+    axis = blocks(replace(SCORES, parts=[{"MLPWidth": 0.25}, {"MLPWidth": 0.6, "HeadGroups": 1.0}]))
     marked = {line.get_label(): list(line.get_ydata()) for line in axis.get_lines() if line.get_linestyle() == "None"}
     assert marked["MLPWidth (left)"] == [0.25, 0.6]
-    assert marked["HeadGroups (left)"] == [1.0, pytest.approx(math.nan, nan_ok=True)]
+    assert marked["HeadGroups (left)"] == [pytest.approx(math.nan, nan_ok=True), 1.0]

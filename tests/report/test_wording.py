@@ -3,6 +3,8 @@ from dataclasses import replace
 
 import pytest
 
+from lit_prune.allocate import Search, Uniform
+from lit_prune.pruning import SparseGPT
 from lit_prune.report.sections import Quantised
 from lit_prune.report.wording import (
     describe_budget,
@@ -11,10 +13,12 @@ from lit_prune.report.wording import (
     describe_protocol,
     describe_reconstruction,
     describe_search,
+    describe_settings,
     describe_size,
     reference,
     short,
 )
+from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from tests.report.reports import LOSSES, PROTOCOL, REPORT, SEARCH, SHAPE, SLICED
 
 
@@ -112,3 +116,22 @@ def test_the_size_of_another_shape_stands_beside_the_dense_one() -> None:
     assert describe_size(again).endswith(", before 1,000,000, 3.0 MB  (+10.0%): bigger than before")
     assert describe_size(replace(SLICED, parameters=900_000)) == f"900,000{dense}  (-10.0%)"
     assert describe_size(replace(SLICED, shape=replace(SHAPE, before=None))) == "1,100,000, 4.0 MB in float32"
+
+
+@pytest.mark.parametrize(
+    ("text", "shorter"),
+    [
+        (repr(Shrink([MLPWidth(multiple=8), HeadGroups()])), "Shrink(parts=[MLPWidth(multiple=8), HeadGroups])"),
+        (repr(Shrink([MLPWidth()], [2.0])), "Shrink(parts=[MLPWidth], weights=[2.0])"),
+        (repr(Search(Uniform(), evaluations=90)), "Search(start=Uniform, evaluations=90)"),
+        ("Plan(path='a.yaml')", "Plan(path='a.yaml')"),
+        (repr(SparseGPT()), "SparseGPT"),
+        ("Theirs(multiple=64)", "Theirs(multiple=64)"),
+        ("<their.Method object at 0x7f>", "<their.Method object at 0x7f>"),
+        ("Theirs(x y)", "Theirs(x y)"),
+        ("f(1) - f(2)", "f(1) - f(2)"),
+        ("my-method", "my-method"),
+    ],
+)
+def test_settings_that_have_their_default_are_left_out(text: str, shorter: str) -> None:
+    assert describe_settings(text) == shorter

@@ -75,15 +75,22 @@ def test_families_that_normalise_the_output_are_not_corrected(
         assert torch.equal(one, other)
 
 
-def test_too_few_calibration_tokens_are_told(capsys: pytest.CaptureFixture[str]) -> None:
-    """48 channels take 192 tokens; padding is none."""
-    tokens_NT = torch.randint(1, 64, (4, 64), generator=torch.Generator().manual_seed(0))
-    mask_NT = torch.ones_like(tokens_NT)
-    mask_NT[:, 47:] = 0
-    padded: list[Batch] = [{"input_ids": tokens_NT, "attention_mask": mask_NT}]
-    for method in (MLPWidth(multiple=8, compensate=False), MLPWidth(multiple=8)):
-        assert "calibration tokens" not in capsys.readouterr().err
-        prune(lively_model("llama"), padded, Recipe(method, 0.25))
-    assert "MLPWidth has 188 calibration tokens for the 48 inputs of mlp.down_proj; with" in capsys.readouterr().err
-    prune(lively_model("llama"), [tokens_NT], Recipe(MLPWidth(multiple=8), 0.25))
-    assert "calibration tokens" not in capsys.readouterr().err
+def test_too_few_calibration_tokens_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """48 channels take 192 tokens; padding is none, and those of other processes count."""
+
+    def told(method: MLPWidth, tokens: int, sparsity: float = 0.25) -> bool:
+        monkeypatch.setattr("lit_prune.progress._told", set())
+        mask_NT = (torch.arange(64) < tokens).long().repeat(4, 1)
+        padded: list[Batch] = [{"input_ids": torch.arange(256).view(4, 64) % 63 + 1, "attention_mask": mask_NT}]
+        prune(lively_model("llama"), padded, Recipe(method, sparsity))
+        line = f"MLPWidth compensates by {4 * tokens} calibration tokens for the 48 inputs of mlp.down_proj, fewer than"
+        return line in capsys.readouterr().err
+
+    assert told(MLPWidth(multiple=8), 47)
+    assert not told(MLPWidth(multiple=8), 48)
+    assert not told(MLPWidth(multiple=8, compensate=False), 47)
+    assert not told(MLPWidth(multiple=8), 47, sparsity=0.0)
+    monkeypatch.setattr("lit_prune.calibration.stream.distributed.all_reduce_count", lambda count: 2 * count)
+    assert not told(MLPWidth(multiple=8), 47)
