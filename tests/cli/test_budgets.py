@@ -26,7 +26,7 @@ def test_the_bytes_of_the_exported_folder() -> None:
     saved = yaml.safe_load(Path("runs/x/config.yaml").read_text())["pruning"]["allocation"]
     assert saved == {"class_path": "lit_prune.Uniform"}
     assert report()["recipe"]["allocation"] == "Uniform()"
-    assert "rates per block by Uniform()" in Path("runs/x/model/README.md").read_text()
+    assert "rates per block by Uniform:" in Path("runs/x/model/README.md").read_text()
     assert type(AutoModelForCausalLM.from_pretrained("runs/x/model")).__name__ == "LlamaForCausalLM"
 
 

@@ -209,7 +209,7 @@ def test_a_masked_folder_loses_blocks_and_is_exported_again() -> None:
     run("export", "--output=runs/again", "--model.pretrained=runs/short/model")
     for folder in ("runs/short", "runs/again"):
         assert report(folder)["depth"]["requested"] == 0.25
-        assert "Shortened with Depth(" in Path(folder, "model/README.md").read_text()
+        assert "Shortened with Depth, rates" in Path(folder, "model/README.md").read_text()
     assert report("runs/again")["sparsity"]["achieved_linears"] == pytest.approx(0.5, abs=0.05)
 
 
