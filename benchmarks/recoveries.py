@@ -75,7 +75,10 @@ def fit(options: Options, folder: Path) -> Row:
 
 
 def fit_by(protocol: Protocol, options: Options, folder: Path) -> Row:
-    """Returns the perplexities before and after 100 steps on the model and the texts of ``protocol``."""
+    """Returns the perplexities before and after 100 steps on the model and the texts of ``protocol``.
+
+    The one before is that of the pruned model, or of the dense one if ``options`` prune nothing.
+    """
     files = {"train_files": protocol.train_files, "val_files": protocol.val_files}
     row = fit(
         [
@@ -95,7 +98,8 @@ def fit_by(protocol: Protocol, options: Options, folder: Path) -> Row:
         folder,
     )
     perplexity = row["perplexity"]
-    return {"pruned": perplexity["pruned"], "perplexity": perplexity["recovered"], "seconds": row["seconds"]}
+    first, last = ("pruned", "recovered") if "pruned" in perplexity else ("before", "after")
+    return {first: perplexity[first], "perplexity": perplexity[last], "seconds": row["seconds"]}
 
 
 @torch.no_grad()

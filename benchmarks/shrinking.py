@@ -47,6 +47,7 @@ HEALINGS = {
     "LoRA": ["--pruning.recovery=LoRA", "--pruning.recovery.r=16"],
     "distillation": ["--pruning.recovery=LoRA", "--pruning.recovery.r=16", "--pruning.distillation.weight=0.5"],
 }
+NOTHING = ["--pruning.method=null", "--pruning.sparsity=null", "--pruning.allocation=null"]  # is pruned
 
 
 def allocations(folder: Path, share: float) -> Iterator[Allocation]:
@@ -189,6 +190,8 @@ class Cases(MatchingCases):
             windows = MORE * self.protocol.num_samples
             self.once(f"{name}, {windows} windows", partial(self.cut, recipe, MORE))
         self._healed(*cuts[0], folder)
+        dense = partial(recoveries.fit_by, self.protocol, [*NOTHING, *HEALINGS["LoRA"]], folder / "dense")
+        self.once(tables.DENSE_TRAINED, dense)
         for share in sorted(SHARES, key=lambda share: abs(share - 0.20)):
             self.once(f"speed in transformers, -{share:.0%}", partial(self.speed, share, in_transformers))
             llama_cpp = partial(in_llama_cpp, tokenizer=self.protocol.data.tokenizer)

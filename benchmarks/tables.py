@@ -26,6 +26,7 @@ METHODS_BY_COST = ("Wanda", "SparseGPT", "ADMM")
 PATTERNS = ("2:4", "4:8", "N:8 by OWL", "N:8 by DLP")
 MEANS = (0.20, 0.25, 0.30)
 SHRINKING = r"not compensated|reconstructed|neighbours|refitted|\d+ windows"  # settings of shrunk models
+DENSE_TRAINED = "dense, 100 steps of LoRA"  # a case of shrinking.py
 WIDTHS = ("constant", "LayerRedundancy, base 0.05 below", "LayerRedundancy, base 0.10 below", "DLP")
 RECOVERIES = {  # name of the case: label of the row
     "LoRA, {}": "LoRA, separate adapter",
@@ -222,8 +223,11 @@ def shrinking_healed(rows: Sequence[Row]) -> str:
         if match is not None:
             change = [f"{row['pruned']:.2f}", f"{row['perplexity']:.2f}"]
             lines.append([f"-{match[3]}%", match[1] + match[4], match[2], match[5], *change])
-    head = ["parameters", "method", "allocation", "100 steps of", "before", "after"]
-    return table(head, sorted(lines, key=lambda line: (int(line[0][1:-1]), float(line[5]))), words=4)
+    lines.sort(key=lambda line: (int(line[0][1:-1]), float(line[5])))
+    for row in rows:
+        if row["case"] == DENSE_TRAINED:
+            lines.insert(0, ["dense", "", "", "LoRA", f"{row['before']:.2f}", f"{row['perplexity']:.2f}"])
+    return table(["parameters", "method", "allocation", "100 steps of", "before", "after"], lines, words=4)
 
 
 def shrinking_speed(rows: Sequence[Row]) -> str:
