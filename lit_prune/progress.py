@@ -37,13 +37,13 @@ def track(items: Iterable[Item], label: str, note: Callable[[], str] | None = No
         label: Text of the bar.
         note: Returns a text about the last item, which the bar shows behind its label.
     """
+    if not distributed.is_rank_zero():
+        yield from items
+        return
     try:
         total = len(items)  # type: ignore[arg-type]
     except TypeError:  # also of a DataLoader over an IterableDataset, which has the method
         total = None
-    if not distributed.is_rank_zero():
-        yield from items
-        return
     with counted(total, label) as progressed:
         for done, item in enumerate(items, 1):
             yield item

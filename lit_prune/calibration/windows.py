@@ -46,6 +46,11 @@ class Calibration:
         """Tokens per window."""
         return CALIBRATION_TOKENS if self.seq_length is None else self.seq_length
 
+    @property
+    def batches(self) -> int:
+        """Number of batches, of which the last may be smaller."""
+        return -(-self.num_samples // self.batch_size)
+
 
 class Windows(NamedTuple):
     """Calibration windows, (N, T), and the position in the token stream at which each begins."""

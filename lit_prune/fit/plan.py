@@ -74,7 +74,7 @@ class FitPlan:
         method, count = self.recipe.method, len(self.cuts)
         self.recipe.allocation.check_windows(self.calibration.num_samples)
         if self.recipe.reconstruction is not None:
-            check_batches(-(-self.calibration.num_samples // self.calibration.batch_size))
+            check_batches(self.calibration.batches)
         self._check_bytes()
         self._check_target_perplexity()
         self._check_full(self.before, "before")

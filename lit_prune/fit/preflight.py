@@ -87,7 +87,7 @@ def check_data(plan: FitPlan, trainer: Trainer) -> None:
     if plan.last_step > 0:  # a cut at step 0 reads them right away
         check_calibration(trainer, plan.calibration)
     if hasattr(_datamodule(trainer), "calibration_windows"):
-        distributed.check_shards(-(-plan.calibration.num_samples // plan.calibration.batch_size))
+        distributed.check_shards(plan.calibration.batches)
 
 
 def check_resumed(plan: FitPlan, resume: Resume, trainer: Trainer, pl_module: LightningModule, datamodule: Any) -> None:

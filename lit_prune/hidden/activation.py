@@ -45,7 +45,6 @@ def mean_activation(stream: Stream, blocks: Sequence[Block], layout: Layout, dev
         device: Device on which a block computes.
     """
     sums: list[Tensor] = []
-    tokens = 0
     for block in track(blocks, "Scoring dimensions"):
         norms = {step.norm: block.module.get_submodule(step.norm) for step in layout.steps}
         with on_device(block, device), last_outputs(norms) as outputs:
@@ -58,9 +57,8 @@ def mean_activation(stream: Stream, blocks: Sequence[Block], layout: Layout, dev
                 return y_BTD
 
             stream.map(run, block)
-        tokens = sum(len(stream.unmasked(index, x_BTD)) for index, x_BTD in enumerate(stream.hidden))
     total_D = distributed.all_reduce_sum(torch.stack(sums).sum(0))
-    return total_D / (distributed.all_reduce_count(tokens) * len(blocks) * len(layout.steps))
+    return total_D / (stream.tokens() * len(blocks) * len(layout.steps))
 
 
 def most_active(activation_D: Tensor, width: int) -> Tensor:
