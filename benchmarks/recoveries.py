@@ -91,7 +91,7 @@ def fit_by(protocol: Protocol, options: Options, folder: Path) -> Row:
             f"--data.seq_length={protocol.seq_length}",
             f"--pruning.calibration.seq_length={protocol.seq_length}",
             f"--pruning.calibration.num_samples={protocol.num_samples}",
-            "--trainer.precision=bf16-mixed",
+            f"--trainer.precision={protocol.precision}",
             "--trainer.val_check_interval=1000",
             *options,
         ],
@@ -99,7 +99,12 @@ def fit_by(protocol: Protocol, options: Options, folder: Path) -> Row:
     )
     perplexity = row["perplexity"]
     first, last = ("pruned", "recovered") if "pruned" in perplexity else ("before", "after")
-    return {first: perplexity[first], "perplexity": perplexity[last], "seconds": row["seconds"]}
+    return {
+        first: perplexity[first],
+        "perplexity": perplexity[last],
+        "seconds": row["seconds"],
+        "precision": protocol.precision,
+    }
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ class Protocol:
         val_length: Tokens per validation window.
         matmul_precision: `medium` multiplies float32 matrices in bfloat16 while a model is scored and pruned, in half
             of the time on a processor that can; perplexity is measured in float32 all the same.
+        precision: Precision of training. `32-true` is much faster on a processor without bfloat16 instructions.
     """
 
     pretrained: str = "embedded"
@@ -51,6 +52,7 @@ class Protocol:
     val_windows: int = 12
     val_length: int = 2048
     matmul_precision: Literal["highest", "medium"] = "highest"
+    precision: Literal["bf16-mixed", "32-true"] = "bf16-mixed"
 
     def __post_init__(self) -> None:
         self.data = TextDataModule(

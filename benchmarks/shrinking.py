@@ -51,8 +51,9 @@ NOTHING = ["--pruning.method=null", "--pruning.sparsity=null", "--pruning.alloca
 
 
 def allocations(folder: Path, share: float) -> Iterator[Allocation]:
-    """Yields the allocations of MLPWidth besides Uniform, from which the search starts."""
+    """Yields the allocations of MLPWidth besides Uniform."""
     yield from (DLP(), LayerRedundancy())
+    yield Search(LayerRedundancy(), state=str(folder / f"search-layer-redundancy-{share}.json"))
     yield Search(Uniform(), state=str(folder / f"search-{share}.json"))
 
 
@@ -65,7 +66,10 @@ def mixture(folder: Path, share: float) -> tuple[str, Recipe]:
 
 def by_share(method: Method, share: float, allocation: Allocation, name: str | None = None) -> tuple[str, Recipe]:
     """Returns the name and the recipe of a case by its share of all parameters."""
-    name = f"{name or type(method).__name__} by {type(allocation).__name__}, -{share:.0%}"
+    rule = type(allocation).__name__
+    if isinstance(allocation, Search) and not isinstance(allocation.start, Uniform):
+        rule += f" from {type(allocation.start).__name__}"
+    name = f"{name or type(method).__name__} by {rule}, -{share:.0%}"
     return name, Recipe(method, share, allocation, budget="parameters")
 
 

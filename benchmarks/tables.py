@@ -205,7 +205,7 @@ def shrinking(rows: Sequence[Row]) -> str:
     """Returns the table of perplexities, parameters, bytes and cost of shrunk models without training."""
     lines = []
     for row in rows:
-        match = re.fullmatch(rf"([\w ]+) by (\w+), -(\d+)%((?:, (?:{SHRINKING}))*)", row["case"])
+        match = re.fullmatch(rf"([\w ]+) by ([\w ]+), -(\d+)%((?:, (?:{SHRINKING}))*)", row["case"])
         if match is not None:
             size = [f"{row['parameters'] / 1e6:.1f}", f"{row['bytes'] / 1e6:.1f}"]
             cells = [*size, f"{row['perplexity']:.2f}", f"{row['multiple']:.1f}"]
@@ -218,7 +218,7 @@ def shrinking_healed(rows: Sequence[Row]) -> str:
     """Returns the table of perplexities before and after 100 steps."""
     lines = []
     for row in rows:
-        pattern = rf"([\w ]+) by (\w+), -(\d+)%((?:, (?:{SHRINKING}))*), 100 steps of (\w+)"
+        pattern = rf"([\w ]+) by ([\w ]+), -(\d+)%((?:, (?:{SHRINKING}))*), 100 steps of (\w+)"
         match = re.fullmatch(pattern, row["case"])
         if match is not None:
             change = [f"{row['pruned']:.2f}", f"{row['perplexity']:.2f}"]
