@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from lit_prune.report.records import SearchRecord
 from lit_prune.report.report import ScoreReport, TaskReport, to_json, versions
 from lit_prune.report.sections import Sparsity
 from lit_prune.report.summary import summary
-from lit_prune.report.table import block_table, task_table
+from lit_prune.report.table import block_table, metrics_table, task_table
 from lit_prune.report.write import write_scores
 
 
@@ -67,7 +67,10 @@ class PruneTrainer(Trainer):
             verbose: Print the perplexity.
             weights_only: Refuse a checkpoint that holds anything but weights and plain values.
         """
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        metrics = super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        if verbose:
+            self._print_metrics(metrics, ckpt_path)
+        return metrics
 
     def test(  # type: ignore[override]
         self,
@@ -85,7 +88,10 @@ class PruneTrainer(Trainer):
             verbose: Print the perplexity.
             weights_only: Refuse a checkpoint that holds anything but weights and plain values.
         """
-        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        metrics = super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        if verbose:
+            self._print_metrics(metrics, ckpt_path)
+        return metrics
 
     def prune(self, model: LightningModule, datamodule: LightningDataModule) -> None:
         """Prune a model in one shot, without training; writes the same folder as fit."""
@@ -190,6 +196,12 @@ class PruneTrainer(Trainer):
             write_text(results.folder.path / "report.json", to_json(report))
         results.folder.finish()
         print_tables([task_table(report)], [results.folder.path / "report.json"])
+
+    def _print_metrics(self, metrics: Sequence[Mapping[str, float]], ckpt_path: str | None) -> None:
+        """Prints the metrics of the model or the checkpoint that was measured, in one process."""
+        if self.is_global_zero:
+            model = getattr(self.lightning_module, "pretrained", type(self.lightning_module).__name__)
+            print_tables([metrics_table(ckpt_path or model, metrics)], [])
 
     def _prepared(
         self, model: LightningModule, datamodule: LightningDataModule

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
@@ -36,6 +36,14 @@ def table(report: Report) -> Table:
     grid = _grid("lit_prune")
     for label, text in _rows(report).items():
         grid.add_row(label, text)
+    return grid
+
+
+def metrics_table(model: str, metrics: Sequence[Mapping[str, float]]) -> Table:
+    """Returns the table of what a validation or a test of ``model`` has measured, of every dataloader."""
+    grid = _grid(model)
+    for name, value in (pair for measured in metrics for pair in measured.items()):
+        grid.add_row(name, short(value))
     return grid
 
 
