@@ -175,6 +175,8 @@ class Recipe:
             return self
         self.method.check(model, 0.0)
         blocks, stored = self.find(model), stored or StoredBytes.of(model)
+        if self.counts_bytes:
+            self._check_rows(model, stored.row_multiple)
         total = self.method.full_parameters(model, blocks)
         full_bytes = stored.total + (total - parameters(model)) * stored.per_weight
         full, per_weight = full_bytes, stored.per_weight
@@ -189,6 +191,21 @@ class Recipe:
         except OutOfRange as error:
             raise self._unreachable(error, model, full, total * per_weight / full) from error
         return resolved
+
+    def _check_rows(self, model: PreTrainedModel, multiple: int) -> None:
+        """Raises InputError if rows of the weights, before or after the cut, are not multiples of ``multiple``."""
+        field, method = self.target or "budget", type(self.method).__name__
+        remedy = "give `pruning.target_parameters`, or another type of weights"
+        if others := {row for each in model.parameters() if each.ndim > 1 and (row := each.shape[-1]) % multiple}:
+            raise InputError(
+                f"`pruning.{field}` must not count bytes for a model with rows of {min(others)} weights, which the "
+                f"format stores in more bits, as {multiple} does not divide them: {remedy}."
+            )
+        if self.method.size_multiple(model) % multiple:
+            raise InputError(
+                f"`multiple` of {method} must leave sizes that {multiple} divides, with `pruning.{field}`, since the "
+                f"format stores other rows in more bits: set it to {multiple}, or {remedy}."
+            )
 
     def _unreachable(self, error: OutOfRange, model: PreTrainedModel, full: float, scale: float) -> InputError:
         """Returns the error for a target that cannot be reached.
@@ -269,7 +286,7 @@ class Recipe:
                 f"got {limits.target:.4g}."
             )
         limits = self._as_planned(model, blocks, limits)
-        self.method.check_rates(blocks, self.allocation, limits.effective_target)
+        self.method.check_rates(model, blocks, self.allocation, limits.effective_target)
         self.allocation.check(limits.sizes, limits.effective_target, limits.lower, limits.upper)
         if (named := self.allocation.named_rates(self.method.named_sizes(model, blocks))) is not None:
             self.method.check_named(model, blocks, named)
@@ -277,6 +294,18 @@ class Recipe:
         if self.allocation.is_uniform():
             self.method.check_sizes(model, blocks, equal_rates)
         return blocks, limits
+
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Returns whether the config of ``model`` accepts the sizes that equal rates leave; True for other rates."""
+        if not self.allocation.is_uniform():
+            return True
+        blocks = self.find(model)
+        try:
+            rates = self.spread(self.limits(model, blocks), [1.0] * len(blocks), equal=True)
+            self.method.check_sizes(model, blocks, rates)
+        except InputError:
+            return False
+        return True
 
     def check_removes(self, model: PreTrainedModel) -> None:
         """Raises InputError if a cut by equal rates of shapes is rounded to nothing."""

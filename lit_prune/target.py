@@ -24,10 +24,12 @@ class StoredBytes:
     Attributes:
         total: Bytes of all weights.
         per_weight: Bytes of one weight of a linear; 34 / 32 for 8 bits with one scale of 16 bits for 32 weights.
+        row_multiple: Number of which the length of a row must be a multiple for that; others are stored larger.
     """
 
     total: float
     per_weight: float
+    row_multiple: int = 1
 
     @classmethod
     def of(cls, model: PreTrainedModel, dtype: torch.dtype | None = None) -> StoredBytes:

@@ -68,7 +68,8 @@ def find_sparsity(
     """Returns the greatest sparsity of ``recipe`` whose perplexity on ``validation`` is at most ``perplexity``.
 
     The interval of all sparsities that the recipe allows is halved until it is shorter than ``tolerance``: 8 cuts of
-    copies of the model for 0 to 0.99 and 0.01, fewer if the method rounds some of them to the same sizes. The blocks
+    copies of the model for 0 to 0.99 and 0.01, fewer if the method rounds some of them to the same sizes. Sparsities
+    that leave sizes which the config does not accept are left out, so that the interval may stay longer. The blocks
     are scored once. Where the perplexity does not rise with the sparsity throughout, a greater sparsity than the one
     that is found may do as well.
 
@@ -124,7 +125,7 @@ def find_sparsity(
             f"`pruning.target_perplexity` must be below {trials[0].perplexity:.4g}, that of the largest sparsity that "
             f"the recipe allows, {most:.4g}, got {perplexity:g}: give `--pruning.sparsity {most:.4g}`."
         )
-    sparsity = greatest(allows, least, most, tolerance)
+    sparsity = greatest(allows, least, most, tolerance, lambda sparsity: replace(recipe, sparsity=sparsity).fits(model))
     if sparsity is None:
         raise InputError(
             f"`pruning.target_perplexity` must be at least {trials[-1].perplexity:.4g}, that of a sparsity of "
@@ -134,7 +135,13 @@ def find_sparsity(
     return FoundSparsity(sparsity, reached, perplexity, before, tolerance, tuple(trials))
 
 
-def greatest(allows: Callable[[float], bool], least: float, most: float, tolerance: float) -> float | None:
+def greatest(
+    allows: Callable[[float], bool],
+    least: float,
+    most: float,
+    tolerance: float,
+    possible: Callable[[float], bool] = lambda _: True,
+) -> float | None:
     """Returns the greatest number tried that is allowed, by bisection; None if none is.
 
     For numbers up to 0.6 between 0 and 1, and a tolerance of 0.2: 0.5 is, 0.75 and 0.625 are not allowed; it is 0.5.
@@ -143,15 +150,21 @@ def greatest(allows: Callable[[float], bool], least: float, most: float, toleran
         allows: Function that tells whether a number is allowed.
         least: A number that counts as allowed, and is not tried.
         most: A number that counts as not allowed, and is not tried.
-        tolerance: Longest distance between the result and a number that is not allowed.
+        tolerance: Longest distance between the result and a number that is not allowed, or not possible.
+        possible: Function that tells whether a number can be tried; for one that cannot, the nearest is that can, in
+            steps of ``tolerance``.
     """
     found = None
     while most - least > tolerance:
-        middle = (least + most) / 2
-        if allows(middle):
-            least = found = middle
+        steps = range(math.ceil((most - least) / 2 / tolerance))
+        numbers = ((least + most) / 2 + sign * step * tolerance for step in steps for sign in (1, -1))
+        tried = next((number for number in numbers if least < number < most and possible(number)), None)
+        if tried is None:
+            break
+        if allows(tried):
+            least = found = tried
         else:
-            most = middle
+            most = tried
     return found
 
 

@@ -72,8 +72,26 @@ def test_bytes_of_the_type_that_is_exported() -> None:
     wider = small_model(intermediate_size=64)  # 4,608 parameters more; rows of 48 would stay in 16 bits
     q8 = GGUF("q8_0").stored_bytes(wider, wider.dtype)
     assert (q8.total, q8.per_weight) == ((29_920 - 224) * 34 / 32 + 224 * 4, 34 / 32)
-    smaller = Recipe(WIDTH, allocation=Uniform(), target_bytes=round(q8.total - 6_912 * 34 / 32))
+    smaller = Recipe(MLPWidth(multiple=32), allocation=Uniform(), target_bytes=round(q8.total - 6_912 * 34 / 32))
     assert smaller.resolved(wider, q8).sparsity == pytest.approx(6_912 / 29_920)
+
+
+def test_rows_that_a_format_stores_larger() -> None:
+    model = small_model(intermediate_size=96)
+    q8 = GGUF("q8_0").stored_bytes(model, model.dtype)
+    given: dict[str, dict[str, Any]] = {
+        "target_bytes": {"target_bytes": 30_000},
+        "budget": {"budget": "bytes", "sparsity": 0.2},
+    }
+    for field, fields in given.items():
+        with pytest.raises(InputError, match=rf"`multiple` of MLPWidth must leave sizes that 32 .* `pruning.{field}`"):
+            Recipe(MLPWidth(multiple=8), allocation=Uniform(), **fields).resolved(model, q8)
+        Recipe(MLPWidth(multiple=32), allocation=Uniform(), **fields).resolved(model, q8)
+    Recipe(MLPWidth(multiple=8), allocation=Uniform(), target_parameters=30_000).resolved(model, q8)
+    narrow = small_model()  # 48 channels
+    stored = GGUF("q8_0").stored_bytes(narrow, narrow.dtype)
+    with pytest.raises(InputError, match="`pruning.target_bytes` must not count bytes for .* rows of 48 weights"):
+        Recipe(MLPWidth(multiple=32), target_bytes=20_000).resolved(narrow, stored)
 
 
 @pytest.mark.parametrize("allocation", [Uniform(), DLP()], ids=str)

@@ -1,6 +1,7 @@
 """The greatest sparsity that keeps a perplexity."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lit_prune.allocate import Search, Uniform
+from lit_prune.allocate import DLP, Search, Uniform
 from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
@@ -18,9 +19,9 @@ from lit_prune.pipeline import prune
 from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
-from lit_prune.shrink import MLPWidth
+from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.target_perplexity import find_sparsity, greatest
-from tests.conftest import small_model
+from tests.conftest import lively_model, small_model
 
 MASKS = Recipe(Magnitude(), allocation=Uniform())
 TEXT = "Return the number of items in a container, or raise an error if the object has no length."
@@ -43,6 +44,40 @@ def test_greatest_by_hand() -> None:
     assert tried == [0.5, 0.75, 0.625]
     assert greatest(lambda number: False, 0, 1, 0.2) is None
     assert greatest(lambda number: True, 0, 1, 0.2) == 0.875
+
+
+def test_numbers_that_cannot_be_tried_by_hand() -> None:
+    tried: list[float] = []
+
+    def allows(number: float) -> bool:
+        tried.append(round(number, 9))
+        return number <= 0.55
+
+    def possible(number: float) -> bool:
+        return not 0.45 < number < 0.75
+
+    assert greatest(allows, 0, 1, 0.1, possible) == pytest.approx(0.4)
+    assert tried == [0.4, 0.8]  # 0.5 and 0.6 cannot be tried, then 0.7 cannot, and last 0.6, 0.7 and 0.5
+    assert greatest(lambda number: True, 0, 1, 0.1, lambda number: False) is None
+
+
+def test_numbers_of_heads_that_the_config_does_not_accept_are_left_out(
+    validation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 8 heads 1, 2 and 4 divide the 32 dimensions, and have a perplexity of 80, 40 and 20."""
+
+    def measured(model: PreTrainedModel, *_: object, **__: object) -> Any:
+        return SimpleNamespace(perplexity=80 / model.config.num_attention_heads)
+
+    monkeypatch.setattr("lit_prune.target_perplexity.measure", measured)
+    model = lively_model("llama", num_attention_heads=8, num_key_value_heads=8, vocab_size=4096)
+    batches, recipe = [batch["input_ids"] for batch in validation[0]], Recipe(HeadGroups(), allocation=Uniform())
+    found = find_sparsity(model, batches, recipe, validation, 25.0)
+    assert {trial.perplexity for trial in found.trials} == {80, 40, 20}
+    assert (found.perplexity, round(8 * found.sparsity)) == (20, 4)
+    assert replace(recipe, sparsity=found.sparsity).fits(model)
+    assert not replace(recipe, sparsity=3 / 8).fits(model)
+    assert replace(recipe, sparsity=3 / 8, allocation=DLP()).fits(model)
 
 
 @pytest.mark.parametrize(

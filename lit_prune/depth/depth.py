@@ -61,6 +61,7 @@ class Depth(Method):
     supports_parameters: ClassVar[bool] = True
     can_be_part: ClassVar[bool] = True
     place: ClassVar[int] = -2
+    fewer: ClassVar[frozenset[str]] = frozenset({"blocks"})
     for_fewer: ClassVar[str] = "Shrink removes parts of blocks too: [Depth, MLPWidth, HiddenWidth] as its `parts`"
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
@@ -92,7 +93,9 @@ class Depth(Method):
                 "and open that."
             )
 
-    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+    def check_rates(
+        self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
         """Raises InputError for rates that do not tell which blocks can go, or that choose where neighbours must go."""
         if self.contiguous and not allocation.is_uniform():
             raise InputError(
@@ -152,9 +155,17 @@ class Depth(Method):
     ) -> float:
         """Returns the share of blocks that have ``share`` of the parameters before all cuts by this method.
 
-        If 10 blocks have 80 of 100 parameters, 0.16 of all parameters are 2 blocks, a share of 0.2.
+        If 10 blocks have 80 of 100 parameters, 0.16 of all parameters are 2 blocks, a share of 0.2. Which go is not
+        known yet, so that of blocks that differ each counts with the mean of their parameters.
         """
-        in_blocks = _gone(model) + sum(parameters(block.module) for block in blocks)
+        sizes = [parameters(block.module) for block in blocks]
+        in_blocks = _gone(model) + sum(sizes)
+        if len(set(sizes)) > 1:
+            log(
+                f"Depth counts blocks of {min(sizes):,} to {max(sizes):,} parameters as equal: what remains depends on "
+                "which go. With `Shrink` and MLPWidth as another part, the size is met.",
+                once=True,
+            )
         return rate_of_share(
             share,
             [in_blocks],

@@ -82,7 +82,9 @@ class Experts(PartMethod):
                 f"the router picks {picked} for a token."
             )
 
-    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+    def check_rates(
+        self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
         """Raises InputError unless every block gets the same rate."""
         if not allocation.is_uniform():
             raise InputError(

@@ -132,7 +132,7 @@ def _converter(folder: Path, tokenizer: Tokenizer, file: Path, outtype: OutType,
     """Returns llama.cpp's converter of a Hugging Face folder, which writes nothing yet."""
     import gguf
 
-    sizes, architecture = _separate_sizes(folder / CONFIG_NAME)
+    sizes, architecture = _adapted(folder / CONFIG_NAME)
     try:
         kind = _conversion().get_model_class(architecture)
     except NotImplementedError as error:
@@ -154,10 +154,11 @@ def _converter(folder: Path, tokenizer: Tokenizer, file: Path, outtype: OutType,
     return converter
 
 
-def _separate_sizes(file: Path) -> tuple[dict[str, list[int]], str]:
-    """Returns the sizes of the blocks in a config.json, and the class of the model.
+def _adapted(file: Path) -> tuple[dict[str, list[int]], str]:
+    """Rewrites a config.json as the converter reads it, and returns the sizes of the blocks and the class of the model.
 
-    The config of a model with blocks of different sizes is rewritten as that of its family, which the converter knows.
+    The config of a model with blocks of different sizes becomes that of its family, which the converter knows. The
+    length that `llama3` scales rotary embeddings from is read at the top level only.
     """
     config = json.loads(file.read_text(encoding="utf-8"))
     sizes, architecture = config.pop("block_sizes", None) or {}, config["architectures"][0]
@@ -165,7 +166,10 @@ def _separate_sizes(file: Path) -> tuple[dict[str, list[int]], str]:
         config.pop("auto_map", None)
         architecture = architecture.removeprefix("Shrunk")
         config |= {"architectures": [architecture], "model_type": config["model_type"].removeprefix("shrunk_")}
-        file.write_text(json.dumps(config), encoding="utf-8")
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "llama3":
+        config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    file.write_text(json.dumps(config), encoding="utf-8")
     return sizes, architecture
 
 

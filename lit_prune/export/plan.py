@@ -92,6 +92,8 @@ class Outline:
         on_disk: Whether the weights are larger than memory and stay on disk.
         quantised: Whether the weights that are written are quantised.
         custom_code: Whether the model is opened by code of its own, which is saved with it.
+        biased: Whether linears of the blocks have biases.
+        fewer: What a cut that is still to come leaves fewer of, see ``Method.fewer``.
     """
 
     form: ExportForm
@@ -102,6 +104,8 @@ class Outline:
     on_disk: bool = False
     quantised: bool = False
     custom_code: bool = False
+    biased: bool = False
+    fewer: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Outline:
@@ -117,6 +121,7 @@ class Outline:
             on_disk=on_disk(model) is not None,
             quantised=snapshot.quantisation is not None and form != "merged",
             custom_code=runs_custom_code(model),
+            biased=_biased(model),
         )
 
     @classmethod
@@ -150,7 +155,13 @@ class Outline:
             on_disk=on_disk,
             quantised=quantised or (recovery is not None and recovery.quantises and form != "merged"),
             custom_code=runs_custom_code(model),
+            biased=_biased(model),
+            fewer=frozenset() if method is None else method.fewer,
         )
+
+
+def _biased(model: PreTrainedModel) -> bool:
+    return any("_proj." in name and name.endswith(".bias") for name, _ in model.named_parameters())
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,6 +76,7 @@ class HiddenWidth(Method):
     supports_parameters: ClassVar[bool] = True
     can_be_part: ClassVar[bool] = True
     place: ClassVar[int] = -1
+    fewer: ClassVar[frozenset[str]] = frozenset({"dimensions"})
     for_fewer: ClassVar[str] = "Shrink removes blocks too: [Depth, MLPWidth, HiddenWidth] as its `parts`"
     propagate: ClassVar[Propagate] = "pruned"  # type: ignore[misc]
 
@@ -114,7 +115,9 @@ class HiddenWidth(Method):
                 f"{self.multiple} (`multiple`) of {self._full(model)} dimensions."
             )
 
-    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+    def check_rates(
+        self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
         """Raises InputError unless every block gets the same rate."""
         if not allocation.is_uniform():
             raise InputError(

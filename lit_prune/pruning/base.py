@@ -48,6 +48,7 @@ class Method(ABC):
         place: Its place in the order in which ``Shrink`` cuts: where the part is in a block, 0 for the attention, 1 for
             the MLP or the mixture; below 0 for a method that cuts the model as a whole, which comes first.
         for_fewer: What removes more parameters than the method can, for the error of a target that it does not reach.
+        fewer: What the model has fewer of after a cut, of `heads`, `dimensions` (of the residual stream) and `blocks`.
         structures: Number of structures that a cut adds to the record of the model, if the method changes shapes.
     """
 
@@ -65,6 +66,7 @@ class Method(ABC):
     can_be_part: ClassVar[bool] = False
     place: ClassVar[int] = 1
     for_fewer: ClassVar[str] = ""
+    fewer: ClassVar[frozenset[str]] = frozenset()
     structures: int = 1
     propagate: Propagate = "dense"
 
@@ -77,7 +79,7 @@ class Method(ABC):
         """Raises InputError if the method cannot prune ``model`` to ``sparsity``; ``model`` is not changed."""
 
     def check_rates(  # noqa: B027 (most support any rates)
-        self, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+        self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
     ) -> None:
         """Raises InputError if the method does not support the rates that ``allocation`` gives."""
 

@@ -74,7 +74,9 @@ class MaskMethod(Method):
             rate: Share to remove, in [0, 1].
         """
 
-    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+    def check_rates(
+        self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
         """Raises InputError if the pattern does not support such rates or does not fit a linear."""
         columns = {
             f"{name} of block {block.index}": linear.weight_OI.shape[1]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lit_prune import distributed
 from lit_prune.allocate.base import TOLERANCE, Allocation
 from lit_prune.calibration.statistics import GRAM, BlockStatistics
 from lit_prune.calibration.stream import Stream, on_device
@@ -110,9 +111,11 @@ class UnitMethod(PartMethod):
         family = dense_family(model.config)
         return InputError(f"`pruning.method` {type(self).__name__} cannot shrink the family {family!r}: {reason}.")
 
-    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+    def check_rates(
+        self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
         """Raises InputError if blocks may get different sizes, and there is no class for such models of the family."""
-        family = dense_family(config_of(blocks[0]))
+        family = dense_family(model.config)
         if not allocation.is_uniform() and family not in SHRUNK:
             raise InputError(
                 f"`pruning.allocation` must be Uniform for {type(self).__name__} and the family {family!r}: blocks of "
@@ -226,17 +229,23 @@ class UnitMethod(PartMethod):
             )
 
     def _compares(self, first: Block, part: Part, stream: Stream) -> bool:
-        """Returns whether blocks make up for the errors of those before, as far as what they write is simply added."""
+        """Returns whether blocks make up for the errors of those before, as far as all processes can."""
         if not self.corrects:
             return False
+        if not distributed.all_reduce_count(int(len(stream.hidden) > 1)):
+            reason = "that takes at least two calibration batches, lower `pruning.calibration.batch_size`"
+        elif not self._writes_as_it_is(first, part, stream):
+            reason = "what an MLP writes is not added to the residual stream as it is"
+        else:
+            return True
+        log(f"{type(self).__name__} does not make up for the errors of the blocks before: {reason}.")
+        return False
+
+    def _writes_as_it_is(self, first: Block, part: Part, stream: Stream) -> bool:
+        """Returns whether the output of the part is simply added to the residual stream, in all processes."""
         with on_device(first, stream.device):
             added = is_added(stream, first, first.linears[part.writer])
-        if not added:
-            log(
-                f"{type(self).__name__} does not make up for the errors of the blocks before: what an MLP writes is "
-                "not added to the residual stream as it is."
-            )
-        return added
+        return distributed.all_reduce_count(int(added)) == distributed.world_size()
 
     def observation(
         self, model: PreTrainedModel, blocks: Sequence[Block], *, rates: Sequence[float], stream: Stream

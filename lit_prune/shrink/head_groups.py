@@ -48,4 +48,5 @@ class HeadGroups(UnitMethod):
     compensate: bool = True
 
     place: ClassVar[int] = 0
+    fewer: ClassVar[frozenset[str]] = frozenset({"heads"})
     sizes_class: ClassVar[type[PartSizes]] = HeadGroupCounts

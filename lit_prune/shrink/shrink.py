@@ -138,6 +138,11 @@ class Shrink(PartsMethod):
         return f"add to `Shrink.parts` {', or '.join(missing)}" if missing else ""
 
     @property
+    def fewer(self) -> frozenset[str]:  # type: ignore[override]
+        """What the parts leave fewer of."""
+        return frozenset().union(*(part.fewer for part in self._every))
+
+    @property
     def described(self) -> str:
         """The method for an error that says what it cannot do."""
         return "Shrink" if self._stages is None else "Shrink with Depth or HiddenWidth"
@@ -164,10 +169,12 @@ class Shrink(PartsMethod):
                 f"`multiple`{and_blocks}."
             )
 
-    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+    def check_rates(
+        self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
         """Raises InputError if one of the parts does not support the rates that ``allocation`` gives."""
         for part in self._every:
-            part.check_rates(blocks, allocation, sparsity)
+            part.check_rates(model, blocks, allocation, sparsity)
 
     def check_sizes(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> None:
         """Raises InputError if the config does not accept the sizes that one of the parts leaves."""

@@ -92,7 +92,9 @@ class Slicing(Method):
                 f"keeps one `multiple` ({self.multiple}) of {width} dimensions."
             )
 
-    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+    def check_rates(
+        self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
         """Raises InputError for a search by the divergence, if the head is sliced."""
         if self.slice_head and isinstance(allocation, Search) and allocation.loss == "kl":
             raise kl_of_sliced_head()

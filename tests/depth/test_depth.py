@@ -25,9 +25,11 @@ from lit_prune.models.structure import structures
 from lit_prune.pipeline import Pruned, prune, score
 from lit_prune.pruning import Magnitude
 from lit_prune.recipe import Recipe
+from lit_prune.shrink import MLPWidth
 from lit_prune.slice import Slicing
 from tests.conftest import lively_model, small_model
 from tests.depth.skipping import skipping
+from tests.shrink.given import Given
 
 SIX = {"num_hidden_layers": 6}
 FOR_WEIGHTS = (DLP(), OWL(), AlphaPruning(), Arithmetic(difference=0.01))
@@ -118,6 +120,21 @@ def test_a_share_of_all_parameters(batches: list[Tensor]) -> None:
         assert abs(1 - parameters(model) / full - share) <= block / full / 2
     with pytest.raises(InputError, match="must be between .* and 0.7[0-9]* of all parameters .* got 0.9"):
         prune(model, batches, Recipe(Depth(), 0.9, Uniform(), budget="parameters"))
+
+
+def test_blocks_of_different_sizes_are_told(
+    batches: list[Tensor], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lit_prune.progress._told", set())
+    model = small_model(**SIX)
+    recipe = Recipe(Depth(), 0.4, Uniform(), budget="parameters")
+    recipe.check(model)
+    assert "parameters as equal" not in capsys.readouterr().err
+    prune(model, batches, Recipe(MLPWidth(multiple=8), 0.25, Given((0.5, 0.0, 0.5, 0.0, 0.5, 0.0))))
+    smaller, larger = (parameters(model.model.layers[block]) for block in (0, 1))
+    recipe.check(model)
+    told = f"Depth counts blocks of {smaller:,} to {larger:,} parameters as equal: what remains depends on which go."
+    assert told in capsys.readouterr().err
 
 
 @torch.no_grad()

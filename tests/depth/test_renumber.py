@@ -13,8 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from lit_prune.depth.renumber import check_renumbering, drop_blocks, renumbered
 from lit_prune.errors import InputError
 from lit_prune.models.families import blocks_path
+from lit_prune.models.load import new_model
+from lit_prune.pipeline import prune
+from lit_prune.recipe import Recipe
+from lit_prune.shrink import HeadGroups
 from tests.conftest import FAMILIES, lively_model, multimodal_model, small_model
 from tests.depth.skipping import skipping
+from tests.shrink.given import Given
 
 # Beside most families with an entry, those whose config has other fields by block.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,6 +74,19 @@ def test_a_language_model_with_a_vision_tower(batches: list[Tensor]) -> None:
     dense.get_submodule(path)[1].register_forward_hook(lambda _module, args, _output: args[0])  # type: ignore[index]
     torch.testing.assert_close(model(batches[0]).logits, dense(batches[0], use_cache=False).logits)
     assert len(model.model.vision_tower.encoder.layers) == 3
+
+
+def test_numbers_of_heads_that_become_equal_but_cannot_be_those_of_all(batches: list[Tensor]) -> None:
+    """Three heads do not divide 32 dimensions, so that the blocks keep a class of their own."""
+    model = lively_model("llama", num_key_value_heads=4)
+    prune(model, batches, Recipe(HeadGroups(), 1 / 6, Given((0.25, 0.25, 0.0))))
+    assert model.config.block_sizes["num_attention_heads"] == [3, 3, 4]
+    drop_blocks(model, "model.layers", (0, 1))
+    assert type(model).__name__ == "ShrunkLlamaForCausalLM"
+    assert model.config.block_sizes["num_attention_heads"] == [3, 3]
+    opened = new_model(model.config.to_dict())
+    opened.load_state_dict(model.state_dict())
+    assert torch.equal(opened.eval()(batches[0]).logits, model(batches[0]).logits)
 
 
 def test_fields_of_the_config() -> None:

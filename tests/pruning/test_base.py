@@ -78,7 +78,9 @@ class DropBlocks(Method):
     def default_allocation(cls) -> type[Allocation]:
         return LayerRedundancy
 
-    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+    def check_rates(
+        self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
         if allocation.is_uniform():
             raise InputError("`pruning.allocation` must score the blocks for DropBlocks, got Uniform.")
 
@@ -147,7 +149,9 @@ class NarrowMLP(Method):
     changes_shapes: ClassVar[bool] = True
     keeps_values: ClassVar[bool] = True
 
-    def check_rates(self, blocks: Sequence[Block], allocation: Allocation, sparsity: float) -> None:
+    def check_rates(
+        self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
+    ) -> None:
         if not allocation.is_uniform():
             raise InputError("`pruning.allocation` must be Uniform for NarrowMLP.")
 

@@ -19,7 +19,7 @@ from lit_prune.recipe import Recipe
 from lit_prune.search.trial import Trial
 from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from lit_prune.slice import Slicing
-from tests.conftest import FAMILIES, lively_model, small_model
+from tests.conftest import FAMILIES, lively_model, multimodal_model, small_model
 from tests.shrink.given import Given
 
 METHODS = {
@@ -223,10 +223,32 @@ def test_numbers_that_the_config_does_not_accept() -> None:
     Recipe(HeadGroups(), 0.25, DLP()).check(four_groups())  # blocks of different sizes keep the number of the config
 
 
+@pytest.mark.parametrize("method", [HeadGroups(), Shrink([MLPWidth(multiple=8), HeadGroups()])], ids=str)
+def test_equal_numbers_that_the_config_does_not_accept_are_kept_by_block(
+    method: Method, batches: list[Tensor], tmp_path: Path
+) -> None:
+    """A plan may leave three of four heads in every block, which the config of Llama cannot have for all."""
+    model = four_groups()
+    prune(model, batches, Recipe(method, 0.25, Given((0.25, 0.25, 0.25))))
+    assert type(model).__name__ == "ShrunkLlamaForCausalLM"
+    sizes = {"num_attention_heads": [3, 3, 3], "num_key_value_heads": [3, 3, 3]}
+    assert {name: model.config.block_sizes[name] for name in sizes} == sizes
+    assert model.config.num_attention_heads == 4
+    assert structure.structures(model)[-1].describe(model).loading.startswith("import lit_prune")
+    model.save_pretrained(tmp_path)
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(opened(batches[0]).logits, model(batches[0]).logits)
+    prune(model, batches, Recipe(HeadGroups(), 0.5, Uniform()))
+    assert model.config.num_attention_heads == 2
+    assert "num_attention_heads" not in (getattr(model.config, "block_sizes", None) or {})
+
+
 def test_different_sizes_need_a_class() -> None:
     with pytest.raises(InputError, match="`pruning.allocation` must be Uniform for MLPWidth and the family 'falcon'"):
         Recipe(MLPWidth(multiple=8), 0.5, DLP()).check(small_model("falcon"))
     Recipe(MLPWidth(multiple=8), 0.5, Uniform()).check(small_model("falcon"))
+    with pytest.raises(InputError, match="`pruning.allocation` must be Uniform for MLPWidth and the family 'gemma3'"):
+        Recipe(MLPWidth(multiple=8), 0.5, DLP()).check(multimodal_model())
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from lit_prune.allocate import Uniform
+from lit_prune.calibration.stream import Stream
 from lit_prune.calibration.windows import Batch
 from lit_prune.models.families import find_blocks
 from lit_prune.pipeline import prune
 from lit_prune.recipe import Recipe
 from lit_prune.shrink import MLPWidth
+from lit_prune.shrink.units.parts import mlp_of
 from tests.calibration.plain_forward import hidden_by_block
 from tests.conftest import inputs_by_linear, lively_model
 from tests.shrink.given import Given
@@ -73,6 +75,32 @@ def test_families_that_normalise_the_output_are_not_corrected(
     assert "does not make up for the errors of the blocks before" in capsys.readouterr().err
     for one, other in zip(*(model.state_dict().values() for model in models), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # without and with biases
+def test_one_calibration_batch_is_not_enough_to_correct(
+    family: str, batches: list[Tensor], capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [lively_model(family) for _ in range(2)]
+    for model, correct_errors in zip(models, (True, False), strict=True):
+        prune(model, batches[:1], Recipe(MLPWidth(multiple=8, correct_errors=correct_errors), 0.5, Uniform()))
+    assert capsys.readouterr().err.count("that takes at least two calibration batches, lower `pruning.calibr") == 1
+    for one, other in zip(*(model.state_dict().values() for model in models), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("others", "corrects"), [(1, True), (0, False)])
+def test_all_processes_correct_or_none(
+    others: int, corrects: bool, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What this process finds is that of one of two; the other finds the same or not."""
+    model = lively_model("llama")
+    blocks = find_blocks(model)
+    stream, part = Stream(model, blocks, [{"input_ids": ids} for ids in batches], model.device), MLPWidth(multiple=8)
+    writer = mlp_of(blocks[0].linears, model.config)
+    monkeypatch.setattr("lit_prune.shrink.base.distributed.all_reduce_count", lambda count: count + others)
+    monkeypatch.setattr("lit_prune.shrink.base.distributed.world_size", lambda: 2)
+    assert part._compares(blocks[0], writer, stream) is corrects
 
 
 def test_too_few_calibration_tokens_are_told(

@@ -16,7 +16,6 @@ from lit_prune.export.formats.base import ExportFormat, Tolerance
 from lit_prune.export.gguf_file import CONFIG, head_dim, read_model
 from lit_prune.export.llama_cpp import OutType, check_packages, check_vocabulary, convert
 from lit_prune.export.plan import ExportPlan, Outline
-from lit_prune.models.families import custom_class
 from lit_prune.progress import log
 from lit_prune.target import StoredBytes
 
@@ -24,6 +23,9 @@ FILE = "model.gguf"
 # Families whose files ``gguf_file`` reads back and the tests run in llama.cpp.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 BY_BLOCK = ("llama", "mistral")  # those whose blocks may be of different sizes
+WITHOUT_BIASES = ("qwen3", "smollm3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # that files can describe
+Q8_ROW = 32  # weights with one scale in q8_0; rows of other lengths are stored in f16
 OUT_TYPES: dict[torch.dtype, OutType] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 # 8 bits with one scale for 32 weights: an error of half of 1/127 of the largest, and that of the scale, which is f16
 TOLERANCES = {
@@ -97,6 +99,8 @@ class GGUF(ExportFormat):
                 f"`format` GGUF must have a model of the families {', '.join(FAMILIES)}, got {outline.family}: use "
                 "`--format HuggingFace`, and llama.cpp's convert_hf_to_gguf.py on the folder."
             )
+        _check_biases(outline)
+        _check_fewer(outline)
         check_packages()
 
     def check_model(self, model: PreTrainedModel, tokenizer: Tokenizer | None) -> None:
@@ -113,6 +117,9 @@ class GGUF(ExportFormat):
         folder.mkdir(parents=True, exist_ok=True)
         if plan.outline.masked:
             log(f"{FILE} stores pruned weights as zeros: it is as large as without the masks.")
+        rows = [parameter.shape[-1] for parameter in plan.plain.parameters() if parameter.ndim > 1]
+        if self.outtype == "q8_0" and (others := [row for row in rows if row % Q8_ROW]):
+            log(f"{len(others)} of {len(rows)} matrices are stored in f16, since {Q8_ROW} does not divide their rows.")
         if (window := _window(plan.plain)) is not None:
             log(
                 f"llama.cpp has no sliding window for {plan.outline.family}: beyond {window} tokens its output differs."
@@ -146,8 +153,10 @@ class GGUF(ExportFormat):
     def stored_bytes(self, model: PreTrainedModel, dtype: torch.dtype) -> StoredBytes:
         """Returns the bytes of the tensors of ``model`` in a file, without those of the vocabulary."""
         outtype = self._outtype(dtype)
-        per_weight = {"f32": 4.0, "q8_0": 34 / 32}.get(outtype, 2.0)
-        return StoredBytes(sum(_bytes(parameter, outtype) for parameter in model.parameters()), per_weight)
+        total = sum(_bytes(parameter, outtype) for parameter in model.parameters())
+        if outtype == "q8_0":
+            return StoredBytes(total, 34 / Q8_ROW, Q8_ROW)
+        return StoredBytes(total, 4.0 if outtype == "f32" else 2.0)
 
     def dtype(self, plan: ExportPlan) -> str:
         """Returns the name of the data type of the matrices."""
@@ -172,11 +181,40 @@ class GGUF(ExportFormat):
         return OUT_TYPES[dtype]
 
 
-def _check_shape(model: PreTrainedModel) -> None:
-    """Raises InputError for a shape that llama.cpp cannot load.
+def _check_biases(outline: Outline) -> None:
+    """Raises InputError for biases that llama.cpp does not load."""
+    if not outline.biased:
+        return
+    if outline.custom_class == "shrunk":
+        raise InputError(
+            "`format` GGUF must have blocks of one size for a model with biases: use `--pruning.allocation Uniform`."
+        )
+    if outline.family in WITHOUT_BIASES:
+        raise InputError(
+            f"`format` GGUF must have no biases in the linears of the family {outline.family}, for which llama.cpp "
+            "loads none: use `--format HuggingFace`."
+        )
 
-    Its Qwen2 has heads that add up to the width of the residual stream, its SmolLM3 a fixed pattern of rotary
-    embeddings, and its blocks of different sizes no biases.
+
+def _check_fewer(outline: Outline) -> None:
+    """Raises InputError for a cut after which llama.cpp cannot load a model of the family."""
+    if outline.family == "qwen2" and outline.fewer & {"heads", "dimensions"}:
+        raise InputError(
+            "`format` GGUF must have a Qwen2 with as many dimensions in its heads as in its residual stream, which "
+            "HeadGroups and HiddenWidth change: use `--format HuggingFace`, or shrink by MLPWidth or Depth."
+        )
+    if outline.family == "smollm3" and "blocks" in outline.fewer:
+        raise InputError(
+            "`format` GGUF must have a SmolLM3 with all blocks, as llama.cpp takes for granted which of them have "
+            "rotary embeddings: use `--format HuggingFace`, or shrink by MLPWidth."
+        )
+
+
+def _check_shape(model: PreTrainedModel) -> None:
+    """Raises InputError for a model that llama.cpp cannot load, or of which it would compute something else.
+
+    Its Qwen2 has heads that add up to the width of the residual stream, and its SmolLM3 a fixed pattern of rotary
+    embeddings. A file has no place for the activation of the MLPs, and none for some kinds of rotary embeddings.
     """
     config = model.config
     width = head_dim(config)
@@ -191,9 +229,16 @@ def _check_shape(model: PreTrainedModel) -> None:
             "`format` GGUF must have a SmolLM3 with rotary embeddings in all blocks but every fourth, which llama.cpp "
             f"takes for granted, got none in {without_rope}: use `--format HuggingFace`."
         )
-    if custom_class(config) == "shrunk" and any(name.endswith("_proj.bias") for name, _ in model.named_parameters()):
+    if (activation := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):
         raise InputError(
-            "`format` GGUF must have blocks of one size for a model with biases: use `--pruning.allocation Uniform`."
+            f"`format` GGUF must have a model with the activation silu, which llama.cpp takes for granted, got "
+            f"{activation}: use `--format HuggingFace`."
+        )
+    kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise InputError(
+            f"`format` GGUF must have rotary embeddings of the types {', '.join(ROPE_TYPES)}, got {kind}: use "
+            "`--format HuggingFace`."
         )
 
 
@@ -208,6 +253,6 @@ def _bytes(parameter: torch.Tensor, outtype: OutType) -> int:
     """Returns the bytes of a tensor in the file: vectors in f32, and no 8 bits for rows that 32 does not divide."""
     if parameter.ndim < 2 or outtype == "f32":
         return 4 * parameter.numel()
-    if outtype == "q8_0" and parameter.shape[-1] % 32 == 0:
-        return parameter.numel() // 32 * 34
+    if outtype == "q8_0" and parameter.shape[-1] % Q8_ROW == 0:
+        return parameter.numel() // Q8_ROW * 34
     return 2 * parameter.numel()

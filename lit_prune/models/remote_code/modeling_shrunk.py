@@ -134,7 +134,7 @@ def _classes(family: str) -> tuple[Any, Any]:
 
 
 SHRUNK: dict[str, Any] = {}
-for _family in FAMILIES:
+for _family in filter(CONFIG_MAPPING.__contains__, FAMILIES):  # other versions of transformers may lack one
     _config, SHRUNK[_family] = _classes(_family)
     globals().update({kind.__name__: kind for kind in (_config, SHRUNK[_family])})  # where ``auto_map`` looks for them
     _config.register_for_auto_class()

@@ -89,9 +89,14 @@ def check_part(layer: nn.Module, part: Part, config: Any, index: int) -> None:
 
 
 def config_error(config: PreTrainedConfig, fields: Mapping[str, int]) -> str | None:
-    """Returns the reason for which the class of a config does not accept it with other ``fields``; None if it does."""
+    """Returns why the family's own class does not accept the config with other ``fields``; None if it does.
+
+    The config of a model whose blocks differ has a class that checks nothing.
+    """
+    own: Any = type(config).__mro__[1] if config.model_type.startswith(PREFIX) else type(config)
+    known = {name: value for name, value in config.to_dict().items() if name not in (SIZES, "model_type")}
     try:
-        type(config).from_dict({**config.to_dict(), **fields})
+        own.from_dict({**known, **fields})
     except Exception as error:  # whatever the config of a family raises
         return str(error.__cause__ or error)
     return None
@@ -100,8 +105,9 @@ def config_error(config: PreTrainedConfig, fields: Mapping[str, int]) -> str | N
 def set_sizes(model: PreTrainedModel, layers: Iterable[nn.Module], sizes: Mapping[str, Sequence[int]]) -> None:
     """Records the sizes of the blocks in the config of ``model``, and gives the model the class that has them.
 
-    Fields that are the same in all blocks are ordinary fields of the config. If all are, the model is of its family's
-    own class; else of the shrunk class, see ``modeling_shrunk``.
+    Fields that are the same in all blocks are ordinary fields of the config, as far as its class accepts these values:
+    that of Llama has no 5 heads for 32 dimensions. If all are, the model is of its family's own class; else of the
+    shrunk class, see ``modeling_shrunk``.
 
     Args:
         model: The model, whose weights have these sizes already.
@@ -110,14 +116,23 @@ def set_sizes(model: PreTrainedModel, layers: Iterable[nn.Module], sizes: Mappin
     """
     config: Any = model.config.get_text_config()
     differing = {**(getattr(config, SIZES, None) or {}), **{name: list(values) for name, values in sizes.items()}}
-    for name, values in list(differing.items()):
-        if len(set(values)) == 1:
-            setattr(config, name, differing.pop(name)[0])
+    equal = {name: values[0] for name, values in differing.items() if len(set(values)) == 1}
+    for name, value in _accepted(config, equal, sizes).items():
+        setattr(config, name, value)
+        del differing[name]
     _set_class(model, shrunk=bool(differing))
     if differing:
         config.block_sizes = differing
     for index, layer in enumerate(layers):
         adopt_sizes(layer, layer_config(config, index), index)
+
+
+def _accepted(config: PreTrainedConfig, fields: Mapping[str, int], new: Iterable[str]) -> dict[str, int]:
+    """Returns those of ``fields`` that the class of the config accepts: all, or else those that are not ``new``."""
+    for accepted in (dict(fields), {name: value for name, value in fields.items() if name not in new}):
+        if config_error(config, accepted) is None:
+            return accepted
+    return {}
 
 
 def _set_class(model: PreTrainedModel, *, shrunk: bool) -> None:

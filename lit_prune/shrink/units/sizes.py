@@ -11,11 +11,14 @@ import torch
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
+from lit_prune.models.families import custom_class
 from lit_prune.models.linears import PrunableLinear, linears_of
 from lit_prune.models.remote_code.modeling_shrunk import layer_config
 from lit_prune.models.structure import Description, Structure
 from lit_prune.shrink.units.narrow import narrow, set_sizes
 from lit_prune.shrink.units.parts import Part
+
+IMPORT = "import lit_prune  # or pass trust_remote_code=True below"
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class PartSizes(Structure):
             sizes=tuple(self.units),
             full=full,
             achieved=achieved,
-            loading="" if least == most else "import lit_prune  # or pass trust_remote_code=True below",
+            loading=IMPORT if custom_class(model.config) == "shrunk" else "",
         )
 
 

@@ -8,18 +8,20 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from lit_prune.allocate import Uniform
+from lit_prune.allocate import DLP, Uniform
 from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.export.formats import GGUF
 from lit_prune.export.formats.gguf import FAMILIES, FILE
 from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.export.verify import verify
+from lit_prune.hidden import HiddenWidth
 from lit_prune.models.load import load_model, load_tokenizer, new_model
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Magnitude, Method
 from lit_prune.recipe import Recipe
-from lit_prune.shrink import HeadGroups, MLPWidth
+from lit_prune.recover import FullFineTuning, LoRA
+from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from tests.conftest import lively_model
 from tests.export.running import LlamaCpp, complete, logprobs, perplexity
 
@@ -38,6 +40,12 @@ def small(family: str, **fields: object) -> PreTrainedModel:
     """A model of the family with the vocabulary of the embedded one."""
     size = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "sliding_window": None}
     return lively_model(family, **{**size, **FIELDS.get(family, {}), **fields})
+
+
+def rope(kind: str, **fields: object) -> dict[str, Any]:
+    """Rotary embeddings of a type, whose first 16 positions were trained."""
+    shared = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+    return {"rope_parameters": {**shared, **fields}}
 
 
 def write(model: PreTrainedModel, folder: Path, outtype: str = "auto") -> ExportPlan:
@@ -115,7 +123,89 @@ def test_blocks_with_lists_of_equal_sizes_are_the_same_model(
 def test_blocks_of_different_sizes_with_biases_are_refused(tmp_path: Path) -> None:
     model = small("shrunk_llama", attention_bias=True, block_sizes={"intermediate_size": [32, 96, 64]})
     with pytest.raises(InputError, match="must have blocks of one size for a model with biases"):
-        GGUF().check_model(model, load_tokenizer("embedded"))
+        GGUF().check(Outline.of(model))
+    dense, recipe = small("llama", attention_bias=True), Recipe(MLPWidth(multiple=8), allocation=DLP())
+    expected = Outline.expected(dense, recipe, LoRA())
+    assert expected is not None
+    with pytest.raises(InputError, match="must have blocks of one size for a model with biases"):
+        GGUF().check(expected)
+    GGUF().check(Outline.of(dense))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "smollm3"])
+def test_families_whose_biases_llama_cpp_does_not_load(family: str) -> None:
+    GGUF().check(Outline.of(small(family)))
+    model = small(family, attention_bias=True)
+    with pytest.raises(InputError, match=f"must have no biases in the linears of the family {family}"):
+        GGUF().check(Outline.of(model))
+    LoRA().attach(model)
+    with pytest.raises(InputError, match=f"must have no biases in the linears of the family {family}"):
+        GGUF().check(Outline.of(model))
+
+
+CUTS: list[tuple[str, Method, str]] = [
+    (
+        "qwen2",
+        HeadGroups(),
+        "must have a Qwen2 with as many dimensions in its heads .*, which HeadGroups and ",
+    ),
+    ("qwen2", Shrink([MLPWidth(), HiddenWidth()]), "must have a Qwen2 with as many dimensions in its heads as in its"),
+    ("smollm3", Depth(), "must have a SmolLM3 with all blocks, as llama.cpp takes for granted which"),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "message"), CUTS)
+def test_cuts_that_no_file_can_hold_are_refused_before(family: str, method: Method, message: str) -> None:
+    model = small(family)
+    GGUF().check(Outline.of(model))
+    for recovery in (None, FullFineTuning()):
+        expected = Outline.expected(model, Recipe(method), recovery)
+        assert expected is not None
+        with pytest.raises(InputError, match=message):
+            GGUF().check(expected)
+    expected = Outline.expected(small("llama"), Recipe(method), None)
+    assert expected is not None
+    GGUF().check(expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "message"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "the activation silu, which llama.cpp takes for granted, got gelu"),
+        ("qwen3", {"hidden_act": "relu"}, "the activation silu, which llama.cpp takes for granted, got relu"),
+        (
+            "llama",
+            rope("dynamic"),
+            "of the types default, linear, llama3, yarn, got dynamic: use",
+        ),
+        ("llama", rope("longrope", short_factor=[1.0] * 8, long_factor=[3.0] * 8), "llama3, yarn, got longrope: use"),
+    ],
+)
+def test_what_llama_cpp_would_compute_differently_is_refused(family: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        GGUF().check_model(small(family, **fields), load_tokenizer("embedded"))
+
+
+@pytest.mark.parametrize("sizes", [None, {"intermediate_size": [32, 96, 64]}])
+@pytest.mark.parametrize(
+    "fields",
+    [rope("linear"), rope("yarn"), rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0)],
+    ids=["linear", "yarn", "llama3"],
+)
+def test_scaled_rotary_embeddings(fields: dict[str, Any], sizes: dict[str, list[int]] | None, tmp_path: Path) -> None:
+    """The length that llama3 scales from is 16 here, and 8,192 in published models."""
+    model = small("llama", **fields) if sizes is None else small("shrunk_llama", **fields, block_sizes=sizes)
+    GGUF().check_model(model, load_tokenizer("embedded"))
+    ids = list(range(5, 25))
+    verify(tmp_path, write(model, tmp_path), GGUF())
+    torch.testing.assert_close(LlamaCpp(tmp_path / FILE).logprobs(ids, 4), logprobs(model, ids, 4), atol=0.01, rtol=0)
+
+
+def test_rows_that_are_stored_in_f16_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(small("llama", intermediate_size=80), tmp_path, "q8_0")
+    assert "3 of 22 matrices are stored in f16, since 32 does not divide their rows." in capsys.readouterr().err
+    write(small("llama"), tmp_path, "q8_0")
+    assert "are stored in f16" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", [MLPWidth(multiple=16), HeadGroups(), Depth()])
