@@ -210,7 +210,7 @@ def test_zeros_that_may_be_filled_are(tmp_path: Path, train: Callable[..., dict]
     assert told["sparsity"]["achieved_all"] < 0.01
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "x/model")
     assert zero_shares(opened)[1] < 0.01
-    assert "Not pruned." in (tmp_path / "x/model/README.md").read_text()
+    assert "No pruning of it is recorded." in (tmp_path / "x/model/README.md").read_text()
 
 
 def test_a_cut_that_nothing_is_trained_before_fills_no_zeros(train: Callable[..., dict]) -> None:

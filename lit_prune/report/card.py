@@ -39,7 +39,7 @@ def model_card(
         library_name: Library that opens the folder; None names none.
         tags: Tags of the format.
     """
-    kind = ["sparse"] if report.shape is None or (report.sparsity.achieved_all or 0) > 0.01 else []
+    kind = ["sparse"] if report.masked or (report.sparsity.achieved_all or 0) > 0.01 else []
     data = ModelCardData(library_name=library_name, tags=["pruning", *kind, "lit-prune", *tags])
     return f"""---
 {data.to_yaml()}
@@ -139,7 +139,7 @@ def _storage(report: Report) -> str:
 def _existing_zeros(report: Report) -> str:
     """Returns the sentence about the pruning of a model whose recipe is not known."""
     if not report.masked:
-        return "" if report.other_structures else "Not pruned."
+        return "" if report.other_structures else "No pruning of it is recorded."
     return (
         f"The base model was already pruned, and training kept its zeros: {report.sparsity.before:.2%} of the linears' "
         f"weights were zero before, {report.sparsity.achieved_linears:.2%} are now."

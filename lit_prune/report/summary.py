@@ -74,7 +74,7 @@ def summary(
         dtype=format.dtype(plan),
         dtype_in_memory=str(plan.model.dtype).removeprefix("torch."),
         quantised=_quantised(plan),
-        shape=_shape(plan, recipe, cuts, baseline),
+        shape=_shape(plan, recipe, cuts, baseline, format),
         structures=structure.describe(plan.base),
         target=_target(plan, recipe, cuts, format),
         target_perplexity=None if last is None else last.found,
@@ -179,7 +179,11 @@ def _seconds(cuts: Sequence[CutRecord], first: str) -> dict[str, float]:
 
 
 def _shape(
-    plan: ExportPlan, recipe: Recipe | None, cuts: Sequence[CutRecord], baseline: Baseline | None
+    plan: ExportPlan,
+    recipe: Recipe | None,
+    cuts: Sequence[CutRecord],
+    baseline: Baseline | None,
+    format: ExportFormat,
 ) -> Shape | None:
     """Returns the structure of the last cut, in this run or before a training without cuts; None if there is none."""
     requested, described = _requested(recipe, cuts[-1] if cuts else None, baseline), structure.describe(plan.base)
@@ -187,6 +191,8 @@ def _shape(
         return None
     sizes = (_size_before(cuts), cuts[-1].size.get("after") if cuts else None)
     before, pruned = (None if size is None else _in_written_type(size, plan) for size in sizes)
+    if pruned is not None and format.opened_as_stored:
+        pruned = replace(pruned, bytes=format.bytes(plan))
     share, budget = requested
     earlier: Mapping[str, Any] = {} if baseline is None else baseline.record
     count = earlier.get(structure.ADDED) or 1 if recipe is None else recipe.method.structures

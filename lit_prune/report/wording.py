@@ -22,6 +22,7 @@ from lit_prune.target_perplexity import FoundSparsity
 REFERENCES = ("dense", "before")  # names of the perplexity that the others are compared with; a report has one of them
 RECOVERED = ("recovered", "requantised")
 MIN_MISS = 5e-5  # smallest difference that four digits show
+MIN_APART = 5e-3  # shares of parameters and bytes that differ by more have a number each
 MAX_FIXED = 1e6  # perplexities from here on get an exponent, since their digits mean nothing
 MIN_LOSS = 0.01  # share of the reference; a share of a smaller loss would be a share of noise
 
@@ -225,11 +226,18 @@ def describe_size(report: Report) -> str:
 
 def _compare_size(report: Report) -> str:
     """Returns the end of the text: the size before quantising or slicing, or that zeros are stored."""
-    quantised = report.quantised
+    quantised, types = report.quantised, [report.dtype]
+    if report.adapter and not report.merged and report.dtype != "float32":
+        types.append("float32")  # of an adapter beside the weights, whatever theirs is
     if quantised is not None and quantised.form != "merged":
         before = f"{quantised.bytes_unquantised / 1e6:,.1f} MB before {quantised.quantization}"
-        return f" in {quantised.quantization} and {report.dtype}, {before}"
-    return f" in {report.dtype}{_compare_shape(report)}"
+        return f" in {_listed([quantised.quantization, *types])}, {before}"
+    return f" in {_listed(types)}{_compare_shape(report)}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Returns names as a sentence lists them: `nf4, bfloat16 and float32`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _compare_shape(report: Report) -> str:
@@ -241,10 +249,13 @@ def _compare_shape(report: Report) -> str:
         return ", zeros stored" if report.masked else ""
     if shape.before is None:
         return ""
-    share = report.parameters / shape.before.parameters - 1
+    share, of_bytes = report.parameters / shape.before.parameters - 1, report.bytes / shape.before.bytes - 1
+    shares = f"{share:+.1%}"
+    if abs(of_bytes - share) > MIN_APART:  # in another type
+        shares += f" of the parameters, {of_bytes:+.1%} of the bytes"
     bigger = f": bigger than {'the dense model' if shape.reference == 'dense' else 'before'}" if share > 0 else ""
     size = f"{shape.before.parameters:,}, {shape.before.bytes / 1e6:,.1f} MB"
-    return f", {shape.reference} {size}  ({share:+.1%}){bigger}"
+    return f", {shape.reference} {size}  ({shares}){bigger}"
 
 
 def _describe_head(report: Report) -> str:

@@ -136,7 +136,8 @@ def test_a_model_that_was_only_trained() -> None:
     before = replace(FOUND, recipe=RECIPE, baseline={"recipe": RECIPE})
     assert "before it was trained here." in model_card(before, "x", "")
     dense = replace(FOUND, sparsity=Sparsity(requested=None, achieved_linears=0.0, achieved_all=0.0), baseline={})
-    assert "Not pruned." in model_card(dense, "x", "")
+    assert "No pruning of it is recorded." in model_card(dense, "x", "")
+    assert ModelCard(model_card(dense, "x", "")).data.tags == ["pruning", "lit-prune"]
 
 
 def test_a_sliced_model() -> None:
@@ -163,9 +164,9 @@ def test_the_tasks() -> None:
 
 def test_the_type_of_weights_that_were_rounded() -> None:
     rounded = replace(REPORT, dtype="bfloat16")
-    assert "in bfloat16, zeros stored. The weights were float32 in memory and are written in bfloat16. The last " in (
-        model_card(rounded, "some/model", "")
-    )
+    told = model_card(rounded, "some/model", "")
+    assert "in bfloat16 and float32, zeros stored. The weights were float32 in memory and are written in" in told
+    assert "The last perplexity is theirs" in told
     assert "are written in" not in model_card(REPORT, "some/model", "")
     assert "The last perplexity" not in model_card(replace(rounded, protocol=None), "some/model", "")
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from lit_prune.allocate import Uniform
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.evaluation.speed import Speed
+from lit_prune.export.formats import GGUF
 from lit_prune.export.plan import ExportPlan
 from lit_prune.fit.baseline import measure_baseline
 from lit_prune.fit.cut import CutInputs
@@ -110,6 +111,18 @@ def test_a_model_that_was_sliced_by_this_run() -> None:
     assert found.shape.before == record.size["before"]
     assert not found.masked
     assert found.sparsity.requested is None
+
+
+def test_memory_is_that_of_the_format_where_weights_are_not_converted_on_opening() -> None:
+    recipe = Recipe(MLPWidth(multiple=16), 1 / 3, Uniform())
+    model, record = pruned(recipe)
+    folder, eighth = report(model, recipe, [record]).shape, report(model, recipe, [record], format=GGUF("q8_0")).shape
+    assert folder is not None
+    assert eighth is not None
+    assert folder.before == eighth.before
+    assert folder.pruned == record.size["after"]
+    assert eighth.pruned is not None
+    assert eighth.pruned.bytes == GGUF("q8_0").bytes(ExportPlan.of(model)) < folder.pruned.bytes / 3  # of float32
 
 
 def test_a_model_that_was_shrunk_before_is_not_called_dense() -> None:

@@ -103,6 +103,9 @@ def test_the_size_of_what_is_exported() -> None:
     assert describe_size(REPORT) == "1,000,000 and 8,000 of the adapter, 4.0 MB in float32, zeros stored"
     assert describe_size(replace(REPORT, merged=True)) == "1,000,000, 4.0 MB in float32, zeros stored"
     quantised = Quantised("nf4", True, "adapter", 9_000_000)
+    half = replace(REPORT, merged=False, adapter={"r": 8}, dtype="bfloat16")
+    assert "of the adapter, 4.0 MB in bfloat16 and float32, zeros stored" in describe_size(half)
+    assert "4.0 MB in nf4, bfloat16 and float32, 9.0" in describe_size(replace(half, quantised=quantised))
     packed = "1,000,000, 4.0 MB in nf4 and float32, 9.0 MB before nf4"
     assert describe_size(replace(REPORT, merged=True, quantised=quantised)) == packed
     whole = replace(quantised, form="merged")
@@ -110,11 +113,16 @@ def test_the_size_of_what_is_exported() -> None:
 
 
 def test_the_size_of_another_shape_stands_beside_the_dense_one() -> None:
-    dense = ", 4.0 MB in float32, dense 1,000,000, 3.0 MB"
-    assert describe_size(SLICED) == f"1,100,000{dense}  (+10.0%): bigger than the dense model"
-    again = replace(SLICED, shape=replace(SHAPE, reference="before"))
+    dense = ", 3.3 MB in float32, dense 1,000,000, 3.0 MB"
+    sliced = replace(SLICED, bytes=3_300_000)
+    assert describe_size(sliced) == f"1,100,000{dense}  (+10.0%): bigger than the dense model"
+    again = replace(sliced, shape=replace(SHAPE, reference="before"))
     assert describe_size(again).endswith(", before 1,000,000, 3.0 MB  (+10.0%): bigger than before")
-    assert describe_size(replace(SLICED, parameters=900_000)) == f"900,000{dense}  (-10.0%)"
+    assert describe_size(replace(SLICED, parameters=900_000, bytes=2_700_000)) == (
+        "900,000, 2.7 MB in float32, dense 1,000,000, 3.0 MB  (-10.0%)"
+    )
+    eighth = replace(SLICED, parameters=900_000, bytes=700_000, dtype="q8_0")
+    assert describe_size(eighth).endswith(", dense 1,000,000, 3.0 MB  (-10.0% of the parameters, -76.7% of the bytes)")
     assert describe_size(replace(SLICED, shape=replace(SHAPE, before=None))) == "1,100,000, 4.0 MB in float32"
 
 

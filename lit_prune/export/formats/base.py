@@ -39,9 +39,11 @@ class ExportFormat(ABC):
 
     Attributes:
         stores_zeros: Whether pruned weights are stored like others.
+        opened_as_stored: Whether what runs the model keeps the weights in memory as they are stored.
     """
 
     stores_zeros = True  # not annotated, see ``Allocation``
+    opened_as_stored = False
 
     @property
     def tolerance(self) -> Tolerance:

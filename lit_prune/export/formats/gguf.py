@@ -50,6 +50,8 @@ class GGUF(ExportFormat):
 
     outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto"
 
+    opened_as_stored = True
+
     def __post_init__(self) -> None:
         types = ("auto", *get_args(OutType))
         if self.outtype not in types:
@@ -168,7 +170,7 @@ class GGUF(ExportFormat):
         """Returns the command of llama.cpp that runs the file, and the lines of Python that open it if any do."""
         command = f'llama-cli -m this/folder/{FILE} -p "Once upon a time"'
         if outline.custom_class is not None:
-            return f"```sh\n{command}\n```"
+            return f"```sh\n{command}\n```\n\ntransformers does not open it, as its blocks are of different sizes."
         python = f'model = AutoModelForCausalLM.from_pretrained("this/folder", gguf_file="{FILE}")'
         lines = ["```sh", command, "```", "", "transformers dequantises it:", "", "```python"]
         return "\n".join([*lines, "from transformers import AutoModelForCausalLM", "", python, "```"])
