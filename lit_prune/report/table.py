@@ -29,6 +29,7 @@ from lit_prune.report.wording import (
 )
 
 BAR = 40  # characters of a rate of 1
+EARLIER = ", by an earlier cut"
 
 
 def table(report: Report) -> Table:
@@ -94,9 +95,10 @@ def _rows(report: Report) -> dict[str, str]:
     rows = {f"perplexity, {name}": _perplexity(report, name) for name in report.measured}
     if report.protocol is not None:
         rows["perplexity measured on"] = describe_protocol(report.protocol)
-    rows |= _sparsity_rows(report.sparsity) if report.shape is None else _shape_rows(report.shape)
+    note = "" if report.pruned_here else EARLIER
+    rows |= _sparsity_rows(report.sparsity) if report.shape is None else _shape_rows(report.shape, note)
     for structure in report.other_structures:
-        rows |= {label: f"{text}, by an earlier cut" for label, text in structure.rows.items()}
+        rows |= {label: f"{text}{EARLIER}" for label, text in structure.rows.items()}
     rows |= _cut_rows(report)
     if report.search is not None:
         rows["search of the rates"] = describe_search(report.search)
@@ -143,9 +145,9 @@ def _sparsity_rows(sparsity: Sparsity) -> dict[str, str]:
     }
 
 
-def _shape_rows(shape: Shape) -> dict[str, str]:
-    """Returns the rows of the structure, and of what it saves."""
-    requested = {f"sparsity requested, {describe_budget(shape.budget)}": f"{shape.requested:.4f}"}
+def _shape_rows(shape: Shape, note: str) -> dict[str, str]:
+    """Returns the rows of the structure, and of what it saves; ``note`` follows the share that was asked for."""
+    requested = {f"sparsity requested, {describe_budget(shape.budget)}": f"{shape.requested:.4f}{note}"}
     return requested | shape.structure.rows | describe_gains(shape)
 
 

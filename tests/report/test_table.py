@@ -110,6 +110,11 @@ def test_what_an_earlier_cut_has_changed_is_said_to_be_of_it() -> None:
     assert shown["widths of the blocks"] == "40 to 56 of 64, by an earlier cut"
 
 
+def test_the_share_that_an_earlier_run_was_asked_for_is_said_to_be_of_it() -> None:
+    shown = rows(table(replace(SLICED, baseline={"recipe": SLICED.recipe})))
+    assert shown["sparsity requested, mean over blocks"] == "0.2500, by an earlier cut"
+
+
 def test_another_shape_has_its_own_rows_and_its_speed() -> None:
     shown = rows(table(SLICED))
     assert shown["sparsity requested, mean over blocks"] == "0.2500"
