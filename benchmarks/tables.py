@@ -222,12 +222,15 @@ def shrinking_healed(rows: Sequence[Row]) -> str:
         match = re.fullmatch(pattern, row["case"])
         if match is not None:
             change = [f"{row['pruned']:.2f}", f"{row['perplexity']:.2f}"]
-            lines.append([f"-{match[3]}%", match[1] + match[4], match[2], match[5], *change])
-    lines.sort(key=lambda line: (int(line[0][1:-1]), float(line[5])))
+            precision = row.get("precision", "bf16-mixed")
+            lines.append([f"-{match[3]}%", match[1] + match[4], match[2], match[5], precision, *change])
+    lines.sort(key=lambda line: (int(line[0][1:-1]), float(line[6])))
     for row in rows:
         if row["case"] == DENSE_TRAINED:
-            lines.insert(0, ["dense", "", "", "LoRA", f"{row['before']:.2f}", f"{row['perplexity']:.2f}"])
-    return table(["parameters", "method", "allocation", "100 steps of", "before", "after"], lines, words=4)
+            precision = row.get("precision", "bf16-mixed")
+            lines.insert(0, ["dense", "", "", "LoRA", precision, f"{row['before']:.2f}", f"{row['perplexity']:.2f}"])
+    head = ["parameters", "method", "allocation", "100 steps of", "precision", "before", "after"]
+    return table(head, lines, words=5)
 
 
 def shrinking_speed(rows: Sequence[Row]) -> str:

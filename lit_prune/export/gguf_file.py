@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 CONFIG = "lit_prune.config"  # key of the Hugging Face config, as JSON, in the file's metadata
 # In these architectures llama.cpp rotates neighbouring rows of q and k, where Hugging Face rotates rows i and
 # i + head_dim / 2; the converter reorders them.
-INTERLEAVED = ("llama", "deci", "smollm3")
+INTERLEAVED = ("deci", "granite", "llama", "olmo", "smollm3")
 DTYPES = {0: torch.float32, 1: torch.float16, 32: torch.bfloat16}  # by llama.cpp's number of the type of the matrices
 
 

@@ -235,7 +235,7 @@ def test_a_fit_and_its_checkpoint_are_exported_to_gguf() -> None:
     ("verb", "args", "message"),
     [
         ("export", ["--model.pretrained=embedded", "--model.on_disk=true"], "`model.on_disk` must be false for export"),
-        ("export", ["--model.pretrained=opt", "--format=gguf"], "of the families llama, .*, got opt: use"),
+        ("export", ["--model.pretrained=opt", "--format=gguf"], "of the families cohere, .*, got opt: use"),
         (
             "export",
             ["--model.pretrained=embedded", "--format=gguf", "--format.outtype=q4"],

@@ -16,14 +16,44 @@ from lit_prune.export.formats.base import ExportFormat, Tolerance
 from lit_prune.export.gguf_file import CONFIG, head_dim, read_model
 from lit_prune.export.llama_cpp import OutType, check_packages, check_vocabulary, convert
 from lit_prune.export.plan import ExportPlan, Outline
+from lit_prune.models.families import dense_family
 from lit_prune.progress import log
 from lit_prune.target import StoredBytes
 
 FILE = "model.gguf"
+
+
+@dataclass(frozen=True)
+class Support:
+    """The models of a family that llama.cpp loads.
+
+    Attributes:
+        biases: Whether linears may have biases.
+        square: Whether the heads must add up to the width of the residual stream.
+        tied: Whether the head must be tied to the embedding, or must not; None allows both.
+        window: Whether sliding windows of the attention are known.
+    """
+
+    biases: bool = False
+    square: bool = False
+    tied: bool | None = None
+    window: bool = False
+
+
 # Families whose files ``gguf_file`` reads back and the tests run in llama.cpp.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+FAMILIES = {
+    "cohere": Support(square=True, tied=True),
+    "granite": Support(biases=True, square=True),
+    "llama": Support(biases=True),
+    "mistral": Support(biases=True),
+    "olmo": Support(square=True),
+    "olmo2": Support(square=True, tied=False),
+    "olmo3": Support(square=True, tied=False, window=True),
+    "qwen2": Support(biases=True, square=True),
+    "qwen3": Support(),
+    "smollm3": Support(),
+}
 BY_BLOCK = ("llama", "mistral")  # those whose blocks may be of different sizes
-WITHOUT_BIASES = ("qwen3", "smollm3")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")  # that files can describe
 Q8_ROW = 32  # weights with one scale in q8_0; rows of other lengths are stored in f16
 OUT_TYPES: dict[torch.dtype, OutType] = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -41,8 +71,9 @@ class GGUF(ExportFormat):
     """One `model.gguf` with weights, config and tokenizer, which llama.cpp runs.
 
     It is written by llama.cpp's own converter. It holds models in full precision, whose adapter is merged, of the
-    families llama, mistral, qwen2, qwen3 and smollm3; of llama and mistral also those that were shrunk to blocks of
-    different sizes. Masked weights are stored as zeros, so that the file is no smaller.
+    families llama, mistral, qwen2, qwen3, smollm3, granite, cohere, olmo, olmo2 and olmo3; of llama and mistral also
+    those that were shrunk to blocks of different sizes. Masked weights are stored as zeros, so that the file is no
+    smaller.
 
     Args:
         outtype: Type of the matrices: f32, f16, bf16 or q8_0 (8 bits); auto is that of the model. Vectors are f32.
@@ -191,7 +222,7 @@ def _check_biases(outline: Outline) -> None:
         raise InputError(
             "`format` GGUF must have blocks of one size for a model with biases: use `--pruning.allocation Uniform`."
         )
-    if outline.family in WITHOUT_BIASES:
+    if not FAMILIES[outline.family].biases:
         raise InputError(
             f"`format` GGUF must have no biases in the linears of the family {outline.family}, for which llama.cpp "
             "loads none: use `--format HuggingFace`."
@@ -200,10 +231,11 @@ def _check_biases(outline: Outline) -> None:
 
 def _check_fewer(outline: Outline) -> None:
     """Raises InputError for a cut after which llama.cpp cannot load a model of the family."""
-    if outline.family == "qwen2" and outline.fewer & {"heads", "dimensions"}:
+    if FAMILIES[outline.family].square and outline.fewer & {"heads", "dimensions"}:
         raise InputError(
-            "`format` GGUF must have a Qwen2 with as many dimensions in its heads as in its residual stream, which "
-            "HeadGroups and HiddenWidth change: use `--format HuggingFace`, or shrink by MLPWidth or Depth."
+            f"`format` GGUF must have a model of the family {outline.family} with as many dimensions in its heads as "
+            "in its residual stream, which HeadGroups and HiddenWidth change: use `--format HuggingFace`, or shrink by "
+            "MLPWidth or Depth."
         )
     if outline.family == "smollm3" and "blocks" in outline.fewer:
         raise InputError(
@@ -215,16 +247,24 @@ def _check_fewer(outline: Outline) -> None:
 def _check_shape(model: PreTrainedModel) -> None:
     """Raises InputError for a model that llama.cpp cannot load, or of which it would compute something else.
 
-    Its Qwen2 has heads that add up to the width of the residual stream, and its SmolLM3 a fixed pattern of rotary
-    embeddings. A file has no place for the activation of the MLPs, and none for some kinds of rotary embeddings.
+    Besides what a family's :class:`Support` says, its SmolLM3 has a fixed pattern of rotary embeddings, and its Cohere
+    no norms of queries and keys. A file has no place for the activation of the MLPs, and none for some kinds of rotary
+    embeddings.
     """
     config = model.config
-    width = head_dim(config)
-    if config.model_type == "qwen2" and width * config.num_attention_heads != config.hidden_size:
+    family, width = dense_family(config), head_dim(config)
+    support = FAMILIES.get(family, Support(biases=True))
+    if support.square and width * config.num_attention_heads != config.hidden_size:
         raise InputError(
-            f"`format` GGUF must have a Qwen2 with as many dimensions in its heads as in its residual stream, got "
-            f"{config.num_attention_heads} of {width} for {config.hidden_size}: use `--format HuggingFace`."
+            f"`format` GGUF must have a model of the family {family} with as many dimensions in its heads as in its "
+            f"residual stream, got {config.num_attention_heads} of {width} for {config.hidden_size}: use `--format "
+            "HuggingFace`."
         )
+    if support.tied not in (None, config.tie_word_embeddings):
+        tied = "tied to the embedding" if support.tied else "of its own, not tied to the embedding"
+        raise InputError(f"`format` GGUF must have a head {tied} for the family {family}: use `--format HuggingFace`.")
+    if getattr(config, "use_qk_norm", False) and family == "cohere":
+        raise InputError("`format` GGUF must have a Cohere without `use_qk_norm`: use `--format HuggingFace`.")
     without_rope = [block for block, rotates in enumerate(getattr(config, "no_rope_layers", None) or []) if not rotates]
     if config.model_type == "smollm3" and without_rope != list(range(3, config.num_hidden_layers, 4)):
         raise InputError(
@@ -245,8 +285,10 @@ def _check_shape(model: PreTrainedModel) -> None:
 
 
 def _window(model: PreTrainedModel) -> int | None:
-    """Returns the sliding window of the attention; None if every token attends to all before it."""
+    """Returns the sliding window that llama.cpp does not know; None if every token attends to all before it."""
     config = model.config
+    if FAMILIES[dense_family(config)].window:
+        return None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"]  # Mistral lists none
     return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
 

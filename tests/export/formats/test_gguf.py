@@ -33,12 +33,17 @@ TEXTS = [
 ]
 TYPES = [(torch.float32, outtype) for outtype in ("auto", "f32", "f16", "bf16", "q8_0")]
 TYPES += [(torch.bfloat16, outtype) for outtype in ("auto", "q8_0")]
-FIELDS: dict[str, dict[str, Any]] = {"qwen2": {"use_sliding_window": False, "layer_types": ["full_attention"] * 3}}
+FIELDS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen2": {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 3},
+    "qwen3": {"sliding_window": None},
+    "smollm3": {"sliding_window": None},
+}
 
 
 def small(family: str, **fields: object) -> PreTrainedModel:
     """A model of the family with the vocabulary of the embedded one."""
-    size = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "sliding_window": None}
+    size = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
     return lively_model(family, **{**size, **FIELDS.get(family, {}), **fields})
 
 
@@ -132,7 +137,7 @@ def test_blocks_of_different_sizes_with_biases_are_refused(tmp_path: Path) -> No
     GGUF().check(Outline.of(dense))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "smollm3"])
+@pytest.mark.parametrize("family", ["cohere", "olmo", "olmo2", "olmo3", "qwen3", "smollm3"])
 def test_families_whose_biases_llama_cpp_does_not_load(family: str) -> None:
     GGUF().check(Outline.of(small(family)))
     model = small(family, attention_bias=True)
@@ -147,9 +152,9 @@ CUTS: list[tuple[str, Method, str]] = [
     (
         "qwen2",
         HeadGroups(),
-        "must have a Qwen2 with as many dimensions in its heads .*, which HeadGroups and ",
+        "of the family qwen2 with as many dimensions in its heads .*, which HeadGroups and ",
     ),
-    ("qwen2", Shrink([MLPWidth(), HiddenWidth()]), "must have a Qwen2 with as many dimensions in its heads as in its"),
+    ("qwen2", Shrink([MLPWidth(), HiddenWidth()]), "of the family qwen2 with as many dimensions in its heads as in"),
     ("smollm3", Depth(), "must have a SmolLM3 with all blocks, as llama.cpp takes for granted which"),
 ]
 
@@ -172,6 +177,9 @@ def test_cuts_that_no_file_can_hold_are_refused_before(family: str, method: Meth
     ("family", "fields", "message"),
     [
         ("llama", {"hidden_act": "gelu"}, "the activation silu, which llama.cpp takes for granted, got gelu"),
+        ("cohere", {"tie_word_embeddings": False}, "must have a head tied to the embedding for the family cohere"),
+        ("olmo2", {"tie_word_embeddings": True}, "a head of its own, not tied to the embedding for the family olmo2"),
+        ("cohere", {"use_qk_norm": True}, "must have a Cohere without `use_qk_norm`"),
         ("qwen3", {"hidden_act": "relu"}, "the activation silu, which llama.cpp takes for granted, got relu"),
         (
             "llama",
@@ -181,9 +189,19 @@ def test_cuts_that_no_file_can_hold_are_refused_before(family: str, method: Meth
         ("llama", rope("longrope", short_factor=[1.0] * 8, long_factor=[3.0] * 8), "llama3, yarn, got longrope: use"),
     ],
 )
-def test_what_llama_cpp_would_compute_differently_is_refused(family: str, fields: dict[str, Any], message: str) -> None:
+def test_what_llama_cpp_would_not_compute_is_refused(family: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         GGUF().check_model(small(family, **fields), load_tokenizer("embedded"))
+
+
+def test_sliding_windows_that_llama_cpp_knows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer_types = ["sliding_attention", "sliding_attention", "full_attention"]
+    model, ids = small("olmo3", sliding_window=8, layer_types=layer_types), list(range(5, 25))
+    write(model, tmp_path)
+    assert "sliding window" not in capsys.readouterr().err
+    torch.testing.assert_close(LlamaCpp(tmp_path / FILE).logprobs(ids, 4), logprobs(model, ids, 4), atol=0.01, rtol=0)
+    wider = logprobs(small("olmo3", sliding_window=4096, layer_types=layer_types), ids, 4)
+    assert (wider - logprobs(model, ids, 4)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("sizes", [None, {"intermediate_size": [32, 96, 64]}])
@@ -281,7 +299,7 @@ def test_a_sliding_window_is_pointed_out(
         (Outline("full precision", "llama", on_disk=True), "`model.on_disk` must be false for `format` GGUF"),
         (Outline("full precision", "llama", custom_class="sliced"), "must not have a sliced model, whose shortcut"),
         (Outline("merged", "qwen3", custom_class="shrunk"), "blocks of one size for the family qwen3: use.*Uniform"),
-        (Outline("full precision", "opt"), "of the families llama, mistral, qwen2, qwen3, smollm3, got opt: use"),
+        (Outline("full precision", "opt"), "of the families cohere, granite, llama, mistral, .*smollm3, got opt: use"),
     ],
 )
 def test_what_a_file_cannot_hold_is_refused_before_a_missing_package(
@@ -302,7 +320,7 @@ def _missing() -> None:
 
 def test_heads_that_llama_cpp_cannot_load_are_refused(tmp_path: Path) -> None:
     model = small("qwen2", head_dim=8)
-    with pytest.raises(InputError, match="must have a Qwen2 with as many dimensions in its heads.*, got 4 of 8 for 64"):
+    with pytest.raises(InputError, match="family qwen2 with as many dimensions in its heads.*, got 4 of 8 for 64"):
         GGUF().check_model(model, load_tokenizer("embedded"))
     with pytest.raises(InputError, match="got 4 of 8 for 64"):
         write(model, tmp_path / "model")
