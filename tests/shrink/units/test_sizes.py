@@ -64,7 +64,7 @@ def test_two_methods_are_rebuilt_in_either_order(batches: list[Tensor]) -> None:
 
 def test_description() -> None:
     sizes = MLPWidths([8, 24, 40], [48, 48, 48], {"intermediate_size": 1}, {}, "model.layers")
-    described = sizes.describe(small_model())
+    described = sizes.describe(small_model("shrunk_llama", block_sizes={"intermediate_size": [8, 24, 40]}))
     assert described.achieved == 0.5
     assert described.facts == {"achieved": 0.5, "units": [8, 24, 40], "full": [48, 48, 48]}
     assert described.outcome == "the blocks have 8 to 40 of their 48 channels of the MLP, 50.00% less in the mean."
