@@ -57,12 +57,17 @@ def test_the_tables_of_shrunk_models_have_their_settings() -> None:
         {"case": "Depth by Uniform, -15%, neighbours, refitted", "perplexity": 50.0, "multiple": 2.0, **sizes},
         {"case": "Depth by Uniform, -15%, refitted, 100 steps of LoRA", "pruned": 52.4, "perplexity": 30.0},
         {"case": "Shrink by Search, -10%, 100 steps of distillation", "pruned": 28.0, "perplexity": 25.0},
+        {"case": "MLPWidth by Search from DLP, -15%", "perplexity": 30.0, "multiple": 9.0, **sizes},
+        {"case": "dense, 100 steps of LoRA", "before": 22.0, "perplexity": 17.5},
     ]
+    rows[3]["precision"] = "32-true"
     assert tables.shrinking(rows).splitlines()[2:] == [
+        "| -15% | MLPWidth | Search from DLP | 114.6 | 229.2 | 30.00 | 9.0 |",
         "| -15% | Depth and MLPWidth | Uniform | 114.6 | 229.2 | 40.00 | 3.0 |",
         "| -15% | Depth, neighbours, refitted | Uniform | 114.6 | 229.2 | 50.00 | 2.0 |",
     ]
     assert tables.shrinking_healed(rows).splitlines()[2:] == [
-        "| -10% | Shrink | Search | distillation | 28.00 | 25.00 |",
-        "| -15% | Depth, refitted | Uniform | LoRA | 52.40 | 30.00 |",
+        "| dense |  |  | LoRA | bf16-mixed | 22.00 | 17.50 |",
+        "| -10% | Shrink | Search | distillation | 32-true | 28.00 | 25.00 |",
+        "| -15% | Depth, refitted | Uniform | LoRA | bf16-mixed | 52.40 | 30.00 |",
     ]
