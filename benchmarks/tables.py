@@ -222,13 +222,12 @@ def shrinking_healed(rows: Sequence[Row]) -> str:
         match = re.fullmatch(pattern, row["case"])
         if match is not None:
             change = [f"{row['pruned']:.2f}", f"{row['perplexity']:.2f}"]
-            precision = row.get("precision", "bf16-mixed")
-            lines.append([f"-{match[3]}%", match[1] + match[4], match[2], match[5], precision, *change])
+            lines.append([f"-{match[3]}%", match[1] + match[4], match[2], match[5], _precision(row), *change])
     lines.sort(key=lambda line: (int(line[0][1:-1]), float(line[6])))
     for row in rows:
         if row["case"] == DENSE_TRAINED:
-            precision = row.get("precision", "bf16-mixed")
-            lines.insert(0, ["dense", "", "", "LoRA", precision, f"{row['before']:.2f}", f"{row['perplexity']:.2f}"])
+            change = [f"{row['before']:.2f}", f"{row['perplexity']:.2f}"]
+            lines.insert(0, ["dense", "", "", "LoRA", _precision(row), *change])
     head = ["parameters", "method", "allocation", "100 steps of", "precision", "before", "after"]
     return table(head, lines, words=5)
 
@@ -246,6 +245,11 @@ def shrinking_speed(rows: Sequence[Row]) -> str:
             lines.append([f"-{match[2]}%", match[1], *cells])
     head = ["parameters", "in", "prefill, tokens per second", "decode, tokens per second"]
     return table(head, sorted(lines, key=lambda line: int(line[0][1:-1])), words=2)
+
+
+def _precision(row: Row) -> str:
+    """Returns the precision of the training of a row, which the first rows do not name."""
+    return row.get("precision", "bf16-mixed")
 
 
 def _windows(case: str) -> int:

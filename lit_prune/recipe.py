@@ -290,10 +290,14 @@ class Recipe:
         self.allocation.check(limits.sizes, limits.effective_target, limits.lower, limits.upper)
         if (named := self.allocation.named_rates(self.method.named_sizes(model, blocks))) is not None:
             self.method.check_named(model, blocks, named)
-        equal_rates = self.spread(limits, [1.0] * len(blocks), equal=True)
+        equal_rates = self._equal_rates(blocks, limits)
         if self.allocation.is_uniform():
             self.method.check_sizes(model, blocks, equal_rates)
         return blocks, limits
+
+    def _equal_rates(self, blocks: Sequence[Block], limits: Limits) -> list[float]:
+        """Returns the rates of the blocks that are as equal as ``limits`` allow."""
+        return self.spread(limits, [1.0] * len(blocks), equal=True)
 
     def fits(self, model: PreTrainedModel) -> bool:
         """Returns whether the config of ``model`` accepts the sizes that equal rates leave; True for other rates."""
@@ -301,8 +305,7 @@ class Recipe:
             return True
         blocks = self.find(model)
         try:
-            rates = self.spread(self.limits(model, blocks), [1.0] * len(blocks), equal=True)
-            self.method.check_sizes(model, blocks, rates)
+            self.method.check_sizes(model, blocks, self._equal_rates(blocks, self.limits(model, blocks)))
         except InputError:
             return False
         return True
@@ -316,8 +319,7 @@ class Recipe:
         limits = recipe.limits(model, blocks)
         if limits.target <= limits.current_sparsity + TOLERANCE:
             return
-        rates = recipe.spread(limits, [1.0] * len(blocks), equal=True)
-        if not recipe.method.removes(model, blocks, rates):
+        if not recipe.method.removes(model, blocks, recipe._equal_rates(blocks, limits)):
             field, method = self.target or "sparsity", type(self.method).__name__
             raise InputError(
                 f"`pruning.{field}` must remove something, got {getattr(self, field):,}, which {method} rounds to "

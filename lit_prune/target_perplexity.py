@@ -156,8 +156,9 @@ def greatest(
     """
     found = None
     while most - least > tolerance:
-        steps = range(math.ceil((most - least) / 2 / tolerance))
-        numbers = ((least + most) / 2 + sign * step * tolerance for step in steps for sign in (1, -1))
+        steps = range(1, math.ceil((most - least) / 2 / tolerance))
+        offsets = [0.0, *(sign * step * tolerance for step in steps for sign in (1, -1))]
+        numbers = ((least + most) / 2 + offset for offset in offsets)
         tried = next((number for number in numbers if least < number < most and possible(number)), None)
         if tried is None:
             break

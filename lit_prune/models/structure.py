@@ -23,6 +23,7 @@ KEY = "lit_prune"
 STRUCTURES = "structures"
 ADDED = "added"
 KIND = "kind"
+IMPORT = "import lit_prune  # or pass trust_remote_code=True below"  # before a model of a class of ours is opened
 AFTER_CUT = ("recovery", "form", "distillation")
 
 

@@ -9,7 +9,7 @@ from typing import final
 from transformers import PreTrainedModel
 
 from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM, take_shape
-from lit_prune.models.structure import Description, Structure
+from lit_prune.models.structure import IMPORT, Description, Structure
 from lit_prune.slice.sizes import rates_from_sizes
 
 
@@ -62,6 +62,6 @@ class Slices(Structure):
             full=full,
             unit="dimensions of the residual stream",
             achieved=achieved,
-            loading="import lit_prune  # or pass trust_remote_code=True below",
+            loading=IMPORT,
             added_parameters=shortcuts,
         )

@@ -253,7 +253,7 @@ def _check_shape(model: PreTrainedModel) -> None:
     """
     config = model.config
     family, width = dense_family(config), head_dim(config)
-    support = FAMILIES.get(family, Support(biases=True))
+    support = FAMILIES.get(family, Support())
     if support.square and width * config.num_attention_heads != config.hidden_size:
         raise InputError(
             f"`format` GGUF must have a model of the family {family} with as many dimensions in its heads as in its "

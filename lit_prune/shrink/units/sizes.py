@@ -14,11 +14,9 @@ from lit_prune.errors import InputError
 from lit_prune.models.families import custom_class
 from lit_prune.models.linears import PrunableLinear, linears_of
 from lit_prune.models.remote_code.modeling_shrunk import layer_config
-from lit_prune.models.structure import Description, Structure
+from lit_prune.models.structure import IMPORT, Description, Structure
 from lit_prune.shrink.units.narrow import narrow, set_sizes
 from lit_prune.shrink.units.parts import Part
-
-IMPORT = "import lit_prune  # or pass trust_remote_code=True below"
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,7 @@ CUTS: list[tuple[str, Method, str]] = [
         HeadGroups(),
         "of the family qwen2 with as many dimensions in its heads .*, which HeadGroups and ",
     ),
+    ("granite", HeadGroups(), "of the family granite with as many dimensions in its heads .*, which HeadGroups"),
     ("qwen2", Shrink([MLPWidth(), HiddenWidth()]), "of the family qwen2 with as many dimensions in its heads as in"),
     ("smollm3", Depth(), "must have a SmolLM3 with all blocks, as llama.cpp takes for granted which"),
 ]
