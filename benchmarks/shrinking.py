@@ -88,8 +88,9 @@ def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
     for share in SHARES:
         yield by_share(MLPWidth(), share, Uniform())
     for share in SHARES:
-        name, recipe = by_share(MLPWidth(), share, Uniform())
-        yield f"{name}, reconstructed", replace(recipe, reconstruction=Reconstruct())
+        for allocation in (Uniform(), LayerRedundancy()):
+            name, recipe = by_share(MLPWidth(), share, allocation)
+            yield f"{name}, reconstructed", replace(recipe, reconstruction=Reconstruct())
     for share in SHARES:
         yield from (by_share(MLPWidth(), share, allocation) for allocation in allocations(folder, share))
     for share in SHARES:
@@ -107,6 +108,14 @@ def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
         yield f"{name}, not compensated", recipe
 
 
+def with_more_text(windows: int) -> Iterator[tuple[str, Recipe]]:
+    """Yields the name and the recipe of every case without training that is calibrated on so many windows."""
+    for share in SHARES:
+        for allocation in (Uniform(), LayerRedundancy()):
+            name, recipe = by_share(MLPWidth(), share, allocation)
+            yield f"{name}, {windows} windows", recipe
+
+
 class Cases(MatchingCases):
     """The cases of shrinking."""
 
@@ -122,7 +131,7 @@ class Cases(MatchingCases):
 
     def cut(self, recipe: Recipe, times: int = 1) -> Row:
         """Returns the row of a recipe with so many times the windows, run between two plain forward passes."""
-        protocol = replace(self.protocol, num_samples=times * self.protocol.num_samples)
+        protocol = self._calibrated_on(times)
         model, batches = load_model(protocol.pretrained, "float32"), protocol.batches()
         with self.protocol.products():
             before = forward_seconds(model, batches)
@@ -153,7 +162,7 @@ class Cases(MatchingCases):
         sizes = sizes_from_rates([mean] * blocks, full, Slicing().multiple)
         return sliced_parameters(config, [*sizes, full])
 
-    def healed(self, recipe: Recipe, row: Row | None, options: Sequence[str], folder: Path) -> Row:
+    def healed(self, recipe: Recipe, row: Row | None, options: Sequence[str], folder: Path, times: int = 1) -> Row:
         """Returns the row of a fit with 100 steps after the cut by ``recipe``.
 
         Args:
@@ -161,6 +170,7 @@ class Cases(MatchingCases):
             row: The row of the cut without training, whose rates a search is replaced by; None without one.
             options: The options of the recovery.
             folder: Folder of the run.
+            times: How many times the calibration windows of the protocol.
         """
         folder.mkdir(parents=True, exist_ok=True)
         allocation = recipe.allocation
@@ -176,7 +186,7 @@ class Cases(MatchingCases):
         }
         config = folder / "pruning.yaml"
         config.write_text(yaml.safe_dump({"pruning": pruning}))
-        return recoveries.fit_by(self.protocol, [f"--config={config}", *options], folder / "run")
+        return recoveries.fit_by(self._calibrated_on(times), [f"--config={config}", *options], folder / "run")
 
     def speed(self, share: float, runtime: Any) -> Row:
         """Returns the tokens per second of the dense model and of MLPWidth by Uniform, which no weight changes."""
@@ -190,9 +200,9 @@ class Cases(MatchingCases):
         self.once("dense", self.dense)
         cuts = list(untrained(folder))
         self._cuts(cuts[: len(SHARES)])
-        for name, recipe in cuts[: len(SHARES)]:
-            windows = MORE * self.protocol.num_samples
-            self.once(f"{name}, {windows} windows", partial(self.cut, recipe, MORE))
+        more = list(with_more_text(MORE * self.protocol.num_samples))
+        for name, recipe in more:
+            self.once(name, partial(self.cut, recipe, MORE))
         self._healed(*cuts[0], folder)
         dense = partial(recoveries.fit_by, self.protocol, [*NOTHING, *HEALINGS["LoRA"]], folder / "dense")
         self.once(tables.DENSE_TRAINED, dense)
@@ -206,6 +216,8 @@ class Cases(MatchingCases):
             self.once(name, partial(self.sliced, share))
             if (row := self._row(name)) is not None:
                 cuts.append((name, Recipe(Slicing(), row["slice"], Uniform())))
+        for name, recipe in more:
+            self._healed(name, recipe, folder, MORE)
         for name, recipe in cuts[1:]:
             if recipe.reconstruction is None and "not compensated" not in name:
                 self._healed(name, recipe, folder)
@@ -214,14 +226,18 @@ class Cases(MatchingCases):
         for name, recipe in cases:
             self.once(name, partial(self.cut, recipe))
 
-    def _healed(self, name: str, recipe: Recipe, folder: Path) -> None:
+    def _calibrated_on(self, times: int) -> Protocol:
+        """Returns the protocol with so many times the calibration windows."""
+        return replace(self.protocol, num_samples=times * self.protocol.num_samples)
+
+    def _healed(self, name: str, recipe: Recipe, folder: Path, times: int = 1) -> None:
         row = self._row(name)
         if recipe.allocation.searches and row is None:
             return
         for healing, options in HEALINGS.items():
             case = f"{name}, 100 steps of {healing}"
             run = folder / case.replace(", ", "-").replace(" ", "_").replace("%", "")
-            self.once(case, partial(self.healed, recipe, row, options, run))
+            self.once(case, partial(self.healed, recipe, row, options, run, times))
 
     def _row(self, name: str) -> Row | None:
         return next((row for row in self.results.rows if row["case"] == name), None)
