@@ -349,11 +349,11 @@ class Recipe:
         least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.max_rate(model)))
         current, sizes = self.method.current_rates(model, blocks), self.method.sizes(model, blocks)
         lower, target = [max(least, rate) for rate in current], self.sparsity
-        slack = self.method.rounding(blocks)  # by which an earlier cut may have exceeded its sparsity
+        slack = self.method.rounding(model, blocks)  # by which an earlier cut may have exceeded its sparsity
         if self.budget == "parameters":
             asked = self.sparsity if share is None else share
             target = self.method.rate_of_parameters(asked, model, blocks, lower=lower, upper=upper, slack=slack)
-        return Limits(sizes, lower, upper, target, weighted_mean(current, sizes), slack)
+        return Limits(sizes, lower, upper, target, current, slack)
 
     def sparsities(self, model: PreTrainedModel) -> tuple[float, float]:
         """Returns the smallest and the largest sparsity that the bounds of the rates allow, to four digits."""
@@ -378,7 +378,7 @@ class Recipe:
             present=limits.lower,
             max_rate=limits.upper,
         )
-        return self.method.rates(rates, limits.sizes)
+        return self.method.rates(rates, limits.sizes, limits.current)
 
 
 def check_one_target(sparsity: object, **targets: object) -> None:

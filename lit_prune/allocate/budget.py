@@ -46,7 +46,7 @@ class Limits:
         lower: Lower bound of each block's rate.
         upper: Upper bound of every rate, except where a block's lower bound exceeds it.
         target: Mean of the rates, weighted by ``sizes``.
-        current_sparsity: Share of all units that is already pruned.
+        current: Share of each block's units that is already pruned; None for dense blocks.
         slack: Share by which an earlier cut may have exceeded its target because of rounding.
     """
 
@@ -54,8 +54,15 @@ class Limits:
     lower: list[float]
     upper: float
     target: float
-    current_sparsity: float = 0.0
+    current: Sequence[float] | None = None
     slack: float = 0.0
+
+    @property
+    def current_sparsity(self) -> float:
+        """The share of all units that is already pruned."""
+        if self.current is None:
+            return 0.0
+        return sum(rate * size for rate, size in zip(self.current, self.sizes, strict=True)) / sum(self.sizes)
 
     @property
     def effective_target(self) -> float:

@@ -131,7 +131,9 @@ class Depth(Method):
             )
         return 0.0, 1.0
 
-    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    def rates(
+        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
+    ) -> list[float]:
         """Returns 1 for the blocks with the highest rates, and for others the share that was removed before.
 
         Equal rates are rounded to whole blocks: :meth:`apply` then chooses. Rates of [0.5, 0.1, 0.4] become [1, 0, 0].
@@ -184,9 +186,9 @@ class Depth(Method):
         """Returns the number of parameters before all cuts by this method."""
         return parameters(model) + _gone(model)
 
-    def rounding(self, blocks: Sequence[Block]) -> float:
-        """Returns half a block as a share of the blocks."""
-        return 0.5 / len(blocks)
+    def rounding(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns half a block as a share of the blocks of the dense model."""
+        return 0.5 / _dense_blocks(model, blocks)
 
     def size_multiple(self, model: PreTrainedModel) -> int:
         """Returns 0, a multiple of every number: no weight changes its size."""

@@ -85,8 +85,10 @@ class Experts(PartMethod):
     def check_rates(
         self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
     ) -> None:
-        """Raises InputError unless every block gets the same rate."""
-        if not allocation.is_uniform():
+        """Raises InputError unless every block with a mixture gets the same rate."""
+        planned = allocation.planned_rates(len(blocks)) or []
+        of_mixtures = {rate for rate, count in zip(planned, self.sizes(model, blocks), strict=False) if count}
+        if not allocation.is_uniform() and len(of_mixtures) != 1:
             raise InputError(
                 f"`pruning.allocation` must be Uniform for Experts, got {type(allocation).__name__}: the config "
                 "has one number of experts for all blocks."
@@ -112,7 +114,9 @@ class Experts(PartMethod):
         most = max(self.sizes(model, blocks))
         return max(0.0, 1 - fewest_experts(config, _picked(blocks), self.multiple) / most) if most else 0.0
 
-    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    def rates(
+        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
+    ) -> list[float]:
         """Returns the rates rounded so that the number of experts is a multiple; 0 for blocks without a mixture."""
         count = self._count(rates, sizes)
         return [(full - count) / full if full else 0.0 for full in sizes]
@@ -139,9 +143,9 @@ class Experts(PartMethod):
         current, in_experts = max(self.current_rates(model, blocks)), sum(self.removable(model, blocks))
         return parameters(model) + round(current * in_experts)
 
-    def rounding(self, blocks: Sequence[Block]) -> float:
-        """Returns half a multiple as a share of the experts of a block."""
-        return self.multiple / 2 / max(1, *(count_experts(block.module) for block in blocks))
+    def rounding(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns half a multiple as a share of the experts of a block of the dense model."""
+        return self.multiple / 2 / max(1, *self.sizes(model, blocks))
 
     def begin(
         self, model: PreTrainedModel, blocks: Sequence[Block], *, rates: Sequence[float], stream: Stream

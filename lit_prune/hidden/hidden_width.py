@@ -33,7 +33,7 @@ from lit_prune.hidden.stream_width import (
     stream_fields,
 )
 from lit_prune.models import structure
-from lit_prune.models.families import Block, config_of, dense_family
+from lit_prune.models.families import Block, dense_family
 from lit_prune.models.remote_code.modeling_sliced import Layout, SlicedCausalLM, Step
 from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
@@ -144,7 +144,9 @@ class HiddenWidth(Method):
         """Returns the rate that leaves one multiple."""
         return max(0.0, 1 - self.multiple / self._full(model))
 
-    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    def rates(
+        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
+    ) -> list[float]:
         """Returns the rates rounded so that the width is a multiple."""
         return [(full - self._width(rates, full)) / full for full in sizes]
 
@@ -152,9 +154,9 @@ class HiddenWidth(Method):
         """Returns the number of which the width is a multiple."""
         return self.multiple
 
-    def rounding(self, blocks: Sequence[Block]) -> float:
-        """Returns half a multiple as a share of the width."""
-        return self.multiple / 2 / int(config_of(blocks[0]).hidden_size)
+    def rounding(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns half a multiple as a share of the width of the dense model."""
+        return self.multiple / 2 / self._full(model)
 
     def rate_of_parameters(
         self,

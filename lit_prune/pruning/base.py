@@ -196,8 +196,16 @@ class Method(ABC):
         """Returns the smallest and the largest rate between ``least`` and ``most`` that the method supports."""
         return least, most
 
-    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
-        """Returns the supported rates that are closest to the allocated ``rates``."""
+    def rates(
+        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
+    ) -> list[float]:
+        """Returns the supported rates that are closest to the allocated ``rates``.
+
+        Args:
+            rates: The rate of each block.
+            sizes: The size of each block, see :meth:`sizes`.
+            current: The share that each block has lost, which no rate falls below; None for dense blocks.
+        """
         return list(rates)
 
     def removes(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> bool:
@@ -205,13 +213,13 @@ class Method(ABC):
         current = self.current_rates(model, blocks)
         return any(rate > now + TOLERANCE for rate, now in zip(rates, current, strict=True))
 
-    def rounding(self, blocks: Sequence[Block]) -> float:
-        """Returns how far a cut may exceed the sparsity because the method supports only some rates."""
+    def rounding(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns how far a cut may exceed the sparsity because the method supports only some rates: half a step."""
         return 0.0
 
     def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
         """Returns how far the mean of ``rates`` may be from the sparsity that they were planned for, by rounding."""
-        return self.rounding(blocks)
+        return self.rounding(model, blocks)
 
     @abstractmethod
     def apply(

@@ -111,13 +111,15 @@ class MaskMethod(Method):
         """Returns the sparsity of the linears at which ``share`` of all parameters is zero."""
         return sparsity_of_linears(share, model, blocks, lower=lower, upper=upper, slack=slack)
 
-    def rounding(self, blocks: Sequence[Block]) -> float:
+    def rounding(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
         """Returns half the largest granularity plus half a weight per linear, as a share of all weights."""
         sizes = [block.size for block in blocks]
         granularity = max(self.pattern.granularity(size) for size in sizes)
         return (granularity + sum(len(block.linears) for block in blocks)) / 2 / sum(sizes)
 
-    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+    def rates(
+        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
+    ) -> list[float]:
         """Returns the rates closest to ``rates`` that the pattern supports."""
         return self.pattern.rates(rates, sizes)
 

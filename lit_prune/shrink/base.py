@@ -22,7 +22,7 @@ from lit_prune.calibration.written import is_added
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
-from lit_prune.models.families import Block, CustomClass, config_of, dense_family, find_blocks
+from lit_prune.models.families import Block, CustomClass, dense_family, find_blocks
 from lit_prune.models.linears import PrunableLinear
 from lit_prune.models.remote_code.modeling_shrunk import SHRUNK, layer_config
 from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
@@ -35,7 +35,7 @@ from lit_prune.shrink.trial import ZeroedUnits
 from lit_prune.shrink.unit_cut import UnitCut, UnitRemoval
 from lit_prune.shrink.units.narrow import check_part, config_error
 from lit_prune.shrink.units.parts import NoPart, Part
-from lit_prune.shrink.units.sizes import PartSizes, check_multiple, rates_from_units, units_from_rates
+from lit_prune.shrink.units.sizes import PartSizes, check_multiple, rates_from_units, units_from_rates, units_left
 
 FEW_TOKENS = 4  # for an input of the writer; with fewer a small cut is better without compensation
 
@@ -124,12 +124,16 @@ class UnitMethod(PartMethod):
 
     def check_sizes(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> None:
         """Raises InputError if the config does not accept the number of units that equal ``rates`` leave."""
+        counts = self._units(model, blocks, rates)
+        if len(set(counts)) > 1:  # of a model whose blocks differ already, and which has a list of its own for them
+            return
         full, part, config = self.sizes(model, blocks), self._part(model, blocks[0]), model.config.get_text_config()
-        units = units_from_rates(rates, full, self.multiple)[0]
+        units = counts[0]
         if reason := config_error(config, part.sizes(units)):
             accepted = {count for count in range(1, full[0] + 1) if config_error(config, part.sizes(count)) is None}
-            counts = range(self.multiple, full[0] + 1)
-            multiple = next((each for each in counts if accepted.issuperset(range(each, full[0] + 1, each))), full[0])
+            end = full[0] + 1
+            every = (each for each in range(self.multiple, end) if accepted.issuperset(range(each, end, each)))
+            multiple = next(every, full[0])
             raise InputError(
                 f"`pruning.sparsity` must leave a number of {self._noun} that the config accepts, got {units} of "
                 f"{full[0]}: {reason} It accepts every multiple of {multiple}: set `multiple` of "
@@ -140,8 +144,12 @@ class UnitMethod(PartMethod):
         self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]
     ) -> dict[str, int]:
         """Returns the fields that the number of units changes which equal ``rates`` leave."""
-        units = units_from_rates(rates, self.sizes(model, blocks), self.multiple)[0]
-        return dict(self._part(model, blocks[0]).sizes(units))
+        return dict(self._part(model, blocks[0]).sizes(self._units(model, blocks, rates)[0]))
+
+    def _units(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> list[int]:
+        """Returns the number of units that ``rates`` leave each block."""
+        present = [self._part(model, block).units for block in blocks]
+        return units_from_rates(rates, self.sizes(model, blocks), self.multiple, present)
 
     def custom_class(self, allocation: Allocation) -> CustomClass | None:
         """Returns `shrunk` if the blocks may get different sizes."""
@@ -160,9 +168,12 @@ class UnitMethod(PartMethod):
         """Returns the rate that leaves one multiple of units in the smallest block."""
         return max(0.0, 1 - self.multiple / min(self.sizes(model, find_blocks(model))))
 
-    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
-        """Returns the rates rounded so that the number of units of every block is a multiple."""
-        return rates_from_units(units_from_rates(rates, sizes, self.multiple), sizes)
+    def rates(
+        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
+    ) -> list[float]:
+        """Returns the rates rounded so that the number of units of every block is a multiple, or all that it has."""
+        present = None if current is None else units_left(current, sizes)
+        return rates_from_units(units_from_rates(rates, sizes, self.multiple, present), sizes)
 
     def size_multiple(self, model: PreTrainedModel) -> int:
         """Returns the number of columns of the writer, or rows of a reader, that all sizes are multiples of."""
@@ -189,29 +200,28 @@ class UnitMethod(PartMethod):
     def _parameters_of_units(self, model: PreTrainedModel, blocks: Sequence[Block]) -> list[int]:
         return [_parameters_of_a_unit(block, self._part(model, block)) for block in blocks]
 
-    def rounding(self, blocks: Sequence[Block]) -> float:
-        """Returns half a multiple as a share of the units of a block."""
-        part = self._find(blocks[0].linears, config_of(blocks[0]))
-        return self.multiple / 2 / part.units
+    def rounding(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns half a multiple as a share of the units of the smallest block of the dense model."""
+        return self.multiple / 2 / min(self.sizes(model, blocks))
 
     def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
         """Returns half a multiple as a share of a block for equal rates, and a multiple as one of all for others."""
         equal = max(rates) - min(rates) < TOLERANCE
-        return self.rounding(blocks) if equal else self.multiple / sum(self.sizes(model, blocks))
+        return self.rounding(model, blocks) if equal else self.multiple / sum(self.sizes(model, blocks))
 
     def begin(
         self, model: PreTrainedModel, blocks: Sequence[Block], *, rates: Sequence[float], stream: Stream
     ) -> UnitCut:
         """Returns the cut that leaves each block the units of its rate; see :meth:`PartMethod.begin`."""
         full, parts = self.sizes(model, blocks), [self._part(model, block) for block in blocks]
-        wanted = units_from_rates(rates, full, self.multiple)
+        wanted = units_from_rates(rates, full, self.multiple, [part.units for part in parts])
         if self.compensate and any(units < part.units for units, part in zip(wanted, parts, strict=True)):
             self._tell_of_few_tokens(stream, blocks[0].linears[parts[0].writer])
         return UnitCut(
             model,
             blocks,
             parts,
-            [min(units, part.units) for units, part in zip(wanted, parts, strict=True)],
+            wanted,
             removal=self._removal,
             sizes_class=self.sizes_class,
             full=full,

@@ -19,7 +19,7 @@ class PartRates:
         weight: Rate of the part relative to the others.
         step: Half the share of its units that is removed at once.
         sizes: Number of units of each block of the dense model.
-        rounded: Function of rates and ``sizes`` that returns the rates that are possible.
+        rounded: Function of rates, ``sizes`` and ``current`` that returns the rates that are possible.
     """
 
     removable: Sequence[int]
@@ -28,7 +28,7 @@ class PartRates:
     weight: float
     step: float
     sizes: Sequence[int]
-    rounded: Callable[[Sequence[float], Sequence[int]], list[float]]
+    rounded: Callable[[Sequence[float], Sequence[int], Sequence[float]], list[float]]
 
     @property
     def can_lose(self) -> bool:
@@ -71,7 +71,7 @@ def split(rates: Sequence[float], parts: Sequence[PartRates]) -> list[list[float
             min(max(rate + shift, low), max(part.most, low))
             for rate, low in zip(planned[index], part.current, strict=True)
         ]
-        possible = part.rounded(wanted, part.sizes)
+        possible = part.rounded(wanted, part.sizes, part.current)
         found[index] = [max(rate, low) for rate, low in zip(possible, part.current, strict=True)]
         differences = zip(part.removable, planned[index], found[index], strict=True)
         missing += sum(number * (rate - own) for number, rate, own in differences)

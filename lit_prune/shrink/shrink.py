@@ -315,9 +315,12 @@ class Shrink(PartsMethod):
         parts = self._rates(model, blocks)
         return any(part.loses(own) for part, own in zip(parts, split(rates, parts), strict=True))
 
-    def rounding(self, blocks: Sequence[Block]) -> float:
-        """Returns the largest rounding of a part: the others make up for all but their own."""
-        return max(part.rounding(blocks) for part in self._parts) if self._stages is None else 0.0
+    def rounding(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
+        """Returns the largest rounding of a part, as a share of all: the others make up for all but their own."""
+        if self._stages is not None:
+            return 0.0
+        parts = self._rates(model, blocks)
+        return max(part.step * sum(part.removable) for part in parts) / sum(self.removable(model, blocks))
 
     def rounding_of_mean(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> float:
         """Returns half of the smallest multiple of a part, as a share of all: the parts make up for each other.
@@ -459,7 +462,7 @@ class Shrink(PartsMethod):
                 current=part.current_rates(model, blocks),
                 most=part.max_rate(model),
                 weight=weight,
-                step=part.rounding(blocks),
+                step=part.rounding(model, blocks),
                 sizes=part.sizes(model, blocks),
                 rounded=part.rates,
             )

@@ -134,8 +134,8 @@ class WholeStage:
         return current, max(most, current)
 
     def _step(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
-        """Returns the distance of two rates, which count from the dense model, where the rounding does not."""
-        return 2 * self.method.rounding(blocks) * (1 - self._bounds(model, blocks)[0])
+        """Returns the distance of two rates."""
+        return 2 * self.method.rounding(model, blocks)
 
 
 class PartsMethod(Method):
@@ -223,7 +223,8 @@ class Stages:
         counts = Counts.of(model, blocks)
         if self.parts is None:
             last = self.whole[-1].method
-            return 1 - counts.without(last.coverage(model, blocks), last.rounding(blocks)).total / counts.total
+            half = last.rounding(model, blocks) / (1 - last.current_rates(model, blocks)[0])  # of what there is now
+            return 1 - counts.without(last.coverage(model, blocks), half).total / counts.total
         method = self.parts.method
         equal = [0.0] * len(blocks)
         return method.rounding_of_mean(model, blocks, equal) * sum(method.removable(model, blocks)) / counts.total

@@ -1,5 +1,6 @@
 """Cuts that remove experts."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lit_prune.allocate import DLP, Uniform
+from lit_prune.allocate import DLP, Plan, Uniform
+from lit_prune.allocate.plan import write_plan
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.experts import Experts
 from lit_prune.masks.zeros import zeros
 from lit_prune.models import structure
 from lit_prune.models.families import find_blocks
-from lit_prune.pipeline import prune
+from lit_prune.pipeline import prune, score
 from lit_prune.pruning import Method, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
@@ -82,6 +84,17 @@ def test_a_second_cut_counts_the_first(batches: list[Tensor]) -> None:
     (recorded,) = structure.structures(model)
     assert vars(recorded) == {"experts": 3, "full": 6, "path": "model.layers"}
     assert (model.config.num_local_experts, model.num_experts) == (3, 3)
+
+
+def test_the_plan_of_a_model_with_a_block_without_a_mixture(batches: list[Tensor], tmp_path: Path) -> None:
+    model, recipe = mixture_model("qwen3_moe"), Recipe(Experts(), 1 / 3, Uniform())
+    scored = score(model, batches, recipe)
+    write_plan(tmp_path / "plan.yaml", scored.rates, scored.scores, "Rates of a test.")
+    plan = Plan(str(tmp_path / "plan.yaml"))
+    assert prune(model, batches, replace(recipe, allocation=plan)).achieved == pytest.approx([1 / 3, 0, 1 / 3])
+    write_plan(tmp_path / "plan.yaml", [1 / 2, 0, 1 / 6], scored.scores, "Other rates.")
+    with pytest.raises(InputError, match="`pruning.allocation` must be Uniform for Experts, got Plan"):
+        replace(recipe, allocation=plan).check(mixture_model("qwen3_moe"))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])

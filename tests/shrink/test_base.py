@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lit_prune.allocate import DLP, LayerRedundancy, Search, Uniform
+from lit_prune.allocate.base import weighted_mean
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
@@ -102,6 +103,40 @@ def test_a_second_cut_counts_the_first(batches: list[Tensor]) -> None:
     assert pruned.sizes == [48] * 3
     (recorded,) = structure.structures(model)
     assert recorded.full == [48] * 3  # type: ignore[attr-defined]
+
+
+def test_a_second_cut_in_larger_steps_meets_its_size(batches: list[Tensor]) -> None:
+    """What a block has lost before is not made up for by the others."""
+    model = lively_model("llama", num_hidden_layers=6)
+    first = Given((5 / 6, 5 / 6, 5 / 6, 1 / 48, 1 / 48, 2 / 48))
+    prune(model, batches, Recipe(MLPWidth(multiple=2, rounds=1), weighted_mean(first.given, [1] * 6), first))
+    target = parameters(model) - 16 * 3 * 32
+    recipe = Recipe(MLPWidth(multiple=16, rounds=1), target_parameters=target, allocation=Uniform())
+    pruned = prune(model, batches, recipe)
+    assert model.config.block_sizes["intermediate_size"][:3] == [8, 8, 8]
+    assert abs(parameters(model) - target) <= 16 / 2 * 3 * 32
+    assert pruned.rates == pytest.approx(pruned.achieved)
+
+
+@pytest.mark.parametrize("sparsity", [5 / 12, 6 / 12])
+def test_a_second_cut_may_leave_blocks_that_differ(sparsity: float, batches: list[Tensor]) -> None:
+    """The config of Llama has no 3 of 4 groups, but blocks that differ have a list of their own."""
+    model = four_groups()
+    prune(model, batches, Recipe(HeadGroups(), 1 / 3, Given((0.0, 0.25, 0.75))))
+    recipe = Recipe(HeadGroups(), sparsity, Uniform())
+    recipe.check(model)
+    assert prune(model, batches, recipe).sparsity == pytest.approx(sparsity)
+    assert model.config.block_sizes["num_key_value_heads"] == [3, 3 if sparsity < 0.5 else 2, 1]
+
+
+def test_what_is_gone_is_refused_but_for_half_a_multiple(batches: list[Tensor]) -> None:
+    """Half of 48 channels are gone: half a multiple of 8 of the 48 is 0.083, of the 24 that are left 0.167."""
+    model = four_groups()
+    prune(model, batches, Recipe(MLPWidth(multiple=8), 0.5, Uniform()))
+    Recipe(MLPWidth(multiple=8), 0.45, Uniform()).check(model)
+    for sparsity in (0.4, 0.0):
+        with pytest.raises(InputError, match="must be at least the current sparsity, 0.5"):
+            Recipe(MLPWidth(multiple=8), sparsity, Uniform()).check(model)
 
 
 @pytest.mark.parametrize("method", [MLPWidth(multiple=1, rounds=1), HeadGroups()], ids=str)

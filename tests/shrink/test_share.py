@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from lit_prune.shrink.share import PartRates, split
-from lit_prune.shrink.units.sizes import rates_from_units, units_from_rates
+from lit_prune.shrink.units.sizes import rates_from_units, units_from_rates, units_left
 
 
 def part(units: int, removable: int, multiple: int = 1, given: Sequence[int] | None = None, **fields: Any) -> PartRates:
-    def rounded(rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
-        return rates_from_units(units_from_rates(rates, sizes, multiple), sizes)
+    def rounded(rates: Sequence[float], sizes: Sequence[int], current: Sequence[float]) -> list[float]:
+        return rates_from_units(units_from_rates(rates, sizes, multiple, units_left(current, sizes)), sizes)
 
     settings: dict[str, Any] = {
         "removable": given or [removable] * 2,

@@ -96,8 +96,10 @@ class PartSizes(Structure):
         )
 
 
-def units_from_rates(rates: Sequence[float], full: Sequence[int], multiple: int) -> list[int]:
-    """Returns the number of units that each block keeps: a multiple of ``multiple``, or all.
+def units_from_rates(
+    rates: Sequence[float], full: Sequence[int], multiple: int, present: Sequence[int] | None = None
+) -> list[int]:
+    """Returns the number of units that each block keeps: a multiple of ``multiple``, or all that it has.
 
     Equal rates of equal blocks give equal numbers, the nearest to the exact one. Otherwise exact numbers are rounded
     down, to at least one multiple, and the blocks with the largest remainders get one multiple more, until the sum is
@@ -108,12 +110,14 @@ def units_from_rates(rates: Sequence[float], full: Sequence[int], multiple: int)
         rates: Share of its units that each block loses.
         full: Number of units of each block without any loss.
         multiple: Number of which every smaller number of units is a multiple.
+        present: Number of units that each block has left; None means all.
     """
-    exact = [(1 - rate) * units for rate, units in zip(rates, full, strict=True)]
-    below = [_below(number, units, multiple) for number, units in zip(exact, full, strict=True)]
-    steps = [min(units, (low // multiple + 1) * multiple) - low for low, units in zip(below, full, strict=True)]
+    left = full if present is None else present
+    exact = [min((1 - rate) * units, has) for rate, units, has in zip(rates, full, left, strict=True)]
+    below = [_below(number, has, multiple) for number, has in zip(exact, left, strict=True)]
+    steps = [min(has, (low // multiple + 1) * multiple) - low for low, has in zip(below, left, strict=True)]
     remainders = [(number - low) / step if step else 0.0 for number, low, step in zip(exact, below, steps, strict=True)]
-    if len(set(zip(full, (round(rate, 9) for rate in rates), strict=True))) == 1:
+    if len(set(zip(full, left, (round(rate, 9) for rate in rates), strict=True))) == 1:
         return [low + step if remainders[0] > 0.5 else low for low, step in zip(below, steps, strict=True)]
     missing = sum(exact) - sum(below)
     for block in sorted(range(len(below)), key=lambda block: -remainders[block]):
@@ -144,8 +148,13 @@ def rates_from_units(units: Sequence[int], full: Sequence[int]) -> list[float]:
     return [(all_units - kept) / all_units for kept, all_units in zip(units, full, strict=True)]
 
 
-def _below(exact: float, full: int, multiple: int) -> int:
+def units_left(rates: Sequence[float], full: Sequence[int]) -> list[int]:
+    """Returns the number of units that each block has left of ``full``; 0.25 of 32 leaves 24."""
+    return [round((1 - rate) * units) for rate, units in zip(rates, full, strict=True)]
+
+
+def _below(exact: float, present: int, multiple: int) -> int:
     """The largest possible number of units up to ``exact``, or the smallest one."""
-    if exact >= full - 1e-6:
-        return full
-    return min(full, max(multiple, math.floor(exact / multiple + 1e-9) * multiple))
+    if exact >= present - 1e-6:
+        return present
+    return min(present, max(multiple, math.floor(exact / multiple + 1e-9) * multiple))

@@ -18,7 +18,7 @@ from lit_prune.recipe import Recipe
 from lit_prune.recover import Snapshot
 from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.shrink.mlp_width import MLPWidths
-from lit_prune.shrink.units.sizes import check_multiple, rates_from_units, units_from_rates
+from lit_prune.shrink.units.sizes import check_multiple, rates_from_units, units_from_rates, units_left
 from tests.conftest import small_model
 
 RECIPES = [
@@ -80,6 +80,26 @@ def test_by_hand() -> None:
     assert units_from_rates([0.25, 0.25], [48, 48], 8) == [32, 32]  # 36 is as near to 40
     assert units_from_rates([0.25, 0.25], [48, 48], 1) == [36, 36]
     assert rates_from_units([24, 32, 2], [32, 32, 3]) == [0.25, 0, 1 / 3]  # 1 - 2 / 3 is another float
+
+
+def test_blocks_that_have_fewer_units_keep_no_more_than_these() -> None:
+    """24 and 28.8 units are 16 and 32 in multiples of 16; a block with 24 left can keep them all."""
+    assert units_from_rates([0.5, 0.4], [48, 48], 16) == [16, 32]
+    assert units_from_rates([0.5, 0.4], [48, 48], 16, [24, 48]) == [24, 32]
+    assert units_left([0.25, 0.5], [32, 48]) == [24, 24]
+
+
+@given(st.lists(st.floats(0.0, 0.8), min_size=2, max_size=8), st.floats(0.0, 0.8))
+def test_a_second_mean_is_met_to_half_a_larger_multiple(first: list[float], rate: float) -> None:
+    full = [256] * len(first)
+    present = units_from_rates(first, full, 8)
+    lower = rates_from_units(present, full)
+    units = units_from_rates([max(rate, low) for low in lower], full, 32, present)
+    exact = sum(min((1 - rate) * 256, has) for has in present)
+    assert all(number == has or (number < has and number % 32 == 0) for number, has in zip(units, present, strict=True))
+    possible = all(has >= 32 for has in present)
+    equal = len({*present}) == 1
+    assert not possible or abs(sum(units) - exact) <= 16 * (len(first) if equal else 1) + 1e-6
 
 
 def test_equal_rates_give_equal_numbers() -> None:
