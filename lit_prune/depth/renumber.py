@@ -31,7 +31,13 @@ BY_BLOCK = (  # fields of configs with a value for every block
     "num_attention_heads_per_layer",
 )
 NUMBERS = ("attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "mlp_only_layers", "moe_layers")  # of blocks
-FIRST = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")  # how many of the first blocks differ
+FIRST = (  # how many of the first blocks differ
+    "first_k_dense_replace",
+    "max_window_layers",
+    "moe_layer_start_index",
+    "num_dense_layers",
+)
+LAST_NUMBER = ("moe_layer_end_index",)  # number of the last block of a kind
 LAST = ("num_kv_shared_layers",)  # how many of the last blocks differ
 PLAIN = (bool, int, float, str, list, tuple, type(None))
 
@@ -68,9 +74,10 @@ def drop_blocks(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
 
 
 def check_renumbering(model: PreTrainedModel, path: str) -> None:
-    """Raises InputError if blocks of ``model`` cannot be renumbered, by the example of all blocks behind the second."""
+    """Raises InputError if blocks of ``model`` cannot be renumbered, by the example of the first two and the last."""
     layers: Any = model.get_submodule(path)
-    _changes(model, path, [block for block in range(len(layers)) if block != 1])
+    for gone in sorted({0, min(1, len(layers) - 1), len(layers) - 1}):
+        _changes(model, path, [block for block in range(len(layers)) if block != gone])
 
 
 def renumbered(config: Any, kept: Sequence[int]) -> dict[str, Any]:
@@ -96,6 +103,8 @@ def renumbered(config: Any, kept: Sequence[int]) -> dict[str, Any]:
             fields[name] = [new_number[block] for block in value if block in new_number]
         elif name in FIRST:
             fields[name] = sum(block < value for block in kept) + max(0, value - blocks)
+        elif name in LAST_NUMBER:
+            fields[name] = sum(block <= value for block in kept) - 1
         elif name in LAST:
             fields[name] = sum(block >= blocks - value for block in kept)
         elif name == SIZES:

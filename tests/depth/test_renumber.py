@@ -21,10 +21,14 @@ from tests.conftest import FAMILIES, lively_model, multimodal_model, small_model
 from tests.depth.skipping import skipping
 from tests.shrink.given import Given
 
+ERNIE = {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}
+
 # Beside most families with an entry, those whose config has other fields by block.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES if family not in ("falcon", "falcon-new", "phi3", "mixtral")},
     "deepseek_v3": ("deepseek_v3", {"first_k_dense_replace": 2}),
+    "ernie4_5_moe": ("ernie4_5_moe", {**ERNIE, "moe_layer_start_index": 2}),
+    "ernie4_5_moe_dense_at_the_end": ("ernie4_5_moe", {**ERNIE, "moe_layer_start_index": 0, "moe_layer_end_index": 1}),
     "gpt_oss": ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}),
     "lfm2": ("lfm2", {"layer_types": ["full_attention", "conv", "conv"]}),
     "llama4": ("llama4_text", {"no_rope_layers": [1, 0, 1], "moe_layers": [0, 2]}),
@@ -118,9 +122,10 @@ def test_a_mixture_in_every_second_block() -> None:
 @pytest.mark.parametrize(
     ("family", "fields", "reason"),
     [
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, r"attn.scaling of block 2 depends on its number"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, r"attn.scaling of block 1 depends on its number"),
         ("gemma3n_text", {}, "depends on the number of blocks"),
         ("gemma4_text", {}, "depends on the number of blocks"),
+        ("ernie4_5_moe", {**ERNIE, "moe_layer_start_index": 1, "moe_layer_interval": 2}, "would have other weights"),
         (
             "jamba",
             {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
