@@ -34,6 +34,15 @@ def test_an_output_that_is_multiplied_is_not_added_as_it_is() -> None:
     hook.remove()
 
 
+@pytest.mark.parametrize(("family", "expected"), [("granite", False), ("llama", True)])
+def test_a_factor_that_the_rounding_of_a_large_stream_hides(family: str, expected: bool) -> None:
+    fields = {"embedding_multiplier": 12.0, "residual_multiplier": 0.22} if family == "granite" else {}
+    model = lively_model(family, **fields).to(torch.bfloat16)
+    blocks = find_blocks(model)
+    stream = Stream(model, blocks, BATCHES, CPU)
+    assert is_added(stream, blocks[0], blocks[0].linears["mlp.down_proj"]) is expected
+
+
 def test_collected_outputs_are_copies() -> None:
     model = lively_model("llama")
     blocks = find_blocks(model)
