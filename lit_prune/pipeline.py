@@ -95,6 +95,7 @@ class Pruned:
         seconds: Duration of scoring and of pruning, by phase.
         search: Details of a search for rates; empty without one.
         sparsity_before: The share that earlier cuts had removed; 0 for a dense model.
+        masked_before: Whether earlier cuts had masked the model.
         reshaped_before: Whether earlier cuts had changed the shape of the model.
         reconstruction: Losses of every block before and after its reconstruction; empty without one.
         linears: The planned rates of each block's linears by name; None if they all have the block's rate.
@@ -110,6 +111,7 @@ class Pruned:
     seconds: dict[str, float]
     search: dict[str, Any] = field(default_factory=dict)
     sparsity_before: float = 0.0
+    masked_before: bool = False
     reshaped_before: bool = False
     reconstruction: list[BlockLosses] = field(default_factory=list)
     linears: list[dict[str, float]] | None = None
@@ -180,7 +182,7 @@ def prune(
     scored = _score(model, batches, recipe, device, _needs(recipe), statistics)
     blocks = _with_rates(recipe.find(model), scored.linears or scored.parts)
     before = recipe.method.current_rates(model, blocks) if recipe.method.changes_shapes else []
-    reshaped_before = bool(structure.structures(model))
+    masked_before, reshaped_before = structure.masked(model), bool(structure.structures(model))
     begin = time.perf_counter()
     with evaluating(model):
         reconstruction = None
@@ -210,6 +212,7 @@ def prune(
         seconds={"score": scored.seconds, "prune": time.perf_counter() - begin},
         search=scored.search,
         sparsity_before=scored.sparsity_before,
+        masked_before=masked_before,
         reshaped_before=reshaped_before,
         reconstruction=[] if reconstruction is None else reconstruction.losses,
         linears=scored.linears,

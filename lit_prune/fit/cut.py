@@ -144,6 +144,7 @@ def _record(inputs: CutInputs, before: _State, pruned: Pruned, after: _State) ->
         sparsity=pruned.sparsity,
         search=SearchRecord.from_dict(pruned.search),
         sparsity_before=pruned.sparsity_before,
+        masked_before=pruned.masked_before,
         reshaped_before=pruned.reshaped_before,
         reconstruction=pruned.reconstruction,
         linears=pruned.linears,

@@ -28,7 +28,13 @@ QUANTISED_FORMS = {  # of the export, see ``export.plan.form_of``
 
 
 def model_card(
-    report: Report, base: str, usage: str, *, library_name: str | None = "transformers", tags: Sequence[str] = ()
+    report: Report,
+    base: str,
+    usage: str,
+    *,
+    base_model: str | None = None,
+    library_name: str | None = "transformers",
+    tags: Sequence[str] = (),
 ) -> str:
     """Returns the text of the model card, with the metadata that the hub reads.
 
@@ -36,11 +42,12 @@ def model_card(
         report: Report of the run.
         base: Name of the base model.
         usage: The Markdown that says how the folder is opened, see ``ExportFormat.usage``.
+        base_model: Id of the base model on the hub; None for another.
         library_name: Library that opens the folder; None names none.
         tags: Tags of the format.
     """
     kind = ["sparse"] if report.masked or (report.sparsity.achieved_all or 0) > 0.01 else []
-    data = ModelCardData(library_name=library_name, tags=["pruning", *kind, "lit-prune", *tags])
+    data = ModelCardData(base_model=base_model, library_name=library_name, tags=["pruning", *kind, "lit-prune", *tags])
     return f"""---
 {data.to_yaml()}
 ---
@@ -110,7 +117,7 @@ def _pruning(report: Report) -> str:
         how += f", every block then trained towards its dense output by {describe_settings(str(settings))}"
     if report.shape is not None:
         structure = report.shape.structure
-        return f"{structure.done} with {how}{_steps(report)}: {structure.outcome}"
+        return f"{structure.done} with {how}{_steps(report)}: {structure.outcome}{_zeros_kept(report)}"
     sparsity = report.sparsity
     before = f" Before this run, {sparsity.before:.2%} of the linears' weights were zero." if sparsity.before else ""
     return (
@@ -119,6 +126,13 @@ def _pruning(report: Report) -> str:
         f"Of the weights in the pruned linears, {sparsity.achieved_linears:.2%} are exactly zero, and of all "
         f"parameters {sparsity.achieved_all:.2%}.{before} {_storage(report)}"
     )
+
+
+def _zeros_kept(report: Report) -> str:
+    """Returns the sentence about the zeros of earlier masks in a model whose shape was cut; empty without any."""
+    if not report.masked:
+        return ""
+    return f" Of the linears' weights that remain, {report.sparsity.achieved_linears:.2%} are zero, by earlier masks."
 
 
 def _other_structures(report: Report) -> str:

@@ -82,6 +82,7 @@ class CutRecord:
         sparsity: Achieved rate over all blocks.
         search: Record of the search for rates; None if there was none.
         sparsity_before: Share that was removed before the cut; 0 for a dense model.
+        masked_before: Whether the model was masked before the cut.
         reshaped_before: Whether the shape of the model was changed before the cut.
         reconstruction: Losses of every block before and after its reconstruction; empty without one.
         linears: Planned rates of each block's linears by name; None if they all have the block's rate.
@@ -103,6 +104,7 @@ class CutRecord:
     sparsity: float
     search: SearchRecord | None = field(default=None, metadata=json_form(none_as={}))
     sparsity_before: float = 0.0
+    masked_before: bool = False
     reshaped_before: bool = False
     reconstruction: list[BlockLosses] = field(default_factory=list)
     linears: list[dict[str, float]] | None = field(default=None, metadata=json_form(none_as=OMIT))

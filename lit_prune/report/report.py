@@ -137,7 +137,9 @@ class Report:
     @property
     def masked(self) -> bool:
         """Whether the model has masked weights."""
-        return self.shape is None and (bool(self.sparsity.before) or (self.pruned_here and bool(self.recipe)))
+        if self.shape is not None:
+            return bool(self.sparsity.achieved_linears)
+        return bool(self.sparsity.before) or (self.pruned_here and bool(self.recipe))
 
     @property
     def pruned_here(self) -> bool:

@@ -120,7 +120,8 @@ def _sparsity(
             achieved_linears=zero_shares(plan.base)[1],
             achieved_all=zero / total,
         )
-    return Sparsity(requested=None, achieved_linears=0.0, achieved_all=zero / total)
+    kept = zero_shares(plan.base)[1] if plan.outline.masked else 0.0  # by a cut of shapes, of earlier masks
+    return Sparsity(requested=None, achieved_linears=kept, achieved_all=zero / total)
 
 
 def _sparsity_before(cuts: Sequence[CutRecord]) -> float:
@@ -138,9 +139,12 @@ def _quantised(plan: ExportPlan) -> Quantised | None:
 
 def _first_name(base: PreTrainedModel, recipe: Recipe | None, cuts: Sequence[CutRecord]) -> str:
     """Returns the name of the first perplexity: `dense`, or `before` if the model was pruned or trained before."""
-    had_shape = cuts[0].reshaped_before if cuts else recipe is not None and bool(structure.structures(base))
-    trained = bool(cuts) and cuts[0].step > 0
-    return "before" if _sparsity_before(cuts) or had_shape or trained else "dense"
+    if cuts:
+        first = cuts[0]
+        changed = first.sparsity_before or first.masked_before or first.reshaped_before or first.step > 0
+    else:
+        changed = recipe is not None and (structure.masked(base) or bool(structure.structures(base)))
+    return "before" if changed else "dense"
 
 
 def last_name(recipe: Recipe | None, trained: bool) -> str:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.allocate import write_plan
@@ -129,12 +128,8 @@ def _plan_header(plan: Path, report: ScoreReport) -> str:
 
 def _card(report: Report, plan: ExportPlan, format: ExportFormat, base: str, tokenizer: Tokenizer | None) -> str:
     imports = list(dict.fromkeys(structure.loading for structure in report.structures if structure.loading))
-    source = "this/folder" if tokenizer is not None else _source_of_tokenizer(plan.model, base)
-    usage = format.usage(plan.outline, source, imports)
-    return model_card(report, base, usage, library_name=format.library_name, tags=format.tags)
-
-
-def _source_of_tokenizer(model: PreTrainedModel, base: str) -> str:
-    """Returns the hub id of the base model; for one from a folder here or made in code, a text to be replaced."""
-    is_local = Path(model.name_or_path or "").exists()  # an empty name is the working directory
-    return "the/folder/of/its/tokenizer" if is_local else base
+    is_local = Path(plan.model.name_or_path or "").exists()  # an empty name is the working directory
+    others = "the/folder/of/its/tokenizer" if is_local else base
+    usage = format.usage(plan.outline, "this/folder" if tokenizer is not None else others, imports)
+    base_model = None if is_local or "/" not in base else base
+    return model_card(report, base, usage, base_model=base_model, library_name=format.library_name, tags=format.tags)

@@ -89,7 +89,14 @@ SHAPE = Shape(
     before=ModelSize(1_000_000, 3_000_000, Speed(prefill=100.0, decode=10.0)),
     pruned=ModelSize(1_100_000, 4_000_000, Speed(prefill=150.0, decode=9.0)),
 )
-SLICED = replace(REPORT, merged=True, structures=[SLICES], parameters=1_100_000, shape=SHAPE)
+SLICED = replace(
+    REPORT,
+    sparsity=Sparsity(requested=None, achieved_linears=0.0, achieved_all=0.0),
+    merged=True,
+    structures=[SLICES],
+    parameters=1_100_000,
+    shape=SHAPE,
+)
 
 
 def cut(step: int, sparsity: float = 0.5, **perplexity: float) -> CutSummary:

@@ -43,6 +43,8 @@ def test_the_hub_reads_it() -> None:
     card = ModelCard(model_card(REPORT, "some/model", "USAGE"))
     assert card.data.tags == ["pruning", "sparse", "lit-prune"]
     assert card.data.library_name == "transformers"
+    assert "base_model" not in card.data.to_dict()
+    assert ModelCard(model_card(REPORT, "x", "USAGE", base_model="some/model")).data.base_model == "some/model"
     file = ModelCard(model_card(REPORT, "some/model", "USAGE", library_name=None, tags=["gguf"]))
     assert file.data.tags == ["pruning", "sparse", "lit-prune", "gguf"]
     assert "library_name" not in file.data.to_dict()
@@ -50,7 +52,7 @@ def test_the_hub_reads_it() -> None:
 
 def test_a_smaller_model_is_sparse_only_if_it_has_masks_too() -> None:
     for zeros, tags in ((0.0, ["pruning", "lit-prune"]), (0.4, ["pruning", "sparse", "lit-prune"])):
-        report = replace(SLICED, sparsity=replace(SLICED.sparsity, achieved_all=zeros))
+        report = replace(SLICED, sparsity=replace(SLICED.sparsity, achieved_linears=zeros, achieved_all=zeros))
         assert ModelCard(model_card(report, "some/model", "USAGE")).data.tags == tags
 
 

@@ -3,18 +3,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import Uniform
+from lit_prune.depth import Depth
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.evaluation.speed import Speed
 from lit_prune.export.formats import GGUF
 from lit_prune.export.plan import ExportPlan
 from lit_prune.fit.baseline import measure_baseline
-from lit_prune.fit.cut import CutInputs
-from lit_prune.pruning import Magnitude
+from lit_prune.fit.cut import CutInputs, measured_cut
+from lit_prune.pipeline import prune
+from lit_prune.pruning import Magnitude, Wanda
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.recover import LoRA, MaskedLoRA
+from lit_prune.report.card import model_card
 from lit_prune.report.records import CutRecord, ModelSize
 from lit_prune.report.report import Report
 from lit_prune.report.summary import summary
@@ -22,7 +26,7 @@ from lit_prune.report.wording import describe_size
 from lit_prune.schedule import Cut
 from lit_prune.shrink import HeadGroups, MLPWidth
 from lit_prune.slice import Slicing
-from tests.conftest import small_model
+from tests.conftest import lively_model, small_model
 from tests.fit.cuts import cut
 from tests.report.reports import CUT, SEARCH
 
@@ -86,6 +90,22 @@ def test_a_model_that_had_zeros_is_not_called_dense() -> None:
     assert found.sparsity.before == 0.25
     assert list(found.perplexity) == ["before", "pruned", "recovered"]
     assert "perplexity_before" in found.seconds
+
+
+def test_a_masked_model_that_loses_blocks_has_its_zeros_and_is_not_called_dense(batches: list[Tensor]) -> None:
+    model, recipe = lively_model("llama"), Recipe(Depth(), 1 / 3, Uniform())
+    prune(model, batches, Recipe(Wanda(), 0.5, Uniform()))
+    inputs = CutInputs(recipe, batches, {}, None, torch.device("cpu"), measured=False)
+    with measured_cut(model, inputs) as cut:
+        cut.pruned = prune(model, batches, recipe)
+    found = report(model, recipe, [cut.record])
+    assert list(found.perplexity) == ["before", "pruned", "recovered"]
+    assert found.shape is not None
+    assert (found.masked, found.shape.reference) == (True, "before")
+    assert found.sparsity.achieved_linears == pytest.approx(0.5, abs=0.01)
+    card = model_card(found, "base", "")
+    assert "Of the linears' weights that remain, 50.00% are zero, by earlier masks." in card
+    assert report(model, recipe, []).perplexity == {"before": None, "pruned": None, "recovered": None}
 
 
 def test_a_model_that_was_trained_before_its_first_cut_is_not_called_dense() -> None:
