@@ -5,7 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 
-from lit_prune.cli.signatures import CLASS_OPTIONS, DESCRIPTION, FOLDER_VERBS, VERBS, WRITES, options, summary
+from lit_prune.cli.signatures import (
+    CLASS_OPTIONS,
+    DESCRIPTION,
+    FOLDER_VERBS,
+    VERBS,
+    WRITES,
+    options,
+    suggestions,
+    summary,
+)
 from lit_prune.errors import InputError, near_misses
 
 VERSIONS = ("torch", "lightning", "transformers", "peft")
@@ -75,7 +84,7 @@ def check_options(args: Sequence[str]) -> None:
         nested = name.split(".")[0] in CLASS_OPTIONS or first_two.endswith(".help")
         if not name.startswith("--") or first_two in known or nested:
             continue
-        near = near_misses(name, known)
+        near = suggestions(name, args[0])
         hint = f" Did you mean {' or '.join(near)}?" if near else f" (see lit-prune {args[0]} --help)"
         raise InputError(f"`{name}` is not an option.{hint}")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pydoc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 
 from lit_prune.allocate import Allocation
@@ -41,7 +42,7 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
         output: The default of ``--output``.
 
     Raises:
-        InputError: for an export of nothing.
+        InputError: for an export of nothing, and for settings of a cut, which the export of a model does not make.
     """
     if args[0] != "export":
         return list(args)
@@ -55,6 +56,8 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
             "`model.pretrained` or `ckpt_path` must be given: add `--model.pretrained FOLDER`, or `--ckpt_path FILE` "
             "for a checkpoint of a fit."
         )
+    if "--ckpt_path" not in values:
+        _check_no_cut(values)
     is_last = values.get("--ckpt_path") == "last"
     run = Path(values.get("--output", output)) if is_last else Path(values.get("--ckpt_path", "")).parent.parent
     run = run.expanduser()
@@ -65,6 +68,32 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
     return ["export", f"--config={run / 'config.yaml'}", *output_option, *args[1:]]
 
 
+def _check_no_cut(values: Mapping[str, str]) -> None:
+    """Raises InputError if the command line of an export without a checkpoint cuts the model."""
+    given = next((option for option in values if option.startswith("--pruning.")), None)
+    config = values.get("--config", values.get("-c"))
+    remedy = "cut it by `lit-prune prune`, with the same `--format`"
+    if given is not None:
+        raise InputError(
+            f"`{given.removeprefix('--')}` must be left out for export, which writes a model as it is: {remedy}."
+        )
+    if config is not None and "--model.pretrained" not in values and _has_cut(config):
+        raise InputError(
+            f"`model.pretrained` must be given: {config} has a cut, and export would write the model before it. Add "
+            f"`--model.pretrained FOLDER` for the result of its run, or `--ckpt_path last`, or {remedy}."
+        )
+
+
+def _has_cut(path: str) -> bool:
+    """Returns whether a configuration file has settings of a cut; False for a file that cannot be read."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False  # the parser says what is wrong with it
+    settings = content.get("pruning") if isinstance(content, dict) else None
+    return isinstance(settings, dict) and settings.get("method", "the default") is not None
+
+
 def allocation_arguments(args: Sequence[str]) -> list[str]:
     """Returns ``args``; with settings of ``--pruning.allocation`` also its name, which a later argument may replace.
 
@@ -72,6 +101,23 @@ def allocation_arguments(args: Sequence[str]) -> list[str]:
     """
     has_settings = any(arg.startswith("--pruning.allocation.") for arg in args)
     return [args[0], "--pruning.allocation=DLP", *args[1:]] if has_settings else list(args)
+
+
+def check_allocation_named(args: Sequence[str], method: Namespace | None) -> None:
+    """Raises InputError for settings of an allocation that is not named, if the default of ``method`` is not DLP.
+
+    A configuration file may name it, so that with one nothing is checked.
+    """
+    names = {arg.partition("=")[0] for arg in args}
+    set_alone = next((name for name in sorted(names) if name.startswith("--pruning.allocation.")), None)
+    if method is None or set_alone is None or names & {"--pruning.allocation", "--pruning", "--config", "-c"}:
+        return
+    default = default_allocation(method).rpartition(".")[2]
+    if default != "DLP":
+        raise InputError(
+            f"`pruning.allocation` must be named for `{set_alone.removeprefix('--')}`: the default for "
+            f"{method.class_path.rpartition('.')[2]} is {default}. Add `--pruning.allocation DLP`, or another."
+        )
 
 
 def default_allocation(method: Namespace) -> str:

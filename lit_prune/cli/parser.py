@@ -28,6 +28,7 @@ from lit_prune.callbacks.run_checkpoint import RunCheckpoint  # noqa: E402
 from lit_prune.checkpointing.resume import Resume  # noqa: E402
 from lit_prune.cli.defaults import (  # noqa: E402
     allocation_arguments,
+    check_allocation_named,
     default_allocation,
     export_arguments,
     fill_lengths,
@@ -110,9 +111,10 @@ class LitPruneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
         """Parses the command line; export takes its settings from the run that wrote the checkpoint."""
         args = export_arguments(spell_format(args), self._parser("export").get_default("output"))
-        args = allocation_arguments(args)
+        given, args = args, allocation_arguments(args)
         self.config = parser.parse_args(args)
         pruning = self.config[self.config.subcommand].pruning
+        check_allocation_named(given, pruning.method)
         if pruning.allocation is None and pruning.method is not None:
             self.config = parser.parse_args([*args, f"--pruning.allocation={default_allocation(pruning.method)}"])
 

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_prune.errors import near_misses
+
 # By verb, the parameters of PruneTrainer's method that the command passes itself.
 VERBS: dict[str, set[str]] = {
     "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
@@ -86,6 +88,21 @@ GROUPS = {
     "lm_eval": ("lit_prune.evaluation.tasks", "HarnessSettings"),
     "trainer": ("lightning.pytorch.trainer.trainer", "Trainer"),
 }
+# By group of options that are nested deeper, their module and class; for suggestions.
+NESTED = {
+    "pruning.calibration": ("lit_prune.calibration.windows", "Calibration"),
+    "format": ("lit_prune.export.formats.gguf", "GGUF"),
+}
+# By the name of an option in transformers, llama.cpp and others, what it is here.
+ELSEWHERE = {
+    "gguf": "--format gguf",
+    "learning_rate": "--model.lr",
+    "model_name_or_path": "--model.pretrained",
+    "packed": "--format packed",
+    "per_device_train_batch_size": "--data.batch_size",
+    "ratio": "--pruning.sparsity",
+    "seed": "--seed_everything",
+}
 CLASS_OPTIONS = ("--format",)  # outside the groups; the settings of the class are nested below
 # LightningCLI's and jsonargparse's own.
 BUILT_IN = ("--help", "--config", "--print_config", "--seed_everything")
@@ -107,6 +124,20 @@ def options(verb: str) -> set[str]:
     for group, (module, name) in GROUPS.items():
         names |= {f"--{group}"} | {f"--{group}.{field}" for field in _fields(module, name)}
     return names
+
+
+def suggestions(name: str, verb: str) -> list[str]:
+    """Returns options of ``verb`` that ``name`` may have meant, best first; --lr is --model.lr.
+
+    Those with the same last part come first, then those that are called so elsewhere, then those that are spelt alike.
+    """
+    known = options(verb)
+    last = name.removeprefix("--").rpartition(".")[2]
+    nested = {f"--{group}.{field}" for group, place in NESTED.items() for field in _fields(*place)}
+    same = sorted(option for option in known | nested if "." in option and option.rpartition(".")[2] == last)
+    if last in ELSEWHERE:
+        return [ELSEWHERE[last], *same]
+    return same or near_misses(name, known)
 
 
 def _fields(module: str, name: str) -> list[str]:

@@ -84,6 +84,17 @@ def test_unknown_options() -> None:
         check_options(["fit", "--merge"])
     with pytest.raises(InputError, match=r"`--zzz` is not an option. \(see lit-prune fit --help\)"):
         check_options(["fit", "--zzz", "1"])
+    for option, meant in {
+        "--lr": "--model.lr",
+        "--num_samples": "--pruning.calibration.num_samples",
+        "--pruning.num_samples": "--pruning.calibration.num_samples",
+        "--outtype": "--format.outtype",
+        "--gguf": "--format gguf",
+        "--model_name_or_path": "--model.pretrained",
+        "--pruning.ratio": "--pruning.sparsity",
+    }.items():
+        with pytest.raises(InputError, match=rf"`{option}` is not an option\. Did you mean {meant}\?"):
+            check_options(["fit", option, "1"])
     check_options(["export", "--merge"])
     check_options(
         [

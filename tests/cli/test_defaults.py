@@ -9,6 +9,7 @@ from jsonargparse import Namespace
 from lit_prune.allocate import DLP, Uniform
 from lit_prune.cli.defaults import (
     allocation_arguments,
+    check_allocation_named,
     default_allocation,
     export_arguments,
     fill_lengths,
@@ -69,6 +70,16 @@ def test_settings_of_an_allocation_without_its_name_are_those_of_dlp() -> None:
         assert allocation_arguments(args) == args
 
 
+def test_settings_of_an_allocation_without_its_name_where_the_default_is_another() -> None:
+    alpha, width = ["prune", "--pruning.allocation.alpha=0.1"], Namespace(class_path="lit_prune.MLPWidth")
+    with pytest.raises(InputError, match=r"be named for `pruning.allocation.alpha`: the default for MLPWidth is U"):
+        check_allocation_named(alpha, width)
+    check_allocation_named(alpha, Namespace(class_path="lit_prune.Wanda"))
+    check_allocation_named([*alpha, "--pruning.allocation=OWL"], width)
+    check_allocation_named([*alpha, "--config=x.yaml"], width)
+    check_allocation_named(["prune"], width)
+
+
 def test_the_default_allocation_is_that_of_the_class_of_the_method() -> None:
     for method, allocation in {
         "lit_prune.Wanda": DLP,
@@ -84,6 +95,21 @@ def test_a_format_is_named_in_any_case() -> None:
     assert spell_format(["fit", "--format", "huggingface", "gguf"]) == ["fit", "--format", "HuggingFace", "gguf"]
     assert spell_format(["fit", "--format", "mine.Format"]) == ["fit", "--format", "mine.Format"]
     assert spell_format(["fit", "--format"]) == ["fit", "--format"]
+
+
+def test_an_export_of_a_model_does_not_cut(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`pruning.sparsity` must be left out for export, .* by `lit-prune prune`"):
+        export_arguments(["export", "--model.pretrained=x", "--pruning.sparsity=0.5"], "runs/usual")
+    config = tmp_path / "run.yaml"
+    config.write_text("pruning: {sparsity: 0.5}")
+    with pytest.raises(InputError, match=r"`model.pretrained` must be given: .*run.yaml has a cut"):
+        export_arguments(["export", f"--config={config}"], "runs/usual")
+    for more in ("--model.pretrained=x", "--ckpt_path=y"):
+        args = ["export", f"--config={config}", more]
+        assert export_arguments(args, "runs/usual") == args
+    for text in ("pruning: {method: null}", "model: {pretrained: x}", "pruning: [", ""):
+        config.write_text(text)
+        assert export_arguments(["export", "-c", str(config)], "runs/usual") == ["export", "-c", str(config)]
 
 
 def test_an_export_needs_a_model() -> None:
