@@ -17,6 +17,8 @@ from lit_prune.errors import InputError
 from lit_prune.export.formats import ExportFormat
 from lit_prune.models.load import architecture_config, load_config
 
+OPTIONS_OF_A_CUT = tuple(f"--pruning.{name}" for name in ("method", "sparsity", "allocation", "budget", "target_"))
+
 
 def fill_lengths(config: Namespace) -> None:
     """Sets window lengths that were not given to their defaults, or to the model's maximum length if that is less."""
@@ -70,7 +72,7 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
 
 def _check_no_cut(values: Mapping[str, str]) -> None:
     """Raises InputError if the command line of an export without a checkpoint cuts the model."""
-    given = next((option for option in values if option.startswith("--pruning.")), None)
+    given = next((option for option in values if option.startswith(OPTIONS_OF_A_CUT)), None)
     config = values.get("--config", values.get("-c"))
     remedy = "cut it by `lit-prune prune`, with the same `--format`"
     if given is not None:

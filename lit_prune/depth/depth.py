@@ -131,9 +131,7 @@ class Depth(Method):
             )
         return 0.0, 1.0
 
-    def rates(
-        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
-    ) -> list[float]:
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns 1 for the blocks with the highest rates, and for others the share that was removed before.
 
         Equal rates are rounded to whole blocks: :meth:`apply` then chooses. Rates of [0.5, 0.1, 0.4] become [1, 0, 0].

@@ -114,9 +114,7 @@ class Experts(PartMethod):
         most = max(self.sizes(model, blocks))
         return max(0.0, 1 - fewest_experts(config, _picked(blocks), self.multiple) / most) if most else 0.0
 
-    def rates(
-        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
-    ) -> list[float]:
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates rounded so that the number of experts is a multiple; 0 for blocks without a mixture."""
         count = self._count(rates, sizes)
         return [(full - count) / full if full else 0.0 for full in sizes]

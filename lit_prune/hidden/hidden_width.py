@@ -144,9 +144,7 @@ class HiddenWidth(Method):
         """Returns the rate that leaves one multiple."""
         return max(0.0, 1 - self.multiple / self._full(model))
 
-    def rates(
-        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
-    ) -> list[float]:
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates rounded so that the width is a multiple."""
         return [(full - self._width(rates, full)) / full for full in sizes]
 

@@ -196,17 +196,13 @@ class Method(ABC):
         """Returns the smallest and the largest rate between ``least`` and ``most`` that the method supports."""
         return least, most
 
-    def rates(
-        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
-    ) -> list[float]:
-        """Returns the supported rates that are closest to the allocated ``rates``.
-
-        Args:
-            rates: The rate of each block.
-            sizes: The size of each block, see :meth:`sizes`.
-            current: The share that each block has lost, which no rate falls below; None for dense blocks.
-        """
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns the supported rates that are closest to the allocated ``rates``."""
         return list(rates)
+
+    def further_rates(self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float]) -> list[float]:
+        """Returns the supported rates of blocks that have lost ``current`` already; by default those of any blocks."""
+        return self.rates(rates, sizes)
 
     def removes(self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float]) -> bool:
         """Returns whether a cut at ``rates``, which :meth:`rates` has returned, removes more than is gone."""

@@ -117,9 +117,7 @@ class MaskMethod(Method):
         granularity = max(self.pattern.granularity(size) for size in sizes)
         return (granularity + sum(len(block.linears) for block in blocks)) / 2 / sum(sizes)
 
-    def rates(
-        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
-    ) -> list[float]:
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates closest to ``rates`` that the pattern supports."""
         return self.pattern.rates(rates, sizes)
 

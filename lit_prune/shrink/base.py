@@ -168,12 +168,13 @@ class UnitMethod(PartMethod):
         """Returns the rate that leaves one multiple of units in the smallest block."""
         return max(0.0, 1 - self.multiple / min(self.sizes(model, find_blocks(model))))
 
-    def rates(
-        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
-    ) -> list[float]:
-        """Returns the rates rounded so that the number of units of every block is a multiple, or all that it has."""
-        present = None if current is None else units_left(current, sizes)
-        return rates_from_units(units_from_rates(rates, sizes, self.multiple, present), sizes)
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
+        """Returns the rates rounded so that the number of units of every block is a multiple."""
+        return rates_from_units(units_from_rates(rates, sizes, self.multiple), sizes)
+
+    def further_rates(self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float]) -> list[float]:
+        """Returns the rates rounded so that every block has a multiple of units, or all that are left to it."""
+        return rates_from_units(units_from_rates(rates, sizes, self.multiple, units_left(current, sizes)), sizes)
 
     def size_multiple(self, model: PreTrainedModel) -> int:
         """Returns the number of columns of the writer, or rows of a reader, that all sizes are multiples of."""

@@ -464,7 +464,7 @@ class Shrink(PartsMethod):
                 weight=weight,
                 step=part.rounding(model, blocks),
                 sizes=part.sizes(model, blocks),
-                rounded=part.rates,
+                rounded=part.further_rates,
             )
             for part, weight in zip(self._parts, self._weights, strict=True)
         ]

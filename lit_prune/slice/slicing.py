@@ -119,9 +119,7 @@ class Slicing(Method):
         """Returns the rate that leaves one multiple."""
         return 1 - self.multiple / model.config.hidden_size
 
-    def rates(
-        self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float] | None = None
-    ) -> list[float]:
+    def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates rounded so that every width is a multiple."""
         return rates_from_sizes(sizes_from_rates(rates, sizes[0], self.multiple), sizes[0])
 
