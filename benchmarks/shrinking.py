@@ -83,14 +83,18 @@ def setting(value: Any) -> Any:
     return [setting(each) for each in value] if isinstance(value, list) else value
 
 
+def widths() -> Iterator[tuple[str, Recipe]]:
+    """Yields the name and the recipe of the cuts of channels that cases improve, by equal and by different widths."""
+    for share in SHARES:
+        yield from (by_share(MLPWidth(), share, allocation) for allocation in (Uniform(), LayerRedundancy()))
+
+
 def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
     """Yields the name and the recipe of every case without training, besides those of slices."""
     for share in SHARES:
         yield by_share(MLPWidth(), share, Uniform())
-    for share in SHARES:
-        for allocation in (Uniform(), LayerRedundancy()):
-            name, recipe = by_share(MLPWidth(), share, allocation)
-            yield f"{name}, reconstructed", replace(recipe, reconstruction=Reconstruct())
+    for name, recipe in widths():
+        yield f"{name}, reconstructed", replace(recipe, reconstruction=Reconstruct())
     for share in SHARES:
         yield from (by_share(MLPWidth(), share, allocation) for allocation in allocations(folder, share))
     for share in SHARES:
@@ -110,10 +114,8 @@ def untrained(folder: Path) -> Iterator[tuple[str, Recipe]]:
 
 def with_more_text(windows: int) -> Iterator[tuple[str, Recipe]]:
     """Yields the name and the recipe of every case without training that is calibrated on so many windows."""
-    for share in SHARES:
-        for allocation in (Uniform(), LayerRedundancy()):
-            name, recipe = by_share(MLPWidth(), share, allocation)
-            yield f"{name}, {windows} windows", recipe
+    for name, recipe in widths():
+        yield f"{name}, {windows} windows", recipe
 
 
 class Cases(MatchingCases):
