@@ -30,6 +30,7 @@ GOLDEN = Path(__file__).parent / "behaviour"
 BY_TYPE = re.compile(r"seconds|speed|^versions$|_version$|^max_logit_difference$")  # names of what differs every time
 TOLERANCE = 1e-2  # of a float, relative: kernels differ from processor to processor, by 0.4% behind pruned blocks
 BLOCK = re.compile(r"\blayers\.(\d+)\.")
+THREADS = re.compile(r"CPU, \d+ threads?")
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(\.\d+)*(e-?\d+)?\b")
 
 SMALL = [
@@ -96,7 +97,7 @@ def content(path: Path) -> Any:
         case (("report.json" | "config.json" | "generation_config.json"), _):
             return rounded(json.loads(path.read_text()))
         case "README.md", _:
-            return NUMBER.sub("#", path.read_text()).splitlines()
+            return NUMBER.sub("#", THREADS.sub("CPU", path.read_text())).splitlines()
         case "metrics.csv", _:
             return path.read_text().splitlines()[0]
         case _, ".safetensors":

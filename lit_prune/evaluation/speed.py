@@ -20,10 +20,17 @@ LEAST_RUNS, MOST_RUNS, LEAST_SECONDS = 3, 25, 3.0  # of each model: the best of 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of one sequence, in prefill and in decode."""
+    """Tokens per second of one sequence.
+
+    Attributes:
+        prefill: Tokens of the prompt per second.
+        decode: Generated tokens per second.
+        device: The device, such as `NVIDIA H200` or `CPU, 2 threads`; None if it is not known.
+    """
 
     prefill: float
     decode: float
+    device: str | None = None
 
 
 def tokens_per_second(model: PreTrainedModel) -> Speed:
@@ -97,7 +104,16 @@ def _best(model: PreTrainedModel, runs: Sequence[tuple[float, float]]) -> Speed:
     return Speed(
         prefill=prompt_BT.shape[1] / min(seconds for seconds, _ in runs),
         decode=decode / min(seconds for _, seconds in runs),
+        device=_name(model.device),
     )
+
+
+def _name(device: torch.device) -> str:
+    """Returns the name of a device for readers; that of the CPU has the number of threads, which speeds depend on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' * (threads != 1)}" if device.type == "cpu" else device.type
 
 
 def _run(model: PreTrainedModel, prompt_BT: Tensor, decode: int) -> tuple[float, float]:

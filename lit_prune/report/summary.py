@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from lit_prune.allocate.budget import Budget
 from lit_prune.evaluation.sizes import full_bytes, parameters, pruned
-from lit_prune.evaluation.speed import Speed
 from lit_prune.export.formats import ExportFormat, HuggingFace
 from lit_prune.export.plan import ExportPlan
 from lit_prune.masks.zeros import share_of_zeros, zero_shares
@@ -246,7 +245,8 @@ def _size_before(cuts: Sequence[CutRecord]) -> ModelSize | None:
         before, after = cut.size["before"].speed, cut.size["after"].speed
         if speed is None or before is None or after is None:
             return replace(first, speed=None)
-        speed = Speed(speed.prefill * before.prefill / after.prefill, speed.decode * before.decode / after.decode)
+        prefill, decode = speed.prefill * before.prefill / after.prefill, speed.decode * before.decode / after.decode
+        speed = replace(speed, prefill=prefill, decode=decode)
     return replace(first, speed=speed)
 
 

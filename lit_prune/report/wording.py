@@ -277,9 +277,10 @@ def describe_gains(shape: Shape) -> dict[str, str]:
     rows = {"memory when opened": f"{pruned.bytes / 1e6:,.1f} MB, {first} {before.bytes / 1e6:,.1f} MB  ({change})"}
     if before.speed is None or pruned.speed is None:
         return rows
+    device = "" if pruned.speed.device is None else f"; {pruned.speed.device}"
     for name in ("prefill", "decode"):
         earlier, now = getattr(before.speed, name), getattr(pruned.speed, name)
-        change = f"{now / earlier:.2f} x {first}"
+        change = f"{now / earlier:.2f} x {first}{device}"
         rows[f"tokens per second, {name}"] = f"{_three_digits(now)}, {first} {_three_digits(earlier)}  ({change})"
     return rows
 

@@ -86,8 +86,8 @@ SLICES = Description(
 SHAPE = Shape(
     structure=SLICES,
     requested=0.25,
-    before=ModelSize(1_000_000, 3_000_000, Speed(prefill=100.0, decode=10.0)),
-    pruned=ModelSize(1_100_000, 4_000_000, Speed(prefill=150.0, decode=9.0)),
+    before=ModelSize(1_000_000, 3_000_000, Speed(100.0, 10.0, "CPU, 2 threads")),
+    pruned=ModelSize(1_100_000, 4_000_000, Speed(150.0, 9.0, "CPU, 2 threads")),
 )
 SLICED = replace(
     REPORT,

@@ -12,7 +12,7 @@ from lit_prune.report.plain import to_plain
 from lit_prune.report.records import Baseline, CutRecord, ModelSize, with_perplexity
 from tests.report.reports import CUT, FOUND, PROTOCOL, SEARCH
 
-SIZE = {"before": ModelSize(10, 40, Speed(2.0, 1.0)), "after": ModelSize(8, 32, None)}
+SIZE = {"before": ModelSize(10, 40, Speed(2.0, 1.0, "CPU, 2 threads")), "after": ModelSize(8, 32, None)}
 BASELINE = Baseline(0, {"masked": True}, {"before": 20.0}, {"perplexity_before": 1.0}, PROTOCOL, [0.5, 0.5], 0.5)
 
 
@@ -36,7 +36,8 @@ def test_the_plain_form_has_the_fields_in_their_order() -> None:
     plain = to_plain(replace(CUT, size=SIZE, sparsity_before=0.25))
     assert list(plain)[:4] == ["step", "perplexity", "seconds", "protocol"]
     assert plain["protocol"] == {"data": "text", "windows": 3, "seq_length": 16, "tokens": 45, "dtype": "float32"}
-    assert plain["size"]["before"] == {"parameters": 10, "bytes": 40, "speed": {"prefill": 2.0, "decode": 1.0}}
+    speed = {"prefill": 2.0, "decode": 1.0, "device": "CPU, 2 threads"}
+    assert plain["size"]["before"] == {"parameters": 10, "bytes": 40, "speed": speed}
     assert plain["size"]["after"]["speed"] is None
     assert plain["search"] == {}
     assert plain["sparsity_before"] == 0.25

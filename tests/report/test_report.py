@@ -62,7 +62,7 @@ def test_the_values_of_nested_records() -> None:
 def test_a_shape_stands_under_the_name_of_its_structure() -> None:
     stored = json.loads(to_json(SLICED))
     assert (stored["sliced"], stored["slice"]["requested"], stored["slice"]["achieved"]) == (True, 0.25, 0.2512)
-    assert stored["slice"]["dense"]["speed"] == {"prefill": 100.0, "decode": 10.0}
+    assert stored["slice"]["dense"]["speed"] == {"prefill": 100.0, "decode": 10.0, "device": "CPU, 2 threads"}
     again = replace(SLICED, shape=replace(SHAPE, reference="before")).to_dict()["slice"]
     assert again["before"] == stored["slice"]["dense"]
     assert "dense" not in again

@@ -164,7 +164,8 @@ def test_two_cuts_are_compared_with_the_model_before_the_first() -> None:
     recipe = Recipe(MLPWidth(multiple=8), 0.5, Uniform())
     model, record = pruned(recipe)
     sizes = [
-        ModelSize(10 - part, 40 - part, Speed(speed, 2 * speed)) for part, speed in enumerate((2.0, 3.0, 6.0, 8.0))
+        ModelSize(10 - part, 40 - part, Speed(speed, 2 * speed, "CPU, 2 threads"))
+        for part, speed in enumerate((2.0, 3.0, 6.0, 8.0))
     ]
     records = [replace(record, step=step, size={"before": sizes[step], "after": sizes[step + 1]}) for step in (0, 2)]
     shape = report(model, recipe, records).shape
@@ -174,6 +175,7 @@ def test_two_cuts_are_compared_with_the_model_before_the_first() -> None:
     assert shape.before.speed is not None
     assert (shape.before.parameters, shape.before.bytes) == (10, 40)
     assert (shape.before.speed.prefill, shape.before.speed.decode) == pytest.approx((4.0, 8.0))
+    assert shape.before.speed.device == "CPU, 2 threads"
     records[0] = replace(records[0], size={"before": sizes[0], "after": replace(sizes[1], speed=None)})
     unmeasured = report(model, recipe, records).shape
     assert unmeasured is not None

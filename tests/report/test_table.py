@@ -67,7 +67,7 @@ def test_a_model_that_was_not_dense_is_not_called_so() -> None:
     again = table(replace(SLICED, perplexity={"before": 20.0, "pruned": 60.0}, shape=shape))
     assert "dense" not in text(again)
     assert rows(again)["memory when opened"] == "4.0 MB, before 3.0 MB  (+33.3%)"
-    assert rows(again)["tokens per second, prefill"] == "150, before 100  (1.50 x before)"
+    assert rows(again)["tokens per second, prefill"] == "150, before 100  (1.50 x before; CPU, 2 threads)"
 
 
 def test_what_a_sparsity_is_a_share_of() -> None:
@@ -120,8 +120,8 @@ def test_another_shape_has_its_own_rows_and_its_speed() -> None:
     assert shown["sparsity requested, mean over blocks"] == "0.2500"
     assert shown["widths of the blocks"] == "40 to 56 of 64"
     assert shown["memory when opened"] == "4.0 MB, dense 3.0 MB  (+33.3%)"
-    assert shown["tokens per second, prefill"] == "150, dense 100  (1.50 x dense)"
-    assert shown["tokens per second, decode"] == "9, dense 10  (0.90 x dense)"
+    assert shown["tokens per second, prefill"] == "150, dense 100  (1.50 x dense; CPU, 2 threads)"
+    assert shown["tokens per second, decode"] == "9, dense 10  (0.90 x dense; CPU, 2 threads)"
     assert not any("sparsity achieved" in label for label in shown)
     assert "zeros" not in text(table(SLICED))
 
