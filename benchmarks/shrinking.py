@@ -175,14 +175,14 @@ class Cases(MatchingCases):
             times: How many times the calibration windows of the protocol.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        allocation = recipe.allocation
-        if allocation.searches and row is not None:
-            plan = folder / "plan.yaml"
-            write_plan(plan, row["rates"], row["rates"], "Rates of a search, by block.", row.get("parts"))
-            allocation = Plan(str(plan))
+        if recipe.allocation.searches and row is not None:
+            plan, rates = folder / "plan.yaml", row["rates"]
+            write_plan(plan, rates, rates, "Rates of a search, by block.", row.get("parts"))
+            # of rounded rates, the share of all parameters is not exactly the one that was asked for
+            recipe = replace(recipe, allocation=Plan(str(plan)), sparsity=sum(rates) / len(rates), budget="linears")
         pruning = {
             "method": setting(recipe.method),
-            "allocation": setting(allocation),
+            "allocation": setting(recipe.allocation),
             "budget": recipe.budget,
             "sparsity": recipe.sparsity,
         }
