@@ -17,8 +17,9 @@ def test_tokens_over_the_best_seconds(model: PreTrainedModel, monkeypatch) -> No
 
     model.register_forward_pre_hook(see, with_kwargs=True)
     model.train()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     found = speed.tokens_per_second(model)
-    assert (found.prefill, found.decode) == (32 / 2, 32 / 4)
+    assert found == speed.Speed(prefill=32 / 2, decode=32 / 4, device="CPU, 1 thread")
     assert seen == [(32, 0), *((1, 32 + token) for token in range(32))] * 4
     assert model.training
 
@@ -30,19 +31,23 @@ def test_a_model_without_a_limit() -> None:
     assert found.decode > 0
 
 
-@pytest.mark.parametrize(("threads", "name"), [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
-def test_a_speed_names_its_device(threads: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "threads", "name"),
+    [("cpu", 1, "CPU, 1 thread"), ("cpu", 2, "CPU, 2 threads"), ("cuda:1", 2, "GPU of cuda:1"), ("mps", 2, "mps")],
+)
+def test_a_speed_names_its_device(device: str, threads: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(speed, "_run", lambda *_: (2.0, 4.0))
-    assert speed.tokens_per_second(small_model()).device == name
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU of {device}")
+    assert speed._name(torch.device(device)) == name
 
 
 def test_models_run_by_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     models = [small_model(num_hidden_layers=count) for count in (1, 2)]
     turns: list[int] = []
     monkeypatch.setattr(speed, "_run", lambda model, *_: (turns.append(len(model.model.layers)), (2.0, 4.0))[1])
-    found = speed.compare_speed(models)
-    assert [(each.prefill, each.decode) for each in found] == [(32 / 2, 32 / 4)] * 2
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    expected = [speed.Speed(prefill=32 / 2, decode=32 / 4, device="CPU, 2 threads")] * 2
+    assert speed.compare_speed(models) == expected
     assert turns == [1, 2] * 4
 
 
