@@ -378,7 +378,7 @@ class Recipe:
             present=limits.lower,
             max_rate=limits.upper,
         )
-        return self.method.further_rates(rates, limits.sizes, limits.current or [0.0] * len(rates))
+        return self.method.further_rates(rates, limits.sizes, limits.current)
 
 
 def check_one_target(sparsity: object, **targets: object) -> None:

@@ -46,7 +46,7 @@ class Limits:
         lower: Lower bound of each block's rate.
         upper: Upper bound of every rate, except where a block's lower bound exceeds it.
         target: Mean of the rates, weighted by ``sizes``.
-        current: Share of each block's units that is already pruned; None for dense blocks.
+        current: Share of each block's units that is already pruned; of dense blocks, the default, 0.
         slack: Share by which an earlier cut may have exceeded its target because of rounding.
     """
 
@@ -54,14 +54,15 @@ class Limits:
     lower: list[float]
     upper: float
     target: float
-    current: Sequence[float] | None = None
+    current: Sequence[float] = ()
     slack: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "current", self.current or [0.0] * len(self.sizes))
 
     @property
     def current_sparsity(self) -> float:
         """The share of all units that is already pruned."""
-        if self.current is None:
-            return 0.0
         return sum(rate * size for rate, size in zip(self.current, self.sizes, strict=True)) / sum(self.sizes)
 
     @property
