@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_prune.models.families import dense_family
+from lit_prune.models.families import dense_family, head_dim
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig, layer_config
 from lit_prune.models.remote_code.modeling_sliced import LLAMA, PHI3, Layout
 from lit_prune.shrink.units.narrow import adopt_sizes
@@ -26,12 +26,6 @@ LAYOUTS: dict[str, Layout] = {
 def layout_of(model: PreTrainedModel) -> Layout:
     """Returns where the family's modules are that read and write the stream."""
     return LAYOUTS[dense_family(model.config)]
-
-
-def head_dim(config: Any) -> int:
-    """Returns the size of an attention head, whose default depends on the width of the stream."""
-    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size
 
 
 def stream_fields(config: Any, width: int) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -17,26 +16,21 @@ def runs_custom_code(model: PreTrainedModel) -> bool:
     return any(kind.__module__.startswith(f"{TRANSFORMERS_DYNAMIC_MODULE_NAME}.") for kind in type(model).__mro__)
 
 
-def custom_code_error(source: str, extra: dict[str, Any]) -> InputError:
-    """Returns the error for a model or a tokenizer that cannot be opened without its custom code.
-
-    Args:
-        source: A folder or hub id.
-        extra: Further arguments of ``from_pretrained``.
-    """
+def custom_code_error(source: str) -> InputError:
+    """Returns the error for the folder or hub id of what cannot be opened without its custom code."""
     return InputError(
         f"`model.trust_remote_code` must be true for {source!r}, which cannot be opened without running code of its "
-        f"own ({', '.join(_files(source, extra))}): read that code first, or use a model of a family that transformers "
+        f"own ({', '.join(_files(source))}): read that code first, or use a model of a family that transformers "
         "has."
     )
 
 
-def _files(source: str, extra: dict[str, Any]) -> list[str]:
+def _files(source: str) -> list[str]:
     """Returns the files with the classes that config.json and tokenizer_config.json name; those they import may follow.
 
     A class is named as `module.Class`, or as `repository--module.Class` in another repository.
     """
-    configs = PreTrainedConfig.get_config_dict(source, **extra)[0], get_tokenizer_config(source)
+    configs = PreTrainedConfig.get_config_dict(source)[0], get_tokenizer_config(source)
     files = []
     for config in configs:
         for names in dict(config.get("auto_map") or {}).values():

@@ -91,6 +91,12 @@ def config_of(block: Block) -> PreTrainedConfig:
     return next(module.config for module in block.module.modules() if hasattr(module, "config"))  # type: ignore[return-value]
 
 
+def head_dim(config: PreTrainedConfig) -> int:
+    """Returns the size of an attention head, whose default depends on the width of the stream."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
 def dense_family(config: PreTrainedConfig) -> str:
     """Returns the `model_type` without the prefix of sliced and shrunk models, whose layers are those of the family."""
     return config.model_type.removeprefix("sliced_").removeprefix("shrunk_")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from lit_prune.errors import InputError, near_misses
 from lit_prune.files import cache_error
 from lit_prune.models.custom_code import custom_code_error
+from lit_prune.models.gguf_file import read_config, read_model, read_tokenizer
 from lit_prune.models.mappable import check_mappable
 from lit_prune.models.on_disk import keep_on_disk
 from lit_prune.models.quantised import convert, device_map, make_loadable, quantisation, unquantised
@@ -44,8 +45,10 @@ def load_config(pretrained: str, trust_remote_code: bool = False) -> PreTrainedC
         InputError: if ``pretrained`` does not exist or is not a model, if the hub cannot be reached, or for custom code
             that is not trusted.
     """
-    source, extra = locate(pretrained)
-    config = _checked(AutoConfig.from_pretrained, source, "config.json", extra, trust_remote_code)
+    source = locate(pretrained)
+    if isinstance(source, Path):
+        return read_config(source)
+    config = _checked(AutoConfig.from_pretrained, source, "config.json", trust_remote_code)
     method = str((getattr(config, "quantization_config", None) or {}).get("quant_method"))
     if "fp8" in method:
         raise InputError(
@@ -77,29 +80,28 @@ def load_model(
             that is not trusted; with ``on_disk``, if the weights are not stored in the shapes and the data type that
             the model needs.
     """
-    source, extra = locate(pretrained)
-    if on_disk and extra:
-        raise InputError(
-            f"`model.on_disk` must be false for the .gguf file {pretrained}, which is dequantised in memory: write it "
-            "as safetensors first, by `save_pretrained`."
-        )
+    source = locate(pretrained)
+    if isinstance(source, Path):
+        if on_disk:
+            raise InputError(
+                f"`model.on_disk` must be false for the .gguf file {pretrained}, which is dequantised in memory: write "
+                "it as safetensors first, by `save_pretrained`."
+            )
+        torch_dtype = None if dtype == "auto" else getattr(torch, dtype)
+        return read_model(source, torch_dtype, attn_implementation)
     config = load_config(pretrained, trust_remote_code)
-    placement = {} if extra else device_map(config, "cpu")  # also refuses what can only be loaded
+    options = device_map(config, "cpu")  # also refuses what can only be loaded
     if on_disk:
         _check_on_disk(source, config, dtype, trust_remote_code)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    if extra:
-        torch_dtype = torch.float32 if dtype == "auto" else torch_dtype
     if attn_implementation is not None:
-        extra = {**extra, "attn_implementation": attn_implementation}
-    extra = {**extra, **placement, "dtype": torch_dtype}
-    model = _checked(AutoModelForCausalLM.from_pretrained, source, "config.json", extra, trust_remote_code)
+        options = {**options, "attn_implementation": attn_implementation}
+    loader = partial(AutoModelForCausalLM.from_pretrained, dtype=torch_dtype, **options)
+    model = _checked(loader, source, "config.json", trust_remote_code)
     make_loadable(model)
     if isinstance(torch_dtype, torch.dtype) and quantisation(model) is not None:
         convert(model, torch_dtype)
-    if on_disk:
-        return keep_on_disk(model)
-    return _plain(model) if "gguf_file" in extra else model
+    return keep_on_disk(model) if on_disk else model
 
 
 def _check_on_disk(source: str, config: PreTrainedConfig, dtype: Dtype, trust_remote_code: bool) -> None:
@@ -119,8 +121,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Tokenizer:
     Raises:
         InputError: if ``name`` has none, if the hub cannot be reached, or for custom code that is not trusted.
     """
-    source, extra = locate(name)
-    return _checked(AutoTokenizer.from_pretrained, source, "tokenizer_config.json", extra, trust_remote_code)
+    source = locate(name)
+    if isinstance(source, Path):
+        return read_tokenizer(source)
+    return _checked(AutoTokenizer.from_pretrained, source, "tokenizer_config.json", trust_remote_code)
 
 
 def new_model(architecture: dict[str, Any], dtype: Dtype = "float32") -> PreTrainedModel:
@@ -180,25 +184,25 @@ def architecture_config(architecture: dict[str, Any]) -> PreTrainedConfig:
         raise InputError(f"`model.architecture` is no config that transformers knows: {_first_line(error)}") from error
 
 
-def locate(pretrained: str) -> tuple[str, dict[str, Any]]:
-    """Returns the arguments of ``from_pretrained`` for ``pretrained``: a folder or hub id, and extra keyword arguments.
+def locate(pretrained: str) -> str | Path:
+    """Returns the path of the .gguf file that ``pretrained`` is, or the folder or hub id for ``from_pretrained``.
 
     Raises:
         InputError: if ``pretrained`` looks like a path and does not exist, or the hub cannot be reached.
     """
     if pretrained == "embedded":
-        return str(EMBEDDED), {}
+        return str(EMBEDDED)
     path = Path(pretrained).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
+        return path
     if path.is_dir():
-        return str(path), {}
+        return str(path)
     if path.exists():
         raise InputError(f"`model.pretrained` must be a folder, a .gguf file or a hub id, got the file {pretrained}.")
     if _looks_like_path(pretrained):
         raise InputError(f"`model.pretrained` must exist, got {pretrained!r}: no such file or folder.")
     _check_hub(pretrained)
-    return pretrained, {}
+    return pretrained
 
 
 def _looks_like_path(name: str) -> bool:
@@ -245,28 +249,23 @@ def _check_hub(repo: str) -> None:
         ) from error
 
 
-def _checked(loader: Any, source: str, needed: str, extra: dict[str, Any], trust_remote_code: bool) -> Any:
+def _checked(loader: Callable[..., Any], source: str, needed: str, trust_remote_code: bool) -> Any:
     """Calls a ``from_pretrained`` and returns its result; its errors become InputErrors of one line."""
-    if os.path.isdir(source) and not extra.get("gguf_file") and not os.path.exists(os.path.join(source, needed)):
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, needed)):
         hint = _model_within(Path(source), needed)
         raise InputError(
             f"`model.pretrained` must be a Hugging Face model folder, got {source!r}: it has no {needed}.{hint}"
         )
     try:
-        return loader(source, trust_remote_code=trust_remote_code, **extra)  # None would ask on a terminal
+        return loader(source, trust_remote_code=trust_remote_code)  # None would ask on a terminal
     except ImportError as error:
-        remedy = " Install it by: pip install 'lit-prune[gguf]'." if extra.get("gguf_file") else ""
-        raise InputError(f"`model.pretrained`: {_first_line(error)}{remedy}") from error
-    except (OSError, ValueError, KeyError, SafetensorError, struct.error) as error:
+        raise InputError(f"`model.pretrained`: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
-            raise custom_code_error(source, extra) from error
+            raise custom_code_error(source) from error
         if (unwritable := cache_error(error)) is not None:
             raise unwritable from error
-        if (unreadable := _unreadable_architecture(source, extra)) is not None:
-            raise unreadable from error
-        file = extra.get("gguf_file")
-        damaged = _damaged_file(Path(source)) if file is None else _damaged_gguf(Path(source, file))
-        if damaged is not None:
+        if (damaged := _damaged_file(Path(source))) is not None:
             raise InputError(
                 f"`model.pretrained` {source!r} cannot be loaded: {damaged}: download or copy that file again."
             ) from error
@@ -281,22 +280,6 @@ def _model_within(folder: Path, needed: str) -> str:
         if files := sorted(inner.glob("*.gguf")):
             return f" Did you mean {' or '.join(str(file) for file in files)}?"
     return ""
-
-
-def _unreadable_architecture(source: str, extra: dict[str, Any]) -> InputError | None:
-    """Returns the error for a .gguf file whose architecture transformers does not have, such as `deci`, or None."""
-    if (name := extra.get("gguf_file")) is None:
-        return None
-    try:
-        architecture = PreTrainedConfig.get_config_dict(source, gguf_file=name)[0].get("model_type")
-    except (OSError, ValueError, KeyError, struct.error):  # a damaged file, or an error that names the architecture
-        return None
-    if architecture in CONFIG_MAPPING:
-        return None
-    return InputError(
-        "`model.pretrained` must be a .gguf file of an architecture that transformers reads, got "
-        f"{os.path.join(source, name)} with `{architecture}`: give the Hugging Face folder that it was exported from."
-    )
 
 
 def _damaged_file(folder: Path) -> str | None:
@@ -314,29 +297,6 @@ def _damaged_file(folder: Path) -> str | None:
         except SafetensorError as error:
             return f"{name} is damaged ({_first_line(error)})"
     return None
-
-
-def _damaged_gguf(file: Path) -> str | None:
-    """That a .gguf file is damaged or incomplete, with the error of its reader; None for one that can be read."""
-    from gguf import GGUFReader
-
-    try:
-        GGUFReader(file)
-    except (OSError, ValueError, IndexError, struct.error) as error:
-        return f"{file.name} is damaged ({_first_line(error)})"
-    return None
-
-
-def _plain(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a copy of ``model`` without the .gguf file's quantization_config, which prevents saving it."""
-    dropped = {"quantization_config", "transformers_version", "architectures", "model_type", "_name_or_path"}
-    fields = {key: value for key, value in model.config.to_dict().items() if key not in dropped}
-    plain = type(model)(type(model.config)(**fields)).to(model.dtype)  # type: ignore[arg-type]
-    plain.load_state_dict(model.state_dict())
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    plain.name_or_path = model.name_or_path
-    return plain.eval()
 
 
 def _first_line(error: BaseException) -> str:

@@ -176,6 +176,12 @@ def test_a_folder_with_blocks_of_different_sizes_is_exported_to_gguf() -> None:
     # llama.cpp rounds activations to bfloat16 where the weights are
     torch.testing.assert_close(found, logprobs(model, [*ids, 5, 6], 3), atol=0.05, rtol=0)
 
+    masking = ["--pruning.method=Magnitude", "--pruning.allocation=Uniform", "--pruning.sparsity=0.1"]
+    run("prune", "--model.pretrained=runs/y/model/model.gguf", "--output=runs/z", *masking)
+    assert report("runs/z")["perplexity"]["before"] == pytest.approx(report()["perplexity"]["pruned"], rel=1e-4)
+    masked = AutoModelForCausalLM.from_pretrained("runs/z/model")
+    assert masked.config.block_sizes == model.config.block_sizes
+
 
 def test_a_shrunk_folder_is_masked_and_packed(capsys: pytest.CaptureFixture[str]) -> None:
     shrinking = ["--pruning.method=MLPWidth", "--pruning.sparsity=0.25"]

@@ -1,5 +1,4 @@
 import json
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,85 +130,6 @@ def test_the_folder_of_a_run_says_where_its_model_is(tmp_path: Path) -> None:
     for folder in (other, other / "model"):
         with pytest.raises(InputError, match=rf"it has no config.json. Did you mean {other}/model/model.gguf\?$"):
             load_config(str(folder))
-
-
-def test_a_gguf_file_can_be_loaded_and_saved(tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "tiny.gguf")
-    model, tokenizer = load_model(str(file)), load_tokenizer(str(file))
-    assert model.dtype == torch.float32
-    assert load_config(str(file)).num_hidden_layers == 2
-    model.save_pretrained(tmp_path / "saved")
-    again = load_model(str(tmp_path / "saved"))
-    ids = torch.arange(8)[None]
-    assert torch.equal(model(ids).logits, again(ids).logits)
-    assert tokenizer.decode(tokenizer("abc")["input_ids"]) == "abc"
-
-
-@pytest.mark.parametrize("load", [load_config, load_model, load_tokenizer])
-def test_a_gguf_file_of_an_architecture_that_transformers_does_not_know(
-    load: Callable[[str], object], tmp_path: Path
-) -> None:
-    file = write_gguf(tmp_path / "blocks.gguf", "deci")
-    told = rf"must be a \.gguf file of an .*got {re.escape(str(file))} with `deci`: give the Hugging Face folder that"
-    with pytest.raises(InputError, match=told):
-        load(str(file))
-
-
-@pytest.mark.parametrize("length", [0, 3, 7, 100, 2000, -100])
-def test_a_gguf_file_that_is_damaged(length: int, tmp_path: Path) -> None:
-    file = write_gguf(tmp_path / "tiny.gguf")
-    file.write_bytes(file.read_bytes()[:length])
-    told = r"cannot be loaded: tiny.gguf is damaged \(.*\): download or copy that file again"
-    for load in (load_config, load_model, load_tokenizer):
-        with pytest.raises(InputError, match=told):
-            load(str(file))
-
-
-def write_gguf(path: Path, architecture: str = "llama") -> Path:
-    """Writes a Llama of two blocks with a byte-level BPE vocabulary, as llama.cpp's converter lays it out."""
-    gguf = pytest.importorskip("gguf")
-    from tokenizers import pre_tokenizers
-
-    width, heads, inner, words = 32, 4, 48, 300
-    random = torch.Generator().manual_seed(0)
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(heads)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(words)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = alphabet + [a + b for a in "abcdefg" for b in "abcdefg"][: words - len(alphabet)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * words)
-    writer.add_token_merges([f"{token[0]} {token[1]}" for token in tokens[len(alphabet) :]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-
-    def add(name: str, *shape: int) -> None:
-        writer.add_tensor(name, (torch.randn(shape, generator=random) * 0.1).numpy())
-
-    add("token_embd.weight", words, width)
-    add("output.weight", words, width)
-    add("output_norm.weight", width)
-    for block in range(2):
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            add(f"blk.{block}.{name}.weight", width, width)
-        add(f"blk.{block}.attn_norm.weight", width)
-        add(f"blk.{block}.ffn_norm.weight", width)
-        add(f"blk.{block}.ffn_gate.weight", inner, width)
-        add(f"blk.{block}.ffn_up.weight", inner, width)
-        add(f"blk.{block}.ffn_down.weight", width, inner)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_a_quantised_folder_can_be_moved_and_loads_a_state_dict(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lit_prune.errors import InputError
 from lit_prune.export.formats.base import ExportFormat, Tolerance
-from lit_prune.export.gguf_file import CONFIG, head_dim, read_model
 from lit_prune.export.llama_cpp import OutType, check_packages, check_vocabulary, convert
 from lit_prune.export.plan import ExportPlan, Outline
-from lit_prune.models.families import dense_family
+from lit_prune.models.families import dense_family, head_dim
+from lit_prune.models.gguf_file import CONFIG, read_model
 from lit_prune.progress import log
 from lit_prune.target import StoredBytes
 
@@ -176,7 +176,7 @@ class GGUF(ExportFormat):
         trust_remote_code: bool = False,
     ) -> PreTrainedModel:
         """Returns the model in the file, by default in the type of its matrices, or in float32 for q8_0."""
-        return read_model(folder / FILE).to(device, dtype)  # type: ignore[arg-type]
+        return read_model(folder / FILE, dtype).to(device)  # type: ignore[arg-type]
 
     def bytes(self, plan: ExportPlan) -> int:
         """Returns the bytes of the tensors, without those of the vocabulary."""
@@ -198,13 +198,13 @@ class GGUF(ExportFormat):
         return names.get(outtype, outtype)
 
     def usage(self, outline: Outline, tokenizer: str, imports: Sequence[str] = ()) -> str:
-        """Returns the command of llama.cpp that runs the file, and the lines of Python that open it if any do."""
+        """Returns the command of llama.cpp that runs the file, and the option by which lit-prune opens it.
+
+        No lines of Python: of the config, transformers reads only what llama.cpp has fields for.
+        """
         command = f'llama-cli -m this/folder/{FILE} -p "Once upon a time"'
-        if outline.custom_class is not None:
-            return f"```sh\n{command}\n```\n\ntransformers does not open it, as its blocks are of different sizes."
-        python = f'model = AutoModelForCausalLM.from_pretrained("this/folder", gguf_file="{FILE}")'
-        lines = ["```sh", command, "```", "", "transformers dequantises it:", "", "```python"]
-        return "\n".join([*lines, "from transformers import AutoModelForCausalLM", "", python, "```"])
+        further = f"To prune or train it further, give lit-prune `--model.pretrained this/folder/{FILE}`."
+        return "\n".join(["```sh", command, "```", "", further])
 
     def _outtype(self, dtype: torch.dtype) -> OutType:
         if self.outtype != "auto":

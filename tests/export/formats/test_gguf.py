@@ -16,7 +16,7 @@ from lit_prune.export.formats.gguf import FAMILIES, FILE
 from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.export.verify import verify
 from lit_prune.hidden import HiddenWidth
-from lit_prune.models.load import load_model, load_tokenizer, new_model
+from lit_prune.models.load import load_config, load_model, load_tokenizer, new_model
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Magnitude, Method
 from lit_prune.recipe import Recipe
@@ -205,10 +205,45 @@ def test_sliding_windows_that_llama_cpp_knows(tmp_path: Path, capsys: pytest.Cap
     assert (wider - logprobs(model, ids, 4)).abs().max() > 0.1
 
 
+LLAMA3 = rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+OPENED: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("llama", rope("linear")),
+    ("llama", LLAMA3),
+    ("llama", {"attention_bias": True}),
+    ("qwen3", {"head_dim": 8}),
+    ("shrunk_llama", {**LLAMA3, "block_sizes": {"intermediate_size": [32, 96, 64]}}),
+]
+
+
+@pytest.mark.parametrize(("family", "fields"), OPENED)
+def test_a_file_is_opened_as_the_model_that_it_was_written_from(
+    family: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model, file, ids = small(family, **fields), str(tmp_path / FILE), torch.arange(5, 25)[None]
+    write(model, tmp_path)
+    opened = load_model(file)
+    assert (type(opened), opened.training) == (type(model), False)
+    assert opened.config.to_dict() == load_config(file).to_dict()
+    with torch.no_grad():
+        torch.testing.assert_close(opened(ids).logits, model(ids).logits, atol=1e-5, rtol=0)
+    embedded, tokenizer = load_tokenizer("embedded"), load_tokenizer(file)
+    assert all(tokenizer(text)["input_ids"] == embedded(text)["input_ids"] for text in TEXTS)
+    assert (tokenizer.eos_token, tokenizer.chat_template) == (embedded.eos_token, embedded.chat_template)
+
+
+@pytest.mark.parametrize(("outtype", "dtype"), [("bf16", torch.bfloat16), ("q8_0", torch.float32)])
+def test_a_file_is_opened_in_the_type_of_its_matrices(outtype: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    write(small("llama"), tmp_path, outtype)
+    assert load_model(str(tmp_path / FILE)).dtype == dtype
+    model = load_model(str(tmp_path / FILE), "float16", attn_implementation="eager")
+    assert (model.dtype, model.config._attn_implementation) == (torch.float16, "eager")
+
+
 @pytest.mark.parametrize("sizes", [None, {"intermediate_size": [32, 96, 64]}])
 @pytest.mark.parametrize(
     "fields",
-    [rope("linear"), rope("yarn"), rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0)],
+    [rope("linear"), rope("yarn"), LLAMA3],
     ids=["linear", "yarn", "llama3"],
 )
 def test_scaled_rotary_embeddings(fields: dict[str, Any], sizes: dict[str, list[int]] | None, tmp_path: Path) -> None:
@@ -336,12 +371,8 @@ def test_a_tokenizer_is_needed() -> None:
 
 def test_the_card_has_the_command_of_llama_cpp() -> None:
     usage = GGUF().usage(Outline("full precision", "llama"), "this/folder")
-    assert 'llama-cli -m this/folder/model.gguf -p "Once upon a time"' in usage
-    assert 'from_pretrained("this/folder", gguf_file="model.gguf")' in usage
-    shrunk = Outline("full precision", "llama", custom_class="shrunk")
-    by_block = GGUF().usage(shrunk, "this/folder")
-    assert by_block.splitlines()[1] == usage.splitlines()[1]
-    assert by_block.endswith("transformers does not open it, as its blocks are of different sizes.")
+    assert usage.splitlines()[1] == 'llama-cli -m this/folder/model.gguf -p "Once upon a time"'
+    assert usage.endswith("give lit-prune `--model.pretrained this/folder/model.gguf`.")
     assert (GGUF().library_name, GGUF().tags) == (None, ("gguf",))
 
 
