@@ -159,7 +159,7 @@ def score_with_statistics(
     Arguments and errors are those of :func:`score`; for ``settings`` see ``cached_statistics.Key``.
     """
     batches, recipe = list(batches), recipe.resolved(model)
-    needs = frozenset({INPUTS, COSINE}) | _needs(recipe)
+    needs = frozenset({INPUTS, COSINE}) | needed_statistics(recipe)
     scored = _score(model, batches, recipe, device, needs, statistics)
     cached = statistics or CachedStatistics(key_of(model, batches, settings), needs, scored.statistics, {})
     return scored, replace(cached, scores=cached.scores | {repr(recipe.allocation): scored.scores})
@@ -179,7 +179,7 @@ def prune(
     if recipe.reconstruction is not None:
         check_batches(len(batches))
     finished = _finished(model, batches, recipe)
-    scored = _score(model, batches, recipe, device, _needs(recipe), statistics)
+    scored = _score(model, batches, recipe, device, needed_statistics(recipe), statistics)
     blocks = _with_rates(recipe.find(model), scored.linears or scored.parts)
     before = recipe.method.current_rates(model, blocks) if recipe.method.changes_shapes else []
     masked_before, reshaped_before = structure.masked(model), bool(structure.structures(model))
@@ -264,14 +264,14 @@ def check_statistics(
     settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Raises InputError if ``statistics`` do not fit a cut of ``model`` by ``recipe``, with the difference."""
-    statistics.check(key_of(model, batches, settings), recipe.find(model), _needs(recipe))
+    statistics.check(key_of(model, batches, settings), recipe.find(model), needed_statistics(recipe))
 
 
 def check_expected_statistics(
     statistics: CachedStatistics, model: PreTrainedModel, recipe: Recipe, settings: Mapping[str, Any]
 ) -> None:
     """Raises InputError as :func:`check_statistics` does, with those checks that need no weights and no text."""
-    statistics.check(statistics.key.expected(settings), recipe.find(model), _needs(recipe))
+    statistics.check(statistics.key.expected(settings), recipe.find(model), needed_statistics(recipe))
 
 
 def check_search(model: PreTrainedModel, batches: Iterable[Batch | Tensor], recipe: Recipe) -> None:
@@ -287,7 +287,7 @@ def _search_key(model: PreTrainedModel, batches: Iterable[Batch | Tensor], recip
     return vars(key_of(model, batches)) | recorded
 
 
-def _needs(recipe: Recipe) -> frozenset[str]:
+def needed_statistics(recipe: Recipe) -> frozenset[str]:
     """Returns the kinds of statistics of the unpruned model that a cut reads."""
     return recipe.allocation.needs | _needed_for_pruning(recipe)
 

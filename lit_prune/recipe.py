@@ -173,10 +173,10 @@ class Recipe:
         """
         if self.is_resolved:
             return self
-        self.method.check(model, 0.0)
+        self.check_method(model, 0.0)
         blocks, stored = self.find(model), stored or StoredBytes.of(model)
         if self.counts_bytes:
-            self._check_rows(model, stored.row_multiple)
+            self._check_rows(model, blocks, stored.row_multiple)
         total = self.method.full_parameters(model, blocks)
         full_bytes = stored.total + (total - parameters(model)) * stored.per_weight
         full, per_weight = full_bytes, stored.per_weight
@@ -189,10 +189,10 @@ class Recipe:
         try:
             resolved.limits(model, blocks, share=share)
         except OutOfRange as error:
-            raise self._unreachable(error, model, full, total * per_weight / full) from error
+            raise self._unreachable(error, model, blocks, full, total * per_weight / full) from error
         return resolved
 
-    def _check_rows(self, model: PreTrainedModel, multiple: int) -> None:
+    def _check_rows(self, model: PreTrainedModel, blocks: Sequence[Block], multiple: int) -> None:
         """Raises InputError if rows of the weights, before or after the cut, are not multiples of ``multiple``."""
         field, method = self.target or "budget", type(self.method).__name__
         remedy = "give `pruning.target_parameters`, or another type of weights"
@@ -201,18 +201,21 @@ class Recipe:
                 f"`pruning.{field}` must not count bytes for a model with rows of {min(others)} weights, which the "
                 f"format stores in more bits, as {multiple} does not divide them: {remedy}."
             )
-        if self.method.size_multiple(model) % multiple:
+        if self.method.size_multiple(model, blocks) % multiple:
             raise InputError(
                 f"`multiple` of {method} must leave sizes that {multiple} divides, with `pruning.{field}`, since the "
                 f"format stores other rows in more bits: set it to {multiple}, or {remedy}."
             )
 
-    def _unreachable(self, error: OutOfRange, model: PreTrainedModel, full: float, scale: float) -> InputError:
+    def _unreachable(
+        self, error: OutOfRange, model: PreTrainedModel, blocks: Sequence[Block], full: float, scale: float
+    ) -> InputError:
         """Returns the error for a target that cannot be reached.
 
         Args:
             error: What is possible, as shares of all parameters.
             model: The model before the cut.
+            blocks: Its blocks.
             full: Number of parameters or bytes before any cut.
             scale: Share of ``full`` that goes with all parameters.
         """
@@ -224,16 +227,16 @@ class Recipe:
                 f"{error.part} of all parameters, got {self.sparsity:g}."
             )
         asked = int(getattr(self, self.target))
-        remedy = self._for_fewer(model) if asked < full * (1 - most) else ""
+        remedy = self._for_fewer(model, blocks) if asked < full * (1 - most) else ""
         return InputError(
             f"`pruning.{self.target}` must be between {math.ceil(full * (1 - most) - 1e-6):,} and "
             f"{math.floor(full * (1 - least) + 1e-6):,} for {method}, as {error.bounds}, {error.part} of all "
             f"parameters, got {asked:,}.{remedy}"
         )
 
-    def _for_fewer(self, model: PreTrainedModel) -> str:
+    def _for_fewer(self, model: PreTrainedModel, blocks: Sequence[Block]) -> str:
         """Returns the remedy for a target below what the recipe can leave of ``model``."""
-        if self.max_rate < min(type(self).max_rate, self.method.max_rate(model)):
+        if self.max_rate < min(type(self).max_rate, self.method.max_rate(model, blocks)):
             return f" For fewer, raise `pruning.max_rate`, which is {self.max_rate:g}."
         return f" For fewer, {self.method.for_fewer}." if self.method.for_fewer else ""
 
@@ -250,6 +253,10 @@ class Recipe:
         check_experts_of(blocks, self.ignore)
         return blocks
 
+    def check_method(self, model: PreTrainedModel, sparsity: float) -> None:
+        """Raises InputError if the method cannot prune ``model`` to ``sparsity``."""
+        self.method.check(model, find_blocks(model, blocks=self.blocks), sparsity)
+
     def check(self, model: PreTrainedModel) -> list[Block]:
         """Returns the blocks of ``model``, after all checks that are possible without running it.
 
@@ -264,7 +271,7 @@ class Recipe:
         """Returns the blocks and the limits of their rates, with the checks and errors of :meth:`check`."""
         if not self.is_resolved:
             return self.resolved(model).bounded(model)
-        self.method.check(model, self.sparsity)
+        self.check_method(model, self.sparsity)
         if self.reconstruction is not None and self.reconstruction.state is not None:
             check_folder(self.reconstruction.state)
         if self.allocation.searches and distributed.world_size() > 1:
@@ -346,10 +353,11 @@ class Recipe:
         Raises:
             OutOfRange: if the budget is a share of all parameters that the linears cannot give.
         """
-        least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.max_rate(model)))
+        least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.max_rate(model, blocks)))
         current, sizes = self.method.current_rates(model, blocks), self.method.sizes(model, blocks)
         lower, target = [max(least, rate) for rate in current], self.sparsity
-        slack = self.method.rounding(model, blocks)  # by which an earlier cut may have exceeded its sparsity
+        # by which an earlier cut may have exceeded its sparsity
+        slack = self.method.rounding(model, blocks) if any(current) else 0.0
         if self.budget == "parameters":
             asked = self.sparsity if share is None else share
             target = self.method.rate_of_parameters(asked, model, blocks, lower=lower, upper=upper, slack=slack)

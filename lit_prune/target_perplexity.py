@@ -18,7 +18,7 @@ from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.models.on_disk import on_disk, placed
-from lit_prune.pipeline import prune, score, score_with_statistics
+from lit_prune.pipeline import needed_statistics, prune, score, score_with_statistics
 from lit_prune.progress import log
 from lit_prune.recipe import Recipe
 
@@ -42,7 +42,6 @@ class FoundSparsity:
         perplexity: The perplexity after a cut to it.
         limit: The perplexity that was asked for.
         before: The perplexity before the cut.
-        tolerance: Largest distance to a smaller sparsity that was tried and whose perplexity is above ``limit``.
         trials: All cuts that were tried, in order.
     """
 
@@ -50,8 +49,12 @@ class FoundSparsity:
     perplexity: float
     limit: float
     before: float
-    tolerance: float
     trials: Sequence[SparsityTrial]
+
+    @property
+    def next_greater(self) -> SparsityTrial:
+        """The trial of the next greater sparsity, whose perplexity is above ``limit``."""
+        return min((trial for trial in self.trials if trial.sparsity > self.sparsity), key=lambda trial: trial.sparsity)
 
 
 def find_sparsity(
@@ -103,7 +106,7 @@ def find_sparsity(
     known: dict[tuple[float, ...], float] = {}  # perplexities by rates: sizes are rounded, so that trials may agree
     first = replace(recipe, sparsity=most)
     settings: dict[str, Any] = {"device": chosen, "statistics": statistics}
-    if recipe.needs_text:
+    if needed_statistics(first):
         scored, statistics = score_with_statistics(model, batches, first, **settings)
     else:
         scored = score(model, batches, first, **settings)
@@ -132,7 +135,7 @@ def find_sparsity(
             f"{trials[-1].sparsity:.4g}, the smallest that was tried, got {perplexity:g}."
         )
     reached = next(trial.perplexity for trial in trials if trial.sparsity == sparsity)
-    return FoundSparsity(sparsity, reached, perplexity, before, tolerance, tuple(trials))
+    return FoundSparsity(sparsity, reached, perplexity, before, tuple(trials))
 
 
 def greatest(

@@ -9,10 +9,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from lit_prune.models.load import EMBEDDED
 
 CONFIGURATION = """
-from transformers import LlamaConfig
+from transformers import PreTrainedConfig
 
-class OwnConfig(LlamaConfig):
+class OwnConfig(PreTrainedConfig):
     model_type = "own_llama"
+
+    def __init__(self, intermediate_size=96, **fields):
+        self.intermediate_size = intermediate_size
+        super().__init__(**fields)
 """
 MODELING = """
 from transformers import LlamaForCausalLM

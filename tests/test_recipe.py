@@ -10,7 +10,7 @@ import torch
 from lit_prune.callbacks import DynamicPruningCallback
 from transformers import PreTrainedModel
 
-from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Uniform
+from lit_prune.allocate import DLP, OWL, Allocation, AlphaPruning, LayerRedundancy, Search, Uniform
 from lit_prune.depth import Depth
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
@@ -28,6 +28,36 @@ from tests.conftest import small_model
 def test_sparsity_out_of_range(sparsity: float) -> None:
     with pytest.raises(InputError, match=rf"`pruning.sparsity` must be in \[0, 1\).*got {sparsity}"):
         Recipe(sparsity=sparsity)
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [
+        *((method, "llama") for method in (Wanda(), MLPWidth(multiple=8), HeadGroups(), Depth())),
+        (Shrink([Depth(), MLPWidth(multiple=8)]), "llama"),
+        (Shrink([MLPWidth(multiple=8), HeadGroups()]), "llama"),
+        (Experts(), "mixtral"),
+    ],
+    ids=repr,
+)
+def test_every_method_cuts_the_blocks_at_the_path_that_is_given(method: Method, family: str) -> None:
+    model = small_model(family)
+    model.config.model_type = "of_my_own"
+    model.model.extra = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3))
+    recipe = Recipe(method, 0.5, Uniform(), blocks="model.layers")
+    with pytest.raises(InputError, match="`pruning.blocks` must be given for the family 'of_my_own'"):
+        replace(recipe, blocks=None).check(model)
+    pruned = prune(model, [torch.randint(1, 64, (2, 16)) for _ in range(2)], recipe)
+    assert sum(pruned.rates) > 0
+
+
+def test_a_search_runs_the_blocks_at_the_path_that_is_given() -> None:
+    model = small_model()
+    model.config.model_type = "of_my_own"
+    model.model.extra = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(3))
+    recipe = Recipe(Wanda(), 0.5, Search(Uniform(), evaluations=40), blocks="model.layers")
+    pruned = prune(model, [torch.randint(1, 64, (2, 16)) for _ in range(2)], recipe)
+    assert sum(pruned.rates) / 3 == pytest.approx(0.5, abs=0.01)
 
 
 def test_bounds_out_of_range() -> None:
@@ -133,6 +163,20 @@ FEWER = {
         "For fewer, Shrink removes blocks too",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "method", [MLPWidth(multiple=8), HeadGroups(), Depth(), Shrink([Depth(), MLPWidth(multiple=8)])]
+)
+def test_a_target_above_the_size_of_the_model_is_refused_unless_a_cut_was_rounded_up_to_it(method: Method) -> None:
+    model = small_model()
+    full = parameters(model)
+    larger = Recipe(method, allocation=Uniform(), target_parameters=full + 1)
+    with pytest.raises(InputError, match=f"`pruning.target_parameters` must be between .* and {full:,} for "):
+        larger.check(model)
+    Recipe(method, allocation=Uniform(), target_parameters=full).check(model)
+    prune(model, [torch.randint(1, 64, (2, 16)) for _ in range(2)], replace(larger, target_parameters=int(0.82 * full)))
+    Recipe(method, allocation=Uniform(), target_parameters=parameters(model) + 1).check(model)
 
 
 @pytest.mark.parametrize("name", FEWER)

@@ -75,6 +75,8 @@ def test_numbers_of_heads_that_the_config_does_not_accept_are_left_out(
     found = find_sparsity(model, batches, recipe, validation, 25.0)
     assert {trial.perplexity for trial in found.trials} == {80, 40, 20}
     assert (found.perplexity, round(8 * found.sparsity)) == (20, 4)
+    assert round(8 * found.next_greater.sparsity) == 6  # 5 and 3 heads are left out
+    assert found.next_greater.perplexity == 40
     assert replace(recipe, sparsity=found.sparsity).fits(model)
     assert not replace(recipe, sparsity=3 / 8).fits(model)
     assert replace(recipe, sparsity=3 / 8, allocation=DLP()).fits(model)
@@ -111,11 +113,12 @@ def test_the_greatest_sparsity_is_found(embedded: PreTrainedModel, validation: A
     assert measure(embedded, *validation).perplexity == found.perplexity <= 2 * dense
 
 
-def test_channels(embedded: PreTrainedModel, validation: Any) -> None:
+def test_channels(embedded: PreTrainedModel, validation: Any, capsys: pytest.CaptureFixture[str]) -> None:
     dense = measure(embedded, *validation).perplexity
     recipe = Recipe(MLPWidth(compensate=False), allocation=Uniform())
     batches = [batch["input_ids"] for batch in validation[0]]
     found = find_sparsity(embedded, batches, recipe, validation, 1.5 * dense, tolerance=0.2)
+    assert "Scoring blocks" not in capsys.readouterr().err  # equal rates, and statistics behind blocks that were cut
     prune(embedded, batches, replace(recipe, sparsity=found.sparsity))
     assert measure(embedded, *validation).perplexity == pytest.approx(found.perplexity, rel=1e-6)
     assert 0 < found.sparsity < 0.875

@@ -21,7 +21,7 @@ from lit_prune.depth.renumber import check_renumbering, drop_blocks
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
-from lit_prune.models.families import Block, find_blocks
+from lit_prune.models.families import Block
 from lit_prune.models.on_disk import on_disk
 from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
 from lit_prune.progress import log
@@ -69,13 +69,12 @@ class Depth(Method):
         if not self.damping > 0:
             raise InputError(f"`Depth.damping` must be greater than 0, got {self.damping}.")
 
-    def check(self, model: PreTrainedModel, sparsity: float) -> None:
+    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
         """Raises InputError if ``sparsity`` leaves no block, or if the model cannot lose blocks or be refitted."""
         if isinstance(model, SlicedCausalLM):
             raise InputError("`model` must not be sliced for Depth: remove blocks of the dense model, then slice that.")
         if self.refit and structure.masked(model):
             raise InputError("`Depth.refit` must be false for a model with masks, whose zeros it would fill.")
-        blocks = find_blocks(model)
         every = _dense_blocks(model, blocks)
         if _rounded(every * sparsity) >= every:
             most = self.max_sparsity(model, blocks)
@@ -84,7 +83,7 @@ class Depth(Method):
                 "remains."
             )
         if len(blocks) > 1:
-            check_renumbering(model, _path(blocks))
+            check_renumbering(model, blocks[0].path_of_list)
         if self.refit:
             check_refit(model, blocks)
         if (offload := on_disk(model)) is not None and offload.files:
@@ -159,7 +158,6 @@ class Depth(Method):
         known yet, so that of blocks that differ each counts with the mean of their parameters.
         """
         sizes = [parameters(block.module) for block in blocks]
-        in_blocks = _gone(model) + sum(sizes)
         if len(set(sizes)) > 1:
             log(
                 f"Depth counts blocks of {min(sizes):,} to {max(sizes):,} parameters as equal: what remains depends on "
@@ -168,7 +166,7 @@ class Depth(Method):
             )
         return rate_of_share(
             share,
-            [in_blocks],
+            [sum(sizes) + _gone(model, blocks)],
             self.full_parameters(model, blocks),
             lower=[sum(lower) / len(lower)],
             upper=min(upper, self.max_sparsity(model, blocks)),
@@ -181,14 +179,14 @@ class Depth(Method):
         return 1.0, 0.0
 
     def full_parameters(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
-        """Returns the number of parameters before all cuts by this method."""
-        return parameters(model) + _gone(model)
+        """Returns the number of parameters before all cuts by this method, if blocks had what those left have now."""
+        return parameters(model) + _gone(model, blocks)
 
     def rounding(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
         """Returns half a block as a share of the blocks of the dense model."""
         return 0.5 / _dense_blocks(model, blocks)
 
-    def size_multiple(self, model: PreTrainedModel) -> int:
+    def size_multiple(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns 0, a multiple of every number: no weight changes its size."""
         return 0
 
@@ -239,7 +237,7 @@ class Depth(Method):
                 f"Nothing makes up for {_nouns(runs_of(removed)[0])} {spans(runs_of(removed)[0])}: no MLP comes before."
             )
         kept = [block.index for block in blocks if block.index not in removed]
-        path = _path(blocks)
+        path = blocks[0].path_of_list
         # a block on disk that changes is saved under its new number
         numbered = [
             replace(block, path=f"{path}.{kept.index(block.index)}") if block.index in kept else block
@@ -250,19 +248,21 @@ class Depth(Method):
 
 def _remove(model: PreTrainedModel, blocks: Sequence[Block], removed: Sequence[int]) -> None:
     """Removes blocks from ``model`` and adds this to its record."""
-    earlier, path = structure.find_structure(model, RemainingBlocks), _path(blocks)
+    earlier, path = structure.find_structure(model, RemainingBlocks), blocks[0].path_of_list
     kept = [block.index for block in blocks if block.index not in removed]
     numbers = range(len(blocks)) if earlier is None else earlier.remaining
-    gone = _gone(model) + sum(parameters(blocks[block].module) for block in removed)
-    remaining = RemainingBlocks([numbers[block] for block in kept], _dense_blocks(model, blocks), gone, path)
+    remaining = RemainingBlocks([numbers[block] for block in kept], _dense_blocks(model, blocks), path)
     drop_blocks(model, path, kept)
     structure.keep_blocks(model, remaining, kept)
 
 
-def _gone(model: PreTrainedModel) -> int:
-    """Returns the number of parameters of the blocks that earlier cuts removed."""
-    earlier = structure.find_structure(model, RemainingBlocks)
-    return 0 if earlier is None else earlier.removed_parameters
+def _gone(model: PreTrainedModel, blocks: Sequence[Block]) -> int:
+    """Returns the number of parameters that the blocks which earlier cuts removed would have, as those left have them.
+
+    Other cuts in between have made these smaller: by their own sizes, those removed would count as more blocks.
+    """
+    in_blocks = sum(parameters(block.module) for block in blocks)
+    return round((_dense_blocks(model, blocks) - len(blocks)) * in_blocks / len(blocks))
 
 
 def _dense_blocks(model: PreTrainedModel, blocks: Sequence[Block]) -> int:
@@ -277,11 +277,6 @@ def _share(left: int, every: int) -> float:
 
 def _rounded(number: float) -> int:
     return math.floor(number + 0.5 + TOLERANCE)
-
-
-def _path(blocks: Sequence[Block]) -> str:
-    """Returns the dotted path of the list of blocks."""
-    return blocks[0].path.rpartition(".")[0]
 
 
 def _nouns(numbers: Sequence[int]) -> str:

@@ -20,13 +20,11 @@ class RemainingBlocks(Structure):
     Attributes:
         remaining: Their numbers in the dense model, in order.
         blocks: Number of blocks of the dense model.
-        removed_parameters: Number of parameters of the removed blocks.
         path: Dotted path of the list of blocks.
     """
 
     remaining: Sequence[int]
     blocks: int
-    removed_parameters: int
     path: str
 
     rebuilt_first: ClassVar[bool] = True

@@ -25,9 +25,9 @@ from lit_prune.experts.mixture import (
 from lit_prune.experts.router import fewest_experts, groups_of_router, picked_experts
 from lit_prune.experts.saliency import saliency, salient_experts
 from lit_prune.models import structure
-from lit_prune.models.families import Block, dense_family, find_blocks
+from lit_prune.models.families import Block, dense_family
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig
-from lit_prune.shrink.part_method import PartCut, PartMethod
+from lit_prune.shrink.part_method import PartCut, PartMethod, cannot_shrink
 from lit_prune.shrink.units.sizes import check_multiple, units_from_rates
 
 
@@ -54,9 +54,9 @@ class Experts(PartMethod):
         if self.multiple < 1:
             raise InputError(f"`Experts.multiple` must be at least 1, got {self.multiple}.")
 
-    def check(self, model: PreTrainedModel, sparsity: float) -> None:
+    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
         """Raises InputError if ``model`` has no mixtures, or ``sparsity`` leaves its router too few experts."""
-        blocks, config = find_blocks(model), model.config.get_text_config()
+        config = model.config.get_text_config()
         family, mixtures = dense_family(model.config), _mixtures(model, blocks)
         counts = {mixture.count for mixture in mixtures if mixture is not None}
         if not counts:
@@ -65,9 +65,9 @@ class Experts(PartMethod):
                 "which removes channels of its MLPs."
             )
         if len(counts) > 1:
-            raise _refused(model, f"its mixtures have different numbers of experts, {sorted(counts)}")
+            raise cannot_shrink(model, "Experts", f"its mixtures have different numbers of experts, {sorted(counts)}")
         if not (picked := _picked(blocks)):
-            raise _refused(model, "its routers do not say how many experts they pick")
+            raise cannot_shrink(model, "Experts", "its routers do not say how many experts they pick")
         if self.multiple % (groups := groups_of_router(config)):
             raise InputError(
                 f"`Experts.multiple` must be a multiple of {groups} for the family {family!r}, whose router "
@@ -75,7 +75,7 @@ class Experts(PartMethod):
             )
         full = max(self.sizes(model, blocks))
         check_multiple("Experts", self.multiple, full, "experts of a mixture")
-        if sparsity > (most := self.max_rate(model)) + 1e-9:
+        if sparsity > (most := self.max_rate(model, blocks)) + 1e-9:
             raise InputError(
                 f"`pruning.sparsity` must be at most {most:.4g} for Experts, got {sparsity:g}: every mixture keeps "
                 f"{fewest_experts(config, picked, self.multiple)} of {full} experts, since "
@@ -108,9 +108,9 @@ class Experts(PartMethod):
             for full in self.sizes(model, blocks)
         ]
 
-    def max_rate(self, model: PreTrainedModel) -> float:
+    def max_rate(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
         """Returns the rate that leaves as many experts as the router needs."""
-        config, blocks = model.config.get_text_config(), find_blocks(model)
+        config = model.config.get_text_config()
         most = max(self.sizes(model, blocks))
         return max(0.0, 1 - fewest_experts(config, _picked(blocks), self.multiple) / most) if most else 0.0
 
@@ -119,7 +119,7 @@ class Experts(PartMethod):
         count = self._count(rates, sizes)
         return [(full - count) / full if full else 0.0 for full in sizes]
 
-    def size_multiple(self, model: PreTrainedModel) -> int:
+    def size_multiple(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns the number of which the number of experts is a multiple."""
         return self.multiple
 
@@ -189,7 +189,7 @@ class ExpertCut(PartCut):
 
     def finish(self) -> list[float]:
         """Records the number of experts in the model, and returns the share that each block has lost."""
-        kept, path = max(mixture.count for mixture in self.mixtures if mixture), self.blocks[0].path.rpartition(".")[0]
+        kept, path = max(mixture.count for mixture in self.mixtures if mixture), self.blocks[0].path_of_list
         counts = ExpertCounts(kept, max(self.full), path)
         counts.adopt(self.model)
         structure.add_structure(self.model, counts)
@@ -201,14 +201,9 @@ def _mixtures(model: PreTrainedModel, blocks: Sequence[Block]) -> list[Mixture |
     try:
         return [mixture_of(block.module, config, block.index) for block in blocks]
     except NoMixture as reason:
-        raise _refused(model, str(reason)) from reason
+        raise cannot_shrink(model, "Experts", str(reason)) from reason
 
 
 def _picked(blocks: Sequence[Block]) -> int:
     """The number of experts that the routers pick for a token; 0 if they do not say."""
     return max(picked_experts(block.module) for block in blocks)
-
-
-def _refused(model: PreTrainedModel, reason: str) -> InputError:
-    family = dense_family(model.config)
-    return InputError(f"`pruning.method` Experts cannot shrink the family {family!r}: {reason}.")

@@ -138,7 +138,7 @@ class FitPlan:
         if self.recipe is None or self.is_resolved:
             return self
         if self.target_perplexity is not None:
-            self.recipe.method.check(model, 0.0)
+            self.recipe.check_method(model, 0.0)
             least = self.recipe.sparsities(model)[0]
             return replace(self, recipe=replace(self.recipe, sparsity=least), cuts=(Cut(self.last_step, least),))
         recipe = self.recipe.resolved(model, stored)
@@ -239,7 +239,7 @@ class FitPlan:
             self.recovery.check_detach(model)
         method = self.recipe.method
         if method.changes_shapes and self.recovery is not None:
-            self.recovery.check_sizes(type(method).__name__, method.size_multiple(model))
+            self.recovery.check_sizes(type(method).__name__, method.size_multiple(model, blocks))
 
     def _check_full(self, recovery: Recovery | None, field: str) -> None:
         """Raises InputError for a recovery that quantises the weights although a cut comes after it."""

@@ -112,7 +112,7 @@ def check_without_weights(plan: FitPlan, model: PreTrainedModel, datamodule: Any
     if known:  # other targets depend on the weights, and on the type in which they are exported
         plan = plan.resolved(model)
     if plan.recipe is not None:
-        plan.recipe.method.check(model, plan.recipe.sparsity if plan.recipe.is_resolved else 0.0)
+        plan.recipe.check_method(model, plan.recipe.sparsity if plan.recipe.is_resolved else 0.0)
         plan.recipe.find(model)
     for recovery in (plan.before, plan.recovery) if trains else ():
         if recovery is not None:

@@ -44,7 +44,7 @@ def mean_activation(stream: Stream, blocks: Sequence[Block], layout: Layout, dev
         layout: Where their norms are.
         device: Device on which a block computes.
     """
-    sums: list[Tensor] = []
+    total_D = torch.zeros(stream.hidden[0].shape[-1], dtype=torch.float64)
     for block in track(blocks, "Scoring dimensions"):
         norms = {step.norm: block.module.get_submodule(step.norm) for step in layout.steps}
         with on_device(block, device), last_outputs(norms) as outputs:
@@ -53,12 +53,11 @@ def mean_activation(stream: Stream, blocks: Sequence[Block], layout: Layout, dev
                 y_BTD = unwrap(block.module(x_BTD, **kwargs))
                 for output_BTD in outputs.values():
                     size_PD = stream.unmasked(index, output_BTD).float().abs()
-                    sums.append(size_PD.sum(0).cpu().double())  # float64 on the CPU, since MPS has none
+                    total_D.add_(size_PD.sum(0).cpu().double())  # float64 on the CPU, since MPS has none
                 return y_BTD
 
             stream.map(run, block)
-    total_D = distributed.all_reduce_sum(torch.stack(sums).sum(0))
-    return total_D / (stream.tokens() * len(blocks) * len(layout.steps))
+    return distributed.all_reduce_sum(total_D) / (stream.tokens() * len(blocks) * len(layout.steps))
 
 
 def most_active(activation_D: Tensor, width: int) -> Tensor:

@@ -86,7 +86,7 @@ class HiddenWidth(Method):
         if not self.damping > 0:
             raise InputError(f"`HiddenWidth.damping` must be greater than 0, got {self.damping}.")
 
-    def check(self, model: PreTrainedModel, sparsity: float) -> None:
+    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
         """Raises InputError if the stream of ``model`` cannot be made narrower, or not by ``sparsity``."""
         family, width = dense_family(model.config), model.config.get_text_config().hidden_size
         if isinstance(model, SlicedCausalLM):
@@ -109,7 +109,7 @@ class HiddenWidth(Method):
                 f"`HiddenWidth.multiple` must give widths that the config accepts, got {self.multiple}: {reason} "
                 f"Choose a multiple of the number of attention heads, {heads}."
             )
-        if sparsity > (most := self.max_rate(model)) + 1e-9:
+        if sparsity > (most := self.max_rate(model, blocks)) + 1e-9:
             raise InputError(
                 f"`pruning.sparsity` must be at most {most:.4g} for HiddenWidth, got {sparsity:g}: the stream keeps "
                 f"{self.multiple} (`multiple`) of {self._full(model)} dimensions."
@@ -140,7 +140,7 @@ class HiddenWidth(Method):
         full = self._full(model)
         return [(full - model.config.get_text_config().hidden_size) / full] * len(blocks)
 
-    def max_rate(self, model: PreTrainedModel) -> float:
+    def max_rate(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
         """Returns the rate that leaves one multiple."""
         return max(0.0, 1 - self.multiple / self._full(model))
 
@@ -148,7 +148,7 @@ class HiddenWidth(Method):
         """Returns the rates rounded so that the width is a multiple."""
         return [(full - self._width(rates, full)) / full for full in sizes]
 
-    def size_multiple(self, model: PreTrainedModel) -> int:
+    def size_multiple(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns the number of which the width is a multiple."""
         return self.multiple
 

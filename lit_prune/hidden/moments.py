@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_prune import distributed
+from lit_prune.shrink.units.obs import factorised
 
 
 class Moments:
@@ -66,12 +67,10 @@ def compensation(moments: Moments, kept_K: Tensor, damping: float) -> Tensor:
     dimension 2 is gone, M is [[1], [1]] without damping.
     """
     width = len(kept_K)
-    damped_KK = moments.gram_KK.clone()
-    damped_KK.diagonal().add_(damping * float(moments.gram_KK.diagonal().mean()) or 1.0)
     selection_DK = torch.zeros_like(moments.cross_DK)
     selection_DK[kept_K, torch.arange(width)] = 1.0
     rest_DK = moments.cross_DK - selection_DK @ moments.gram_KK
-    factor_KK = torch.linalg.cholesky(damped_KK)
+    _, factor_KK = factorised(moments.gram_KK, torch.arange(width)[:, None], damping)
     return selection_DK + torch.cholesky_solve(rest_DK.T, factor_KK).T
 
 

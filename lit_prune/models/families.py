@@ -76,6 +76,11 @@ class Block:
     rates: Mapping[str, float] | None = None
 
     @property
+    def path_of_list(self) -> str:
+        """Dotted path of the list of blocks that the layer is in."""
+        return self.path.rpartition(".")[0]
+
+    @property
     def size(self) -> int:
         """Number of prunable weights."""
         return sum(linear.size for linear in self.linears.values())

@@ -75,7 +75,9 @@ class Method(ABC):
         """Returns the allocation that a recipe with this method has if none is given."""
         return Uniform
 
-    def check(self, model: PreTrainedModel, sparsity: float) -> None:  # noqa: B027 (most have nothing to check)
+    def check(  # noqa: B027 (most have nothing to check)
+        self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float
+    ) -> None:
         """Raises InputError if the method cannot prune ``model`` to ``sparsity``; ``model`` is not changed."""
 
     def check_rates(  # noqa: B027 (most support any rates)
@@ -126,7 +128,7 @@ class Method(ABC):
         """Returns the share that earlier cuts have removed from each block."""
         return [self.current_rate(block) for block in blocks]
 
-    def max_rate(self, model: PreTrainedModel) -> float:
+    def max_rate(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
         """Returns the largest rate that a block of ``model`` can have."""
         return 1.0
 
@@ -134,7 +136,7 @@ class Method(ABC):
         """Returns the largest mean of the rates, for methods that cannot give every block its largest rate at once."""
         return 1.0
 
-    def size_multiple(self, model: PreTrainedModel) -> int:
+    def size_multiple(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns a number of which every size of a weight is a multiple that the method changes."""
         return 1
 

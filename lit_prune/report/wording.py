@@ -192,9 +192,10 @@ def describe_target(target: TargetSize) -> str:
 
 def describe_found(found: FoundSparsity) -> str:
     """Returns the perplexity that was asked for, and the sparsity that was found for it."""
+    above = found.next_greater
     return (
-        f"at most {short(found.limit, 'g')}; a sparsity of {found.sparsity:.4f} has {short(found.perplexity)}, found "
-        f"to {found.tolerance:g} in {len(found.trials)} trials"
+        f"at most {short(found.limit, 'g')}; a sparsity of {found.sparsity:.4f} has {short(found.perplexity)}, the "
+        f"next of {len(found.trials)} that were tried is {above.sparsity:.4f}: {short(above.perplexity)}"
     )
 
 
@@ -203,7 +204,7 @@ def describe_trials(found: FoundSparsity) -> str:
 
     >>> from lit_prune.target_perplexity import SparsityTrial
     >>> trials = (SparsityTrial(0.5, 60.0), SparsityTrial(0.25, 24.0))
-    >>> describe_trials(FoundSparsity(0.25, 24.0, 30.0, 20.0, 0.25, trials))
+    >>> describe_trials(FoundSparsity(0.25, 24.0, 30.0, 20.0, trials))
     '0.2500: 24.000, 0.5000: 60.000'
     """
     trials = sorted(found.trials, key=lambda trial: trial.sparsity)

@@ -128,7 +128,7 @@ class MaskedTrial(Trial):
         granularity: Sequence[int],
         split: Split,
     ) -> None:
-        super().__init__(model, batches)
+        super().__init__(model, cache.blocks[0].path_of_list, batches)
         self.batches, self.cache, self.granularity, self.split = batches, cache, granularity, split
 
     def take(self, rates: Sequence[float]) -> None:
@@ -148,7 +148,7 @@ class MaskedLinearTrial(NamedTrial):
     """A trial with one rate per linear that swaps in weights from a mask cache; see :class:`MaskedTrial`."""
 
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], cache: MaskCache, split: Split) -> None:
-        super().__init__(model, batches)
+        super().__init__(model, cache.blocks[0].path_of_list, batches)
         self.cache, self._split = cache, split
         linears = [linear for block in cache.blocks for linear in block.linears.values()]
         self.names = [list(block.linears) for block in cache.blocks]

@@ -32,6 +32,7 @@ class Trial(ABC):
 
     Args:
         model: The causal LM, in eval mode, on one device.
+        path: Dotted path of its blocks.
         batches: The calibration batches; every row with at least one predicted token is a window.
 
     Attributes:
@@ -41,8 +42,8 @@ class Trial(ABC):
 
     granularity: Sequence[int]
 
-    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, path: str, batches: Sequence[Batch]) -> None:
+        self.model, self.path = model, path
         rows = [row for batch in batches for row in _rows(batch)]
         counts = [len(compared(ids_1T.shape[1], mask_1T, None)) for ids_1T, mask_1T in rows]
         self._rows = [row for row, count in zip(rows, counts, strict=True) if count]
@@ -52,7 +53,7 @@ class Trial(ABC):
 
     def reuse(self, windows: int) -> None:
         """From now on keeps the outputs of all blocks for so many windows; see :class:`Prefix`."""
-        self._prefix = Prefix([block.module for block in find_blocks(self.model)], windows)
+        self._prefix = Prefix([block.module for block in find_blocks(self.model, blocks=self.path)], windows)
 
     @abstractmethod
     def take(self, rates: Sequence[float]) -> None:

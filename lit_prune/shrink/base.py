@@ -22,7 +22,7 @@ from lit_prune.calibration.written import is_added
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models import structure
-from lit_prune.models.families import Block, CustomClass, dense_family, find_blocks
+from lit_prune.models.families import Block, CustomClass, dense_family
 from lit_prune.models.linears import PrunableLinear
 from lit_prune.models.remote_code.modeling_shrunk import SHRUNK, layer_config
 from lit_prune.models.remote_code.modeling_sliced import SlicedCausalLM
@@ -30,7 +30,7 @@ from lit_prune.progress import log
 from lit_prune.search.behind_pruned import Observation, statistics_behind_pruned
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, model_on_device
-from lit_prune.shrink.part_method import PartMethod
+from lit_prune.shrink.part_method import PartMethod, cannot_shrink
 from lit_prune.shrink.trial import ZeroedUnits
 from lit_prune.shrink.unit_cut import UnitCut, UnitRemoval
 from lit_prune.shrink.units.narrow import check_part, config_error
@@ -79,19 +79,18 @@ class UnitMethod(PartMethod):
         if not self.damping > 0:
             raise InputError(f"`{name}.damping` must be greater than 0, got {self.damping}.")
 
-    def check(self, model: PreTrainedModel, sparsity: float) -> None:
+    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
         """Raises InputError if ``model`` has no such part, or ``multiple`` or ``sparsity`` would leave none of it."""
         self._check_state(model)
-        blocks = find_blocks(model)
         for block in blocks:
             config = layer_config(model.config.get_text_config(), block.index)
             try:
                 check_part(block.module, self._part(model, block), config, block.index)
             except NoPart as reason:
-                raise self._refused(model, str(reason)) from reason
+                raise cannot_shrink(model, type(self).__name__, str(reason)) from reason
         fewest = min(self.sizes(model, blocks))
         check_multiple(type(self).__name__, self.multiple, fewest, f"{self._noun} of a block")
-        if sparsity > (most := self.max_rate(model)) + 1e-9:
+        if sparsity > (most := self.max_rate(model, blocks)) + 1e-9:
             raise InputError(
                 f"`pruning.sparsity` must be at most {most:.4g} for {type(self).__name__}, got {sparsity:g}: every "
                 f"block keeps {self.multiple} (`multiple`) of {fewest} {self._noun}."
@@ -106,10 +105,6 @@ class UnitMethod(PartMethod):
                 f"`model` must not have masks for {name}, which would fill their zeros: shrink the dense model, then "
                 "mask the shrunk one."
             )
-
-    def _refused(self, model: PreTrainedModel, reason: str) -> InputError:
-        family = dense_family(model.config)
-        return InputError(f"`pruning.method` {type(self).__name__} cannot shrink the family {family!r}: {reason}.")
 
     def check_rates(
         self, model: PreTrainedModel, blocks: Sequence[Block], allocation: Allocation, sparsity: float
@@ -164,9 +159,9 @@ class UnitMethod(PartMethod):
         """Returns the share of units that each block has lost in earlier cuts."""
         return rates_from_units([self._part(model, block).units for block in blocks], self.sizes(model, blocks))
 
-    def max_rate(self, model: PreTrainedModel) -> float:
+    def max_rate(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
         """Returns the rate that leaves one multiple of units in the smallest block."""
-        return max(0.0, 1 - self.multiple / min(self.sizes(model, find_blocks(model))))
+        return max(0.0, 1 - self.multiple / min(self.sizes(model, blocks)))
 
     def rates(self, rates: Sequence[float], sizes: Sequence[int]) -> list[float]:
         """Returns the rates rounded so that the number of units of every block is a multiple."""
@@ -176,9 +171,9 @@ class UnitMethod(PartMethod):
         """Returns the rates rounded so that every block has a multiple of units, or all that are left to it."""
         return rates_from_units(units_from_rates(rates, sizes, self.multiple, units_left(current, sizes)), sizes)
 
-    def size_multiple(self, model: PreTrainedModel) -> int:
+    def size_multiple(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns the number of columns of the writer, or rows of a reader, that all sizes are multiples of."""
-        part = self._part(model, find_blocks(model)[0])
+        part = self._part(model, blocks[0])
         rows = [rows_UR.shape[1] for rows_UR in part.rows.values()]
         return self.multiple * math.gcd(part.columns_UK.shape[1], *rows)
 
@@ -243,7 +238,7 @@ class UnitMethod(PartMethod):
         """Returns whether blocks make up for the errors of those before, as far as all processes can."""
         if not self.corrects:
             return False
-        if not distributed.all_reduce_count(int(len(stream.hidden) > 1)):
+        if distributed.all_reduce_count(len(stream.hidden)) < 2:
             reason = "that takes at least two calibration batches, lower `pruning.calibration.batch_size`"
         elif not self._writes_as_it_is(first, part, stream):
             reason = "what an MLP writes is not added to the residual stream as it is"
@@ -322,7 +317,7 @@ class UnitMethod(PartMethod):
         try:
             return self._find(block.linears, config)
         except NoPart as reason:
-            raise self._refused(model, str(reason)) from reason
+            raise cannot_shrink(model, type(self).__name__, str(reason)) from reason
 
     def _find(self, linears: Mapping[str, PrunableLinear], config: Any) -> Part:
         find: Callable[[Mapping[str, PrunableLinear], Any], Part] = self.sizes_class.find

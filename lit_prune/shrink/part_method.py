@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream, on_device
-from lit_prune.models.families import Block
+from lit_prune.errors import InputError
+from lit_prune.models.families import Block, dense_family
 from lit_prune.models.remote_code.modeling_shrunk import LayerConfig, layer_config
 from lit_prune.progress import track
 from lit_prune.pruning.base import Method, Propagate
@@ -48,6 +49,12 @@ class PartCut(ABC):
     @abstractmethod
     def finish(self) -> list[float]:
         """Records the structure in the model, and returns the share that each block has lost."""
+
+
+def cannot_shrink(model: PreTrainedModel, method: str, reason: str) -> InputError:
+    """Returns the error for a family whose part a method cannot make smaller."""
+    family = dense_family(model.config)
+    return InputError(f"`pruning.method` {method} cannot shrink the family {family!r}: {reason}.")
 
 
 @dataclass(frozen=True)

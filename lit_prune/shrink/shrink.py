@@ -19,8 +19,9 @@ from lit_prune.calibration.stream import Stream
 from lit_prune.calibration.windows import Batch
 from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
-from lit_prune.models.families import Block, CustomClass, find_blocks
+from lit_prune.models.families import Block, CustomClass
 from lit_prune.models.on_disk import on_disk
+from lit_prune.models.structure import structures
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
 from lit_prune.search.behind_pruned import statistics_behind_pruned
@@ -152,7 +153,7 @@ class Shrink(PartsMethod):
         """Number of parts, each of which records a structure."""
         return len(self._every)
 
-    def check(self, model: PreTrainedModel, sparsity: float) -> None:
+    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
         """Raises InputError if ``model`` does not have one of the parts, or ``sparsity`` would leave none of one."""
         if self._stages is not None and on_disk(model) is not None:
             raise InputError(
@@ -160,8 +161,8 @@ class Shrink(PartsMethod):
                 "times: make these cuts in runs of their own."
             )
         for part in self._every:
-            part.check(model, 0.0)
-        most = min(self.max_rate(model), self.max_sparsity(model, find_blocks(model)))
+            part.check(model, blocks, 0.0)
+        most = min(self.max_rate(model, blocks), self.max_sparsity(model, blocks))
         if sparsity > most + 1e-9:
             and_blocks = ", and Depth one block" if "Depth" in self._names else ""
             raise InputError(
@@ -250,14 +251,14 @@ class Shrink(PartsMethod):
             for block, sizes in enumerate(zip(*(part.removable for part in parts), strict=True))
         ]
 
-    def max_rate(self, model: PreTrainedModel) -> float:
+    def max_rate(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
         """Returns the rate at which every part has lost all that it can, in the block where that is least.
 
         With cuts of the whole model, of which blocks may go, it is 1; see :meth:`max_sparsity`.
         """
         if self._stages is not None:
             return 1.0
-        parts = self._rates(model, find_blocks(model))
+        parts = self._rates(model, blocks)
         return min(
             weighted_mean([part.most for part in parts], sizes)
             for sizes in zip(*(part.removable for part in parts), strict=True)
@@ -289,12 +290,13 @@ class Shrink(PartsMethod):
     ) -> float:
         """Returns the mean rate at which ``share`` goes of all parameters; see the base class."""
         if (stages := self._stages) is not None:
-            upper, slack = min(upper, self.max_sparsity(model, blocks)), stages.half_step(model, blocks)
+            upper = min(upper, self.max_sparsity(model, blocks))
+            slack = stages.half_step(model, blocks) if structures(model) else 0.0
         return super().rate_of_parameters(share, model, blocks, lower=lower, upper=upper, slack=slack)
 
-    def size_multiple(self, model: PreTrainedModel) -> int:
+    def size_multiple(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns the greatest number of which all sizes that the parts change are multiples."""
-        return math.gcd(*(part.size_multiple(model) for part in self._every))
+        return math.gcd(*(part.size_multiple(model, blocks) for part in self._every))
 
     @property
     def limits_of_share(self) -> str:
@@ -460,7 +462,7 @@ class Shrink(PartsMethod):
             PartRates(
                 removable=part.removable(model, blocks),
                 current=part.current_rates(model, blocks),
-                most=part.max_rate(model),
+                most=part.max_rate(model, blocks),
                 weight=weight,
                 step=part.rounding(model, blocks),
                 sizes=part.sizes(model, blocks),

@@ -130,7 +130,7 @@ class WholeStage:
     def _bounds(self, model: PreTrainedModel, blocks: Sequence[Block]) -> tuple[float, float]:
         """Returns the rate of earlier cuts and the largest rate."""
         current = self.method.current_rates(model, blocks)[0]
-        most = min(self.method.max_rate(model), self.method.max_sparsity(model, blocks))
+        most = min(self.method.max_rate(model, blocks), self.method.max_sparsity(model, blocks))
         return current, max(most, current)
 
     def _step(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
@@ -178,7 +178,7 @@ class PartsStage:
         removable, current = self.method.removable(model, blocks), self.method.current_rates(model, blocks)
         if not sum(removable):
             return current
-        most = self.method.max_rate(model)
+        most = self.method.max_rate(model, blocks)
         least_mean, most_mean = (
             weighted_mean(bound, removable) for bound in (current, [max(most, rate) for rate in current])
         )
@@ -264,7 +264,7 @@ class Stages:
             stream: Returns a stream of the calibration batches that begins at the first block's input.
         """
         target, sizes = self._target(model, blocks, rates), self.sizes(model, blocks)
-        kept, path, start = list(blocks), blocks[0].path.rpartition(".")[0], stream()
+        kept, path, start = list(blocks), blocks[0].path_of_list, stream()
         numbers = list(range(len(blocks)))  # of the blocks that are kept, in the model as it was
 
         def cut(method: Method, planned: Sequence[float]) -> list[float]:

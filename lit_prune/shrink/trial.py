@@ -93,7 +93,7 @@ class JointTrial(Trial):
         parts: Sequence[PartRates],
         names: Sequence[str],
     ) -> None:
-        super().__init__(model, batches)
+        super().__init__(model, trials[0].path, batches)
         self.batches, self.trials, self.parts, self.part_names = batches, trials, parts, names
         self.by_part = [_granularity(*pair) for pair in zip(trials, parts, strict=True)]
         self.granularity = min(self.by_part, key=sum)
@@ -124,7 +124,7 @@ class PartTrial(NamedTrial):
     """
 
     def __init__(self, joint: JointTrial) -> None:
-        super().__init__(joint.model, joint.batches)
+        super().__init__(joint.model, joint.path, joint.batches)
         self.trials, self.parts = joint.trials, joint.parts
         parts, names = joint.parts, joint.part_names
         blocks = range(len(parts[0].removable))

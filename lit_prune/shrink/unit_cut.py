@@ -131,7 +131,7 @@ class UnitCut(PartCut):
 
     def finish(self) -> list[float]:
         """Records the numbers of units in the model, and returns the share of units that each block has lost."""
-        part, path = self.parts[0], self.blocks[0].path.rpartition(".")[0]
+        part, path = self.parts[0], self.blocks[0].path_of_list
         sizes = self.sizes_class(self.units, self.full, dict(part.fields), dict(part.fixed), path)
         set_sizes(self.model, [block.module for block in self.blocks], sizes.sizes)
         structure.add_structure(self.model, sizes)

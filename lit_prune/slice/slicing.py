@@ -81,12 +81,12 @@ class Slicing(Method):
         """Returns DLP, which ranks the blocks of a sliced model nearly as well as LayerRedundancy does."""
         return DLP
 
-    def check(self, model: PreTrainedModel, sparsity: float) -> None:
+    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
         """Raises InputError if the model cannot be sliced, or not by ``sparsity`` or in multiples of ``multiple``."""
         check_sliceable(model)
         width = model.config.hidden_size
         check_multiple(self.multiple, width)
-        if sparsity > (most := self.max_rate(model)):
+        if sparsity > (most := self.max_rate(model, blocks)):
             raise InputError(
                 f"`pruning.sparsity` must be at most {most:.4g} for Slicing, got {sparsity:g}: every block "
                 f"keeps one `multiple` ({self.multiple}) of {width} dimensions."
@@ -111,11 +111,11 @@ class Slicing(Method):
         """Returns the width of the stream for each block."""
         return [model.config.hidden_size] * len(blocks)
 
-    def size_multiple(self, model: PreTrainedModel) -> int:
+    def size_multiple(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:
         """Returns the number of which every width is a multiple."""
         return self.multiple
 
-    def max_rate(self, model: PreTrainedModel) -> float:
+    def max_rate(self, model: PreTrainedModel, blocks: Sequence[Block]) -> float:
         """Returns the rate that leaves one multiple."""
         return 1 - self.multiple / model.config.hidden_size
 

@@ -38,9 +38,9 @@ class SlicedTrial(Trial):
         granularity: Sequence[int],
         widths: Callable[[Sequence[float]], list[int]],
     ) -> None:
-        super().__init__(model, batches)
-        self.granularity, self.widths = granularity, widths
         layout = sliced_class(model).layer_class.layout
+        super().__init__(model, layout.layers, batches)
+        self.granularity, self.widths = granularity, widths
         self._embeddings = [_whole(model.get_submodule(name)) for name in layout.embeddings]
         self._layers = [_WholeLayer(layer) for layer in model.get_submodule(layout.layers).children()]
         self._head = _whole(model.get_output_embeddings())

@@ -122,6 +122,16 @@ def test_a_share_of_all_parameters(batches: list[Tensor]) -> None:
         prune(model, batches, Recipe(Depth(), 0.9, Uniform(), budget="parameters"))
 
 
+def test_a_size_is_met_by_blocks_that_have_become_smaller_since_an_earlier_cut(batches: list[Tensor]) -> None:
+    model = small_model(num_hidden_layers=10)
+    cut(model, batches, Depth(), 0.2, Uniform())
+    prune(model, batches, Recipe(MLPWidth(multiple=8), 0.75, Uniform()))
+    target = parameters(model) - 2 * parameters(model.model.layers[0])
+    prune(model, batches, Recipe(Depth(), allocation=Uniform(), target_parameters=target))
+    assert parameters(model) == target
+    assert model.config.num_hidden_layers == 6
+
+
 def test_blocks_of_different_sizes_are_told(
     batches: list[Tensor], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,7 +31,7 @@ def test_spans() -> None:
 
 
 def test_description() -> None:
-    described = RemainingBlocks([0, 1, 5], 6, 300, "model.layers").describe(small_model())
+    described = RemainingBlocks([0, 1, 5], 6, "model.layers").describe(small_model())
     assert described.facts == {"achieved": 0.5, "blocks": 6, "removed": [2, 3, 4], "remaining": [0, 1, 5]}
     assert described.outcome == "3 of 6 blocks remain; removed are 2 to 4."
     assert described.rows == {

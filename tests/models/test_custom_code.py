@@ -5,14 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_prune.depth import Depth
 from lit_prune.errors import InputError
+from lit_prune.evaluation.sizes import parameters
 from lit_prune.export.formats import HuggingFace
 from lit_prune.export.verify import verify
 from lit_prune.models.custom_code import runs_custom_code
 from lit_prune.models.load import load_config, load_model, load_tokenizer, skeleton
 from lit_prune.pipeline import prune
+from lit_prune.pruning import Method
 from lit_prune.recipe import Recipe
 from lit_prune.recover import MaskedLoRA
+from lit_prune.shrink import HeadGroups, MLPWidth
 from tests.conftest import export, small_model
 from tests.custom_code import write_custom_model
 
@@ -62,3 +66,18 @@ def test_code_that_is_trusted_is_run_and_exported_with_the_model(tmp_path: Path)
     assert 'AutoTokenizer.from_pretrained("this/folder", trust_remote_code=True)' in usage
     with pytest.raises(InputError, match="must be true for"):
         load_config(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("method", [MLPWidth(multiple=8), HeadGroups(), Depth()], ids=repr)
+def test_a_config_that_has_its_fields_in_instances_alone_is_shrunk(method: Method, tmp_path: Path) -> None:
+    write_custom_model(tmp_path / "own")
+    model = load_model(str(tmp_path / "own"), trust_remote_code=True)
+    full = parameters(model)
+    prune(model, [IDS], Recipe(method, 0.5))
+    assert parameters(model) < full
+    plan = export(model, tmp_path / "out")
+    verify(tmp_path / "out", plan, HuggingFace())
+    opened = load_model(str(tmp_path / "out"), trust_remote_code=True)
+    assert type(opened).__name__ == "OwnForCausalLM"
+    with torch.no_grad():
+        torch.testing.assert_close(opened(IDS).logits, model(IDS).logits, atol=1e-5, rtol=0)

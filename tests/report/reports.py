@@ -16,7 +16,7 @@ from lit_prune.target_perplexity import FoundSparsity, SparsityTrial
 PROTOCOL = Protocol(data="text", windows=3, seq_length=16, tokens=45, dtype="float32")
 SEARCH = SearchRecord(evaluations=399, sweeps=33, windows=2, loss_start=4.25, loss_end=3.75)
 TRIALS = (SparsityTrial(0.5, 60.0), SparsityTrial(0.25, 24.0), SparsityTrial(0.375, math.inf))
-FOUND = FoundSparsity(sparsity=0.25, perplexity=24.0, limit=30.0, before=20.0, tolerance=0.2, trials=TRIALS)
+FOUND = FoundSparsity(sparsity=0.25, perplexity=24.0, limit=30.0, before=20.0, trials=TRIALS)
 LOSSES = [BlockLosses(0.4, 0.2, 0.5, 0.3, True), BlockLosses(0.6, 0.6, 0.7, 0.9, False)]
 RECIPE = {"method": "Wanda()", "allocation": "DLP()", "sparsity": 0.5}
 CUT = CutRecord(

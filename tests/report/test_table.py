@@ -179,7 +179,9 @@ def test_a_reconstruction_has_a_row() -> None:
 
 def test_a_perplexity_that_was_asked_for() -> None:
     shown = rows(table(replace(REPORT, target_perplexity=FOUND)))
-    assert shown["perplexity requested"] == "at most 30; a sparsity of 0.2500 has 24.000, found to 0.2 in 3 trials"
+    assert shown["perplexity requested"] == (
+        "at most 30; a sparsity of 0.2500 has 24.000, the next of 3 that were tried is 0.3750: not finite"
+    )
     assert shown["sparsities tried"] == "0.2500: 24.000, 0.3750: not finite, 0.5000: 60.000"
 
 

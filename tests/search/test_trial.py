@@ -22,7 +22,7 @@ class AsItIs(Trial):
 
 
 def test_the_loss_of_every_window(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
-    trial = AsItIs(model, [{"input_ids": batch} for batch in batches])
+    trial = AsItIs(model, "model.layers", [{"input_ids": batch} for batch in batches])
     assert trial.tokens == [15] * 6
     for window, row in enumerate(torch.cat(batches)):
         alone = measure(model, [{"input_ids": row[None]}], "x").perplexity
@@ -34,16 +34,16 @@ def test_padding_is_left_out_and_windows_that_predict_nothing(model: PreTrainedM
     mask = torch.ones_like(ids)
     mask[1, 10:] = 0
     mask[2, 1:] = 0
-    trial = AsItIs(model, [{"input_ids": ids, "attention_mask": mask}])
+    trial = AsItIs(model, "model.layers", [{"input_ids": ids, "attention_mask": mask}])
     assert trial.tokens == [15, 9]
-    alone = AsItIs(model, [{"input_ids": ids[1:2, :10]}])
+    alone = AsItIs(model, "model.layers", [{"input_ids": ids[1:2, :10]}])
     assert trial.loss([], 1) == pytest.approx(alone.loss([], 0), rel=1e-5)
 
 
 def test_a_loss_that_is_no_number_is_infinite(batches: list[torch.Tensor]) -> None:
     model = small_model()
     model.get_output_embeddings().weight.data.fill_(math.nan)
-    assert AsItIs(model, [{"input_ids": batches[0]}]).loss([], 0) == math.inf
+    assert AsItIs(model, "model.layers", [{"input_ids": batches[0]}]).loss([], 0) == math.inf
 
 
 def test_the_model_is_moved_and_comes_back_whatever_happens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ class Dense(AsItIs):
 
 @torch.no_grad()
 def test_the_divergence_is_from_the_unpruned_model(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
-    trial = Dense(model, [{"input_ids": batch} for batch in batches])
+    trial = Dense(model, "model.layers", [{"input_ids": batch} for batch in batches])
     assert trial.divergence([0.0] * 3, 2) == pytest.approx(0, abs=1e-6)
     trial.take([0.0] * 3)
     ids = torch.cat(batches)[2:3]
@@ -84,7 +84,7 @@ def test_the_divergence_is_from_the_unpruned_model(model: PreTrainedModel, batch
 
 def test_a_trial_of_blocks_alone() -> None:
     with pytest.raises(NotImplementedError, match="AsItIs has one rate per block"):
-        AsItIs(small_model(), []).by_name()
+        AsItIs(small_model(), "model.layers", []).by_name()
 
 
 class TwoBlocks(NamedTrial):

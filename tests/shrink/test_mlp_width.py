@@ -89,18 +89,18 @@ def test_one_calibration_batch_is_not_enough_to_correct(
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("others", "corrects"), [(1, True), (0, False)])
+@pytest.mark.parametrize(("own", "others", "corrects"), [(2, 1, True), (1, 1, True), (2, 0, False)])
 def test_all_processes_correct_or_none(
-    others: int, corrects: bool, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+    own: int, others: int, corrects: bool, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What this process finds is that of one of two; the other finds the same or not."""
+    """What this process finds is that of one of two; the other has a batch and finds the same, or not."""
     model = lively_model("llama")
     blocks = find_blocks(model)
-    stream, part = Stream(model, blocks, [{"input_ids": ids} for ids in batches], model.device), MLPWidth(multiple=8)
+    stream = Stream(model, blocks, [{"input_ids": ids} for ids in batches[:own]], model.device)
     writer = mlp_of(blocks[0].linears, model.config)
     monkeypatch.setattr("lit_prune.shrink.base.distributed.all_reduce_count", lambda count: count + others)
     monkeypatch.setattr("lit_prune.shrink.base.distributed.world_size", lambda: 2)
-    assert part._compares(blocks[0], writer, stream) is corrects
+    assert MLPWidth(multiple=8)._compares(blocks[0], writer, stream) is corrects
 
 
 def test_too_few_calibration_tokens_are_told(

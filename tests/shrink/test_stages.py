@@ -214,7 +214,7 @@ def test_mixtures_that_went_with_their_blocks(batches: list[Tensor]) -> None:
     asked = 1 - (parameters(short) + 1) / parameters(model)
     again = prune(model, batches, Recipe(method, asked))
     assert [share > 0.7 for share in again.achieved] == [share == 1 for share in pruned.achieved]
-    assert Experts().max_rate(model) == 0.0  # there is no mixture left
+    assert Experts().max_rate(model, find_blocks(model)) == 0.0  # there is no mixture left
 
 
 def test_a_shrunk_model_is_cut_again(batches: list[Tensor], tmp_path: Path) -> None:

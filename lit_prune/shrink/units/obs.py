@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from lit_prune.calibration.errors import ErrorMoments
+from lit_prune.progress import log
+from lit_prune.pruning.updates import not_finite
+
+ATTEMPTS = 12  # to factorise a Gram matrix, each with ten times the damping
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,9 @@ def remove_units(
         rounds: Number of rounds.
         damping: Share of the mean of the diagonal that is added to the diagonal of the units' channels.
     """
-    hessian_II = damped(gram_II, columns_UK, damping)
+    hessian_II, factor_II = factorised(gram_II, columns_UK, damping)
     original_IO = weight_IO.to(hessian_II)
-    weight_IO, inverse_II = original_IO.clone(), torch.cholesky_inverse(torch.linalg.cholesky(hessian_II))
+    weight_IO, inverse_II = original_IO.clone(), torch.cholesky_inverse(factor_II)
     left_U = torch.arange(len(columns_UK), device=columns_UK.device)
     for share in _shares(count, rounds):
         order_U = removal_costs(weight_IO, inverse_II, columns_UK[left_U]).argsort(stable=True)
@@ -108,8 +112,26 @@ def corrected(
 
 def _least_squares(moments: ErrorMoments, columns_UK: Tensor, damping: float) -> Tensor:
     """Returns H^-1 C, the weight that predicts the error best, in float64."""
-    hessian_II = damped(moments.gram_II, columns_UK, damping)
-    return torch.cholesky_solve(moments.cross_ID.to(hessian_II), torch.linalg.cholesky(hessian_II))
+    hessian_II, factor_II = factorised(moments.gram_II, columns_UK, damping)
+    return torch.cholesky_solve(moments.cross_ID.to(hessian_II), factor_II)
+
+
+def factorised(gram_II: Tensor, columns_UK: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Returns the damped Gram matrix and its Cholesky factor L, with L L^T the former.
+
+    The damping is raised until the factorisation succeeds.
+
+    Raises:
+        InputError: if no damping is enough, which NaN or infinity causes.
+    """
+    for _ in range(ATTEMPTS):
+        hessian_II = damped(gram_II, columns_UK, damping)
+        factor_II, failed = torch.linalg.cholesky_ex(hessian_II)
+        if not failed and factor_II.isfinite().all():
+            return hessian_II, factor_II
+        damping *= 10
+        log(f"X X^T of {len(gram_II)} inputs cannot be factorised, damping raised to {damping:g}")
+    raise not_finite()
 
 
 def damped(gram_II: Tensor, columns_UK: Tensor, damping: float) -> Tensor:

@@ -153,14 +153,17 @@ def _check_experts(linears: Mapping[str, PrunableLinear]) -> None:
 
 def _width_field(config: Any, width: int) -> str:
     """The field of the config that has the width of the MLP, or None for the family's default."""
-    for name in WIDTH_FIELDS:
-        if _declares(config, name) and getattr(config, name) in (width, None):
-            return name
-    raise NoPart(f"its config has no field with the {width} channels of its MLP")
+    names = [name for name in WIDTH_FIELDS if getattr(config, name, 0) in (width, None)]
+    if not names:
+        raise NoPart(f"its config has no field with the {width} channels of its MLP")
+    return next((name for name in names if _declares(config, name)), names[0])
 
 
 def _declares(config: Any, name: str) -> bool:
-    """Whether the class of a config has the field; its instances keep whatever else is in a config.json."""
+    """Whether the class of a config has the field, which that of custom code may not.
+
+    Instances keep whatever else is in a config.json.
+    """
     while isinstance(config, LayerConfig):
         config = config.shared
     return hasattr(type(config), name)

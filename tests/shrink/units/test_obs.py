@@ -1,13 +1,15 @@
 """Removal of units against brute force."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
 from lit_prune.calibration.errors import ErrorMoments
-from lit_prune.shrink.units.obs import Removal, channels_of, corrected, damped, drop_units, remove_units
+from lit_prune.errors import InputError
+from lit_prune.shrink.units.obs import Removal, channels_of, corrected, damped, drop_units, factorised, remove_units
 
 RANDOM = torch.Generator().manual_seed(0)
 X_PI = torch.randn(50, 6, generator=RANDOM, dtype=torch.float64) @ torch.randn(6, 6, generator=RANDOM).double()
@@ -24,6 +26,18 @@ def error(removal: Removal, columns_UK: Tensor) -> float:
 
 def least_squares(kept: Tensor) -> Tensor:
     return torch.linalg.lstsq(X_PI[:, kept], X_PI @ W_IO).solution
+
+
+def test_the_damping_is_raised_until_a_gram_matrix_can_be_factorised(capsys: pytest.CaptureFixture[str]) -> None:
+    """Four tokens for 32 channels, in float32: rounding leaves eigenvalues below 0."""
+    inputs_TI = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    gram_II, columns_UK = inputs_TI.T @ inputs_TI / 4, torch.arange(32)[:, None]
+    assert torch.linalg.cholesky_ex(damped(gram_II, columns_UK, 1e-12))[1]
+    hessian_II, factor_II = factorised(gram_II, columns_UK, 1e-12)
+    torch.testing.assert_close(factor_II @ factor_II.T, hessian_II)
+    assert "X X^T of 32 inputs cannot be factorised, damping raised to 1e-11" in capsys.readouterr().err
+    with pytest.raises(InputError, match="must give linears finite inputs"):
+        factorised(gram_II * math.inf, columns_UK, 1e-3)
 
 
 def test_by_hand() -> None:

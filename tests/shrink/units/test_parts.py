@@ -1,5 +1,7 @@
 """The linears and the rows of the parts, by family."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -30,6 +32,15 @@ def test_channels(family: str) -> None:
     assert [list(found.rows), found.writer, dict(found.fields)] == [readers, writer, {field: 1}]
     assert found.units == 48
     assert found.columns_UK.tolist() == [[channel] for channel in range(48)]
+
+
+def test_a_field_of_the_class_is_preferred_to_others_of_a_config() -> None:
+    assert list(part(mlp_of, "llama", ffn_dim=48).fields) == ["intermediate_size"]
+    linears = find_blocks(small_model("llama"))[0].linears
+    for field in ("intermediate_size", "ffn_dim"):
+        assert list(mlp_of(linears, SimpleNamespace(**{field: 48})).fields) == [field]
+    with pytest.raises(NoPart, match="no field with the 48 channels"):
+        mlp_of(linears, SimpleNamespace(ffn_dim=47))
 
 
 def test_a_channel_of_a_fused_linear_is_a_row_of_each_half() -> None:
