@@ -414,10 +414,22 @@ def _stream(
 
 
 def _dicts(model: PreTrainedModel, batches: Iterable[Batch | Tensor]) -> list[Batch]:
-    """Returns the batches as dicts; raises InputError if there are none, or one exceeds the model's length."""
+    """Returns the batches as dicts.
+
+    Raises:
+        InputError: if there are none, or one has no token ids of two dimensions, or exceeds the model's length.
+    """
     dicts = [{"input_ids": batch} if isinstance(batch, Tensor) else batch for batch in batches]
     if not dicts:
         raise InputError("`calibration` must have at least one batch, got none.")
+    for batch in dicts:
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            got = tuple(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+            raise InputError(
+                f"`calibration` must have batches with `input_ids` of shape (windows, tokens), got {got}: add a "
+                "dimension to single windows by `ids[None]`."
+            )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(batch["input_ids"].shape[-1] for batch in dicts)
     if limit is not None and longest > limit:

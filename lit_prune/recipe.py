@@ -67,6 +67,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self._read_targets()
+        _check_type("method", self.method, Method, "Wanda()")
+        if self.allocation is not None:
+            _check_type("allocation", self.allocation, Allocation, "DLP()")
         if self.allocation is None:
             object.__setattr__(self, "allocation", self.method.default_allocation()())
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -255,6 +258,7 @@ class Recipe:
 
     def check_method(self, model: PreTrainedModel, sparsity: float) -> None:
         """Raises InputError if the method cannot prune ``model`` to ``sparsity``."""
+        self.method.check_model(model)
         self.method.check(model, find_blocks(model, blocks=self.blocks), sparsity)
 
     def check(self, model: PreTrainedModel) -> list[Block]:
@@ -324,7 +328,7 @@ class Recipe:
             return
         blocks = recipe.find(model)
         limits = recipe.limits(model, blocks)
-        if limits.target <= limits.current_sparsity + TOLERANCE:
+        if any(limits.current) and limits.target <= limits.current_sparsity + TOLERANCE:
             return
         if not recipe.method.removes(model, blocks, recipe._equal_rates(blocks, limits)):
             field, method = self.target or "sparsity", type(self.method).__name__
@@ -387,6 +391,13 @@ class Recipe:
             max_rate=limits.upper,
         )
         return self.method.further_rates(rates, limits.sizes, limits.current)
+
+
+def _check_type(field: str, value: object, kind: type, example: str) -> None:
+    """Raises InputError for a class or a name where an object is needed, as from Python."""
+    if not isinstance(value, kind):
+        given = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise InputError(f"`pruning.{field}` must be an object such as {example}, got {given}.")
 
 
 def check_one_target(sparsity: object, **targets: object) -> None:

@@ -38,11 +38,11 @@ class FoundSparsity:
     """The sparsity that was found.
 
     Attributes:
-        sparsity: The greatest sparsity that was tried whose perplexity is at most ``limit``.
+        sparsity: The greatest of the sparsities that were tried whose perplexity is at most ``limit``.
         perplexity: The perplexity after a cut to it.
         limit: The perplexity that was asked for.
         before: The perplexity before the cut.
-        trials: All cuts that were tried, in order.
+        trials: The cuts that were tried, in order; of sparsities that are rounded to the same sizes only the first.
     """
 
     sparsity: float
@@ -102,8 +102,7 @@ def find_sparsity(
             f"{perplexity:g}."
         )
     count = 1 + max(1, math.ceil(math.log2((most - least) / tolerance)))
-    trials: list[SparsityTrial] = []
-    known: dict[tuple[float, ...], float] = {}  # perplexities by rates: sizes are rounded, so that trials may agree
+    known: dict[tuple[float, ...], SparsityTrial] = {}  # by rates: sizes are rounded, so that sparsities may agree
     first = replace(recipe, sparsity=most)
     settings: dict[str, Any] = {"device": chosen, "statistics": statistics}
     if needed_statistics(first):
@@ -111,31 +110,37 @@ def find_sparsity(
     else:
         scored = score(model, batches, first, **settings)
 
-    def allows(sparsity: float) -> bool:
-        tried, label = replace(recipe, sparsity=sparsity), f"trial {len(trials) + 1} of {count}"
+    def trial(sparsity: float) -> SparsityTrial:
+        tried, label = replace(recipe, sparsity=sparsity), f"trial {len(known) + 1} of at most {count}"
         rates = tuple(tried.spread(tried.bounded(model)[1], scored.scores))
         if rates not in known:
             cut = copy.deepcopy(model)
             prune(cut, batches, tried, device=chosen, statistics=statistics)
-            known[rates] = measure(placed(cut, chosen), *validation, label=f"Perplexity, {label}").perplexity
-        found = known[rates]
-        trials.append(SparsityTrial(sparsity, found))
-        log(f"Sparsity, {label}: {sparsity:.4f} has a perplexity of {found:.4g}, at most {perplexity:g} is asked for.")
-        return found <= perplexity
+            found = measure(placed(cut, chosen), *validation, label=f"Perplexity, {label}").perplexity
+            known[rates] = SparsityTrial(sparsity, found)
+            log(
+                f"Sparsity, {label}: {sparsity:.4f} has a perplexity of {found:.4g}, at most {perplexity:g} is asked "
+                "for."
+            )
+        return known[rates]
+
+    def allows(sparsity: float) -> bool:
+        return trial(sparsity).perplexity <= perplexity
 
     if allows(most):
         raise InputError(
-            f"`pruning.target_perplexity` must be below {trials[0].perplexity:.4g}, that of the largest sparsity that "
-            f"the recipe allows, {most:.4g}, got {perplexity:g}: give `--pruning.sparsity {most:.4g}`."
+            f"`pruning.target_perplexity` must be below {trial(most).perplexity:.4g}, that of the largest sparsity "
+            f"that the recipe allows, {most:.4g}, got {perplexity:g}: give `--pruning.sparsity {most:.4g}`."
         )
     sparsity = greatest(allows, least, most, tolerance, lambda sparsity: replace(recipe, sparsity=sparsity).fits(model))
     if sparsity is None:
+        smallest = min(known.values(), key=lambda tried: tried.sparsity)
         raise InputError(
-            f"`pruning.target_perplexity` must be at least {trials[-1].perplexity:.4g}, that of a sparsity of "
-            f"{trials[-1].sparsity:.4g}, the smallest that was tried, got {perplexity:g}."
+            f"`pruning.target_perplexity` must be at least {smallest.perplexity:.4g}, that of a sparsity of "
+            f"{smallest.sparsity:.4g}, the smallest that was tried, got {perplexity:g}."
         )
-    reached = next(trial.perplexity for trial in trials if trial.sparsity == sparsity)
-    return FoundSparsity(sparsity, reached, perplexity, before, tuple(trials))
+    found = trial(sparsity)
+    return FoundSparsity(found.sparsity, found.perplexity, perplexity, before, tuple(known.values()))
 
 
 def greatest(

@@ -195,6 +195,9 @@ def test_training_mode_and_dicts_with_padding(model: PreTrainedModel, batches: l
 
 
 def test_batches_that_cannot_be(model: PreTrainedModel) -> None:
+    for batch, got in ((torch.arange(8), r"\(8,\)"), ("text", "str"), ({"input_ids": [1, 2]}, "list")):
+        with pytest.raises(InputError, match=rf"`input_ids` of shape \(windows, tokens\), got {got}: add a dimension"):
+            score(model, [batch])  # type: ignore[list-item]
     with pytest.raises(InputError, match="at least one batch"):
         prune(model, [], Recipe())
     with pytest.raises(InputError, match=r"`calibration.seq_length` must be at most 64, .*got 65"):

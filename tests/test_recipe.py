@@ -60,6 +60,19 @@ def test_a_search_runs_the_blocks_at_the_path_that_is_given() -> None:
     assert sum(pruned.rates) / 3 == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"method": Wanda}, r"`pruning.method` must be an object such as Wanda\(\), got the class Wanda\."),
+        ({"method": "Wanda"}, r"`pruning.method` must be .* got 'Wanda'\."),
+        ({"allocation": DLP}, r"`pruning.allocation` must be an object such as DLP\(\), got the class DLP\."),
+    ],
+)
+def test_classes_and_names_instead_of_objects(fields: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        Recipe(sparsity=0.5, **fields)
+
+
 def test_bounds_out_of_range() -> None:
     with pytest.raises(InputError, match="`pruning.min_rate` and `pruning.max_rate`"):
         Recipe(min_rate=0.5, max_rate=0.4)

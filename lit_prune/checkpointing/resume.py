@@ -35,11 +35,13 @@ class Resume:
 
     Attributes:
         record: The record of the run in the checkpoint.
+        step: Number of optimizer steps before it.
     """
 
     def __init__(self, checkpoint: Mapping[str, Any], path: str | None = None) -> None:
         self.path, self.record = path, RunRecord.read_from(checkpoint)
         self._checkpoint = checkpoint
+        self.step: int = checkpoint["global_step"]
         self._is_rebuilt = False
 
     @classmethod

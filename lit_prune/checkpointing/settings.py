@@ -50,7 +50,7 @@ def _message(changed: Settings, made_with: Mapping[str, Any]) -> str:
 
 def _difference(before: Any, now: Any) -> str:
     """Returns both values as text, with long numbers rounded unless that makes them equal."""
-    texts = [f"{before}", f"{now}"]
+    texts = ["null" if value is None else f"{value}" for value in (before, now)]
     short = [re.sub(r"\d+\.\d{7,}", lambda match: f"{float(match[0]):.6g}", text) for text in texts]
     before, now = short if short[0] != short[1] else texts
     return f"{before}, got {now}"

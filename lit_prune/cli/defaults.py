@@ -12,12 +12,13 @@ from jsonargparse import Namespace
 
 from lit_prune.allocate import Allocation
 from lit_prune.calibration.windows import CALIBRATION_TOKENS
+from lit_prune.cli.effects import OPTIONS_OF_A_CUT, option_values
 from lit_prune.data.datamodule import WINDOW_TOKENS
 from lit_prune.errors import InputError
 from lit_prune.export.formats import ExportFormat
 from lit_prune.models.load import architecture_config, load_config
 
-OPTIONS_OF_A_CUT = tuple(f"--pruning.{name}" for name in ("method", "sparsity", "allocation", "budget", "target_"))
+FORMAT_OPTIONS = ("--format", "--format.help")
 
 
 def fill_lengths(config: Namespace) -> None:
@@ -48,11 +49,8 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
     """
     if args[0] != "export":
         return list(args)
-    values = {}
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
-        option, is_set, value = arg.partition("=")
-        values[option] = value if is_set else following
-    args = ["--merge=true" if arg == "--merge" and values[arg][:2] in ("", "--") else arg for arg in args]
+    values = option_values(args)
+    args = ["--merge=true" if arg == "--merge" and not values[arg] else arg for arg in args]
     if not {"--ckpt_path", "--model.pretrained", "--config", "-c", "--help", "-h", "--print_config"} & values.keys():
         raise InputError(
             "`model.pretrained` or `ckpt_path` must be given: add `--model.pretrained FOLDER`, or `--ckpt_path FILE` "
@@ -130,15 +128,38 @@ def default_allocation(method: Namespace) -> str:
     return f"{'lit_prune' if room.startswith('lit_prune.') else room}.{allocation.__qualname__}"
 
 
+def parents_first(args: Sequence[str]) -> list[str]:
+    """Returns ``args`` with the name of a class in front of its settings, wherever it was given behind them.
+
+    >>> parents_first(["fit", "--format.outtype", "q8_0", "--format", "GGUF"])
+    ['fit', '--format', 'GGUF', '--format.outtype', 'q8_0']
+    """
+    groups: list[list[str]] = []  # options with their values
+    for arg in args:
+        if arg.startswith("--") or not groups:
+            groups.append([])
+        groups[-1].append(arg)
+    ordered: list[list[str]] = []
+    for group in groups:
+        name = group[0].partition("=")[0]
+        names = [other[0].partition("=")[0] for other in ordered]
+        first = next((index for index, other in enumerate(names) if other.startswith(f"{name}.")), len(ordered))
+        ordered.insert(len(ordered) if name in names else first, group)
+    return [arg for group in ordered for arg in group]
+
+
 def spell_format(args: Sequence[str]) -> list[str]:
-    """Returns ``args`` with the value of ``--format`` in the case of the class that it names: gguf becomes GGUF."""
+    """Returns ``args`` with the value of ``--format`` in the case of the class that it names: gguf becomes GGUF.
+
+    So with the value of ``--format.help``.
+    """
     classes = {kind.__name__.casefold(): kind.__name__ for kind in ExportFormat.__subclasses__()}
     spelled = list(args)
     for index, arg in enumerate(args):
         option, is_set, value = arg.partition("=")
-        if option == "--format" and is_set:
-            spelled[index] = f"--format={classes.get(value.casefold(), value)}"
-        elif option == "--format" and index + 1 < len(args):
+        if option in FORMAT_OPTIONS and is_set:
+            spelled[index] = f"{option}={classes.get(value.casefold(), value)}"
+        elif option in FORMAT_OPTIONS and index + 1 < len(args):
             spelled[index + 1] = classes.get(args[index + 1].casefold(), args[index + 1])
     return spelled
 

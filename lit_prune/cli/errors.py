@@ -172,7 +172,7 @@ def _key(match: re.Match[str], message: str, parser: Any) -> str:
 
 def _class_option(match: re.Match[str], message: str, parser: Any) -> str:
     name, option = match.group(1).rsplit(".", 1)[-1], match.group(2)
-    leaves = {leaf.__name__: leaf for base in BASES.values() for leaf in _leaves(base)}
+    leaves = {leaf.__name__: leaf for base in BASES.values() for leaf in (base, *_leaves(base))}
     leaf = leaves.get(name)
     choices = _settings(leaf)
     where = _where(message, match.start())
@@ -186,7 +186,7 @@ def _class_option(match: re.Match[str], message: str, parser: Any) -> str:
         remedy = f"for a part, give it among the parts: --{where}.parts '[{part}]'"
     elif others := having_it(where):
         theirs = f"of {' and '.join(others)} it is"
-        remedy = theirs if where.endswith("parts") else f"{remedy}; {theirs}: --{where} {others[0]}"
+        remedy = theirs if where.endswith("parts") else f"{remedy}{'; ' * bool(remedy)}{theirs}: --{where} {others[0]}"
     return _not_known(f"`{where}.{option}` is not a setting of {name}", option, choices, remedy)
 
 

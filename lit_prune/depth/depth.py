@@ -69,12 +69,15 @@ class Depth(Method):
         if not self.damping > 0:
             raise InputError(f"`Depth.damping` must be greater than 0, got {self.damping}.")
 
-    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
-        """Raises InputError if ``sparsity`` leaves no block, or if the model cannot lose blocks or be refitted."""
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises InputError for a sliced model, and with ``refit`` for a masked one."""
         if isinstance(model, SlicedCausalLM):
             raise InputError("`model` must not be sliced for Depth: remove blocks of the dense model, then slice that.")
         if self.refit and structure.masked(model):
             raise InputError("`Depth.refit` must be false for a model with masks, whose zeros it would fill.")
+
+    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
+        """Raises InputError if ``sparsity`` leaves no block, or if the model cannot lose blocks or be refitted."""
         every = _dense_blocks(model, blocks)
         if _rounded(every * sparsity) >= every:
             most = self.max_sparsity(model, blocks)

@@ -160,12 +160,14 @@ class FitPlan:
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that a resumed run must share with the first, by field."""
-        recipe = {"method": None} if self.recipe is None else recipe_record(self.recipe)
+        recipe: dict[str, Any] = {"method": None}
         cuts: dict[str, Any] = {"at_step": list(self.steps), "sparsity": [share for _, share in self.cuts]}
-        if self.target_perplexity is not None:
-            cuts |= {"sparsity": [None], "target_perplexity": [self.target_perplexity]}
-        elif self.recipe is not None and self.recipe.target is not None:
-            cuts["sparsity"] = [None]
+        if self.recipe is not None:
+            targets = {name: getattr(self.recipe, name) for name in ("target_parameters", "target_bytes")}
+            targets["target_perplexity"] = self.target_perplexity
+            recipe = recipe_record(self.recipe) | targets
+            if any(target is not None for target in targets.values()):
+                cuts["sparsity"] = [None]
         objects = {name: getattr(self, name) for name in ("before", "recovery", "distillation", "calibration")}
         if self.recipe is None:
             objects["calibration"] = None

@@ -86,9 +86,9 @@ class HiddenWidth(Method):
         if not self.damping > 0:
             raise InputError(f"`HiddenWidth.damping` must be greater than 0, got {self.damping}.")
 
-    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
-        """Raises InputError if the stream of ``model`` cannot be made narrower, or not by ``sparsity``."""
-        family, width = dense_family(model.config), model.config.get_text_config().hidden_size
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises InputError for a sliced or masked model, and families whose stream cannot be made narrower."""
+        family = dense_family(model.config)
         if isinstance(model, SlicedCausalLM):
             raise InputError("`model` must not be sliced for HiddenWidth: shrink the dense model, then slice that.")
         if family not in LAYOUTS:
@@ -101,6 +101,10 @@ class HiddenWidth(Method):
                 "`model` must not have masks for HiddenWidth, which would fill their zeros: shrink the dense model, "
                 "then mask the shrunk one."
             )
+
+    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
+        """Raises InputError if ``sparsity`` leaves no dimension, or the config accepts no multiple of ``multiple``."""
+        width = model.config.get_text_config().hidden_size
         fields = stream_fields(model.config.get_text_config(), self.multiple)
         check_multiple("HiddenWidth", self.multiple, self._full(model), "dimensions of the residual stream")
         if self.multiple < width and (reason := config_error(model.config.get_text_config(), fields)):

@@ -75,6 +75,9 @@ class Method(ABC):
         """Returns the allocation that a recipe with this method has if none is given."""
         return Uniform
 
+    def check_model(self, model: PreTrainedModel) -> None:  # noqa: B027 (most support any model)
+        """Raises InputError for a family, or a state of the model, that the method does not support."""
+
     def check(  # noqa: B027 (most have nothing to check)
         self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float
     ) -> None:

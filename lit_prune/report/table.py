@@ -96,7 +96,8 @@ def _rows(report: Report) -> dict[str, str]:
     if report.protocol is not None:
         rows["perplexity measured on"] = describe_protocol(report.protocol)
     note = "" if report.pruned_here else EARLIER
-    rows |= _sparsity_rows(report.sparsity) if report.shape is None else _shape_rows(report.shape, note)
+    asked = "requested" if report.target_perplexity is None else "found"
+    rows |= _sparsity_rows(report.sparsity) if report.shape is None else _shape_rows(report.shape, asked, note)
     for structure in report.other_structures:
         rows |= {label: f"{text}{EARLIER}" for label, text in structure.rows.items()}
     rows |= _cut_rows(report)
@@ -145,9 +146,9 @@ def _sparsity_rows(sparsity: Sparsity) -> dict[str, str]:
     }
 
 
-def _shape_rows(shape: Shape, note: str) -> dict[str, str]:
-    """Returns the rows of the structure, and of what it saves; ``note`` follows the share that was asked for."""
-    requested = {f"sparsity requested, {describe_budget(shape.budget)}": f"{shape.requested:.4f}{note}"}
+def _shape_rows(shape: Shape, asked: str, note: str) -> dict[str, str]:
+    """Returns the rows of the structure, and of what it saves; ``note`` follows the share that was ``asked`` for."""
+    requested = {f"sparsity {asked}, {describe_budget(shape.budget)}": f"{shape.requested:.4f}{note}"}
     return requested | shape.structure.rows | describe_gains(shape)
 
 

@@ -79,9 +79,19 @@ class UnitMethod(PartMethod):
         if not self.damping > 0:
             raise InputError(f"`{name}.damping` must be greater than 0, got {self.damping}.")
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises InputError for a sliced or masked model."""
+        name = type(self).__name__
+        if isinstance(model, SlicedCausalLM):
+            raise InputError(f"`model` must not be sliced for {name}: shrink the dense model, then slice that.")
+        if structure.masked(model):
+            raise InputError(
+                f"`model` must not have masks for {name}, which would fill their zeros: shrink the dense model, then "
+                "mask the shrunk one."
+            )
+
     def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
         """Raises InputError if ``model`` has no such part, or ``multiple`` or ``sparsity`` would leave none of it."""
-        self._check_state(model)
         for block in blocks:
             config = layer_config(model.config.get_text_config(), block.index)
             try:
@@ -94,16 +104,6 @@ class UnitMethod(PartMethod):
             raise InputError(
                 f"`pruning.sparsity` must be at most {most:.4g} for {type(self).__name__}, got {sparsity:g}: every "
                 f"block keeps {self.multiple} (`multiple`) of {fewest} {self._noun}."
-            )
-
-    def _check_state(self, model: PreTrainedModel) -> None:
-        name = type(self).__name__
-        if isinstance(model, SlicedCausalLM):
-            raise InputError(f"`model` must not be sliced for {name}: shrink the dense model, then slice that.")
-        if structure.masked(model):
-            raise InputError(
-                f"`model` must not have masks for {name}, which would fill their zeros: shrink the dense model, then "
-                "mask the shrunk one."
             )
 
     def check_rates(

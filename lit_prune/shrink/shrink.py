@@ -153,6 +153,11 @@ class Shrink(PartsMethod):
         """Number of parts, each of which records a structure."""
         return len(self._every)
 
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises InputError for a model that one of the parts does not support."""
+        for part in self._every:
+            part.check_model(model)
+
     def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
         """Raises InputError if ``model`` does not have one of the parts, or ``sparsity`` would leave none of one."""
         if self._stages is not None and on_disk(model) is not None:

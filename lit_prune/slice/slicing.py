@@ -81,9 +81,12 @@ class Slicing(Method):
         """Returns DLP, which ranks the blocks of a sliced model nearly as well as LayerRedundancy does."""
         return DLP
 
-    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
-        """Raises InputError if the model cannot be sliced, or not by ``sparsity`` or in multiples of ``multiple``."""
+    def check_model(self, model: PreTrainedModel) -> None:
+        """Raises InputError for a model that cannot be sliced."""
         check_sliceable(model)
+
+    def check(self, model: PreTrainedModel, blocks: Sequence[Block], sparsity: float) -> None:
+        """Raises InputError if the model cannot be sliced by ``sparsity``, or in multiples of ``multiple``."""
         width = model.config.hidden_size
         check_multiple(self.multiple, width)
         if sparsity > (most := self.max_rate(model, blocks)):

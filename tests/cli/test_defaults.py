@@ -14,9 +14,24 @@ from lit_prune.cli.defaults import (
     export_arguments,
     fill_lengths,
     find_checkpoint,
+    parents_first,
     spell_format,
 )
 from lit_prune.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("args", "ordered"),
+    [
+        (["fit", "--a.b", "1", "--c=2", "--a", "X"], ["fit", "--a", "X", "--a.b", "1", "--c=2"]),
+        (["fit", "--a.b.c=1", "--a.b=X", "--ab=3"], ["fit", "--a.b=X", "--a.b.c=1", "--ab=3"]),
+        (["fit", "--a=X", "--a.b=1", "--a=Y"], ["fit", "--a=X", "--a.b=1", "--a=Y"]),  # replaces the first
+        (["fit", "--b", "1", "2", "--a", "-3M"], ["fit", "--b", "1", "2", "--a", "-3M"]),
+        (["fit"], ["fit"]),
+    ],
+)
+def test_a_class_comes_before_its_settings(args: list[str], ordered: list[str]) -> None:
+    assert parents_first(args) == ordered
 
 
 def test_a_length_that_is_left_open_is_what_the_model_takes() -> None:
@@ -92,6 +107,7 @@ def test_the_default_allocation_is_that_of_the_class_of_the_method() -> None:
 
 def test_a_format_is_named_in_any_case() -> None:
     assert spell_format(["fit", "--format=gguf", "--output=gguf"]) == ["fit", "--format=GGUF", "--output=gguf"]
+    assert spell_format(["prune", "--format.help", "gguf"]) == ["prune", "--format.help", "GGUF"]
     assert spell_format(["fit", "--format", "huggingface", "gguf"]) == ["fit", "--format", "HuggingFace", "gguf"]
     assert spell_format(["fit", "--format", "mine.Format"]) == ["fit", "--format", "mine.Format"]
     assert spell_format(["fit", "--format"]) == ["fit", "--format"]

@@ -79,6 +79,8 @@ MISTAKES = [
     ),
     (["--config=page.yaml"], r"`--config` must be a YAML file of settings: mapping values are not allowed"),
     (["--pruning.allocation.alfa=0.1"], r"`pruning.allocation.alfa` is not a setting of DLP. Did you mean alpha"),
+    (["--pruning.reconstruction.batch=3"], r"not a setting of Reconstruct. \(epochs, lr, targets_from, weight_decay"),
+    (["--format.outtype=q8_0", "--format=huggingface"], r"a setting of HuggingFace. \(of GGUF it is: --format GGUF\)"),
     (["--pruning.allocation.alpha=much"], r"`pruning.allocation.alpha` must be a number, got much\.$"),
     (["--pruning.allocation=Plan"], r"`pruning.allocation.path` must be given: Plan needs it"),
     (

@@ -18,8 +18,9 @@ def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(PrunableLM, "on_train_batch_end", stop)
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             run("fit", "--output=runs/x", "--trainer.max_steps=6")
+    assert ended.value.code == 130
     assert not Path("runs/x/model").exists()
     run("fit", "--output=runs/x", "--ckpt_path=last", "--trainer.max_steps=6")
     assert torch.load("runs/x/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6

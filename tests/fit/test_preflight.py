@@ -180,10 +180,14 @@ def test_processes() -> None:
 def test_a_checkpoint_of_other_settings_is_refused_before_any_text_is_read() -> None:
     plan, module = callback().fit_plan, PrunableLM("embedded")
     data: Any = SimpleNamespace(expected_settings=lambda: {"data.seed": 1})
-    checkpoint: dict[str, Any] = {}
+    checkpoint: dict[str, Any] = {"global_step": 3}
     settings = resume_settings(plan, trainer(), module) | {"data.seed": 1}
     RunRecord(settings=settings).write_to(checkpoint)
     check_resumed(plan, Resume(checkpoint), trainer(), module, data)
+    for steps in (3, -1):
+        check_resumed(plan, Resume(checkpoint), trainer(max_steps=steps), module, data)
+    with pytest.raises(InputError, match="`trainer.max_steps` must be at least 3, the step of the checkpoint, got 2"):
+        check_resumed(plan, Resume(checkpoint), trainer(max_steps=2), module, data)
     data.expected_settings = lambda: {"data.seed": 2}
     with pytest.raises(InputError, match="`data.seed` must be what the checkpoint was made with, 1, got 2"):
         check_resumed(plan, Resume(checkpoint), trainer(), module, data)

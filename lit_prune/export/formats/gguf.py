@@ -105,10 +105,10 @@ class GGUF(ExportFormat):
     def check(self, outline: Outline) -> None:
         """Raises InputError for a model that a .gguf file cannot hold, and without the packages."""
         if outline.form == "adapter":
-            raise InputError(
-                "`format` GGUF must have the adapter merged, got one beside the weights: train with "
-                "`--pruning.recovery MaskedLoRA`, which keeps the zeros and is merged."
-            )
+            remedy = "train with `--pruning.recovery MaskedLoRA`, which keeps the zeros and is merged"
+            if outline.quantised:
+                remedy = "train with `--pruning.recovery.form merged`"
+            raise InputError(f"`format` GGUF must have the adapter merged, got one beside the weights: {remedy}.")
         if outline.quantised:
             raise InputError(
                 "`format` GGUF must have weights in full precision, got weights that bitsandbytes quantised: train "
