@@ -12,12 +12,13 @@ from jsonargparse import Namespace
 
 from lit_prune.allocate import Allocation
 from lit_prune.calibration.windows import CALIBRATION_TOKENS
-from lit_prune.cli.effects import OPTIONS_OF_A_CUT, option_values
 from lit_prune.data.datamodule import WINDOW_TOKENS
 from lit_prune.errors import InputError
 from lit_prune.export.formats import ExportFormat
 from lit_prune.models.load import architecture_config, load_config
 
+CUT = ("method", "sparsity", "allocation", "budget", "target_", "reconstruction", "min_rate", "max_rate", "statistics")
+OPTIONS_OF_A_CUT = tuple(f"--pruning.{name}" for name in CUT)
 FORMAT_OPTIONS = ("--format", "--format.help")
 
 
@@ -35,6 +36,20 @@ def fill_lengths(config: Namespace) -> None:
     limit = getattr(llm.get_text_config(), "max_position_embeddings", None)
     for field in missing:
         config[field] = min(defaults[field], limit or defaults[field])
+
+
+def option_values(args: Sequence[str]) -> dict[str, str]:
+    """Returns the options of a command line with their values; empty for one without.
+
+    >>> option_values(["fit", "--output=x", "--pruning.sparsity", "0.5", "--overwrite"])
+    {'--output': 'x', '--pruning.sparsity': '0.5', '--overwrite': ''}
+    """
+    values = {}
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        option, is_set, value = arg.partition("=")
+        if option.startswith("-"):
+            values[option] = value if is_set else "" if following.startswith("--") else following
+    return values
 
 
 def export_arguments(args: Sequence[str], output: str) -> list[str]:

@@ -36,11 +36,10 @@ from lit_prune.cli.defaults import (  # noqa: E402
     parents_first,
     spell_format,
 )
-from lit_prune.cli.effects import check_effects  # noqa: E402
 from lit_prune.cli.errors import explain, one_line, with_options  # noqa: E402
 from lit_prune.cli.failure import fail  # noqa: E402
 from lit_prune.cli.help import PlainHelp, arrange  # noqa: E402
-from lit_prune.cli.preflight import check_objects, check_output, check_settings  # noqa: E402
+from lit_prune.cli.preflight import check_effects, check_objects, check_output, check_settings  # noqa: E402
 from lit_prune.cli.signatures import DESCRIPTION, OPTIONS, VERBS, WRITES  # noqa: E402
 from lit_prune.cli.trainer import PruneTrainer  # noqa: E402
 from lit_prune.data.datamodule import TextDataModule  # noqa: E402

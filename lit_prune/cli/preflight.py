@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
 from lit_prune.callbacks.results import ResultsCallback, find_callback
+from lit_prune.cli.defaults import OPTIONS_OF_A_CUT, option_values
 from lit_prune.cli.failure import rank
 from lit_prune.cli.signatures import WRITES
 from lit_prune.data.datamodule import TextDataModule
@@ -37,6 +39,39 @@ from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
 ADAPTERS = (LoRA, MaskedLoRA, QLoRA)
 METRICS = ("train/loss", "val/perplexity")  # logged by PrunableLM; callbacks can monitor them
 OTHER_METRICS = ("train/distillation", "train/cross_entropy", "step", "epoch")
+OPTIONS_OF_TRAINING = (
+    *(f"--pruning.{name}" for name in ("before", "recovery", "distillation", "at_step", "schedule")),
+    *(f"--trainer.max_{name}" for name in ("steps", "epochs", "time")),
+    "--checkpoint_every",
+)
+OPTIONS_OF_A_MODEL = (*OPTIONS_OF_A_CUT, *OPTIONS_OF_TRAINING, "--format", "--export.")  # that is written
+MEASURE = ("validate", "test", "evaluate")
+
+
+def check_effects(args: Sequence[str], verb: str, method: Namespace | None) -> None:
+    """Raises InputError for an option that was given and has no effect for ``verb``.
+
+    Args:
+        args: The command line.
+        verb: Its verb.
+        method: The setting `pruning.method`.
+    """
+    values = option_values(args)
+    if verb in MEASURE and (given := _first(values, OPTIONS_OF_A_MODEL)):
+        raise InputError(f"`{given}` must be left out for {verb}, which measures a model as it is.")
+    if verb in ("prune", "score") and (given := _first(values, OPTIONS_OF_TRAINING)):
+        raise InputError(f"`{given}` must be left out for {verb}, which does not train: use `lit-prune fit`.")
+    if verb == "fit" and method is None and (given := _first(values, OPTIONS_OF_A_CUT)):
+        raise InputError(
+            f"`{given}` must be left out without `pruning.method`, which is null, so that nothing is cut: add "
+            "`--pruning.method MLPWidth`, or another."
+        )
+
+
+def _first(values: Mapping[str, str], prefixes: tuple[str, ...]) -> str | None:
+    """Returns the name of the first option with one of the prefixes and a value other than null."""
+    named = (option for option, value in values.items() if option.startswith(prefixes) and value != "null")
+    return next((option.removeprefix("--") for option in named), None)
 
 
 def check_settings(config: Namespace, verb: str) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
-from lit_prune.models.mappable import headers
+from lit_prune.models.files.mappable import headers
 from lit_prune.models.on_disk import on_disk
 from lit_prune.models.quantised import convert
 from lit_prune.recover.merge import sharing_weights

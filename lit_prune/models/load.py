@@ -23,8 +23,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from lit_prune.errors import InputError, near_misses
 from lit_prune.files import cache_error
 from lit_prune.models.custom_code import custom_code_error
-from lit_prune.models.gguf_file import read_config, read_model, read_tokenizer
-from lit_prune.models.mappable import check_mappable
+from lit_prune.models.files.gguf_file import read_config, read_model, read_tokenizer
+from lit_prune.models.files.mappable import check_mappable
 from lit_prune.models.on_disk import keep_on_disk
 from lit_prune.models.quantised import convert, device_map, make_loadable, quantisation, unquantised
 

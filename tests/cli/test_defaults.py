@@ -14,6 +14,7 @@ from lit_prune.cli.defaults import (
     export_arguments,
     fill_lengths,
     find_checkpoint,
+    option_values,
     parents_first,
     spell_format,
 )
@@ -133,3 +134,8 @@ def test_an_export_needs_a_model() -> None:
         assert export_arguments(["export", given], "runs/usual") == ["export", given]
     with pytest.raises(InputError, match="`model.pretrained` or `ckpt_path` must be given"):
         export_arguments(["export", "--output=x"], "runs/usual")
+
+
+def test_values_of_options() -> None:
+    args = ["fit", "--a=1", "-c", "x", "--b", "--c", "2", "--d"]
+    assert option_values(args) == {"--a": "1", "-c": "x", "--b": "", "--c": "2", "--d": ""}

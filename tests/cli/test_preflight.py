@@ -1,6 +1,8 @@
 """Settings that are refused before any work, each in one line."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 from jsonargparse import Namespace
 
 from lit_prune.checkpointing.record import RunRecord
-from lit_prune.cli.preflight import check_settings
+from lit_prune.cli.preflight import check_effects, check_settings
+from lit_prune.errors import InputError
 from tests.cli.conftest import check_refused, run
 
 MISTAKES = [
@@ -202,7 +205,7 @@ def test_a_mistake_of_another_verb(
 def test_what_settings_tell_is_refused_before_weights_and_text_are_read(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint: dict[str, Any] = {}
+    checkpoint: dict[str, Any] = {"global_step": 1}
     RunRecord(settings={"pruning.sparsity": 0.5, "data.seed": 7}).write_to(checkpoint)
     torch.save(checkpoint, "run.ckpt")
     monkeypatch.setattr("lit_prune.fit.module.load_model", lambda *_: pytest.fail("weights were read"))
@@ -248,3 +251,47 @@ def test_what_ends_a_training_without_a_number_of_steps(end: dict[str, Any]) -> 
     unset = {"max_steps": -1, "max_epochs": None, "max_time": None, "fast_dev_run": False}
     others = {"callbacks": None, "barebones": False, "accelerator": "auto", "precision": None}
     check_settings(Namespace(trainer=Namespace(**{**unset, **others, **end}), push_to_hub=None), "fit")
+
+
+METHOD: Any = SimpleNamespace(class_path="lit_prune.pruning.Wanda")
+
+
+@pytest.mark.parametrize(
+    ("args", "method", "told"),
+    [
+        (["validate", "--pruning.sparsity=0.3"], METHOD, "`pruning.sparsity` must be left out for validate, which mea"),
+        (["test", "--format", "gguf"], METHOD, "`format` must be left out for test"),
+        (["evaluate", "--pruning.method", "MLPWidth"], METHOD, "`pruning.method` must be left out for evaluate"),
+        (["prune", "--trainer.max_steps", "3"], METHOD, "`trainer.max_steps` must be left out for prune, which does n"),
+        (
+            ["score", "--pruning.recovery.r=3"],
+            METHOD,
+            "`pruning.recovery.r` must be left out for score, .*`lit-prune",
+        ),
+        (["prune", "--pruning.distillation.weight=1"], METHOD, "`pruning.distillation.weight` must be left out"),
+        (
+            ["fit", "--pruning.target_parameters", "3M"],
+            None,
+            "`pruning.target_parameters` must be left out without `p",
+        ),
+        (["fit", "--pruning.allocation=DLP"], None, "which is null, so that nothing is cut: add `--pruning.method MLP"),
+    ],
+)
+def test_options_without_effect(args: Sequence[str], method: Any, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        check_effects(args, args[0], method)
+
+
+@pytest.mark.parametrize(
+    ("args", "method"),
+    [
+        (["fit", "--pruning.target_parameters=3M", "--trainer.max_steps=3", "--format=gguf"], METHOD),
+        (["fit", "--pruning.method=null", "--pruning.sparsity=null", "--pruning.recovery=LoRA"], None),
+        (["fit", "--pruning.method", "null", "--pruning.allocation", "null"], None),
+        (["prune", "--pruning.sparsity=0.5", "--pruning.recovery=null", "--format=packed"], METHOD),
+        (["validate", "--config", "run.yaml", "--ckpt_path=last", "--output=x", "--data.val_windows=3"], METHOD),
+        (["export", "--ckpt_path", "last", "--pruning.recovery=LoRA"], METHOD),
+    ],
+)
+def test_options_with_an_effect(args: Sequence[str], method: Any) -> None:
+    check_effects(args, args[0], method)

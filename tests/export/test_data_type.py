@@ -13,7 +13,7 @@ from lit_prune.export.data_type import converted, export_dtype, stored_dtype
 from lit_prune.export.formats import HuggingFace
 from lit_prune.export.plan import ExportPlan
 from lit_prune.export.verify import verify
-from lit_prune.models.mappable import headers
+from lit_prune.models.files.mappable import headers
 from lit_prune.models.on_disk import keep_on_disk
 from lit_prune.models.quantised import quantised_linears
 from lit_prune.pipeline import prune

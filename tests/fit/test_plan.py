@@ -7,6 +7,7 @@ import pytest
 
 from lit_prune.allocate import DLP, Plan, Search, Uniform, write_plan
 from lit_prune.calibration.windows import Calibration
+from lit_prune.checkpointing.settings import check_settings
 from lit_prune.errors import InputError
 from lit_prune.fit.plan import FitPlan
 from lit_prune.models import structure
@@ -135,6 +136,10 @@ def test_a_target_becomes_the_sparsity_of_every_cut() -> None:
     assert resolved.resolved(small_model()) is resolved
     assert plan.settings()["pruning.sparsity"] is None
     assert plan.settings()["pruning.target_parameters"] == 18_400
+    told = r"`pruning.sparsity` must be .*, null, got \[0.25, 0.5\]; .* `pruning.target_parameters`, 18400, got null"
+    again = course(TWO, Recipe(MLPWidth(multiple=8), 0.5, Uniform()))
+    with pytest.raises(InputError, match=told):
+        check_settings(again.settings(), plan.settings())
     resolved.check(small_model())
 
 

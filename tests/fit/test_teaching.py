@@ -258,7 +258,7 @@ def test_a_copy_without_a_source_is_in_the_checkpoint(tmp_path: Path) -> None:
 
 def test_another_distillation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match="`pruning.distillation` must be what the checkpoint was made with, None, got D"
+        InputError, match="`pruning.distillation` must be what the checkpoint was made with, null, got D"
     ):
         resumed(tmp_path, callback(), callback(distillation=Distillation()), scale=1.0)
 

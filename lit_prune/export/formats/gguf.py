@@ -16,7 +16,7 @@ from lit_prune.export.formats.base import ExportFormat, Tolerance
 from lit_prune.export.llama_cpp import OutType, check_packages, check_vocabulary, convert
 from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.models.families import dense_family, head_dim
-from lit_prune.models.gguf_file import CONFIG, read_model
+from lit_prune.models.files.gguf_file import CONFIG, read_model
 from lit_prune.progress import log
 from lit_prune.target import StoredBytes
 

@@ -14,7 +14,7 @@ from lit_prune.errors import InputError
 from lit_prune.export.formats import HuggingFace, Packed
 from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.export.verify import verify
-from lit_prune.models.mappable import headers
+from lit_prune.models.files.mappable import headers
 from lit_prune.packed.unpack import unpack_folder
 from lit_prune.pipeline import prune
 from lit_prune.pruning import Magnitude

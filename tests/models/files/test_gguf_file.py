@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_prune.errors import InputError
-from lit_prune.models.gguf_file import _halves
+from lit_prune.models.files.gguf_file import _halves
 from lit_prune.models.load import load_config, load_model, load_tokenizer
 
 LOADERS = [load_config, load_model, load_tokenizer]

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from lit_prune.errors import InputError
+from lit_prune.models.files.mappable import Header, check_mappable, headers
 from lit_prune.models.load import load_model
-from lit_prune.models.mappable import Header, check_mappable, headers
 from tests.models.test_on_disk import STACKED, stored
 
 
