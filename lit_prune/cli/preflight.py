@@ -39,11 +39,8 @@ from lit_prune.recover import LoRA, MaskedLoRA, QLoRA
 ADAPTERS = (LoRA, MaskedLoRA, QLoRA)
 METRICS = ("train/loss", "val/perplexity")  # logged by PrunableLM; callbacks can monitor them
 OTHER_METRICS = ("train/distillation", "train/cross_entropy", "step", "epoch")
-OPTIONS_OF_TRAINING = (
-    *(f"--pruning.{name}" for name in ("before", "recovery", "distillation", "at_step", "schedule")),
-    *(f"--trainer.max_{name}" for name in ("steps", "epochs", "time")),
-    "--checkpoint_every",
-)
+TRAINING = ("before", "recovery", "distillation")  # `prune` makes a cut of any `at_step` at once
+OPTIONS_OF_TRAINING = tuple(f"--pruning.{name}" for name in TRAINING)
 OPTIONS_OF_A_MODEL = (*OPTIONS_OF_A_CUT, *OPTIONS_OF_TRAINING, "--format", "--export.")  # that is written
 MEASURE = ("validate", "test", "evaluate")
 

@@ -262,7 +262,7 @@ METHOD: Any = SimpleNamespace(class_path="lit_prune.pruning.Wanda")
         (["validate", "--pruning.sparsity=0.3"], METHOD, "`pruning.sparsity` must be left out for validate, which mea"),
         (["test", "--format", "gguf"], METHOD, "`format` must be left out for test"),
         (["evaluate", "--pruning.method", "MLPWidth"], METHOD, "`pruning.method` must be left out for evaluate"),
-        (["prune", "--trainer.max_steps", "3"], METHOD, "`trainer.max_steps` must be left out for prune, which does n"),
+        (["prune", "--pruning.before", "LoRA"], METHOD, "`pruning.before` must be left out for prune, which does not"),
         (
             ["score", "--pruning.recovery.r=3"],
             METHOD,
@@ -288,7 +288,7 @@ def test_options_without_effect(args: Sequence[str], method: Any, told: str) -> 
         (["fit", "--pruning.target_parameters=3M", "--trainer.max_steps=3", "--format=gguf"], METHOD),
         (["fit", "--pruning.method=null", "--pruning.sparsity=null", "--pruning.recovery=LoRA"], None),
         (["fit", "--pruning.method", "null", "--pruning.allocation", "null"], None),
-        (["prune", "--pruning.sparsity=0.5", "--pruning.recovery=null", "--format=packed"], METHOD),
+        (["prune", "--pruning.at_step=3", "--pruning.recovery=null", "--format=packed"], METHOD),
         (["validate", "--config", "run.yaml", "--ckpt_path=last", "--output=x", "--data.val_windows=3"], METHOD),
         (["export", "--ckpt_path", "last", "--pruning.recovery=LoRA"], METHOD),
     ],
