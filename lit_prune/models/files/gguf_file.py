@@ -108,6 +108,8 @@ def _is_ours(reader: Any) -> bool:
 def _config(file: Path, reader: Any) -> PreTrainedConfig:
     """Returns the Hugging Face config in the metadata, or one that transformers makes of llama.cpp's fields."""
     if _is_ours(reader):
+        import lit_prune.models.remote_code.modeling_shrunk  # noqa: F401 (registers its classes)
+
         return AutoConfig.for_model(**json.loads(reader.fields[CONFIG].contents()))
     architecture = _text(reader, "general.architecture")
     scaling = _text(reader, f"{architecture}.rope.scaling.type")

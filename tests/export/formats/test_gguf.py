@@ -1,6 +1,8 @@
 """The .gguf file, run by llama.cpp and read back."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,13 @@ def test_a_file_is_opened_as_the_model_that_it_was_written_from(
     embedded, tokenizer = load_tokenizer("embedded"), load_tokenizer(file)
     assert all(tokenizer(text)["input_ids"] == embedded(text)["input_ids"] for text in TEXTS)
     assert (tokenizer.eos_token, tokenizer.chat_template) == (embedded.eos_token, embedded.chat_template)
+
+
+def test_a_file_of_a_class_of_ours_is_opened_in_a_fresh_process(tmp_path: Path) -> None:
+    write(small("shrunk_llama", block_sizes={"intermediate_size": [32, 96, 64]}), tmp_path)
+    code = f"from lit_prune.models.load import load_config; print(load_config({str(tmp_path / FILE)!r}).block_sizes)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "{'intermediate_size': [32, 96, 64]}"
 
 
 @pytest.mark.parametrize(("outtype", "dtype"), [("bf16", torch.bfloat16), ("q8_0", torch.float32)])
