@@ -68,10 +68,9 @@ class Recipe:
     def __post_init__(self) -> None:
         self._read_targets()
         _check_type("method", self.method, Method, "Wanda()")
-        if self.allocation is not None:
-            _check_type("allocation", self.allocation, Allocation, "DLP()")
         if self.allocation is None:
             object.__setattr__(self, "allocation", self.method.default_allocation()())
+        _check_type("allocation", self.allocation, Allocation, "DLP()")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise InputError(f"`pruning.sparsity` must be in [0, 1), the share to remove, got {self.sparsity}.")
         if not 0 <= self.min_rate <= self.max_rate <= 1:

@@ -73,6 +73,12 @@ def test_classes_and_names_instead_of_objects(fields: dict[str, Any], told: str)
         Recipe(sparsity=0.5, **fields)
 
 
+def test_a_sparsity_of_nothing_is_refused_for_shapes_alone(model: PreTrainedModel) -> None:
+    with pytest.raises(InputError, match="`pruning.sparsity` must remove something, got 0.0, which MLPWidth rounds"):
+        Recipe(MLPWidth(multiple=8), 0.0).check_removes(model)
+    Recipe(Wanda(), 0.0).check_removes(model)
+
+
 def test_bounds_out_of_range() -> None:
     with pytest.raises(InputError, match="`pruning.min_rate` and `pruning.max_rate`"):
         Recipe(min_rate=0.5, max_rate=0.4)

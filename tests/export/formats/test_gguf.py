@@ -340,6 +340,7 @@ def test_a_sliding_window_is_pointed_out(
     ("outline", "message"),
     [
         (Outline("adapter", "llama", masked=True), "must have the adapter merged, got one beside the weights: train"),
+        (Outline("adapter", "llama", quantised=True), "adapter merged, .* train with `--pruning.recovery.form merged`"),
         (Outline("quantised", "llama", quantised=True), "must have weights in full precision, got weights that"),
         (Outline("full precision", "llama", on_disk=True), "`model.on_disk` must be false for `format` GGUF"),
         (Outline("full precision", "llama", custom_class="sliced"), "must not have a sliced model, whose shortcut"),
