@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_prune.distill.base import TeacherOutput
-
-CHUNK_TOKENS = 256  # with a vocabulary of 150,000 every float32 temporary of a chunk takes 150 MB
+from lit_prune.models.tensors import rows_at_once
 
 
 def divergence(logits_NV: Tensor, counted_N: Tensor, output: TeacherOutput, temperature: float) -> Tensor:
@@ -37,13 +36,13 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, counted_N: Tensor, output: TeacherOutput, temperature: float) -> Tensor:
         grad_NV = torch.zeros_like(logits_NV)
         total = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
-        for rows_R in torch.where(counted_N)[0].split(CHUNK_TOKENS):
+        for rows_R in torch.where(counted_N)[0].split(rows_at_once(logits_NV)):
             log_p_RV = torch.log_softmax(logits_NV[rows_R].float() / temperature, dim=-1)
             log_q_RV = output.log_q(rows_R, log_p_RV, temperature)
             q_RV = log_q_RV.exp()
             # q log q is 0 at q = 0, where the product of 0 and -inf would be NaN
-            total += torch.where(q_RV > 0, q_RV * (log_q_RV - log_p_RV), 0).sum()
-            grad_NV[rows_R] = (temperature * (log_p_RV.exp() - q_RV)).to(grad_NV.dtype)
+            total += (log_q_RV - log_p_RV).masked_fill_(q_RV == 0, 0).mul_(q_RV).sum()
+            grad_NV[rows_R] = log_p_RV.exp_().sub_(q_RV).mul_(temperature).to(grad_NV.dtype)
         ctx.save_for_backward(grad_NV)
         return total * temperature**2
 

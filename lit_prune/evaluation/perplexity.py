@@ -25,9 +25,9 @@ from lit_prune.calibration.windows import inputs_of
 from lit_prune.evaluation.streamed import streamed_logits
 from lit_prune.models.families import has_blocks
 from lit_prune.models.on_disk import on_disk
+from lit_prune.models.tensors import rows_at_once
 from lit_prune.progress import track
 
-CHUNK_TOKENS = 1024
 IGNORED = -100  # the label of a token whose prediction does not count
 
 
@@ -68,10 +68,11 @@ def negative_log_likelihood(
     counted_BT = targets_BT != IGNORED
     total = torch.zeros((), dtype=torch.float64, device=logits_BTV.device)
     for logits_TV, targets_T, counted_T in zip(logits_BTV, targets_BT, counted_BT, strict=True):
-        for start in range(0, targets_T.numel(), CHUNK_TOKENS):
-            part = slice(start, min(start + CHUNK_TOKENS, targets_T.numel()))
-            nll_P = F.cross_entropy(logits_TV[part].float(), targets_T[part], reduction="none")
-            total += nll_P[counted_T[part]].double().sum()
+        chunk = rows_at_once(logits_TV)
+        parts = (tensor.split(chunk) for tensor in (logits_TV[:-1], targets_T, counted_T))
+        for logits_PV, targets_P, counted_P in zip(*parts, strict=True):
+            nll_P = F.cross_entropy(logits_PV.float(), targets_P, reduction="none")
+            total += nll_P[counted_P].double().sum()
     return total, int(counted_BT.sum())
 
 

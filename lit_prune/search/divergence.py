@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
-
-CHUNK_TOKENS = 256  # with a vocabulary of 150,000 every float32 temporary of a chunk takes 150 MB
+from lit_prune.models.tensors import rows_at_once
 
 
 def compared(length: int, mask_1T: Tensor | None, most: int | None) -> Tensor:
@@ -38,7 +37,8 @@ def divergence(reference_SV: Tensor, logits_SV: Tensor) -> Tensor:
     p = (1/2, 1/2) against q = (1/4, 3/4) gives log(2 / sqrt 3) = 0.1438.
     """
     total = torch.zeros((), device=logits_SV.device)
-    for pair in zip(reference_SV.split(CHUNK_TOKENS), logits_SV.split(CHUNK_TOKENS), strict=True):
+    chunk = rows_at_once(logits_SV)
+    for pair in zip(reference_SV.split(chunk), logits_SV.split(chunk), strict=True):
         p_SV, q_SV = (part_SV.float().log_softmax(-1) for part_SV in pair)
         total += (p_SV.exp() * (p_SV - q_SV)).sum()
     return total / len(logits_SV)

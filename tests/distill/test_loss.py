@@ -44,7 +44,7 @@ def test_value_and_gradient_are_those_of_plain_torch_in_chunks_of_any_size(
     logits: tuple[torch.Tensor, ...], chunk: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher, counted = logits
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(loss, "rows_at_once", lambda logits: chunk)
     expected = plain(student, teacher, counted, temperature)
     (by_torch,) = torch.autograd.grad(expected * 0.3, student)
     found = divergence(student, counted, Logits(teacher), temperature)
@@ -58,7 +58,7 @@ def test_no_more_than_a_chunk_is_looked_at_at_once(
     logits: tuple[torch.Tensor, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, teacher, counted = logits
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 2)
+    monkeypatch.setattr(loss, "rows_at_once", lambda logits: 2)
     seen: list[int] = []
     ask = Logits.log_q
 

@@ -4,7 +4,7 @@ import hashlib
 
 import torch
 
-from lit_prune.models.tensors import digest, pack_bits, unpack_bits
+from lit_prune.models.tensors import digest, pack_bits, rows_at_once, unpack_bits
 
 
 def test_by_hand_and_back() -> None:
@@ -25,3 +25,10 @@ def test_type_shape_and_values_count_and_the_layout_does_not() -> None:
     zeros = torch.zeros(2, 3)
     assert len({digest(t) for t in (zeros, zeros.T, zeros.bfloat16(), zeros + 1, torch.tensor(0.0))}) == 5
     assert digest(zeros) == digest(torch.zeros(3, 2).T)
+
+
+def test_a_chunk_takes_the_bytes_of_its_device_in_float32_whatever_the_type() -> None:
+    logits = torch.empty(3, 2**15, dtype=torch.bfloat16)
+    assert rows_at_once(logits) == 32
+    assert rows_at_once(logits.to("meta")) == 1024
+    assert rows_at_once(torch.empty(1, 2**21)) == 1
