@@ -201,6 +201,7 @@ class DynamicPruningCallback(Callback):
         self.resume = Resume.at(trainer.ckpt_path, self.resume)
         if self.resume is not None:
             self.resume.check_settings(self._settings)
+            self.resume.check_end(trainer.max_steps)
         pl_module.configure_model()
         if self.fit_plan.idle and not isinstance(attribute_at(pl_module, self.target), PreTrainedModel):
             return

@@ -94,6 +94,8 @@ class Recipe:
         self._check_budget()
         if self.budget == "linears" and self.target is None and self.method.of_all_parameters:
             object.__setattr__(self, "budget", "parameters")
+        if self.reconstruction is not None:
+            _check_type("reconstruction", self.reconstruction, Reconstruct, "Reconstruct()")
         if self.reconstruction is not None and not self.method.supports_reconstruction:
             raise InputError(
                 f"`pruning.reconstruction` must be null for {self.method.described}: leave it out, or choose a mask "
@@ -321,15 +323,18 @@ class Recipe:
         return True
 
     def check_removes(self, model: PreTrainedModel) -> None:
-        """Raises InputError if a cut by equal rates of shapes is rounded to nothing."""
+        """Raises InputError for a cut of shapes that removes nothing, or by equal rates is rounded to nothing."""
         recipe = self.resolved(model)
-        if recipe.method.makes_zeros or not recipe.allocation.is_uniform():
+        if recipe.method.makes_zeros:
             return
         blocks = recipe.find(model)
         limits = recipe.limits(model, blocks)
         if any(limits.current) and limits.target <= limits.current_sparsity + TOLERANCE:
             return
-        if not recipe.method.removes(model, blocks, recipe._equal_rates(blocks, limits)):
+        rounded = recipe.allocation.is_uniform() and not recipe.method.removes(
+            model, blocks, recipe._equal_rates(blocks, limits)
+        )
+        if rounded or limits.target <= TOLERANCE:
             field, method = self.target or "sparsity", type(self.method).__name__
             raise InputError(
                 f"`pruning.{field}` must remove something, got {getattr(self, field):,}, which {method} rounds to "

@@ -95,6 +95,11 @@ def find_sparsity(
     check_copies(model)
     batches, chosen = list(batches), device or model.device
     least, most = recipe.sparsities(model)
+    if least >= most:
+        raise InputError(
+            f"`pruning.target_perplexity` must be left out if only the sparsity {least:.4g} is possible, by "
+            "`pruning.min_rate` and `pruning.max_rate` or after what was removed before."
+        )
     before = measure(placed(model, chosen), *validation, label="Perplexity, before the trials").perplexity
     if not before <= perplexity:
         raise InputError(
@@ -111,7 +116,7 @@ def find_sparsity(
         scored = score(model, batches, first, **settings)
 
     def trial(sparsity: float) -> SparsityTrial:
-        tried, label = replace(recipe, sparsity=sparsity), f"trial {len(known) + 1} of at most {count}"
+        tried, label = replace(recipe, sparsity=sparsity), f"trial {len(known) + 1} of about {count}"
         rates = tuple(tried.spread(tried.bounded(model)[1], scored.scores))
         if rates not in known:
             cut = copy.deepcopy(model)

@@ -19,6 +19,7 @@ from lit_prune.hidden import HiddenWidth
 from lit_prune.pipeline import prune
 from lit_prune.pruning import ADMM, Magnitude, Method, MixedNofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe, recipe_record
+from lit_prune.reconstruct import Reconstruct
 from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from lit_prune.slice import Slicing
 from tests.conftest import small_model
@@ -66,6 +67,7 @@ def test_a_search_runs_the_blocks_at_the_path_that_is_given() -> None:
         ({"method": Wanda}, r"`pruning.method` must be an object such as Wanda\(\), got the class Wanda\."),
         ({"method": "Wanda"}, r"`pruning.method` must be .* got 'Wanda'\."),
         ({"allocation": DLP}, r"`pruning.allocation` must be an object such as DLP\(\), got the class DLP\."),
+        ({"reconstruction": Reconstruct}, r"`pruning.reconstruction` must be .* as Reconstruct\(\), got the class"),
     ],
 )
 def test_classes_and_names_instead_of_objects(fields: dict[str, Any], told: str) -> None:
@@ -74,8 +76,15 @@ def test_classes_and_names_instead_of_objects(fields: dict[str, Any], told: str)
 
 
 def test_a_sparsity_of_nothing_is_refused_for_shapes_alone(model: PreTrainedModel) -> None:
-    with pytest.raises(InputError, match="`pruning.sparsity` must remove something, got 0.0, which MLPWidth rounds"):
-        Recipe(MLPWidth(multiple=8), 0.0).check_removes(model)
+    for method in (MLPWidth(multiple=8), Slicing(multiple=8), Shrink([Depth(), MLPWidth(multiple=8)])):
+        with pytest.raises(InputError, match=r"`pruning.sparsity` must remove something, got 0\.0, which .* rounds"):
+            Recipe(method, 0.0).check_removes(model)
+    for allocation in (DLP(), LayerRedundancy()):
+        with pytest.raises(InputError, match=r"must remove something, got 0\.0, which MLPWidth rounds"):
+            Recipe(MLPWidth(multiple=8), 0.0, allocation).check_removes(model)
+    whole = Recipe(Shrink([Depth(), MLPWidth(multiple=8)]), target_parameters=parameters(model))
+    with pytest.raises(InputError, match=r"`pruning.target_parameters` must remove something, got "):
+        whole.check_removes(model)
     Recipe(Wanda(), 0.0).check_removes(model)
 
 
@@ -196,6 +205,14 @@ def test_a_target_above_the_size_of_the_model_is_refused_unless_a_cut_was_rounde
     Recipe(method, allocation=Uniform(), target_parameters=full).check(model)
     prune(model, [torch.randint(1, 64, (2, 16)) for _ in range(2)], replace(larger, target_parameters=int(0.82 * full)))
     Recipe(method, allocation=Uniform(), target_parameters=parameters(model) + 1).check(model)
+
+
+def test_slack_is_what_a_cut_of_the_same_parts_leaves(batches: list[torch.Tensor]) -> None:
+    model = small_model()
+    prune(model, batches, Recipe(HiddenWidth(multiple=8), 0.25))
+    larger = Recipe(Shrink([Depth(), MLPWidth(multiple=8)]), target_parameters=parameters(model) + 1)
+    with pytest.raises(InputError, match="`pruning.target_parameters` must be between"):
+        larger.check(model)
 
 
 @pytest.mark.parametrize("name", FEWER)

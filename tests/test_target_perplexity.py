@@ -136,6 +136,12 @@ def test_blocks(embedded: PreTrainedModel, validation: Any, capsys: pytest.Captu
     assert round(found.sparsity * count) == 0  # the sparsities below half a block remove none
 
 
+def test_a_single_sparsity_is_refused_before_anything_is_measured(embedded: PreTrainedModel) -> None:
+    single = replace(MASKS, min_rate=0.3, max_rate=0.3)
+    with pytest.raises(InputError, match=r"`pruning.target_perplexity` must be left out if only the sparsity 0\.3 is"):
+        find_sparsity(embedded, [], single, ([], ""), 100.0)
+
+
 def test_what_cannot_be_reached(embedded: PreTrainedModel, validation: Any) -> None:
     with pytest.raises(InputError, match=r"must be at least \d+\.\d+, that of the model before the cut, got 1\.5"):
         find_sparsity(embedded, [], MASKS, validation, 1.5)

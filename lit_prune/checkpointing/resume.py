@@ -76,6 +76,13 @@ class Resume:
         """Raises InputError if ``settings`` differ from those that the checkpoint was saved with, and names them."""
         check_settings(settings, self.record.settings or {})
 
+    def check_end(self, max_steps: int) -> None:
+        """Raises InputError if a training of so many steps, without a limit if negative, has ended before."""
+        if 0 <= max_steps < self.step:
+            raise InputError(
+                f"`trainer.max_steps` must be at least {self.step}, the step of the checkpoint, got {max_steps}."
+            )
+
     def rebuild(self, model: PreTrainedModel, *, restores: bool = True) -> None:
         """Gives ``model`` the structure of the checkpoint, in place; a second call does nothing.
 

@@ -17,7 +17,10 @@ from lit_prune.errors import InputError
 from lit_prune.export.formats import ExportFormat
 from lit_prune.models.load import architecture_config, load_config
 
-CUT = ("method", "sparsity", "allocation", "budget", "target_", "reconstruction", "min_rate", "max_rate", "statistics")
+CUT = (
+    *("method", "sparsity", "allocation", "budget", "target", "ignore", "reconstruction", "min_rate", "max_rate"),
+    *("statistics", "schedule"),
+)
 OPTIONS_OF_A_CUT = tuple(f"--pruning.{name}" for name in CUT)
 FORMAT_OPTIONS = ("--format", "--format.help")
 
@@ -85,13 +88,11 @@ def export_arguments(args: Sequence[str], output: str) -> list[str]:
 
 def _check_no_cut(values: Mapping[str, str]) -> None:
     """Raises InputError if the command line of an export without a checkpoint cuts the model."""
-    given = next((option for option in values if option.startswith(OPTIONS_OF_A_CUT)), None)
+    given = first_given(values, OPTIONS_OF_A_CUT)
     config = values.get("--config", values.get("-c"))
     remedy = "cut it by `lit-prune prune`, with the same `--format`"
     if given is not None:
-        raise InputError(
-            f"`{given.removeprefix('--')}` must be left out for export, which writes a model as it is: {remedy}."
-        )
+        raise InputError(f"`{given}` must be left out for export, which writes a model as it is: {remedy}.")
     if config is not None and "--model.pretrained" not in values and _has_cut(config):
         raise InputError(
             f"`model.pretrained` must be given: {config} has a cut, and export would write the model before it. Add "
@@ -143,24 +144,40 @@ def default_allocation(method: Namespace) -> str:
     return f"{'lit_prune' if room.startswith('lit_prune.') else room}.{allocation.__qualname__}"
 
 
-def parents_first(args: Sequence[str]) -> list[str]:
-    """Returns ``args`` with the name of a class in front of its settings, wherever it was given behind them.
+def settings_last(args: Sequence[str]) -> list[str]:
+    """Returns ``args`` with the settings of a class right behind its name, if they were given before it.
 
-    >>> parents_first(["fit", "--format.outtype", "q8_0", "--format", "GGUF"])
-    ['fit', '--format', 'GGUF', '--format.outtype', 'q8_0']
+    >>> settings_last(["fit", "--format.outtype", "q8_0", "--config", "run.yaml", "--format", "GGUF"])
+    ['fit', '--config', 'run.yaml', '--format', 'GGUF', '--format.outtype', 'q8_0']
     """
-    groups: list[list[str]] = []  # options with their values
+    options: list[list[str]] = []  # with their values
     for arg in args:
-        if arg.startswith("--") or not groups:
-            groups.append([])
-        groups[-1].append(arg)
+        if arg.startswith("--") or arg.partition("=")[0] == "-c" or not options:
+            options.append([])
+        options[-1].append(arg)
     ordered: list[list[str]] = []
-    for group in groups:
-        name = group[0].partition("=")[0]
-        names = [other[0].partition("=")[0] for other in ordered]
-        first = next((index for index, other in enumerate(names) if other.startswith(f"{name}.")), len(ordered))
-        ordered.insert(len(ordered) if name in names else first, group)
-    return [arg for group in ordered for arg in group]
+    for option in options:
+        name = option[0].partition("=")[0]
+        settings: list[list[str]] = []
+        # a group such as `--model` is no class, and a second name replaces the first
+        if (name == "--format" or "." in name) and all(other[0].partition("=")[0] != name for other in ordered):
+            settings = [other for other in ordered if other[0].startswith(f"{name}.")]
+            ordered = [other for other in ordered if not other[0].startswith(f"{name}.")]
+        ordered += [option, *settings]
+    return [arg for option in ordered for arg in option]
+
+
+def first_given(values: Mapping[str, str], prefixes: tuple[str, ...]) -> str | None:
+    """Returns the name of the first option with one of the prefixes and a value other than null; None without one."""
+    named = (option for option, value in values.items() if option.startswith(prefixes) and not _is_null(value))
+    return next((option.removeprefix("--") for option in named), None)
+
+
+def _is_null(value: str) -> bool:
+    try:
+        return bool(value) and yaml.safe_load(value) is None
+    except yaml.YAMLError:
+        return False
 
 
 def spell_format(args: Sequence[str]) -> list[str]:

@@ -33,7 +33,7 @@ from lit_prune.cli.defaults import (  # noqa: E402
     export_arguments,
     fill_lengths,
     find_checkpoint,
-    parents_first,
+    settings_last,
     spell_format,
 )
 from lit_prune.cli.errors import explain, one_line, with_options  # noqa: E402
@@ -111,7 +111,7 @@ class LitPruneCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
         """Parses the command line; export takes its settings from the run that wrote the checkpoint."""
-        args = export_arguments(parents_first(spell_format(args)), self._parser("export").get_default("output"))
+        args = export_arguments(settings_last(spell_format(args)), self._parser("export").get_default("output"))
         given, args = args, allocation_arguments(args)
         self.config = parser.parse_args(args)
         pruning = self.config[self.config.subcommand].pruning
@@ -241,16 +241,11 @@ class LitPruneCLI(LightningCLI):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
     ) -> None:
-        """Runs ``Trainer.fit``; Ctrl-C, after which Lightning exits with code 1, stays a KeyboardInterrupt."""
+        """Runs ``Trainer.fit``."""
         # callbacks need the path in `setup`; one that is passed to Trainer.fit is not set by then
         if ckpt_path is not None:
             self.trainer.ckpt_path = ckpt_path
-        try:
-            self.trainer.fit(model, datamodule=datamodule, weights_only=weights_only)
-        except SystemExit as ended:
-            if not self.trainer.interrupted:
-                raise
-            raise KeyboardInterrupt from ended
+        self.trainer.fit(model, datamodule=datamodule, weights_only=weights_only)
 
     def after_validate(self) -> None:
         """Logs the protocol of the perplexity: its text and windows."""

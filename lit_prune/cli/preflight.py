@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lit_prune.callbacks.dynamic_pruning import DynamicPruningCallback
 from lit_prune.callbacks.results import ResultsCallback, find_callback
-from lit_prune.cli.defaults import OPTIONS_OF_A_CUT, option_values
+from lit_prune.cli.defaults import OPTIONS_OF_A_CUT, first_given, option_values
 from lit_prune.cli.failure import rank
 from lit_prune.cli.signatures import WRITES
 from lit_prune.data.datamodule import TextDataModule
@@ -41,7 +41,8 @@ METRICS = ("train/loss", "val/perplexity")  # logged by PrunableLM; callbacks ca
 OTHER_METRICS = ("train/distillation", "train/cross_entropy", "step", "epoch")
 TRAINING = ("before", "recovery", "distillation")  # `prune` makes a cut of any `at_step` at once
 OPTIONS_OF_TRAINING = tuple(f"--pruning.{name}" for name in TRAINING)
-OPTIONS_OF_A_MODEL = (*OPTIONS_OF_A_CUT, *OPTIONS_OF_TRAINING, "--format", "--export.")  # that is written
+OPTIONS_OF_A_FOLDER = ("--format", "--export.")  # which the model is written to
+OPTIONS_OF_A_MODEL = (*OPTIONS_OF_A_CUT, *OPTIONS_OF_TRAINING, *OPTIONS_OF_A_FOLDER)
 MEASURE = ("validate", "test", "evaluate")
 
 
@@ -54,21 +55,17 @@ def check_effects(args: Sequence[str], verb: str, method: Namespace | None) -> N
         method: The setting `pruning.method`.
     """
     values = option_values(args)
-    if verb in MEASURE and (given := _first(values, OPTIONS_OF_A_MODEL)):
+    if verb in MEASURE and (given := first_given(values, OPTIONS_OF_A_MODEL)):
         raise InputError(f"`{given}` must be left out for {verb}, which measures a model as it is.")
-    if verb in ("prune", "score") and (given := _first(values, OPTIONS_OF_TRAINING)):
+    if verb in ("prune", "score") and (given := first_given(values, OPTIONS_OF_TRAINING)):
         raise InputError(f"`{given}` must be left out for {verb}, which does not train: use `lit-prune fit`.")
-    if verb == "fit" and method is None and (given := _first(values, OPTIONS_OF_A_CUT)):
+    if verb == "score" and (given := first_given(values, ("--pruning.reconstruction", *OPTIONS_OF_A_FOLDER))):
+        raise InputError(f"`{given}` must be left out for score, which writes no model: use `lit-prune prune`.")
+    if verb == "fit" and method is None and (given := first_given(values, OPTIONS_OF_A_CUT)):
         raise InputError(
             f"`{given}` must be left out without `pruning.method`, which is null, so that nothing is cut: add "
             "`--pruning.method MLPWidth`, or another."
         )
-
-
-def _first(values: Mapping[str, str], prefixes: tuple[str, ...]) -> str | None:
-    """Returns the name of the first option with one of the prefixes and a value other than null."""
-    named = (option for option, value in values.items() if option.startswith(prefixes) and value != "null")
-    return next((option.removeprefix("--") for option in named), None)
 
 
 def check_settings(config: Namespace, verb: str) -> None:

@@ -49,7 +49,8 @@ class PruneTrainer(Trainer):
             ckpt_path: Checkpoint to resume from; `last` is the last one in the output folder.
             weights_only: Refuse a checkpoint that holds anything but weights and plain values.
         """
-        super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+        with _interruptible():
+            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
 
     def validate(  # type: ignore[override]
         self,
@@ -67,7 +68,8 @@ class PruneTrainer(Trainer):
             verbose: Print the perplexity.
             weights_only: Refuse a checkpoint that holds anything but weights and plain values.
         """
-        metrics = super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        with _interruptible():
+            metrics = super().validate(model, dataloaders, ckpt_path, False, datamodule, weights_only)
         if verbose:
             self._print_metrics(metrics, ckpt_path)
         return metrics
@@ -88,7 +90,8 @@ class PruneTrainer(Trainer):
             verbose: Print the perplexity.
             weights_only: Refuse a checkpoint that holds anything but weights and plain values.
         """
-        metrics = super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
+        with _interruptible():
+            metrics = super().test(model, dataloaders, ckpt_path, False, datamodule, weights_only)
         if verbose:
             self._print_metrics(metrics, ckpt_path)
         return metrics
@@ -239,3 +242,14 @@ class PruneTrainer(Trainer):
         finally:
             for logger in self.loggers:
                 logger.finalize(status)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turns the exit by which Lightning ends after Ctrl-C, with code 1, back into the KeyboardInterrupt."""
+    try:
+        yield
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            raise ended.__context__ from None
+        raise

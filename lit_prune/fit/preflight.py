@@ -95,10 +95,7 @@ def check_resumed(plan: FitPlan, resume: Resume, trainer: Trainer, pl_module: Li
     settings = resume_settings(plan, trainer, pl_module) | getattr(datamodule, "expected_settings", dict)()
     settings.pop(PROCESSES)  # Lightning has not launched the other processes yet
     resume.check_settings(settings)
-    if 0 <= trainer.max_steps < resume.step:
-        raise InputError(
-            f"`trainer.max_steps` must be at least {resume.step}, the step of the checkpoint, got {trainer.max_steps}."
-        )
+    resume.check_end(trainer.max_steps)
 
 
 def resume_settings(plan: FitPlan, trainer: Trainer, pl_module: LightningModule) -> Settings:

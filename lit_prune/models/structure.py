@@ -185,7 +185,13 @@ def joined(descriptions: Sequence[Description], name: str) -> Description:
 
 def _structure(recorded: Mapping[str, Any]) -> Structure:
     kind = _class(recorded[KIND])
-    return kind(**{name: value for name, value in recorded.items() if name != KIND})
+    try:
+        return kind(**{name: value for name, value in recorded.items() if name != KIND})
+    except TypeError as error:
+        raise InputError(
+            f"`model`: its config has a {kind.__name__} of another version of lit_prune ({error}): cut the model again "
+            "with this one."
+        ) from error
 
 
 def _class(path: str) -> type[Structure]:

@@ -97,7 +97,7 @@ def _rows(report: Report) -> dict[str, str]:
         rows["perplexity measured on"] = describe_protocol(report.protocol)
     note = "" if report.pruned_here else EARLIER
     asked = "requested" if report.target_perplexity is None else "found"
-    rows |= _sparsity_rows(report.sparsity) if report.shape is None else _shape_rows(report.shape, asked, note)
+    rows |= _sparsity_rows(report.sparsity, asked) if report.shape is None else _shape_rows(report.shape, asked, note)
     for structure in report.other_structures:
         rows |= {label: f"{text}{EARLIER}" for label, text in structure.rows.items()}
     rows |= _cut_rows(report)
@@ -127,12 +127,15 @@ def _perplexity(report: Report, name: str) -> str:
     return short(report.measured[name]) + (f"  ({change})" if change else "")
 
 
-def _sparsity_rows(sparsity: Sparsity) -> dict[str, str]:
-    """Returns the rows of the requested and the achieved shares of zeros; empty for a model without masks."""
+def _sparsity_rows(sparsity: Sparsity, asked: str) -> dict[str, str]:
+    """Returns the rows of the share of zeros that was ``asked`` for or found, and of the achieved ones.
+
+    There are none for a model without masks.
+    """
     if sparsity.requested is None and not sparsity.before and (sparsity.achieved_all or 0.0) < MASK_SHARE:
         return {}
     shares = {
-        f"requested, {describe_budget(sparsity.budget)}": sparsity.requested,
+        f"{asked}, {describe_budget(sparsity.budget)}": sparsity.requested,
         "before this run, over the linears": sparsity.before,
         "achieved over the linears": sparsity.achieved_linears,
         "achieved over all parameters": sparsity.achieved_all,

@@ -21,7 +21,6 @@ from lit_prune.errors import InputError
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.families import Block, CustomClass
 from lit_prune.models.on_disk import on_disk
-from lit_prune.models.structure import structures
 from lit_prune.pruning.base import Method, Propagate
 from lit_prune.reconstruct.reconstruction import Reconstruction
 from lit_prune.search.behind_pruned import statistics_behind_pruned
@@ -73,6 +72,9 @@ class Shrink(PartsMethod):
         if not self.parts:
             raise InputError("`Shrink.parts` must be a list of methods, such as [MLPWidth, HeadGroups], got none.")
         for part in self.parts:
+            if not isinstance(part, Method):
+                given = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
+                raise InputError(f"`Shrink.parts` must be objects such as MLPWidth(), got {given}.")
             if not part.can_be_part:
                 raise InputError(
                     "`Shrink.parts` must be methods that make a model smaller: MLPWidth, HeadGroups, Experts, Depth or "
@@ -296,7 +298,8 @@ class Shrink(PartsMethod):
         """Returns the mean rate at which ``share`` goes of all parameters; see the base class."""
         if (stages := self._stages) is not None:
             upper = min(upper, self.max_sparsity(model, blocks))
-            slack = stages.half_step(model, blocks) if structures(model) else 0.0
+            was_cut = any(any(part.current_rates(model, blocks)) for part in self._every)
+            slack = stages.half_step(model, blocks) if was_cut else 0.0
         return super().rate_of_parameters(share, model, blocks, lower=lower, upper=upper, slack=slack)
 
     def size_multiple(self, model: PreTrainedModel, blocks: Sequence[Block]) -> int:

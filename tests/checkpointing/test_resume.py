@@ -240,6 +240,13 @@ def test_outside_the_command_the_callback_opens_it_once(text: Path, monkeypatch:
     assert counts.rebuilds == 2
 
 
+def test_outside_the_command_a_shorter_training_is_refused_too(text: Path) -> None:
+    run(text, callback(method=Wanda(), recovery=LoRA(r=2)), max_steps=2, val_check_interval=1)
+    path = text / "checkpoints" / "last.ckpt"
+    with pytest.raises(InputError, match="`trainer.max_steps` must be at least 2, the step of the checkpoint, got 1"):
+        run(text, callback(method=Wanda(), recovery=LoRA(r=2)), resume=path, max_steps=1, val_check_interval=1)
+
+
 def test_what_is_no_checkpoint_of_a_fit(tmp_path: Path) -> None:
     path = str(tmp_path / "x.ckpt")
     Path(path).write_text("no checkpoint")

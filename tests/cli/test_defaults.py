@@ -15,7 +15,7 @@ from lit_prune.cli.defaults import (
     fill_lengths,
     find_checkpoint,
     option_values,
-    parents_first,
+    settings_last,
     spell_format,
 )
 from lit_prune.errors import InputError
@@ -24,15 +24,22 @@ from lit_prune.errors import InputError
 @pytest.mark.parametrize(
     ("args", "ordered"),
     [
-        (["fit", "--a.b", "1", "--c=2", "--a", "X"], ["fit", "--a", "X", "--a.b", "1", "--c=2"]),
-        (["fit", "--a.b.c=1", "--a.b=X", "--ab=3"], ["fit", "--a.b=X", "--a.b.c=1", "--ab=3"]),
-        (["fit", "--a=X", "--a.b=1", "--a=Y"], ["fit", "--a=X", "--a.b=1", "--a=Y"]),  # replaces the first
-        (["fit", "--b", "1", "2", "--a", "-3M"], ["fit", "--b", "1", "2", "--a", "-3M"]),
+        (["fit", "--p.a.b", "1", "--c=2", "--p.a", "X"], ["fit", "--c=2", "--p.a", "X", "--p.a.b", "1"]),
+        (["fit", "--p.a.b.c=1", "--p.a.b=Y", "--p.a=X"], ["fit", "--p.a=X", "--p.a.b=Y", "--p.a.b.c=1"]),
+        (["fit", "--p.a=X", "--p.a.b=1", "--p.a=Y"], ["fit", "--p.a=X", "--p.a.b=1", "--p.a=Y"]),  # replaces the first
+        (["fit", "--p.a.b=1", "--p.ab=3", "--p.a=X"], ["fit", "--p.ab=3", "--p.a=X", "--p.a.b=1"]),
+        (
+            ["fit", "--format.b=1", "--config", "f", "--format=X"],
+            ["fit", "--config", "f", "--format=X", "--format.b=1"],
+        ),
+        (["fit", "--format.b", "1", "-c", "f", "--format=X"], ["fit", "-c", "f", "--format=X", "--format.b", "1"]),
+        (["fit", "--model.b=1", "--model=f.yaml"], ["fit", "--model.b=1", "--model=f.yaml"]),  # a group
+        (["fit", "--b", "1", "2", "--p.a", "-3M"], ["fit", "--b", "1", "2", "--p.a", "-3M"]),
         (["fit"], ["fit"]),
     ],
 )
-def test_a_class_comes_before_its_settings(args: list[str], ordered: list[str]) -> None:
-    assert parents_first(args) == ordered
+def test_settings_come_after_their_class(args: list[str], ordered: list[str]) -> None:
+    assert settings_last(args) == ordered
 
 
 def test_a_length_that_is_left_open_is_what_the_model_takes() -> None:
@@ -121,6 +128,9 @@ def test_an_export_of_a_model_does_not_cut(tmp_path: Path) -> None:
     config.write_text("pruning: {sparsity: 0.5}")
     with pytest.raises(InputError, match=r"`model.pretrained` must be given: .*run.yaml has a cut"):
         export_arguments(["export", f"--config={config}"], "runs/usual")
+    for null in ("null", "~", "NULL"):
+        args = ["export", "--model.pretrained=x", f"--pruning.method={null}"]
+        assert export_arguments(args, "runs/usual") == args
     for more in ("--model.pretrained=x", "--ckpt_path=y"):
         args = ["export", f"--config={config}", more]
         assert export_arguments(args, "runs/usual") == args

@@ -1,5 +1,6 @@
 """Runs that are resumed from a checkpoint, and checkpoints that are refused."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,27 @@ from transformers import AutoTokenizer
 from lit_prune.fit.module import PrunableLM
 from lit_prune.models.load import EMBEDDED, load_model
 from tests.cli.conftest import report, run
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_an_interrupted_measurement(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PrunableLM, f"{'validation' if verb == 'validate' else 'test'}_step", stop)
+    with pytest.raises(SystemExit) as ended:
+        run(verb, "--data.test_files=text.txt")
+    assert ended.value.code == 130
+
+
+def test_another_exit_keeps_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leave(*args: object) -> None:
+        sys.exit(3)
+
+    monkeypatch.setattr(PrunableLM, "on_train_batch_end", leave)
+    with pytest.raises(SystemExit) as ended:
+        run("fit", "--output=runs/x", "--trainer.max_steps=2")
+    assert ended.value.code == 3
 
 
 def test_an_interrupted_run_resumes(monkeypatch: pytest.MonkeyPatch) -> None:

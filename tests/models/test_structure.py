@@ -73,6 +73,12 @@ def test_a_structure_that_is_not_there(kind: str, message: str, model: PreTraine
         structures(model)
 
 
+def test_a_structure_of_another_version(model: PreTrainedModel) -> None:
+    structure.write(model, structures=[{"kind": "lit_prune.depth.remaining.RemainingBlocks", "gone": 3}])
+    with pytest.raises(InputError, match=r"has a RemainingBlocks of another version of lit_prune \(.*'gone'\): cut"):
+        structures(model)
+
+
 def test_the_record_of_a_cut_replaces_that_of_an_earlier_one(model: PreTrainedModel) -> None:
     for added in (2, 0):
         structure.write_cut(model, {"sparsity": added}, [0.5], added=added)

@@ -179,6 +179,8 @@ def test_a_reconstruction_has_a_row() -> None:
 
 def test_a_perplexity_that_was_asked_for() -> None:
     shown = rows(table(replace(REPORT, target_perplexity=FOUND)))
+    assert "sparsity found, mean over blocks" in shown
+    assert "sparsity requested, mean over blocks" not in shown
     assert shown["perplexity requested"] == (
         "at most 30; a sparsity of 0.2500 has 24.000, the next of 3 that were tried is 0.3750: not finite"
     )

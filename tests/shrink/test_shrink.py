@@ -204,6 +204,8 @@ def test_a_block_without_any_of_the_parts(batches: list[Tensor]) -> None:
     [
         ({}, r"`Shrink.parts` must be a list of methods, such as \[MLPWidth, HeadGroups\], got none"),
         ({"parts": []}, "`Shrink.parts` must be a list of methods"),
+        ({"parts": [MLPWidth]}, r"`Shrink.parts` must be objects such as MLPWidth\(\), got the class MLPWidth"),
+        ({"parts": ["MLPWidth"]}, "`Shrink.parts` must be objects .* got 'MLPWidth'"),
         ({"parts": [Wanda()]}, "`Shrink.parts` must be methods that make a model smaller: .* got Wanda"),
         ({"parts": [BOTH]}, "`Shrink.parts` must be methods that make a model smaller: .* got Shrink"),
         ({"parts": [MLPWidth(), MLPWidth()]}, "`Shrink.parts` must be different methods, got MLPWidth, MLPWidth"),

@@ -16,7 +16,7 @@ from lit_prune.export.formats.base import ExportFormat, Tolerance
 from lit_prune.export.llama_cpp import OutType, check_packages, check_vocabulary, convert
 from lit_prune.export.plan import ExportPlan, Outline
 from lit_prune.models.families import dense_family, head_dim
-from lit_prune.models.files.gguf_file import CONFIG, read_model
+from lit_prune.models.files.gguf_file import CONFIG, TOKENIZER, read_model, tokenizer_metadata
 from lit_prune.progress import log
 from lit_prune.target import StoredBytes
 
@@ -162,8 +162,11 @@ class GGUF(ExportFormat):
             tokenizer,
             folder / FILE,
             self._outtype(plan.plain.dtype),
-            name=Path(plan.model.name_or_path or type(plan.model).__name__).name,
-            metadata={CONFIG: plan.plain.config.to_json_string(use_diff=False)},
+            name=_name(plan.model),
+            metadata={
+                CONFIG: plan.plain.config.to_json_string(use_diff=False),
+                TOKENIZER: tokenizer_metadata(tokenizer),
+            },
         )
 
     def open(
@@ -212,6 +215,12 @@ class GGUF(ExportFormat):
         if dtype not in OUT_TYPES:
             raise InputError(f"`format.outtype` must be given for a model in {str(dtype).removeprefix('torch.')}.")
         return OUT_TYPES[dtype]
+
+
+def _name(model: PreTrainedModel) -> str:
+    """Returns the name of the folder or the repository of ``model``, or of its class if it was made in code."""
+    path = Path(model.name_or_path or type(model).__name__)
+    return path.parent.name if path.suffix == Path(FILE).suffix else path.name
 
 
 def _check_biases(outline: Outline) -> None:

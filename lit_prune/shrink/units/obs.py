@@ -124,13 +124,14 @@ def factorised(gram_II: Tensor, columns_UK: Tensor, damping: float) -> tuple[Ten
     Raises:
         InputError: if no damping is enough, which NaN or infinity causes.
     """
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS if gram_II.isfinite().all() else 0):
+        if attempt:
+            damping *= 10
+            log(f"X X^T of {len(gram_II)} inputs cannot be factorised, damping raised to {damping:g}")
         hessian_II = damped(gram_II, columns_UK, damping)
         factor_II, failed = torch.linalg.cholesky_ex(hessian_II)
         if not failed and factor_II.isfinite().all():
             return hessian_II, factor_II
-        damping *= 10
-        log(f"X X^T of {len(gram_II)} inputs cannot be factorised, damping raised to {damping:g}")
     raise not_finite()
 
 

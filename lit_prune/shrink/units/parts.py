@@ -156,7 +156,8 @@ def _width_field(config: Any, width: int) -> str:
     names = [name for name in WIDTH_FIELDS if getattr(config, name, 0) in (width, None)]
     if not names:
         raise NoPart(f"its config has no field with the {width} channels of its MLP")
-    return next((name for name in names if _declares(config, name)), names[0])
+    exact = (name for name in names if getattr(config, name) == width)
+    return next((name for name in names if _declares(config, name)), next(exact, names[0]))
 
 
 def _declares(config: Any, name: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from transformers import PreTrainedModel
 
 from lit_prune.allocate import DLP, Uniform
@@ -234,6 +235,23 @@ def test_a_file_is_opened_as_the_model_that_it_was_written_from(
     assert (tokenizer.eos_token, tokenizer.chat_template) == (embedded.eos_token, embedded.chat_template)
 
 
+def test_the_tokenizer_of_a_file_is_the_exported_one(tmp_path: Path) -> None:
+    exported = load_tokenizer("embedded")
+    # transformers knows no pre-tokenizer `smollm`, and would split digits and spaces as GPT-2 does
+    by_digit = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
+    exported.backend_tokenizer.pre_tokenizer = by_digit
+    exported.chat_template = "{{ messages[0]['content'] }} é"
+    model = small("llama")
+    GGUF().write(ExportPlan.of(model), tmp_path, exported)
+    opened = load_tokenizer(str(tmp_path / FILE))
+    for text in (*TEXTS, " \n\n12", "x  = 345"):
+        assert opened(text)["input_ids"] == exported(text)["input_ids"]
+    assert opened.get_vocab() == exported.get_vocab()
+    assert opened.special_tokens_map == exported.special_tokens_map
+    assert opened.chat_template == exported.chat_template
+    assert opened.name_or_path == str(tmp_path / FILE)
+
+
 def test_a_file_of_a_class_of_ours_is_opened_in_a_fresh_process(tmp_path: Path) -> None:
     write(small("shrunk_llama", block_sizes={"intermediate_size": [32, 96, 64]}), tmp_path)
     code = f"from lit_prune.models.load import load_config; print(load_config({str(tmp_path / FILE)!r}).block_sizes)"
@@ -244,7 +262,7 @@ def test_a_file_of_a_class_of_ours_is_opened_in_a_fresh_process(tmp_path: Path) 
 @pytest.mark.parametrize(("outtype", "dtype"), [("bf16", torch.bfloat16), ("q8_0", torch.float32)])
 def test_a_file_is_opened_in_the_type_of_its_matrices(outtype: str, dtype: torch.dtype, tmp_path: Path) -> None:
     write(small("llama"), tmp_path, outtype)
-    assert load_model(str(tmp_path / FILE)).dtype == dtype
+    assert load_model(str(tmp_path / FILE)).dtype == load_config(str(tmp_path / FILE)).dtype == dtype
     model = load_model(str(tmp_path / FILE), "float16", attn_implementation="eager")
     assert (model.dtype, model.config._attn_implementation) == (torch.float16, "eager")
 

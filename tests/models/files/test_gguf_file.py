@@ -6,15 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from lit_prune.errors import InputError
-from lit_prune.models.files.gguf_file import _halves
+from lit_prune.models.files.gguf_file import CONFIG, _halves
 from lit_prune.models.load import load_config, load_model, load_tokenizer
 
 LOADERS = [load_config, load_model, load_tokenizer]
 
 
-def write_gguf(path: Path, architecture: str = "llama", scaling: str | None = None, more: str | None = None) -> Path:
+def write_gguf(
+    path: Path,
+    architecture: str = "llama",
+    scaling: str | None = None,
+    more: str | None = None,
+    without: str | None = None,
+    parts: int = 1,
+    vocabulary: bool = True,
+    ours: bool = False,
+) -> Path:
     """Writes a Llama of two blocks with a byte-level BPE vocabulary, as llama.cpp's converter lays it out.
 
     Args:
@@ -22,6 +32,10 @@ def write_gguf(path: Path, architecture: str = "llama", scaling: str | None = No
         architecture: llama.cpp's name of the architecture.
         scaling: Type of the scaling of rotary embeddings.
         more: Name of one more tensor.
+        without: Name of a tensor that is left out.
+        parts: Number of parts of the model, of which the file is said to be one.
+        vocabulary: Whether the file has one.
+        ours: Whether it has a Hugging Face config, as files of lit_prune do.
     """
     gguf = pytest.importorskip("gguf")
     from tokenizers import pre_tokenizers
@@ -40,17 +54,31 @@ def write_gguf(path: Path, architecture: str = "llama", scaling: str | None = No
     writer.add_vocab_size(words)
     if scaling is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+    if ours:
+        config = LlamaConfig(
+            vocab_size=words,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=2,
+            num_attention_heads=heads,
+            max_position_embeddings=64,
+        )
+        writer.add_string(CONFIG, config.to_json_string(use_diff=False))
+    if parts > 1:
+        writer.add_uint16("split.count", parts)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [a + b for a in "abcdefg" for b in "abcdefg"][: words - len(alphabet)]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * words)
-    writer.add_token_merges([f"{token[0]} {token[1]}" for token in tokens[len(alphabet) :]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
+    if vocabulary:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([gguf.TokenType.NORMAL] * words)
+        writer.add_token_merges([f"{token[0]} {token[1]}" for token in tokens[len(alphabet) :]])
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(0)
 
     def add(name: str, *shape: int) -> None:
-        writer.add_tensor(name, (torch.randn(shape, generator=random) * 0.1).numpy())
+        if name != without:
+            writer.add_tensor(name, (torch.randn(shape, generator=random) * 0.1).numpy())
 
     add("token_embd.weight", words, width)
     add("output.weight", words, width)
@@ -82,7 +110,8 @@ def test_the_rows_of_a_head_by_hand() -> None:
 def test_a_file_can_be_loaded_and_saved(scaling: str | None, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", scaling=scaling)
     model, tokenizer = load_model(str(file)), load_tokenizer(str(file))
-    assert model.dtype == torch.float32
+    assert model.dtype == load_config(str(file)).dtype == torch.float32
+    assert model.name_or_path == str(file)
     assert load_config(str(file)).num_hidden_layers == 2
     model.save_pretrained(tmp_path / "saved")
     again = load_model(str(tmp_path / "saved"))
@@ -124,6 +153,52 @@ def test_what_transformers_would_ignore_is_refused(
     file = write_gguf(tmp_path / "tiny.gguf", scaling=scaling, more=more)
     with pytest.raises(InputError, match=rf"that transformers reads, got .*tiny.gguf with {part}, which it does not"):
         load_model(str(file))
+
+
+@pytest.mark.parametrize("ours", [False, True])
+@pytest.mark.parametrize("name", ["blk.1.ffn_down.weight", "token_embd.weight"])
+def test_a_file_without_a_tensor_is_refused_instead_of_filled_with_random_weights(
+    name: str, ours: bool, tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "tiny.gguf", without=name, ours=ours)
+    lacking = {"blk.1.ffn_down.weight": "layers.1.mlp.down_proj.weight", "token_embd.weight": "embed_tokens.weight"}
+    with pytest.raises(InputError, match=rf"tiny.gguf' cannot be loaded: it has no model.{lacking[name]}: download"):
+        load_model(str(file))
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_a_part_of_a_model(load: Callable[[str], object], tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "tiny-00001-of-00003.gguf", parts=3)
+    with pytest.raises(InputError, match=r"must be a whole model, got .*, which is one of 3 parts: .*--merge"):
+        load(str(file))
+
+
+def test_errors_of_transformers_become_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"tiny.gguf' cannot be loaded: "):
+        load_tokenizer(str(write_gguf(tmp_path / "tiny.gguf", vocabulary=False)))
+    with pytest.raises(InputError, match=r"tiny.gguf' cannot be loaded: .*unknown"):
+        load_model(str(write_gguf(tmp_path / "tiny.gguf")), attn_implementation="unknown")
+
+
+def test_metadata_is_parsed_again_only_if_the_file_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    read: list[Path] = []
+    parse = gguf.GGUFReader.__init__
+
+    def counted(self: object, path: Path, *args: object) -> None:
+        if isinstance(path, Path):  # transformers passes a text
+            read.append(path)
+        parse(self, path, *args)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    file = write_gguf(tmp_path / "tiny.gguf")
+    for load in LOADERS:
+        load(str(file))
+    assert read == [file]
+    write_gguf(file, parts=2)
+    with pytest.raises(InputError, match="one of 2 parts"):
+        load_config(str(file))
+    assert read == [file, file]
 
 
 @pytest.mark.parametrize("length", [0, 3, 7, 100, 2000, -100])

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from lit_prune.models.families import find_blocks
 from lit_prune.shrink.units.parts import NoPart, Part, groups_of, mlp_of
@@ -67,6 +68,13 @@ def test_a_head_is_a_group_without_grouped_queries() -> None:
     found = part(groups_of, "llama", num_key_value_heads=4)
     assert found.units == 4
     assert torch.equal(found.columns_UK, torch.arange(32).view(4, 8))
+
+
+def test_among_fields_of_custom_code_one_with_the_width_comes_first() -> None:
+    linears = find_blocks(small_model("llama", intermediate_size=48))[0].linears
+    undeclared = PreTrainedConfig(n_inner=None, intermediate_size=48)
+    found = mlp_of(linears, undeclared)
+    assert list(found.fields) == ["intermediate_size"]
 
 
 @pytest.mark.parametrize(
