@@ -59,7 +59,7 @@ def read_model(file: Path, dtype: torch.dtype | None = None, attn_implementation
     Raises:
         InputError: as :func:`read_config`, and for weights that transformers does not read.
     """
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options: dict[str, Any] = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with _checked(file) as reader:
         config = _config(file, reader)
         options["dtype"] = dtype or config.dtype
@@ -188,9 +188,10 @@ def _unread(file: Path, part: str) -> InputError:
 
 
 def _read_by_transformers(file: Path, reader: Any, options: dict[str, Any]) -> PreTrainedModel:
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, output_loading_info=True, **options
     )
+    model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would leave random weights
         raise _incomplete(file, missing[0])
     has_biases = any(name.endswith(".bias") for name, _ in model.named_parameters())
