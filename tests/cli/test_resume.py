@@ -19,7 +19,7 @@ def test_an_interrupted_measurement(verb: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(PrunableLM, f"{'validation' if verb == 'validate' else 'test'}_step", stop)
     with pytest.raises(SystemExit) as ended:
-        run(verb, "--data.test_files=text.txt")
+        run(verb, "--data.test_files=val.txt")
     assert ended.value.code == 130
 
 
