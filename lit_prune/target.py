@@ -58,7 +58,10 @@ def parse_bytes(value: int | str) -> int:
 
 def _parse(field: str, value: int | str, units: Mapping[str, int], examples: str) -> int:
     """Returns the product of a number and its unit; raises InputError unless it is at least 1."""
-    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)", str(value).strip().lower())
+    text = str(value).strip().lower()
+    if re.match(r"\d{1,3}(,\d{3})+(?!\d)", text):  # as messages and reports write numbers
+        text = text.replace(",", "")
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)", text)
     unit = units.get(found[2], 0) if found is not None else 0
     number = float(found[1]) * unit if found is not None else 0.0
     if not 1 <= number < math.inf or (unit == 1 and number % 1):  # 3.2 without its M

@@ -27,7 +27,16 @@ WIDTH = MLPWidth(multiple=8)
 
 @pytest.mark.parametrize(
     ("text", "number"),
-    [("100M", 10**8), ("1.2B", 12 * 10**8), ("100000000", 10**8), (10**8, 10**8), ("250k", 250_000), ("1e8", 10**8)],
+    [
+        ("100M", 10**8),
+        ("1.2B", 12 * 10**8),
+        ("100000000", 10**8),
+        (10**8, 10**8),
+        ("250k", 250_000),
+        ("1e8", 10**8),
+        ("1,969,344", 1_969_344),
+        ("25,312", 25_312),
+    ],
 )
 def test_numbers_of_parameters(text: int | str, number: int) -> None:
     assert parse_parameters(text) == number
@@ -41,7 +50,9 @@ def test_numbers_of_bytes(text: int | str, number: int) -> None:
     assert parse_bytes(text) == number
 
 
-@pytest.mark.parametrize("text", ["many", "-3", "0", "100MB", "1.2.3", "M", "0.1", "3.2", "1e400M"])
+@pytest.mark.parametrize(
+    "text", ["many", "-3", "0", "100MB", "1.2.3", "M", "0.1", "3.2", "1e400M", "1,5M", "1,0000", "12,34"]
+)
 def test_what_is_no_number(text: str) -> None:
     with pytest.raises(InputError, match=r"`pruning.target_parameters` must be a number such as 100M, 1.2B .*, got"):
         Recipe(WIDTH, target_parameters=text)

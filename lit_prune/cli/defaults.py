@@ -119,20 +119,30 @@ def allocation_arguments(args: Sequence[str]) -> list[str]:
     return [args[0], "--pruning.allocation=DLP", *args[1:]] if has_settings else list(args)
 
 
-def check_allocation_named(args: Sequence[str], method: Namespace | None) -> None:
-    """Raises InputError for settings of an allocation that is not named, if the default of ``method`` is not DLP.
+def without_allocation(args: Sequence[str]) -> list[str]:
+    """Returns ``args`` without settings of ``--pruning.allocation``, which keeps its name.
 
-    A configuration file may name it, so that with one nothing is checked.
+    >>> without_allocation(["fit", "--pruning.allocation.alpha", "0.1", "--output=x"])
+    ['fit', '--output=x']
     """
-    names = {arg.partition("=")[0] for arg in args}
-    set_alone = next((name for name in sorted(names) if name.startswith("--pruning.allocation.")), None)
-    if method is None or set_alone is None or names & {"--pruning.allocation", "--pruning", "--config", "-c"}:
+    return [arg for option in _options(args) if not option[0].startswith("--pruning.allocation.") for arg in option]
+
+
+def check_allocation_named(args: Sequence[str], pruning: Namespace) -> None:
+    """Raises InputError for settings of an allocation that is not named, if the default of the method is not DLP.
+
+    Args:
+        args: The command line.
+        pruning: The settings of `pruning` without those of the allocation; a configuration file may have named it.
+    """
+    given = next((name for name in sorted(option_values(args)) if name.startswith("--pruning.allocation.")), None)
+    if given is None or pruning.method is None or pruning.allocation is not None:
         return
-    default = default_allocation(method).rpartition(".")[2]
+    default = default_allocation(pruning.method).rpartition(".")[2]
     if default != "DLP":
         raise InputError(
-            f"`pruning.allocation` must be named for `{set_alone.removeprefix('--')}`: the default for "
-            f"{method.class_path.rpartition('.')[2]} is {default}. Add `--pruning.allocation DLP`, or another."
+            f"`pruning.allocation` must be named for `{given.removeprefix('--')}`: the default for "
+            f"{pruning.method.class_path.rpartition('.')[2]} is {default}. Add `--pruning.allocation DLP`, or another."
         )
 
 
@@ -150,13 +160,8 @@ def settings_last(args: Sequence[str]) -> list[str]:
     >>> settings_last(["fit", "--format.outtype", "q8_0", "--config", "run.yaml", "--format", "GGUF"])
     ['fit', '--config', 'run.yaml', '--format', 'GGUF', '--format.outtype', 'q8_0']
     """
-    options: list[list[str]] = []  # with their values
-    for arg in args:
-        if arg.startswith("--") or arg.partition("=")[0] == "-c" or not options:
-            options.append([])
-        options[-1].append(arg)
     ordered: list[list[str]] = []
-    for option in options:
+    for option in _options(args):
         name = option[0].partition("=")[0]
         settings: list[list[str]] = []
         # a group such as `--model` is no class, and a second name replaces the first
@@ -165,6 +170,16 @@ def settings_last(args: Sequence[str]) -> list[str]:
             ordered = [other for other in ordered if not other[0].startswith(f"{name}.")]
         ordered += [option, *settings]
     return [arg for option in ordered for arg in option]
+
+
+def _options(args: Sequence[str]) -> list[list[str]]:
+    """Returns the options of a command line, each with its values, behind the verb."""
+    options: list[list[str]] = []
+    for arg in args:
+        if arg.startswith("--") or arg.partition("=")[0] == "-c" or not options:
+            options.append([])
+        options[-1].append(arg)
+    return options
 
 
 def first_given(values: Mapping[str, str], prefixes: tuple[str, ...]) -> str | None:

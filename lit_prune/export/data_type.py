@@ -8,12 +8,14 @@ run is that of the weights that were written, computed in the type of the run.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from lit_prune.errors import InputError
+from lit_prune.models.files.gguf_file import stored_type
 from lit_prune.models.files.mappable import headers
 from lit_prune.models.on_disk import on_disk
 from lit_prune.models.quantised import convert
@@ -23,12 +25,15 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def stored_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """Returns the data type of most bytes in the safetensors that ``model`` was loaded from; None without such files.
+    """Returns the data type of most bytes in the files that ``model`` was loaded from.
 
-    The files are found by the model's `name_or_path`.
+    These are safetensors, or a .gguf file; None is returned without any, and for a quantised .gguf file. They are found
+    by the model's `name_or_path`.
     """
     sizes: Counter[torch.dtype] = Counter()
     try:
+        if (file := Path(model.name_or_path or "")).suffix == ".gguf":
+            return stored_type(file)
         stored = headers(model.name_or_path, local_only=True) if model.name_or_path else {}
     except (OSError, ValueError, SafetensorError):  # moved away, or never on this machine
         return None

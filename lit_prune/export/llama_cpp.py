@@ -112,7 +112,8 @@ def convert(
     """
     # beside the file and not in the system's temporary folder, which may be too small for the weights
     with TemporaryDirectory(prefix=".huggingface-", dir=file.parent) as temporary:
-        folder = Path(temporary)
+        folder = Path(temporary) / name  # the converter reads further fields, such as the size, from this name
+        folder.mkdir()
         save(model, folder)
         tokenizer.save_pretrained(folder)
         converter = _converter(folder, tokenizer, file, outtype, name)

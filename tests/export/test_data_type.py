@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lit_prune.errors import InputError
 from lit_prune.evaluation.perplexity import measure
 from lit_prune.export.data_type import converted, export_dtype, stored_dtype
-from lit_prune.export.formats import HuggingFace
+from lit_prune.export.formats import GGUF, HuggingFace
 from lit_prune.export.plan import ExportPlan
 from lit_prune.export.verify import verify
 from lit_prune.models.files.mappable import headers
+from lit_prune.models.load import load_model, load_tokenizer
 from lit_prune.models.on_disk import keep_on_disk
 from lit_prune.models.quantised import quantised_linears
 from lit_prune.pipeline import prune
@@ -34,6 +35,16 @@ def test_the_stored_type_is_that_of_the_files(dtype: torch.dtype, tmp_path: Path
     assert stored_dtype(model) == dtype
     (tmp_path / "model.safetensors").unlink()
     assert stored_dtype(model) is None
+
+
+@pytest.mark.parametrize(("outtype", "stored"), [("f16", FP16), ("bf16", BF16), ("f32", FP32), ("q8_0", None)])
+def test_the_stored_type_of_a_gguf_file(outtype: str, stored: torch.dtype | None, tmp_path: Path) -> None:
+    model = small_model(vocab_size=4096)
+    GGUF(outtype).write(ExportPlan.of(model), tmp_path, load_tokenizer("embedded"))  # type: ignore[arg-type]
+    opened = load_model(str(tmp_path / "model.gguf"), "float32")
+    assert stored_dtype(opened) == stored
+    (tmp_path / "model.gguf").unlink()
+    assert stored_dtype(opened) is None
 
 
 def test_most_bytes_decide_in_files_of_several_types(tmp_path: Path) -> None:

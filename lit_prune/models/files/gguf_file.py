@@ -87,6 +87,12 @@ def read_tokenizer(file: Path) -> Tokenizer:
         return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
+def stored_type(file: Path) -> torch.dtype | None:
+    """Returns the data type of the matrices in ``file``; None for quantised ones."""
+    with _checked(file) as reader:
+        return DTYPES.get(_number(reader, "general.file_type", -1))
+
+
 def tokenizer_metadata(tokenizer: Tokenizer) -> str:
     """Returns what :func:`read_tokenizer` makes the same tokenizer of: its files by their names, as JSON."""
     contents: dict[str, Any] = {}
@@ -150,9 +156,9 @@ def _text(reader: Any, key: str) -> str | None:
     return None if field is None else field.contents()
 
 
-def _number(reader: Any, key: str) -> int:
+def _number(reader: Any, key: str, default: int = 0) -> int:
     field = reader.fields.get(key)
-    return 0 if field is None else int(field.contents())
+    return default if field is None else int(field.contents())
 
 
 def _is_ours(reader: Any) -> bool:

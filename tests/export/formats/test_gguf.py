@@ -282,6 +282,15 @@ def test_scaled_rotary_embeddings(fields: dict[str, Any], sizes: dict[str, list[
     torch.testing.assert_close(LlamaCpp(tmp_path / FILE).logprobs(ids, 4), logprobs(model, ids, 4), atol=0.01, rtol=0)
 
 
+def test_a_file_is_the_same_every_time_and_names_no_temporary_folder(tmp_path: Path) -> None:
+    model = small("llama", architectures=["LlamaForCausalLM"])
+    model.name_or_path = "hub/Tiny-3M"
+    for folder in ("one", "two"):
+        write(model, tmp_path / folder)
+    assert (tmp_path / "one" / FILE).read_bytes() == (tmp_path / "two" / FILE).read_bytes()
+    assert b".huggingface-" not in (tmp_path / "one" / FILE).read_bytes()
+
+
 def test_rows_that_are_stored_in_f16_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(small("llama", intermediate_size=80), tmp_path, "q8_0")
     assert "3 of 22 matrices are stored in f16, since 32 does not divide their rows." in capsys.readouterr().err
