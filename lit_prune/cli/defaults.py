@@ -102,12 +102,17 @@ def _check_no_cut(values: Mapping[str, str]) -> None:
 
 def _has_cut(path: str) -> bool:
     """Returns whether a configuration file has settings of a cut; False for a file that cannot be read."""
+    settings = _pruning_of(path)
+    return isinstance(settings, dict) and settings.get("method", "the default") is not None
+
+
+def _pruning_of(path: str) -> Any:
+    """Returns `pruning` in a configuration file: settings, the path of a file of them, or None without any."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # the parser says what is wrong with it
-    settings = content.get("pruning") if isinstance(content, dict) else None
-    return isinstance(settings, dict) and settings.get("method", "the default") is not None
+        return None  # the parser says what is wrong with it
+    return content.get("pruning") if isinstance(content, dict) else None
 
 
 def allocation_arguments(args: Sequence[str]) -> list[str]:
@@ -119,31 +124,33 @@ def allocation_arguments(args: Sequence[str]) -> list[str]:
     return [args[0], "--pruning.allocation=DLP", *args[1:]] if has_settings else list(args)
 
 
-def without_allocation(args: Sequence[str]) -> list[str]:
-    """Returns ``args`` without settings of ``--pruning.allocation``, which keeps its name.
+def check_allocation_named(args: Sequence[str], method: Namespace | None) -> None:
+    """Raises InputError for settings of an allocation that is not named, if the default of ``method`` is not DLP.
 
-    >>> without_allocation(["fit", "--pruning.allocation.alpha", "0.1", "--output=x"])
-    ['fit', '--output=x']
+    It may be named on the command line or in a configuration file.
     """
-    return [arg for option in _options(args) if not option[0].startswith("--pruning.allocation.") for arg in option]
-
-
-def check_allocation_named(args: Sequence[str], pruning: Namespace) -> None:
-    """Raises InputError for settings of an allocation that is not named, if the default of the method is not DLP.
-
-    Args:
-        args: The command line.
-        pruning: The settings of `pruning` without those of the allocation; a configuration file may have named it.
-    """
-    given = next((name for name in sorted(option_values(args)) if name.startswith("--pruning.allocation.")), None)
-    if given is None or pruning.method is None or pruning.allocation is not None:
+    values = option_values(args)
+    given = next((name for name in sorted(values) if name.startswith("--pruning.allocation.")), None)
+    if method is None or given is None or values.keys() & {"--pruning.allocation", "--pruning"}:
         return
-    default = default_allocation(pruning.method).rpartition(".")[2]
-    if default != "DLP":
+    default = default_allocation(method).rpartition(".")[2]
+    if default != "DLP" and not any(_may_name_allocation(path) for path in _configurations(args)):
         raise InputError(
             f"`pruning.allocation` must be named for `{given.removeprefix('--')}`: the default for "
-            f"{pruning.method.class_path.rpartition('.')[2]} is {default}. Add `--pruning.allocation DLP`, or another."
+            f"{method.class_path.rpartition('.')[2]} is {default}. Add `--pruning.allocation DLP`, or another."
         )
+
+
+def _may_name_allocation(path: str) -> bool:
+    """Returns whether a configuration file names an allocation, or has the settings of `pruning` in another file."""
+    settings = _pruning_of(path)
+    return bool(settings.get("allocation") if isinstance(settings, dict) else settings)
+
+
+def _configurations(args: Sequence[str]) -> list[str]:
+    """Returns the paths of all configuration files of a command line."""
+    pairs = (option_values(option).items() for option in _options(args))
+    return [value for pair in pairs for name, value in pair if name in ("--config", "-c")]
 
 
 def default_allocation(method: Namespace) -> str:

@@ -35,7 +35,6 @@ from lit_prune.cli.defaults import (  # noqa: E402
     find_checkpoint,
     settings_last,
     spell_format,
-    without_allocation,
 )
 from lit_prune.cli.errors import explain, one_line, with_options  # noqa: E402
 from lit_prune.cli.failure import fail  # noqa: E402
@@ -113,13 +112,11 @@ class LitPruneCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:  # type: ignore[override]
         """Parses the command line; export takes its settings from the run that wrote the checkpoint."""
         args = export_arguments(settings_last(spell_format(args)), self._parser("export").get_default("output"))
-        if (plain := without_allocation(args)) != args:
-            settings = parser.parse_args(plain)
-            check_allocation_named(args, settings[settings.subcommand].pruning)
         given, args = args, allocation_arguments(args)
         self.config = parser.parse_args(args)
         pruning = self.config[self.config.subcommand].pruning
         check_effects(given, self.config.subcommand, pruning.method)
+        check_allocation_named(given, pruning.method)
         if pruning.allocation is None and pruning.method is not None:
             self.config = parser.parse_args([*args, f"--pruning.allocation={default_allocation(pruning.method)}"])
 

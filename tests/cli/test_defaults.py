@@ -17,7 +17,6 @@ from lit_prune.cli.defaults import (
     option_values,
     settings_last,
     spell_format,
-    without_allocation,
 )
 from lit_prune.errors import InputError
 
@@ -94,32 +93,19 @@ def test_settings_of_an_allocation_without_its_name_are_those_of_dlp() -> None:
         assert allocation_arguments(args) == args
 
 
-def test_settings_of_an_allocation_without_its_name_where_the_default_is_another() -> None:
-    def pruning(method: str, allocation: str | None = None) -> Namespace:
-        return Namespace(method=Namespace(class_path=f"lit_prune.{method}"), allocation=allocation)
-
-    alpha = ["prune", "--pruning.allocation.alpha=0.1", "--config=x.yaml"]
-    with pytest.raises(InputError, match=r"be named for `pruning.allocation.alpha`: the default for MLPWidth is U"):
-        check_allocation_named(alpha, pruning("MLPWidth"))
-    check_allocation_named(alpha, pruning("Wanda"))
-    check_allocation_named(alpha, pruning("MLPWidth", "OWL"))
-    check_allocation_named(["prune"], pruning("MLPWidth"))
-    check_allocation_named(alpha, Namespace(method=None, allocation=None))
-
-
-def test_settings_of_an_allocation_are_left_out_with_their_values() -> None:
-    args = [
-        "fit",
-        "--pruning.allocation",
-        "OWL",
-        "--pruning.allocation.lamda",
-        "3",
-        "-c",
-        "x",
-        "--pruning.allocation.m=5",
-    ]
-    assert without_allocation(args) == ["fit", "--pruning.allocation", "OWL", "-c", "x"]
-    assert without_allocation(["fit", "--pruning.allocations=1"]) == ["fit", "--pruning.allocations=1"]
+def test_settings_of_an_allocation_without_its_name_where_the_default_is_another(tmp_path: Path) -> None:
+    alpha, width = ["prune", "--pruning.allocation.alpha=0.1"], Namespace(class_path="lit_prune.MLPWidth")
+    config, named, other = tmp_path / "x.yaml", tmp_path / "named.yaml", tmp_path / "other.yaml"
+    other.write_text("model: {pretrained: x}")
+    config.write_text("pruning: {sparsity: 0.3}")
+    named.write_text("pruning: {allocation: OWL}")
+    for args in (alpha, [*alpha, f"--config={config}"], [*alpha, "-c", str(other)]):
+        with pytest.raises(InputError, match=r"be named for `pruning.allocation.alpha`: the default for MLPWidth is U"):
+            check_allocation_named(args, width)
+    check_allocation_named(alpha, Namespace(class_path="lit_prune.Wanda"))
+    check_allocation_named([*alpha, "--pruning.allocation=OWL"], width)
+    check_allocation_named([*alpha, f"--config={named}", "-c", str(config)], width)
+    check_allocation_named(["prune"], width)
 
 
 def test_the_default_allocation_is_that_of_the_class_of_the_method() -> None:
