@@ -26,3 +26,8 @@ def unknown_choice(field: str, got: str, choices: Iterable[str]) -> InputError:
     near = near_misses(got, choices)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return InputError(f"`{field}` must be one of {', '.join(choices)}, got {got!r}.{hint}")
+
+
+def described(value: object) -> str:
+    """Returns a value that is no object of ours for an error: the class Wanda, or 'Wanda'."""
+    return f"the class {value.__name__}" if isinstance(value, type) else repr(value)

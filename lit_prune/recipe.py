@@ -13,7 +13,7 @@ from lit_prune import distributed
 from lit_prune.allocate import Allocation, Uniform, allocate
 from lit_prune.allocate.base import TOLERANCE, weighted_mean
 from lit_prune.allocate.budget import MAX_RATE, Budget, Limits, OutOfRange
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, described
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.families import Block, check_experts_of, find_blocks
 from lit_prune.models.on_disk import on_disk
@@ -96,11 +96,11 @@ class Recipe:
             object.__setattr__(self, "budget", "parameters")
         if self.reconstruction is not None:
             _check_type("reconstruction", self.reconstruction, Reconstruct, "Reconstruct()")
-        if self.reconstruction is not None and not self.method.supports_reconstruction:
-            raise InputError(
-                f"`pruning.reconstruction` must be null for {self.method.described}: leave it out, or choose a mask "
-                "method, MLPWidth, HeadGroups, Experts, or Shrink with these alone."
-            )
+            if not self.method.supports_reconstruction:
+                raise InputError(
+                    f"`pruning.reconstruction` must be null for {self.method.described}: leave it out, or choose a "
+                    "mask method, MLPWidth, HeadGroups, Experts, or Shrink with these alone."
+                )
 
     def _check_level(self) -> None:
         """Raises InputError if the allocation gives rates to linears or parts, and the method does not support them."""
@@ -400,8 +400,7 @@ class Recipe:
 def _check_type(field: str, value: object, kind: type, example: str) -> None:
     """Raises InputError for a class or a name where an object is needed, as from Python."""
     if not isinstance(value, kind):
-        given = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
-        raise InputError(f"`pruning.{field}` must be an object such as {example}, got {given}.")
+        raise InputError(f"`pruning.{field}` must be an object such as {example}, got {described(value)}.")
 
 
 def check_one_target(sparsity: object, **targets: object) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lit_prune.errors import InputError, near_misses, unknown_choice
+from lit_prune.errors import InputError, described, near_misses, unknown_choice
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,8 @@ def test_an_unknown_choice_lists_them_in_order() -> None:
     assert isinstance(error, InputError)
     assert str(error) == "`QLoRA.quantization` must be one of int8, nf4, got 'nf3'. Did you mean nf4?"
     assert str(unknown_choice("a", "zzz", ["nf4"])) == "`a` must be one of nf4, got 'zzz'."
+
+
+def test_classes_and_names_in_the_place_of_objects() -> None:
+    assert described(InputError) == "the class InputError"
+    assert described("Wanda") == "'Wanda'"

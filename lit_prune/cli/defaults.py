@@ -18,8 +18,8 @@ from lit_prune.export.formats import ExportFormat
 from lit_prune.models.load import architecture_config, load_config
 
 CUT = (
-    *("method", "sparsity", "allocation", "budget", "target", "ignore", "reconstruction", "min_rate", "max_rate"),
-    *("statistics", "schedule"),
+    *("method", "sparsity", "allocation", "budget", "target_", "targets", "ignore", "reconstruction", "min_rate"),
+    *("max_rate", "statistics", "schedule"),
 )
 OPTIONS_OF_A_CUT = tuple(f"--pruning.{name}" for name in CUT)
 FORMAT_OPTIONS = ("--format", "--format.help")
@@ -149,8 +149,8 @@ def _may_name_allocation(path: str) -> bool:
 
 def _configurations(args: Sequence[str]) -> list[str]:
     """Returns the paths of all configuration files of a command line."""
-    pairs = (option_values(option).items() for option in _options(args))
-    return [value for pair in pairs for name, value in pair if name in ("--config", "-c")]
+    options = (option_values(option) for option in _options(args))
+    return [value for option in options for name, value in option.items() if name in ("--config", "-c")]
 
 
 def default_allocation(method: Namespace) -> str:

@@ -17,7 +17,7 @@ from lit_prune.allocate.budget import MAX_RATE
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.calibration.stream import Stream
 from lit_prune.calibration.windows import Batch
-from lit_prune.errors import InputError
+from lit_prune.errors import InputError, described
 from lit_prune.evaluation.sizes import parameters
 from lit_prune.models.families import Block, CustomClass
 from lit_prune.models.on_disk import on_disk
@@ -73,8 +73,7 @@ class Shrink(PartsMethod):
             raise InputError("`Shrink.parts` must be a list of methods, such as [MLPWidth, HeadGroups], got none.")
         for part in self.parts:
             if not isinstance(part, Method):
-                given = f"the class {part.__name__}" if isinstance(part, type) else repr(part)
-                raise InputError(f"`Shrink.parts` must be objects such as MLPWidth(), got {given}.")
+                raise InputError(f"`Shrink.parts` must be objects such as MLPWidth(), got {described(part)}.")
             if not part.can_be_part:
                 raise InputError(
                     "`Shrink.parts` must be methods that make a model smaller: MLPWidth, HeadGroups, Experts, Depth or "

@@ -298,6 +298,7 @@ def test_options_without_effect(args: Sequence[str], method: Any, told: str) -> 
         (["prune", "--pruning.at_step=3", "--pruning.recovery=null", "--format=packed"], METHOD),
         (["validate", "--config", "run.yaml", "--ckpt_path=last", "--output=x", "--data.val_windows=3"], METHOD),
         (["export", "--ckpt_path", "last", "--pruning.recovery=LoRA"], METHOD),
+        (["validate", "--pruning.target=model"], METHOD),  # where the LLM is
     ],
 )
 def test_options_with_an_effect(args: Sequence[str], method: Any) -> None:

@@ -220,7 +220,9 @@ class GGUF(ExportFormat):
 def _name(model: PreTrainedModel) -> str:
     """Returns the name of the folder or the repository of ``model``, or of its class if it was made in code."""
     path = Path(model.name_or_path or type(model).__name__)
-    return path.parent.name if path.suffix == Path(FILE).suffix else path.name
+    if path.exists():
+        path = path.resolve()  # `.` has no name
+    return (path.parent if path.suffix == Path(FILE).suffix else path).name or type(model).__name__
 
 
 def _check_biases(outline: Outline) -> None:

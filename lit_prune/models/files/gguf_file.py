@@ -81,7 +81,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
         InputError: as :func:`read_config`, and for a vocabulary that transformers does not read.
     """
     with _checked(file) as reader:
-        if (contents := _text(reader, TOKENIZER)) is not None:
+        if (contents := _value(reader, TOKENIZER)) is not None:
             return _stored_tokenizer(file, json.loads(contents))
         _config(file, reader)
         return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -90,7 +90,7 @@ def read_tokenizer(file: Path) -> Tokenizer:
 def stored_type(file: Path) -> torch.dtype | None:
     """Returns the data type of the matrices in ``file``; None for quantised ones."""
     with _checked(file) as reader:
-        return DTYPES.get(_number(reader, "general.file_type", -1))
+        return DTYPES.get(_value(reader, "general.file_type"))
 
 
 def tokenizer_metadata(tokenizer: Tokenizer) -> str:
@@ -130,7 +130,7 @@ def _checked(file: Path) -> Iterator[Any]:
         raise InputError(
             f"`model.pretrained` {str(file)!r} cannot be loaded: it is damaged ({error}): download or copy it again."
         ) from error
-    if (parts := _number(reader, "split.count")) > 1:
+    if (parts := _value(reader, "split.count", 0)) > 1:
         raise InputError(
             f"`model.pretrained` must be a whole model, got {file}, which is one of {parts} parts: put them together "
             "by llama.cpp's `llama-gguf-split --merge`."
@@ -151,14 +151,10 @@ def _reader(file: Path, version: tuple[int, ...]) -> Any:
     return GGUFReader(file)
 
 
-def _text(reader: Any, key: str) -> str | None:
+def _value(reader: Any, key: str, default: Any = None) -> Any:
+    """Returns the text or number of a key of the metadata, or ``default`` if it is not there."""
     field = reader.fields.get(key)
-    return None if field is None else field.contents()
-
-
-def _number(reader: Any, key: str, default: int = 0) -> int:
-    field = reader.fields.get(key)
-    return default if field is None else int(field.contents())
+    return default if field is None else field.contents()
 
 
 def _is_ours(reader: Any) -> bool:
@@ -171,10 +167,10 @@ def _config(file: Path, reader: Any) -> PreTrainedConfig:
         import lit_prune.models.remote_code.modeling_shrunk  # noqa: F401 (registers its classes)
 
         config = AutoConfig.for_model(**json.loads(reader.fields[CONFIG].contents()))
-        config.dtype = DTYPES.get(_number(reader, "general.file_type"), torch.float32)
+        config.dtype = DTYPES.get(_value(reader, "general.file_type"), torch.float32)
         return config
-    architecture = _text(reader, "general.architecture")
-    scaling = _text(reader, f"{architecture}.rope.scaling.type")
+    architecture = _value(reader, "general.architecture")
+    scaling = _value(reader, f"{architecture}.rope.scaling.type")
     factors = any(tensor.name.startswith(("rope_freqs", "rope_factors")) for tensor in reader.tensors)
     if architecture != SCALED and (factors or scaling not in (None, "none")):
         raise _unread(file, "scaled rotary embeddings")
@@ -230,7 +226,7 @@ def _weights(file: Path, reader: Any, model: PreTrainedModel) -> Iterator[tuple[
     """Yields each parameter's name and its values in the file, dequantised and in the order of Hugging Face."""
     import gguf
 
-    architecture = _text(reader, "general.architecture")
+    architecture = _value(reader, "general.architecture")
     kind = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, model.config.num_hidden_layers)
     stored = {tensor.name: tensor for tensor in reader.tensors}

@@ -291,6 +291,21 @@ def test_a_file_is_the_same_every_time_and_names_no_temporary_folder(tmp_path: P
     assert b".huggingface-" not in (tmp_path / "one" / FILE).read_bytes()
 
 
+@pytest.mark.parametrize("source", [".", FILE, "/", "Tiny", ""])
+def test_a_model_from_the_working_directory_has_its_name(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf, folder = pytest.importorskip("gguf"), tmp_path / "Tiny"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    (folder / FILE).touch()
+    model = small("llama")
+    model.name_or_path = source
+    write(model, tmp_path / "out")
+    name = gguf.GGUFReader(tmp_path / "out" / FILE).fields["general.name"].contents()
+    assert name == ("Tiny" if source not in ("/", "") else "LlamaForCausalLM")
+
+
 def test_rows_that_are_stored_in_f16_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(small("llama", intermediate_size=80), tmp_path, "q8_0")
     assert "3 of 22 matrices are stored in f16, since 32 does not divide their rows." in capsys.readouterr().err
