@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune import distributed
-from lit_prune.allocate.base import TOLERANCE, Refined, weighted_mean
+from lit_prune.allocate.base import TOLERANCE, NamedRates, Refined, weighted_mean
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.cached_statistics import CachedStatistics, key_of
 from lit_prune.calibration.statistics import COSINE, INPUTS, BlockStatistics
@@ -42,6 +43,7 @@ from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.reconstruct.finished import FinishedBlocks
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.reconstruct.reconstruction import Reconstruction, check_batches
+from lit_prune.search.trial import Trial
 
 DEFAULT = Recipe()
 MIN_SPARSITY_BEFORE = 1e-3  # below it a model counts as dense, in which a few weights are 0 by rounding
@@ -386,17 +388,38 @@ def _refine(
         return Refined(rates).with_named(recipe.method.finest_level, named)
     key = _search_key(model, batches, recipe)
     trial_device, dicts = torch.device(device or model.device), _dicts(model, batches)
+    mixtures: Mapping[str, NamedRates] = {}
+    if named is None and "parts" in recipe.allocation.levels:
+        least = max(limits.least, recipe.allocation.floor(limits.target))
+        mixtures = recipe.method.starts(model, blocks, rates, least=least, most=limits.upper)
+    observed: dict[str | None, Sequence[BlockStatistics]] = {}
+
+    def start(name: str | None) -> NamedRates | None:
+        return named if name is None else mixtures[name]
+
+    @contextmanager
+    def opened(name: str | None) -> Iterator[Trial]:
+        if name not in observed:
+            observed.clear()  # those of a large model fit the memory once
+            observed[name] = recipe.method.trial_statistics(
+                model,
+                _with_rates(blocks, start(name)),
+                rates=rates,
+                statistics=statistics,
+                device=trial_device,
+                stream=lambda: _stream(model, blocks, batches, device),
+            )
+        own = observed[name]
+        with recipe.method.trial(model, blocks, statistics=own, device=trial_device, batches=dicts) as trial:
+            yield trial
+
     with evaluating(model):
-        statistics = recipe.method.trial_statistics(
-            model,
-            _with_rates(blocks, named),
-            rates=rates,
-            statistics=statistics,
-            device=trial_device,
-            stream=lambda: _stream(model, blocks, batches, device),
-        )
-        with recipe.method.trial(model, blocks, statistics=statistics, device=trial_device, batches=dicts) as opened:
-            return recipe.allocation.refine(rates, limits, trial=opened, key=key)
+        name = None
+        if len(mixtures) > 1:
+            name = recipe.allocation.choose(mixtures, rates, limits, opened=opened, key=key)
+        with opened(name) as trial:
+            found = recipe.allocation.refine(rates, limits, trial=trial, key=key, start=start(name))
+    return found if name is None else replace(found, details=found.details | {"start": name})
 
 
 def _weights(block: Block) -> dict[str, Tensor]:

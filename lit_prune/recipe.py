@@ -369,7 +369,7 @@ class Recipe:
         if self.budget == "parameters":
             asked = self.sparsity if share is None else share
             target = self.method.rate_of_parameters(asked, model, blocks, lower=lower, upper=upper, slack=slack)
-        return Limits(sizes, lower, upper, target, current, slack)
+        return Limits(sizes, lower, upper, target, current, slack, least)
 
     def sparsities(self, model: PreTrainedModel) -> tuple[float, float]:
         """Returns the smallest and the largest sparsity that the bounds of the rates allow, to four digits."""

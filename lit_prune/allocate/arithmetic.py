@@ -10,7 +10,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, Refined, meet_budget, weighted_mean
+from lit_prune.allocate.base import Allocation, NamedRates, Refined, meet_budget, weighted_mean
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
@@ -91,7 +91,15 @@ class Arithmetic(Allocation):
         difference, middle = self.difference or 0.0, (len(scores) - 1) / 2
         return [sparsity + difference * (block - middle) for block in range(len(scores))]
 
-    def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
+    def refine(
+        self,
+        rates: Sequence[float],
+        limits: Limits,
+        *,
+        trial: Trial,
+        key: Mapping[str, Any],
+        start: NamedRates | None = None,
+    ) -> Refined:
         """Returns the progression with the least loss."""
         most = largest_difference(limits.target, len(rates))
         differences = [most * number / (self.trials - 1) for number in range(self.trials)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from lit_prune.search.trial import Trial
 TOLERANCE = 1e-6
 
 Level = Literal["blocks", "linears", "parts"]
+NamedRates = Sequence[Mapping[str, float]]  # of the linears or parts of each block, by name
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,35 @@ class Allocation(ABC):
         """
         return None
 
-    def refine(self, rates: Sequence[float], limits: Limits, *, trial: Trial, key: Mapping[str, Any]) -> Refined:
+    def choose(
+        self,
+        starts: Mapping[str, NamedRates],
+        rates: Sequence[float],
+        limits: Limits,
+        *,
+        opened: Callable[[str], AbstractContextManager[Trial]],
+        key: Mapping[str, Any],
+    ) -> str:
+        """Returns the name of the best of several ``starts`` of a search for rates of parts.
+
+        Args:
+            starts: Rates of each block's parts.
+            rates: The rates of the blocks, see :meth:`refine`.
+            limits: Bounds of the rates.
+            opened: Gives the trial of the start of a name, in which weights close to that are those of a cut.
+            key: Everything that measured losses depend on, JSON-serialisable.
+        """
+        return next(iter(starts))
+
+    def refine(
+        self,
+        rates: Sequence[float],
+        limits: Limits,
+        *,
+        trial: Trial,
+        key: Mapping[str, Any],
+        start: NamedRates | None = None,
+    ) -> Refined:
         """Returns better rates of the same mean, or ``rates`` if the allocation does not search (:attr:`searches`).
 
         Args:
@@ -135,6 +165,7 @@ class Allocation(ABC):
             limits: Bounds of the rates.
             trial: Measures the model's loss under given rates.
             key: Everything that measured losses depend on, JSON-serialisable.
+            start: Rates of each block's linears or parts to start from; None for those that ``rates`` stand for.
         """
         return Refined(list(rates))
 

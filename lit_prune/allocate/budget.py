@@ -48,6 +48,7 @@ class Limits:
         target: Mean of the rates, weighted by ``sizes``.
         current: Share of each block's units that is already pruned; of dense blocks, the default, 0.
         slack: Share by which an earlier cut may have exceeded its target because of rounding.
+        least: Lower bound of every rate, whatever earlier cuts have removed.
     """
 
     sizes: list[int]
@@ -56,6 +57,7 @@ class Limits:
     target: float
     current: Sequence[float] = ()
     slack: float = 0.0
+    least: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "current", self.current or [0.0] * len(self.sizes))

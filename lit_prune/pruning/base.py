@@ -118,6 +118,20 @@ class Method(ABC):
         """Returns the sizes of those linears or parts of each block that can have rates of their own, by name."""
         return [{} for _ in blocks]
 
+    def starts(
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float], *, least: float, most: float
+    ) -> dict[str, list[dict[str, float]]]:
+        """Returns rates of the parts of each block that a search of them can start from, by what they are.
+
+        Args:
+            model: The causal LM.
+            blocks: Its blocks.
+            rates: The rates of the blocks, which are the means of those of their parts but for rounding.
+            least: Lower bound of the rates of the parts.
+            most: Upper bound of the rates of the parts.
+        """
+        return {}
+
     def check_named(  # noqa: B027 (most support any rates)
         self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[Mapping[str, float]]
     ) -> None:

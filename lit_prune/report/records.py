@@ -48,6 +48,7 @@ class SearchRecord:
         windows: Number of windows that the two losses are measured on.
         loss_start: Mean loss over the predicted tokens of those windows, under the rates that the search started from.
         loss_end: The same under the rates that were chosen.
+        start: The start that the search chose, such as `MLPWidth first`; None if it had one alone.
     """
 
     evaluations: int
@@ -55,6 +56,7 @@ class SearchRecord:
     windows: int
     loss_start: float
     loss_end: float
+    start: str | None = field(default=None, metadata=json_form(none_as=OMIT))
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> SearchRecord | None:

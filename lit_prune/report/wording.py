@@ -129,10 +129,11 @@ def describe_protocol(protocol: Protocol) -> str:
 
 def describe_search(search: SearchRecord) -> str:
     """Returns the record of a search for rates in one line."""
+    start = f"the start ({search.start})" if search.start else "the start"
     return (
         f"{search.evaluations} evaluations of a calibration window in {search.sweeps} "
         f"sweep{'' if search.sweeps == 1 else 's'}; loss "
-        f"{search.loss_start:.4f} at the start, {search.loss_end:.4f} at the end, on {search.windows} of the windows"
+        f"{search.loss_start:.4f} at {start}, {search.loss_end:.4f} at the end, on {search.windows} of the windows"
     )
 
 

@@ -27,6 +27,11 @@ class MeasuredLosses:
         path: The file; None keeps the losses in memory.
         name: Name of the setting, for errors.
 
+    Attributes:
+        key: What the losses in the file depend on; None without a file.
+        losses: The losses by point and window.
+        starts: The loss of each start that the search chose from, by its name.
+
     Raises:
         InputError: if the file was not written by a search, or its folder does not exist.
     """
@@ -36,7 +41,8 @@ class MeasuredLosses:
         self.path = None if path is None else Path(path)
         self.key: dict[str, Any] | None = None
         self.losses: dict[tuple[Point, int], float] = {}
-        self._saved = 0
+        self.starts: dict[str, float] = {}
+        self._saved = 0, 0
         if self.path is None:
             return
         if self.path.exists():
@@ -49,9 +55,14 @@ class MeasuredLosses:
             content = json.loads(path.read_text(encoding="utf-8"))
             losses = {(tuple(moved), window): loss for window, loss, moved in content["losses"]}
             self.key, self.losses = dict(content["key"]), losses
+            self.starts = dict(content.get("starts", {}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"`{self.name}` must be a file that a search wrote, {path} is not; {CHANGE}.") from error
-        self._saved = len(self.losses)
+        self._saved = self._count
+
+    @property
+    def _count(self) -> tuple[int, int]:
+        return len(self.losses), len(self.starts)
 
     def check_key(self, key: Mapping[str, Any]) -> None:
         """Checks that the losses belong to the search of ``key``, which may have only some of the entries.
@@ -62,6 +73,8 @@ class MeasuredLosses:
         expected = json.loads(json.dumps(key))  # as it would be in the file: tuples become lists
         if self.key is None:
             return
+        if not self.losses:  # but those of starts, which are compared before the search has a space
+            expected = {name: value for name, value in expected.items() if name in self.key}
         differing = [_difference(name, self.key.get(name), value) for name, value in expected.items()]
         if differences := [text for text in differing if text]:
             raise InputError(
@@ -71,12 +84,14 @@ class MeasuredLosses:
 
     def save(self, key: Mapping[str, Any], rates: list[float]) -> None:
         """Writes the file if there are new losses; ``rates``, the best so far, are only for people to read."""
-        if self.path is None or len(self.losses) == self._saved:
+        if self.path is None or self._count == self._saved:
             return
         losses = [[window, loss, list(moved)] for (moved, window), loss in self.losses.items()]
         content = {"key": dict(key), "rates": rates, "losses": losses}
+        if self.starts:
+            content["starts"] = self.starts
         write_text(self.path, json.dumps(content) + "\n")
-        self._saved = len(self.losses)
+        self._saved = self._count
 
 
 def _difference(name: str, then: Any, now: Any) -> str:

@@ -106,7 +106,7 @@ class Searching:
                 f"some of them. {self._least} do: pass `--pruning.allocation.evaluations {self._least}` or more."
             )
         try:
-            before = self.loss(self.space.origin, self.comparison)
+            before = self.loss_at_start()
             if not math.isfinite(before):
                 raise InputError(BROKEN)
             self._sweep(key)
@@ -134,6 +134,10 @@ class Searching:
         """Returns the number of blocks, at most MOST, for whose sweep the remaining evaluations suffice."""
         left, windows = self.limit - len(self.evaluated), self.sweeps.windows
         return max((most for most in range(MOST + 1) if evaluations_of_sweep(most, windows) <= left), default=0)
+
+    def loss_at_start(self) -> float:
+        """Returns the mean loss of the start over the predicted tokens of the windows of the closing comparison."""
+        return self.loss(self.space.origin, self.comparison)
 
     def loss(self, point: Point, windows: Sequence[int]) -> float:
         """Returns the mean loss over the predicted tokens of some windows, reusing measurements."""

@@ -30,7 +30,7 @@ from lit_prune.progress import log
 from lit_prune.search.behind_pruned import Observation, statistics_behind_pruned
 from lit_prune.search.mask_cache import MaskedTrial, mask_cache
 from lit_prune.search.trial import Trial, model_on_device
-from lit_prune.shrink.part_method import PartMethod, cannot_shrink
+from lit_prune.shrink.part_method import PartMethod, attention_of, cannot_shrink, in_attention
 from lit_prune.shrink.trial import ZeroedUnits
 from lit_prune.shrink.unit_cut import UnitCut, UnitRemoval
 from lit_prune.shrink.units.narrow import check_part, config_error
@@ -265,7 +265,11 @@ class UnitMethod(PartMethod):
         def cut(block: Block, observed: BlockStatistics) -> dict[str, Tensor]:
             return zeroed.weights(block, observed, zeroed.split(block.index, rates[block.index]))
 
-        return Observation(observe, cut, compares=self._compares(blocks[0], zeroed.parts[0], stream))
+        first = zeroed.parts[0]
+        compares = self._compares(blocks[0], first, stream)
+        if in_attention(first.writer):
+            return Observation(observe, cut, compares)
+        return Observation(observe, cut, compares, settled=attention_of)
 
     def trial_statistics(
         self,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lit_prune.allocate.base import TOLERANCE, meet_budget, weighted_mean
+
+LAST = 1e-9  # weight of a part that loses what the first cannot
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class PartRates:
         step: Half the share of its units that is removed at once.
         sizes: Number of units of each block of the dense model.
         rounded: Function of rates, ``sizes`` and ``current`` that returns the rates that are possible.
+        least: Smallest rate of a block, but for rounding.
     """
 
     removable: Sequence[int]
@@ -29,6 +32,7 @@ class PartRates:
     step: float
     sizes: Sequence[int]
     rounded: Callable[[Sequence[float], Sequence[int], Sequence[float]], list[float]]
+    least: float = 0.0
 
     @property
     def can_lose(self) -> bool:
@@ -39,6 +43,11 @@ class PartRates:
     def loses(self, rates: Sequence[float]) -> bool:
         """Returns whether a block loses more at ``rates`` than it has lost."""
         return any(rate > now + TOLERANCE for rate, now in zip(rates, self.current, strict=True))
+
+    def bounds(self, block: int) -> tuple[float, float]:
+        """Returns the smallest and the largest rate of a block."""
+        low = max(self.current[block], self.least)
+        return low, max(self.most, low)
 
     def removed(self, amount: float) -> float:
         """Returns the number of parameters that go if every block loses ``amount`` times the weight of what it has."""
@@ -67,10 +76,8 @@ def split(rates: Sequence[float], parts: Sequence[PartRates]) -> list[list[float
         if not sum(part.removable):  # experts whose mixtures are gone
             continue
         shift = missing / sum(sum(parts[other].removable) for other in order[done:])
-        wanted = [
-            min(max(rate + shift, low), max(part.most, low))
-            for rate, low in zip(planned[index], part.current, strict=True)
-        ]
+        bounds = [part.bounds(block) for block in range(len(rates))]
+        wanted = [min(max(rate + shift, low), high) for rate, (low, high) in zip(planned[index], bounds, strict=True)]
         possible = part.rounded(wanted, part.sizes, part.current)
         found[index] = [max(rate, low) for rate, low in zip(possible, part.current, strict=True)]
         differences = zip(part.removable, planned[index], found[index], strict=True)
@@ -78,12 +85,35 @@ def split(rates: Sequence[float], parts: Sequence[PartRates]) -> list[list[float
     return found
 
 
+def split_first(
+    first: int, rates: Sequence[float], parts: Sequence[PartRates], *, least: float, most: float
+) -> list[list[float]]:
+    """Returns the rates of every part, as :func:`split` does, where one part loses as much as it can.
+
+    Args:
+        first: Index of that part; the others lose what it cannot.
+        rates: Share that each block is to lose of the parameters of all parts.
+        parts: What the parts can remove.
+        least: Lower bound of the rates of the parts, but for rounding.
+        most: Upper bound of the rates of the parts.
+    """
+    bounded = [replace(part, least=least, most=min(part.most, most), weight=LAST) for part in parts]
+    own = bounded[first]
+
+    def rounded_down(wanted: Sequence[float], sizes: Sequence[int], current: Sequence[float]) -> list[float]:
+        return own.rounded([max(rate - own.step + TOLERANCE, 0.0) for rate in wanted], sizes, current)
+
+    # what it lost more by rounding, others that lose nothing could not make up for
+    bounded[first] = replace(own, weight=1.0, rounded=rounded_down)
+    return split(rates, bounded)
+
+
 def _planned(rate: float, parts: Sequence[PartRates], block: int) -> list[float]:
     """Returns the rates of the parts of one block, in the proportion of their weights, before rounding."""
-    sizes, lower = [part.removable[block] for part in parts], [part.current[block] for part in parts]
-    upper = [max(part.most, low) for part, low in zip(parts, lower, strict=True)]
+    sizes = [part.removable[block] for part in parts]
+    lower, upper = zip(*(part.bounds(block) for part in parts), strict=True)
     if not sum(sizes):
-        return lower
+        return list(lower)
     target = min(max(rate, weighted_mean(lower, sizes)), weighted_mean(upper, sizes))
     return meet_budget(
         lambda amount: [min(amount * part.weight, high) for part, high in zip(parts, upper, strict=True)],

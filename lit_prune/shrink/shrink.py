@@ -27,10 +27,12 @@ from lit_prune.search.behind_pruned import statistics_behind_pruned
 from lit_prune.search.trial import Trial
 from lit_prune.shrink.base import UnitMethod
 from lit_prune.shrink.part_method import PartMethod, cut_blocks
-from lit_prune.shrink.share import PartRates, split
+from lit_prune.shrink.share import PartRates, split, split_first
 from lit_prune.shrink.stages import PartsMethod, PartsStage, Stages, WholeStage, tell_it_stays
 from lit_prune.shrink.trial import JointTrial
 from lit_prune.shrink.units.narrow import config_error
+
+EQUAL = "equal shares"
 
 
 @final
@@ -233,6 +235,25 @@ class Shrink(PartsMethod):
             return super().named_sizes(model, blocks)
         numbers = zip(*(part.removable(model, blocks) for part in self._parts), strict=True)
         return [{name: number for name, number in zip(self._names, own, strict=True) if number} for own in numbers]
+
+    def starts(
+        self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float], *, least: float, most: float
+    ) -> dict[str, list[dict[str, float]]]:
+        """Returns equal shares and, for each part, all from it first; none if there are `weights`."""
+        if self.weights is not None:
+            return {}
+        parts, sizes = self._rates(model, blocks), self.named_sizes(model, blocks)
+        found = {EQUAL: split(rates, parts)}
+        # the largest comes last, as it is the likeliest to be the best, whose statistics are then there
+        for index in sorted(range(len(parts)), key=lambda index: sum(parts[index].removable)):
+            found[f"{self._names[index]} first"] = split_first(index, rates, parts, least=least, most=most)
+        named: dict[str, list[dict[str, float]]] = {}
+        for start, by_part in found.items():
+            by_name = dict(zip(self._names, by_part, strict=True))
+            by_block = [{name: by_name[name][block] for name in own} for block, own in enumerate(sizes)]
+            if by_block not in named.values():
+                named[start] = by_block
+        return named
 
     def check_named(
         self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[Mapping[str, float]]

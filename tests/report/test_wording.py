@@ -84,6 +84,9 @@ def test_a_protocol_and_a_search_in_one_line() -> None:
         "399 evaluations of a calibration window in 33 sweeps; loss 4.2500 at the start, 3.7500 at the end, on 2 "
         "of the windows"
     )
+    assert "loss 4.2500 at the start (MLPWidth first), 3.7500" in describe_search(
+        replace(SEARCH, start="MLPWidth first")
+    )
 
 
 def test_the_losses_of_a_reconstruction_in_one_line() -> None:

@@ -21,7 +21,7 @@ from lit_prune.pruning import ADMM, Method, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.search import behind_pruned
 from lit_prune.search.behind_pruned import Observation
-from lit_prune.shrink import HeadGroups, MLPWidth
+from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from tests.conftest import lively_model
 
 RATES = [0.25, 0.5, 0.75]
@@ -69,6 +69,22 @@ def test_a_trial_of_the_first_rates_has_the_loss_of_the_cut(
     prune(cut, batches, Recipe(method, sum(RATES) / 3, plan_of(RATES, tmp_path / "plan.yaml")))
     expected = measure(cut, batches, "").perplexity
     assert torch.tensor(losses).mean().exp().item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("method", "passes"), [(MLPWidth(multiple=4), 2), (Shrink([MLPWidth(), HeadGroups()]), 3)])
+def test_the_attention_before_an_mlp_is_computed_once(method: Method, passes: int, batches: list[Batch]) -> None:
+    """For the MLP, besides the dense pass and that which observes the attention."""
+    model = four_groups()
+    blocks, counts = find_blocks(model), [0] * 3
+    for block in blocks:
+        block.linears["self_attn.q_proj"].module.register_forward_hook(
+            lambda *_, index=block.index: counts.__setitem__(index, counts[index] + 1)
+        )
+    with evaluating(model):
+        given = Stream(model, blocks, batches, CPU)
+        counts[:] = [0] * 3
+        method.trial_statistics(model, blocks, rates=RATES, statistics=[], device=CPU, stream=given.copy)
+    assert counts[1] == passes * len(batches)
 
 
 def test_a_cut_by_the_unpruned_model_keeps_its_statistics(batches: list[Batch]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lit_prune.shrink.share import PartRates, split
+from lit_prune.shrink.share import PartRates, split, split_first
 from lit_prune.shrink.units.sizes import rates_from_units, units_from_rates, units_left
 
 
@@ -54,6 +54,31 @@ def test_what_is_gone_counts() -> None:
     groups, channels = split([0.5, 0.5], [part(10, 100), part(100, 300, current=[0.6, 0.6])])
     assert groups == pytest.approx([0.2, 0.2])
     assert channels == [0.6, 0.6]
+
+
+def test_one_part_first() -> None:
+    """0.3 * 400 = 120: the channels, 300, can lose that; of the groups, 100, two of three go at most."""
+    parts = [part(3, 100), part(300, 300)]
+    assert split_first(1, [0.3, 0.3], parts, least=0.0, most=0.99) == [[0.0] * 2, pytest.approx([0.4] * 2)]
+    groups, channels = split_first(0, [0.3, 0.3], parts, least=0.0, most=0.99)
+    assert groups == pytest.approx([2 / 3] * 2)
+    assert channels == pytest.approx([(120 - 200 / 3) / 300] * 2, abs=2e-3)
+
+
+def test_a_part_that_is_first_is_rounded_down() -> None:
+    """0.145 * 400 = 58 are 1.74 of 3 groups: two would be more than what is to go."""
+    groups, channels = split_first(0, [0.145] * 2, [part(3, 100), part(300, 300)], least=0.0, most=0.99)
+    assert groups == pytest.approx([1 / 3] * 2)
+    assert channels == pytest.approx([(58 - 100 / 3) / 300] * 2, abs=2e-3)
+    assert split_first(0, [0.125] * 2, [part(4, 100), part(30, 300)], least=0.0, most=0.99)[0] == [0.5] * 2
+
+
+def test_bounds_hold_for_the_part_that_is_first_and_for_the_others() -> None:
+    parts = [part(100, 100), part(300, 300)]
+    groups, channels = split_first(1, [0.3] * 2, parts, least=0.1, most=0.99)
+    assert (groups, channels) == (pytest.approx([0.1] * 2), pytest.approx([110 / 300] * 2, abs=4e-3))
+    groups, channels = split_first(1, [0.3] * 2, parts, least=0.0, most=0.35)
+    assert (groups, channels) == (pytest.approx([0.15] * 2), pytest.approx([0.35] * 2, abs=4e-3))
 
 
 def test_a_block_without_any_part() -> None:

@@ -4,6 +4,7 @@ A block of the Llama here has 4 key/value groups with one head of 8 each, 8 * 32
 and 48 channels with 3 * 32, 4,608 in all.
 """
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -259,7 +260,9 @@ def without_attention() -> PreTrainedModel:
     return model
 
 
-def test_a_search_finds_how_much_each_part_loses(batches: list[Tensor], tmp_path: Path) -> None:
+def test_a_search_finds_how_much_each_part_loses(
+    batches: list[Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The attention writes nothing here, so that groups are free, and channels are not."""
     model, state = without_attention(), tmp_path / "state.json"
     search, dense = replace(PARTS, state=str(state)), parameters(model)
@@ -269,11 +272,50 @@ def test_a_search_finds_how_much_each_part_loses(batches: list[Tensor], tmp_path
     assert pruned.parts == [pytest.approx(rates) for rates in rates_of(model)]
     lost = {name: sum(rates[name] for rates in pruned.parts) / 3 for name in ("MLPWidth", "HeadGroups")}
     assert lost["HeadGroups"] >= 0.5 > lost["MLPWidth"] + 0.2
+    assert pruned.search["start"] == "HeadGroups first"
     means = [(4_608 * rates["MLPWidth"] + 4_096 * rates["HeadGroups"]) / 8_704 for rates in pruned.parts]
     assert pruned.rates == pytest.approx(means)
     before = state.read_text()
+    capsys.readouterr()
     again = prune(without_attention(), batches, Recipe(FINE, 0.3, search, budget="parameters"))
     assert (again.parts, state.read_text()) == (pruned.parts, before)  # nothing is measured again
+    assert "Observing pruned blocks" not in capsys.readouterr().err.partition("The search starts from ")[0]
+
+
+def test_a_search_of_parts_starts_from_the_best_of_several_mixtures(
+    batches: list[Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state.json"
+    search = replace(PARTS, evaluations=26, state=str(state))
+    pruned = prune(without_attention(), batches, Recipe(FINE, 0.3, search))
+    starts = json.loads(state.read_text())["starts"]
+    assert list(starts) == ["equal shares", "HeadGroups first", "MLPWidth first"]
+    assert starts["HeadGroups first"] == min(starts.values()) == pruned.search["loss_start"]
+    assert starts["HeadGroups first"] < 0.1 * starts["equal shares"]
+    assert starts["equal shares"] < starts["MLPWidth first"]
+    assert "The search starts from HeadGroups first: loss " in capsys.readouterr().err
+
+
+def test_a_search_of_parts_with_weights_starts_from_these(batches: list[Tensor], tmp_path: Path) -> None:
+    search = replace(PARTS, evaluations=26, state=str(tmp_path / "state.json"))
+    weighted = Shrink([MLPWidth(multiple=1), HeadGroups()], [1.0, 1.0])
+    pruned = prune(without_attention(), batches, Recipe(weighted, 0.3, search))
+    assert "start" not in pruned.search
+    assert "starts" not in json.loads((tmp_path / "state.json").read_text())
+
+
+def test_a_state_of_a_search_that_knew_one_start_alone_is_refused_at_once(
+    batches: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = replace(PARTS, evaluations=26, state=str(tmp_path / "state.json"))
+    recipe = Recipe(FINE, 0.3, search)
+    prune(four_groups(), batches, recipe)
+    old = json.loads((tmp_path / "state.json").read_text())
+    del old["starts"], old["key"]["starts"]
+    (tmp_path / "state.json").write_text(json.dumps(old))
+    monkeypatch.setattr("lit_prune.pipeline.Stream", lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(InputError, match="`starts` None, now equal shares, or a part first"):
+        prune(four_groups(), batches, recipe)
 
 
 def test_a_plan_has_the_rates_of_the_parts(batches: list[Tensor], tmp_path: Path) -> None:
@@ -323,6 +365,17 @@ def test_a_second_cut_by_a_search_of_parts(batches: list[Tensor]) -> None:
     pruned = prune(model, batches, Recipe(FINE, 0.5, PARTS))
     assert pruned.sparsity == pytest.approx(0.5, abs=96 / 8_704 / 3)
     assert all(rate >= 0.25 - 1e-9 for rates in rates_of(model) for rate in rates.values())
+
+
+def test_what_one_part_lost_before_does_not_bound_the_other(batches: list[Tensor]) -> None:
+    """Channels that write nothing go alone, although a block has lost more than its groups have."""
+    model = four_groups()
+    prune(model, batches, Recipe(MLPWidth(multiple=1), 0.5, Uniform()))
+    for block in find_blocks(model):
+        block.linears["mlp.down_proj"].write(torch.zeros(32, 24))
+    pruned = prune(model, batches, Recipe(FINE, 0.4, PARTS))
+    assert pruned.search["start"] == "MLPWidth first"
+    assert [rates["HeadGroups"] for rates in rates_of(model)] == [0.0] * 3
 
 
 @pytest.mark.parametrize(
