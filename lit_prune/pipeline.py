@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lit_prune import distributed
-from lit_prune.allocate.base import TOLERANCE, NamedRates, Refined, weighted_mean
+from lit_prune.allocate.base import TOLERANCE, Refined, weighted_mean
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.cached_statistics import CachedStatistics, key_of
 from lit_prune.calibration.statistics import COSINE, INPUTS, BlockStatistics
@@ -43,7 +43,7 @@ from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.reconstruct.finished import FinishedBlocks
 from lit_prune.reconstruct.losses import BlockLosses
 from lit_prune.reconstruct.reconstruction import Reconstruction, check_batches
-from lit_prune.search.trial import Trial
+from lit_prune.search.trial import NamedRates, Trial, Trials
 
 DEFAULT = Recipe()
 MIN_SPARSITY_BEFORE = 1e-3  # below it a model counts as dense, in which a few weights are 0 by rounding
@@ -386,40 +386,56 @@ def _refine(
     named = recipe.allocation.named_rates(recipe.method.named_sizes(model, blocks))
     if not recipe.allocation.searches:
         return Refined(rates).with_named(recipe.method.finest_level, named)
-    key = _search_key(model, batches, recipe)
-    trial_device, dicts = torch.device(device or model.device), _dicts(model, batches)
+    limits = replace(limits, least=max(limits.least, recipe.allocation.floor(limits.target)))
     mixtures: Mapping[str, NamedRates] = {}
     if named is None and "parts" in recipe.allocation.levels:
-        least = max(limits.least, recipe.allocation.floor(limits.target))
-        mixtures = recipe.method.starts(model, blocks, rates, least=least, most=limits.upper)
-    observed: dict[str | None, Sequence[BlockStatistics]] = {}
+        least, most = limits.named_bounds
+        mixtures = recipe.method.mixtures(model, blocks, rates, least=least, most=most)
+    opening = _Opening(model, blocks, batches, recipe, device, rates, statistics)
+    with evaluating(model):
+        trials = Trials(opening, named, mixtures)
+        return recipe.allocation.refine(rates, limits, trials=trials, key=_search_key(model, batches, recipe))
 
-    def start(name: str | None) -> NamedRates | None:
-        return named if name is None else mixtures[name]
+
+class _Opening:
+    """Opens trials at rates of the linears or parts, or at the rates of the blocks for None; see :class:`Trials`.
+
+    The statistics of the last one are kept, since those of a large model fit the memory only once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[Block],
+        batches: Sequence[Batch | Tensor],
+        recipe: Recipe,
+        device: torch.device | str | None,
+        rates: Sequence[float],
+        statistics: Sequence[BlockStatistics],
+    ) -> None:
+        self.model, self.blocks, self.method = model, blocks, recipe.method
+        self.batches, self.device = _dicts(model, batches), torch.device(device or model.device)
+        self.rates, self.statistics = rates, statistics
+        self.observed: tuple[NamedRates | None, Sequence[BlockStatistics]] | None = None
 
     @contextmanager
-    def opened(name: str | None) -> Iterator[Trial]:
-        if name not in observed:
-            observed.clear()  # those of a large model fit the memory once
-            observed[name] = recipe.method.trial_statistics(
-                model,
-                _with_rates(blocks, start(name)),
-                rates=rates,
-                statistics=statistics,
-                device=trial_device,
-                stream=lambda: _stream(model, blocks, batches, device),
+    def __call__(self, start: NamedRates | None) -> Iterator[Trial]:
+        if self.observed is None or self.observed[0] is not start:
+            self.observed = None
+            statistics = self.method.trial_statistics(
+                self.model,
+                _with_rates(self.blocks, start),
+                rates=self.rates,
+                statistics=self.statistics,
+                stream=lambda: _stream(self.model, self.blocks, self.batches, self.device),
+                device=self.device,
             )
-        own = observed[name]
-        with recipe.method.trial(model, blocks, statistics=own, device=trial_device, batches=dicts) as trial:
+            self.observed = start, statistics
+        _, statistics = self.observed
+        with self.method.trial(
+            self.model, self.blocks, statistics=statistics, device=self.device, batches=self.batches
+        ) as trial:
             yield trial
-
-    with evaluating(model):
-        name = None
-        if len(mixtures) > 1:
-            name = recipe.allocation.choose(mixtures, rates, limits, opened=opened, key=key)
-        with opened(name) as trial:
-            found = recipe.allocation.refine(rates, limits, trial=trial, key=key, start=start(name))
-    return found if name is None else replace(found, details=found.details | {"start": name})
 
 
 def _weights(block: Block) -> dict[str, Tensor]:

@@ -361,7 +361,8 @@ class Recipe:
         Raises:
             OutOfRange: if the budget is a share of all parameters that the linears cannot give.
         """
-        least, upper = self.method.bounds(self.min_rate, min(self.max_rate, self.method.max_rate(model, blocks)))
+        most = self.max_rate
+        least, upper = self.method.bounds(self.min_rate, min(most, self.method.max_rate(model, blocks)))
         current, sizes = self.method.current_rates(model, blocks), self.method.sizes(model, blocks)
         lower, target = [max(least, rate) for rate in current], self.sparsity
         # by which an earlier cut may have exceeded its sparsity
@@ -369,7 +370,7 @@ class Recipe:
         if self.budget == "parameters":
             asked = self.sparsity if share is None else share
             target = self.method.rate_of_parameters(asked, model, blocks, lower=lower, upper=upper, slack=slack)
-        return Limits(sizes, lower, upper, target, current, slack, least)
+        return Limits(sizes, lower, upper, target, current, slack, least, most)
 
     def sparsities(self, model: PreTrainedModel) -> tuple[float, float]:
         """Returns the smallest and the largest sparsity that the bounds of the rates allow, to four digits."""

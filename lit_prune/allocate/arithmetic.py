@@ -10,13 +10,13 @@ from typing import Any, final
 
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, NamedRates, Refined, meet_budget, weighted_mean
+from lit_prune.allocate.base import Allocation, Refined, meet_budget, weighted_mean
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from lit_prune.progress import counted, log
 from lit_prune.search.losses import MeasuredLosses
-from lit_prune.search.trial import Trial
+from lit_prune.search.trial import Trial, Trials
 
 TOLERANCE = 1e-9
 
@@ -91,16 +91,12 @@ class Arithmetic(Allocation):
         difference, middle = self.difference or 0.0, (len(scores) - 1) / 2
         return [sparsity + difference * (block - middle) for block in range(len(scores))]
 
-    def refine(
-        self,
-        rates: Sequence[float],
-        limits: Limits,
-        *,
-        trial: Trial,
-        key: Mapping[str, Any],
-        start: NamedRates | None = None,
-    ) -> Refined:
+    def refine(self, rates: Sequence[float], limits: Limits, *, trials: Trials, key: Mapping[str, Any]) -> Refined:
         """Returns the progression with the least loss."""
+        with trials.open(None) as trial:
+            return self._best(rates, limits, trial, key)
+
+    def _best(self, rates: Sequence[float], limits: Limits, trial: Trial, key: Mapping[str, Any]) -> Refined:
         most = largest_difference(limits.target, len(rates))
         differences = [most * number / (self.trials - 1) for number in range(self.trials)]
         candidates = [progression(difference, limits, trial.granularity) for difference in differences]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,12 +17,11 @@ from torch import Tensor
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
-from lit_prune.search.trial import Trial
+from lit_prune.search.trial import Trials
 
 TOLERANCE = 1e-6
 
 Level = Literal["blocks", "linears", "parts"]
-NamedRates = Sequence[Mapping[str, float]]  # of the linears or parts of each block, by name
 
 
 @dataclass(frozen=True)
@@ -129,43 +127,14 @@ class Allocation(ABC):
         """
         return None
 
-    def choose(
-        self,
-        starts: Mapping[str, NamedRates],
-        rates: Sequence[float],
-        limits: Limits,
-        *,
-        opened: Callable[[str], AbstractContextManager[Trial]],
-        key: Mapping[str, Any],
-    ) -> str:
-        """Returns the name of the best of several ``starts`` of a search for rates of parts.
-
-        Args:
-            starts: Rates of each block's parts.
-            rates: The rates of the blocks, see :meth:`refine`.
-            limits: Bounds of the rates.
-            opened: Gives the trial of the start of a name, in which weights close to that are those of a cut.
-            key: Everything that measured losses depend on, JSON-serialisable.
-        """
-        return next(iter(starts))
-
-    def refine(
-        self,
-        rates: Sequence[float],
-        limits: Limits,
-        *,
-        trial: Trial,
-        key: Mapping[str, Any],
-        start: NamedRates | None = None,
-    ) -> Refined:
+    def refine(self, rates: Sequence[float], limits: Limits, *, trials: Trials, key: Mapping[str, Any]) -> Refined:
         """Returns better rates of the same mean, or ``rates`` if the allocation does not search (:attr:`searches`).
 
         Args:
             rates: Rates from the scores, already on the budget and rounded to what the method supports.
             limits: Bounds of the rates.
-            trial: Measures the model's loss under given rates.
+            trials: Measures the model's loss under given rates.
             key: Everything that measured losses depend on, JSON-serialisable.
-            start: Rates of each block's linears or parts to start from; None for those that ``rates`` stand for.
         """
         return Refined(list(rates))
 

@@ -48,7 +48,8 @@ class Limits:
         target: Mean of the rates, weighted by ``sizes``.
         current: Share of each block's units that is already pruned; of dense blocks, the default, 0.
         slack: Share by which an earlier cut may have exceeded its target because of rounding.
-        least: Lower bound of every rate, whatever earlier cuts have removed.
+        least: Lower bound of the rate of a linear or a part, but for what earlier cuts have removed of it.
+        most: Upper bound of the rate of a linear or a part; None is ``upper``.
     """
 
     sizes: list[int]
@@ -58,9 +59,15 @@ class Limits:
     current: Sequence[float] = ()
     slack: float = 0.0
     least: float = 0.0
+    most: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "current", self.current or [0.0] * len(self.sizes))
+
+    @property
+    def named_bounds(self) -> tuple[float, float]:
+        """The bounds of the rate of a linear or a part that earlier cuts have left alone."""
+        return self.least, max(self.upper if self.most is None else self.most, self.least)
 
     @property
     def current_sparsity(self) -> float:

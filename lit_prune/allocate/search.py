@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, final, get_args
 
 from torch import Tensor
 
-from lit_prune.allocate.base import Allocation, Level, NamedRates, Refined, mean_rate
+from lit_prune.allocate.base import Allocation, Level, Refined, mean_rate
 from lit_prune.allocate.budget import Limits
 from lit_prune.calibration.statistics import BlockStatistics
 from lit_prune.errors import InputError
 from lit_prune.progress import counted, log
 from lit_prune.search.losses import MeasuredLosses
-from lit_prune.search.searching import COMPARISON, Searching
+from lit_prune.search.searching import BROKEN, COMPARISON, Searching
 from lit_prune.search.space import Group, Space
 from lit_prune.search.sweeps import evaluations_of_sweep
-from lit_prune.search.trial import NamedTrial, Trial
+from lit_prune.search.trial import NamedRates, NamedTrial, Trial, Trials
 
 Loss = Literal["cross_entropy", "kl"]
 
@@ -35,8 +35,9 @@ class Search(Allocation):
     start on windows drawn for this comparison, the start is returned.
 
     With `level: linears` the rates are those of linears instead, so that those of one block may differ; with `level:
-    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses. It then starts from the
-    best of several mixtures, equal shares or as much as possible from one part, unless there are `weights`. Four sweeps change the
+    parts` those of the parts of `Shrink`, so that the search finds how much each of them loses. Without `weights`, and
+    unless the start is a plan for the parts, it then starts from the best of several mixtures: equal shares, or as much
+    as possible from one part. Four sweeps change the
     linears or parts of one block together, those of one name, and those of one name in a quarter and in an eighth of
     the blocks; after one over single linears or parts they begin again.
 
@@ -53,7 +54,7 @@ class Search(Allocation):
         level: What gets rates of its own: the `blocks`; the `linears` of each block, for masks; or the `parts` of each
             block, for `Shrink`.
         loss: `kl`, the divergence of the pruned model's prediction from that of the unpruned one, as in EvoPress, which
-            needs one more pass over the windows; or `cross_entropy` of the next token, also where `slice_head` slices
+            needs one more pass of every window; or `cross_entropy` of the next token, also where `slice_head` slices
             the head.
         tokens: Number of tokens of a window, evenly spread, whose predictions `kl` compares; null compares all. The
             head, and the softmax over the vocabulary, compute no others, which is much of a pass of a small model.
@@ -186,77 +187,61 @@ class Search(Allocation):
         names = ("step", "windows", "level", "loss", "seed")
         settings = {"start": repr(self.start)} | {name: getattr(self, name) for name in names}
         if self.level == "parts" and "blocks" in self.rule.levels:
-            settings["starts"] = "equal shares, or a part first"  # a state without this entry knew only the first
+            settings["mixtures"] = "equal shares, or a part first"  # a state without this entry knew only the first
         # the key has the calibration text as `tokens`; a state without this entry compared all
         return settings | ({"allocation.tokens": self.tokens} if self.loss == "kl" else {})
 
-    def choose(
-        self,
-        starts: Mapping[str, NamedRates],
-        rates: Sequence[float],
-        limits: Limits,
-        *,
-        opened: Callable[[str], AbstractContextManager[Trial]],
-        key: Mapping[str, Any],
-    ) -> str:
-        """Returns the start with the least loss on the windows of the closing comparison, measured once in a state."""
-        measured, key = MeasuredLosses(self.state), {**key, "sizes": limits.sizes, **self._settings()}
-        measured.check_key(key)
-        for name, start in starts.items():
-            if name not in measured.starts:
-                with opened(name) as trial:
-                    named = trial.by_name()
-                    space = self._space_of_names(named, rates, limits, start)
-                    searching = Searching(self, space, named, MeasuredLosses(None), lambda *_: None, ())
-                    measured.starts[name] = searching.loss_at_start()
-                measured.save(key, [])
-        losses = {name: measured.starts[name] for name in starts}
-        best = min(losses, key=losses.__getitem__)
-        log(f"The search starts from {best}: loss {', '.join(f'{loss:.4f} {name}' for name, loss in losses.items())}.")
-        return best
-
-    def refine(
-        self,
-        rates: Sequence[float],
-        limits: Limits,
-        *,
-        trial: Trial,
-        key: Mapping[str, Any],
-        start: NamedRates | None = None,
-    ) -> Refined:
+    def refine(self, rates: Sequence[float], limits: Limits, *, trials: Trials, key: Mapping[str, Any]) -> Refined:
         """Returns the best rates that were measured, and the details of the search."""
         key = {**key, "sizes": limits.sizes}
         if self.level == "blocks":
-            lower = [max(low, self.floor(limits.target)) for low in limits.lower]
+            lower = [max(low, limits.least) for low in limits.lower]
             upper = [max(limits.upper, low) for low in lower]
-            return self._run(Space(list(rates), limits.sizes, trial.granularity, lower, upper), trial, key)
-        named = trial.by_name()
-        space = self._space_of_names(named, rates, limits, start)
-        found = self._run(space, named, {**key, f"sizes of {self.level}": named.sizes}, named.families())
+            with trials.open(None) as trial:
+                return self._run(Space(list(rates), limits.sizes, trial.granularity, lower, upper), trial, key)
+        mixture = self._best_mixture(rates, limits, trials, key)
+        start = trials.start if mixture is None else trials.mixtures[mixture]
+        with trials.open(start) as trial:
+            named = trial.by_name()
+            space = _space_of_names(named, rates, limits, start)
+            found = self._run(space, named, {**key, f"sizes of {self.level}": named.sizes}, named.families())
         by_block, sizes = named.by_block(found.rates), named.by_block(named.sizes)
         means = [
             mean_rate(by_name, own_sizes) if own_sizes else rate
             for by_name, own_sizes, rate in zip(by_block, sizes, rates, strict=True)
         ]
-        return Refined(means, found.details).with_named(self.level, by_block)
+        details = found.details | ({} if mixture is None else {"start": mixture})
+        return Refined(means, details).with_named(self.level, by_block)
 
-    def _space_of_names(
-        self, trial: NamedTrial, rates: Sequence[float], limits: Limits, start: NamedRates | None
-    ) -> Space:
-        """Returns the space of the rates of all linears or parts.
+    def _best_mixture(
+        self, rates: Sequence[float], limits: Limits, trials: Trials, key: Mapping[str, Any]
+    ) -> str | None:
+        """Returns the mixture with the least loss on the windows of the closing comparison; None if there is no choice.
 
-        What an earlier cut has removed of a block bounds its linears or parts one by one, which the trial knows.
+        The losses are in the state as soon as they are measured.
         """
-        least = max(limits.least, self.floor(limits.target))
-        lower, upper = [least] * len(rates), [max(limits.upper, least)] * len(rates)
-        flat = trial.split(rates) if start is None else [rate for by_name in start for rate in by_name.values()]
-        low, high = trial.bounds(lower, upper)
-        # a linear that an earlier cut left sparser than its block, or a part with large units, makes the others start
-        # below the bound of the block or above it
-        low = [min(pair) for pair in zip(low, flat, strict=True)]
-        high = [max(pair) for pair in zip(high, flat, strict=True)]
-        space = Space(flat, trial.sizes, trial.granularity, low, high)
-        return space.on_budget(limits.effective_target, trial.tolerance) if trial.tolerance else space
+        if len(trials.mixtures) < 2:
+            return None
+        measured, key = MeasuredLosses(self.state), {**key, **self._settings()}
+        measured.check_key(key)
+        try:
+            for name, mixture in trials.mixtures.items():
+                if name not in measured.mixtures:
+                    with trials.open(mixture) as trial:
+                        named = trial.by_name()
+                        space = _space_of_names(named, rates, limits, mixture)
+                        searching = Searching(self, space, named, MeasuredLosses(None), lambda *_: None, ())
+                        measured.mixtures[name] = searching.loss_at_start()
+                    measured.save(key, [])
+        except KeyboardInterrupt:
+            log(f"Search stopped before its first sweep; {measured.whereabouts}.")
+            raise
+        losses = {name: measured.mixtures[name] for name in trials.mixtures}
+        best = min(losses, key=losses.__getitem__)
+        if not math.isfinite(losses[best]):
+            raise InputError(BROKEN)
+        log(f"The search starts from {best}: loss {', '.join(f'{loss:.4f} {name}' for name, loss in losses.items())}.")
+        return best
 
     def _run(
         self, space: Space, trial: Trial, key: Mapping[str, Any], together: Sequence[Sequence[Group]] = ()
@@ -268,3 +253,15 @@ class Search(Allocation):
         measured.check_key(key)
         with counted(self.evaluations, "Searching rates") as report:
             return Refined(*Searching(self, space, trial, measured, report, together).run(key))
+
+
+def _space_of_names(trial: NamedTrial, rates: Sequence[float], limits: Limits, start: NamedRates | None) -> Space:
+    """Returns the space of the rates of all linears or parts that starts from ``start``, or ``rates`` of blocks."""
+    flat = trial.split(rates) if start is None else [rate for by_name in start for rate in by_name.values()]
+    low, high = trial.bounds(*limits.named_bounds)
+    # a linear that an earlier cut left sparser than its block, or a part with large units, makes the others start below
+    # the bound or above it
+    low = [min(pair) for pair in zip(low, flat, strict=True)]
+    high = [max(pair) for pair in zip(high, flat, strict=True)]
+    space = Space(flat, trial.sizes, trial.granularity, low, high)
+    return space.on_budget(limits.effective_target, trial.tolerance) if trial.tolerance else space

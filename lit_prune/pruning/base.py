@@ -118,10 +118,10 @@ class Method(ABC):
         """Returns the sizes of those linears or parts of each block that can have rates of their own, by name."""
         return [{} for _ in blocks]
 
-    def starts(
+    def mixtures(
         self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float], *, least: float, most: float
     ) -> dict[str, list[dict[str, float]]]:
-        """Returns rates of the parts of each block that a search of them can start from, by what they are.
+        """Returns rates of the parts of each block from which a search can start, by names such as `MLPWidth first`.
 
         Args:
             model: The causal LM.

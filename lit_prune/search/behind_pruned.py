@@ -25,14 +25,14 @@ class Observation:
         cut: Function of a block and its statistics that returns the pruned weights of its linears.
         compares: Whether the targets are the outputs of the dense block behind dense ones, one for every batch; else
             they are None.
-        settled: Function of a block that returns modules that neither this cut nor a later one changes, nor what they
-            read; from here on they are computed once.
+        settled: Function of a block that returns modules whose weights and inputs neither this cut nor a later one
+            changes; from here on they are computed once. None for none.
     """
 
     observe: Callable[[Stream, Block, Sequence[Tensor] | None], BlockStatistics]
     cut: Callable[[Block, BlockStatistics], Mapping[str, Tensor]]
     compares: bool = False
-    settled: Callable[[Block], Sequence[nn.Module]] = lambda _: ()
+    settled: Callable[[Block], Sequence[nn.Module]] | None = None
 
 
 @torch.no_grad()
@@ -60,7 +60,8 @@ def statistics_behind_pruned(
             if dense is not None:
                 dense.run(block)
             for each in observations:
-                pruned.enter_context(stream.once(each.settled(block)))
+                if each.settled is not None and block is not blocks[-1]:
+                    pruned.enter_context(stream.once(each.settled(block)))
                 own = each.observe(stream, block, dense.hidden if dense is not None and each.compares else None)
                 observed = observed.with_linears_of(own)
                 if block is not blocks[-1] or each is not observations[-1]:

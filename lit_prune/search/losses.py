@@ -30,7 +30,7 @@ class MeasuredLosses:
     Attributes:
         key: What the losses in the file depend on; None without a file.
         losses: The losses by point and window.
-        starts: The loss of each start that the search chose from, by its name.
+        mixtures: The loss of each mixture of which the search took one as its start, by name.
 
     Raises:
         InputError: if the file was not written by a search, or its folder does not exist.
@@ -41,7 +41,7 @@ class MeasuredLosses:
         self.path = None if path is None else Path(path)
         self.key: dict[str, Any] | None = None
         self.losses: dict[tuple[Point, int], float] = {}
-        self.starts: dict[str, float] = {}
+        self.mixtures: dict[str, float] = {}
         self._saved = 0, 0
         if self.path is None:
             return
@@ -55,14 +55,21 @@ class MeasuredLosses:
             content = json.loads(path.read_text(encoding="utf-8"))
             losses = {(tuple(moved), window): loss for window, loss, moved in content["losses"]}
             self.key, self.losses = dict(content["key"]), losses
-            self.starts = dict(content.get("starts", {}))
+            self.mixtures = dict(content.get("mixtures", {}))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"`{self.name}` must be a file that a search wrote, {path} is not; {CHANGE}.") from error
         self._saved = self._count
 
     @property
+    def whereabouts(self) -> str:
+        """Where the measurements of an interrupted search are, and how to resume it, as a clause."""
+        if self.path is None:
+            return "its measurements are lost; pass `--pruning.allocation.state FILE` to be able to resume it"
+        return f"its measurements are in {self.path}, and the same command resumes it"
+
+    @property
     def _count(self) -> tuple[int, int]:
-        return len(self.losses), len(self.starts)
+        return len(self.losses), len(self.mixtures)
 
     def check_key(self, key: Mapping[str, Any]) -> None:
         """Checks that the losses belong to the search of ``key``, which may have only some of the entries.
@@ -73,7 +80,7 @@ class MeasuredLosses:
         expected = json.loads(json.dumps(key))  # as it would be in the file: tuples become lists
         if self.key is None:
             return
-        if not self.losses:  # but those of starts, which are compared before the search has a space
+        if not self.losses:  # but those of mixtures, which are compared before the search has a space
             expected = {name: value for name, value in expected.items() if name in self.key}
         differing = [_difference(name, self.key.get(name), value) for name, value in expected.items()]
         if differences := [text for text in differing if text]:
@@ -88,8 +95,8 @@ class MeasuredLosses:
             return
         losses = [[window, loss, list(moved)] for (moved, window), loss in self.losses.items()]
         content = {"key": dict(key), "rates": rates, "losses": losses}
-        if self.starts:
-            content["starts"] = self.starts
+        if self.mixtures:
+            content["mixtures"] = self.mixtures
         write_text(self.path, json.dumps(content) + "\n")
         self._saved = self._count
 

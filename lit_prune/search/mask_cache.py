@@ -169,10 +169,10 @@ class MaskedLinearTrial(NamedTrial):
         by_block = [self._split(index, rate) for index, rate in enumerate(rates)]
         return [rate for by_name in by_block for rate in by_name.values()]
 
-    def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
-        """Returns the bounds of the blocks for all their linears, as far as these are not sparser already."""
-        low = [max(bound, pruned) for bound, pruned in zip(self.split(lower), self._pruned, strict=True)]
-        return low, self.split(upper)
+    def bounds(self, least: float, most: float) -> tuple[list[float], list[float]]:
+        """Returns the same bounds for all linears, as far as these are not sparser already."""
+        low = [max(least, pruned) for pruned in self._pruned]
+        return low, [max(most, bound) for bound in low]
 
 
 @contextmanager

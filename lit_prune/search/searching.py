@@ -112,7 +112,7 @@ class Searching:
             self._sweep(key)
             after = self.loss(self.sweeps.best, self.comparison)
         except KeyboardInterrupt:
-            log(f"Search stopped after {len(self.evaluated)} evaluations; {self._state_message()}.")
+            log(f"Search stopped after {len(self.evaluated)} evaluations; {self.measured.whereabouts}.")
             raise
         finally:
             self._save(key)
@@ -163,11 +163,6 @@ class Searching:
 
     def _save(self, key: Mapping[str, Any]) -> None:
         self.measured.save(key, self.space.rates(self.sweeps.best))
-
-    def _state_message(self) -> str:
-        if self.measured.path is None:
-            return "its measurements are lost; pass `--pruning.allocation.state FILE` to be able to resume it"
-        return f"its measurements are in {self.measured.path}, and the same command resumes it"
 
     @property
     def _all(self) -> str:

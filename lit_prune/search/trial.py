@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from lit_prune.search.prefix import Prefix
 from lit_prune.search.space import Group
 
 _T = TypeVar("_T")
+NamedRates = Sequence[Mapping[str, float]]  # of the linears or parts of each block, by name
 STRETCHES = (4, 8)  # numbers of stretches of blocks, in which the linears or parts of one name change together
 
 
@@ -48,7 +50,7 @@ class Trial(ABC):
         counts = [len(compared(ids_1T.shape[1], mask_1T, None)) for ids_1T, mask_1T in rows]
         self._rows = [row for row, count in zip(rows, counts, strict=True) if count]
         self.tokens = [count for count in counts if count]
-        self._unpruned: list[Tensor] = []  # the last hidden states of every window, for the divergence
+        self._unpruned: dict[int, Tensor] = {}  # the last hidden states of windows, for the divergence
         self._prefix: Prefix | None = None
 
     def reuse(self, windows: int) -> None:
@@ -81,14 +83,14 @@ class Trial(ABC):
     def divergence(self, rates: Sequence[float], window: int, tokens: int | None = None) -> float:
         """Returns the mean KL divergence from the unpruned model's predictions; infinity for NaN.
 
-        It is that of up to ``tokens`` predictions in one window, evenly spread, or of all for None. The first call runs
-        the unpruned model over all windows, and keeps its last hidden states.
+        It is that of up to ``tokens`` predictions in one window, evenly spread, or of all for None. The first call for
+        a window runs the unpruned model too, and keeps its last hidden states.
         """
-        if not self._unpruned:
+        if window not in self._unpruned:
             self.take_unpruned()
-            with recorded(self.model) as self._unpruned:
-                for number in range(len(self.tokens)):
-                    self._run(number)
+            with recorded(self.model) as inputs:
+                self._run(window)
+            self._unpruned[window] = inputs[0]
         ids_1T, mask_1T = self._rows[window]
         with appended(self.model, self._unpruned[window], compared(ids_1T.shape[1], mask_1T, tokens)):
             logits_SV, reference_SV = self._run_at(rates, window)[2]
@@ -106,6 +108,22 @@ class Trial(ABC):
         ids_1T = ids_1T.to(self.model.device)
         mask_1T = None if mask_1T is None else mask_1T.to(self.model.device)
         return ids_1T, mask_1T, self.model(input_ids=ids_1T, attention_mask=mask_1T, use_cache=False).logits
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The trials of a model from which a search chooses.
+
+    Attributes:
+        open: Gives the trial in which the weights at some rates of the linears or parts, and close to these, are those
+            of a cut; for None at the rates of the blocks.
+        start: The rates of linears or parts of a plan, from which the search starts; None for those of the blocks.
+        mixtures: Several rates of parts from which it can start instead, by name.
+    """
+
+    open: Callable[[NamedRates | None], AbstractContextManager[Trial]]
+    start: NamedRates | None = None
+    mixtures: Mapping[str, NamedRates] = field(default_factory=dict)
 
 
 class NamedTrial(Trial):
@@ -127,8 +145,8 @@ class NamedTrial(Trial):
         """Returns the rates of the linears or parts under ``rates`` of the blocks."""
 
     @abstractmethod
-    def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
-        """Returns the bounds of the rates under bounds of those of the blocks."""
+    def bounds(self, least: float, most: float) -> tuple[list[float], list[float]]:
+        """Returns the bounds of every rate, where ``least`` and ``most`` bound those that are still possible."""
 
     def settings(self, rates: Sequence[float]) -> Sequence[Hashable]:
         """Returns, for each block, the rates of its linears or parts."""

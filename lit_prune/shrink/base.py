@@ -267,9 +267,7 @@ class UnitMethod(PartMethod):
 
         first = zeroed.parts[0]
         compares = self._compares(blocks[0], first, stream)
-        if in_attention(first.writer):
-            return Observation(observe, cut, compares)
-        return Observation(observe, cut, compares, settled=attention_of)
+        return Observation(observe, cut, compares, None if in_attention(first.writer) else attention_of)
 
     def trial_statistics(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -49,6 +50,28 @@ class PartRates:
         low = max(self.current[block], self.least)
         return low, max(self.most, low)
 
+    def parameters(self, rates: Sequence[float]) -> float:
+        """Returns the number of parameters that the part loses at ``rates``, with what it has lost."""
+        return sum(rate * size for rate, size in zip(rates, self.removable, strict=True))
+
+    def within(self, least: float, most: float) -> PartRates:
+        """Returns the part with further bounds of its rates."""
+        return replace(self, least=least, most=min(self.most, most))
+
+    def rounded_down(self, rates: Sequence[float], sizes: Sequence[int], current: Sequence[float]) -> list[float]:
+        """Returns the greatest rates up to ``rates`` that are possible, block by block."""
+        return [
+            self._rounded_down(rate, size, low) if size else rate
+            for rate, size, low in zip(rates, sizes, current, strict=True)
+        ]
+
+    def _rounded_down(self, rate: float, size: int, low: float) -> float:
+        (nearest,) = self.rounded([rate], [size], [low])
+        if nearest <= rate + TOLERANCE:
+            return nearest
+        (below,) = self.rounded([max(rate - 2 * self.step * min(self.sizes) / size, 0.0)], [size], [low])
+        return below
+
     def removed(self, amount: float) -> float:
         """Returns the number of parameters that go if every block loses ``amount`` times the weight of what it has."""
         gone = (
@@ -85,27 +108,29 @@ def split(rates: Sequence[float], parts: Sequence[PartRates]) -> list[list[float
     return found
 
 
-def split_first(
-    first: int, rates: Sequence[float], parts: Sequence[PartRates], *, least: float, most: float
-) -> list[list[float]]:
+def split_first(first: int, rates: Sequence[float], parts: Sequence[PartRates]) -> list[list[float]] | None:
     """Returns the rates of every part, as :func:`split` does, where one part loses as much as it can.
 
     Args:
         first: Index of that part; the others lose what it cannot.
         rates: Share that each block is to lose of the parameters of all parts.
         parts: What the parts can remove.
-        least: Lower bound of the rates of the parts, but for rounding.
-        most: Upper bound of the rates of the parts.
+
+    Returns:
+        The rates, or None if they miss what is to go by more than the part with the smallest step can make up for.
     """
-    bounded = [replace(part, least=least, most=min(part.most, most), weight=LAST) for part in parts]
-    own = bounded[first]
-
-    def rounded_down(wanted: Sequence[float], sizes: Sequence[int], current: Sequence[float]) -> list[float]:
-        return own.rounded([max(rate - own.step + TOLERANCE, 0.0) for rate in wanted], sizes, current)
-
+    weighted = [replace(part, weight=LAST) for part in parts]
     # what it lost more by rounding, others that lose nothing could not make up for
-    bounded[first] = replace(own, weight=1.0, rounded=rounded_down)
-    return split(rates, bounded)
+    weighted[first] = replace(parts[first], weight=1.0, rounded=parts[first].rounded_down)
+    found = split(rates, weighted)
+    missing = sum(rate * sum(part.removable[block] for part in parts) for block, rate in enumerate(rates))
+    missing -= sum(part.parameters(own) for part, own in zip(parts, found, strict=True))
+    finest, own = min(
+        zip(parts, found, strict=True), key=lambda pair: pair[0].step * sum(pair[0].removable) or math.inf
+    )
+    bounds = [finest.bounds(block)[missing > 0] for block in range(len(rates))]
+    room = abs(finest.parameters(bounds) - finest.parameters(own)) + finest.step * max(finest.removable)
+    return found if abs(missing) <= room else None
 
 
 def _planned(rate: float, parts: Sequence[PartRates], block: int) -> list[float]:

@@ -236,23 +236,25 @@ class Shrink(PartsMethod):
         numbers = zip(*(part.removable(model, blocks) for part in self._parts), strict=True)
         return [{name: number for name, number in zip(self._names, own, strict=True) if number} for own in numbers]
 
-    def starts(
+    def mixtures(
         self, model: PreTrainedModel, blocks: Sequence[Block], rates: Sequence[float], *, least: float, most: float
     ) -> dict[str, list[dict[str, float]]]:
         """Returns equal shares and, for each part, all from it first; none if there are `weights`."""
         if self.weights is not None:
             return {}
         parts, sizes = self._rates(model, blocks), self.named_sizes(model, blocks)
+        bounded = [part.within(least, most) for part in parts]
         found = {EQUAL: split(rates, parts)}
         # the largest comes last, as it is the likeliest to be the best, whose statistics are then there
         for index in sorted(range(len(parts)), key=lambda index: sum(parts[index].removable)):
-            found[f"{self._names[index]} first"] = split_first(index, rates, parts, least=least, most=most)
+            if (by_part := split_first(index, rates, bounded)) is not None:
+                found[f"{self._names[index]} first"] = by_part
         named: dict[str, list[dict[str, float]]] = {}
-        for start, by_part in found.items():
+        for mixture, by_part in found.items():
             by_name = dict(zip(self._names, by_part, strict=True))
             by_block = [{name: by_name[name][block] for name in own} for block, own in enumerate(sizes)]
             if by_block not in named.values():
-                named[start] = by_block
+                named[mixture] = by_block
         return named
 
     def check_named(

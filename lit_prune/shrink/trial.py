@@ -152,11 +152,11 @@ class PartTrial(NamedTrial):
         found = split(rates, self.parts)
         return [found[part][block] for block, part in self._places]
 
-    def bounds(self, lower: Sequence[float], upper: Sequence[float]) -> tuple[list[float], list[float]]:
-        """Returns the bounds of the blocks for each of their parts, as far as it can lose as much."""
-        low = [max(lower[block], self.parts[part].current[block]) for block, part in self._places]
-        most = [min(upper[block], self.parts[part].most) for block, part in self._places]
-        return low, [max(pair) for pair in zip(low, most, strict=True)]
+    def bounds(self, least: float, most: float) -> tuple[list[float], list[float]]:
+        """Returns the same bounds for all parts, as far as each can lose as much and has not lost more."""
+        bounded = [part.within(least, most) for part in self.parts]
+        low, high = zip(*(bounded[part].bounds(block) for block, part in self._places), strict=True)
+        return list(low), list(high)
 
 
 def _granularity(trial: Trial, part: PartRates) -> list[int]:

@@ -17,6 +17,7 @@ from lit_prune.pruning import Magnitude, MixedNofM, SparseGPT, Wanda
 from lit_prune.recipe import Recipe
 from tests.allocate.blocks import rates
 from tests.conftest import lively_model, small_model
+from tests.search.bowl import opened
 
 LIMITS = Limits([1000] * 5, [0.0] * 5, 0.99, 0.4)
 KEY = {"weights": "a" * 64}
@@ -40,7 +41,7 @@ class Slope:
 
 
 def refine(trial: Slope, key: dict[str, Any] = KEY, **settings: Any) -> Refined:
-    return Arithmetic(**settings).refine([0.4] * 5, LIMITS, trial=trial, key=key)  # type: ignore[arg-type]
+    return Arithmetic(**settings).refine([0.4] * 5, LIMITS, trials=opened(trial), key=key)
 
 
 def test_by_hand() -> None:

@@ -1,11 +1,13 @@
 """A trial without a model, for searches."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from lit_prune.allocate import Search, Uniform
 from lit_prune.allocate.base import Refined
 from lit_prune.allocate.budget import Limits
+from lit_prune.search.trial import Trials
 
 BEST = [0.3, 0.7, 0.5, 0.6, 0.4, 0.5]
 LIMITS = Limits([1000] * 6, [0.0] * 6, 0.99, 0.5)
@@ -35,6 +37,10 @@ class Bowl:
         return self.loss(rates, window)
 
 
+def opened(trial: Any) -> Trials:
+    return Trials(lambda _: nullcontext(trial))
+
+
 def refine(trial: Bowl, key: dict[str, Any] = KEY, **settings: Any) -> Refined:
     search = Search(**({"start": Uniform(), "evaluations": 200} | settings))
-    return search.refine([0.5] * 6, LIMITS, trial=trial, key=key)  # type: ignore[arg-type]
+    return search.refine([0.5] * 6, LIMITS, trials=opened(trial), key=key)

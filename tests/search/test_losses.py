@@ -34,13 +34,13 @@ def test_nothing_new_is_not_written(tmp_path: Path) -> None:
     assert len(MeasuredLosses(str(tmp_path / "state.json")).losses) == 3
 
 
-def test_the_losses_of_starts_are_kept_before_there_are_others(tmp_path: Path) -> None:
+def test_the_losses_of_mixtures_are_kept_before_there_are_others(tmp_path: Path) -> None:
     path = str(tmp_path / "state.json")
     measured = MeasuredLosses(path)
-    measured.starts["equal shares"] = 0.5
+    measured.mixtures["equal shares"] = 0.5
     measured.save({"sparsity": 0.5}, [])
     read = MeasuredLosses(path)
-    assert read.starts == {"equal shares": 0.5}
+    assert read.mixtures == {"equal shares": 0.5}
     read.check_key(KEY)  # which has entries that were not known then
     with pytest.raises(InputError, match="`sparsity` 0.5, now 0.6"):
         read.check_key(KEY | {"sparsity": 0.6})
@@ -48,7 +48,7 @@ def test_the_losses_of_starts_are_kept_before_there_are_others(tmp_path: Path) -
     read.save(KEY, [0.3, 0.7])
     with pytest.raises(InputError, match="other sizes"):
         MeasuredLosses(path).check_key(KEY | {"sizes": [2, 1]})
-    assert MeasuredLosses(path).starts == {"equal shares": 0.5}
+    assert MeasuredLosses(path).mixtures == {"equal shares": 0.5}
 
 
 def test_without_a_file_losses_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

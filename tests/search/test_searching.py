@@ -10,7 +10,7 @@ from lit_prune.allocate import Search, Uniform
 from lit_prune.allocate.base import weighted_mean
 from lit_prune.allocate.budget import Limits
 from lit_prune.search import searching as searches
-from tests.search.bowl import BEST, LIMITS, Bowl, refine
+from tests.search.bowl import BEST, LIMITS, Bowl, opened, refine
 
 
 def test_it_comes_near_the_best_and_tells() -> None:
@@ -74,7 +74,7 @@ def test_the_limit_of_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_floor_of_the_start_and_a_lower_bound_above_the_upper_are_kept(tmp_path: Path) -> None:
     trial, search = Bowl(), Search(Uniform(), evaluations=100)
     limits = Limits([1000] * 6, [0.45] * 5 + [0.5], 0.48, 0.5)
-    search.refine([0.5] + [0.46] * 4 + [0.5], limits, trial=trial, key={})  # type: ignore[arg-type]
+    search.refine([0.5] + [0.46] * 4 + [0.5], limits, trials=opened(trial), key={})
     assert all(0.45 - 1e-9 <= rate <= 0.5 + 1e-9 for rates, _ in trial.seen for rate in rates)
     assert all(rates[5] == 0.5 for rates, _ in trial.seen)
 
@@ -143,7 +143,7 @@ def test_a_search_without_a_sweep_is_told(monkeypatch: pytest.MonkeyPatch, capsy
     refine(trial, minutes=0.5)
     assert f"{START}: no sweep came to its end. Pass more `--pruning.allocation.minutes`" in logged(capsys)
     limits = Limits([1000] * 6, [0.5] * 6, 0.5, 0.5)
-    Search(Uniform()).refine([0.5] * 6, limits, trial=Bowl(), key={})  # type: ignore[arg-type]
+    Search(Uniform()).refine([0.5] * 6, limits, trials=opened(Bowl()), key={})
     assert f"{START}: its bounds and steps allow no others" in logged(capsys)
 
 

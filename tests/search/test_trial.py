@@ -82,6 +82,14 @@ def test_the_divergence_is_from_the_unpruned_model(model: PreTrainedModel, batch
     assert trial.divergence([1.0] * 3, 2, tokens=5) == pytest.approx(expected, rel=1e-4)
 
 
+def test_windows_that_are_not_compared_do_not_run(model: PreTrainedModel, batches: list[torch.Tensor]) -> None:
+    trial, passes = Dense(model, "model.layers", [{"input_ids": batch} for batch in batches]), [0]
+    model.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    for rates, window, expected in ((0.0, 2, 2), (1.0, 2, 3), (1.0, 4, 5)):  # two passes for a new window
+        trial.divergence([rates] * 3, window)
+        assert passes == [expected]
+
+
 def test_a_trial_of_blocks_alone() -> None:
     with pytest.raises(NotImplementedError, match="AsItIs has one rate per block"):
         AsItIs(small_model(), "model.layers", []).by_name()

@@ -1,6 +1,7 @@
 """The rates of several parts, by hand."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,26 +60,50 @@ def test_what_is_gone_counts() -> None:
 def test_one_part_first() -> None:
     """0.3 * 400 = 120: the channels, 300, can lose that; of the groups, 100, two of three go at most."""
     parts = [part(3, 100), part(300, 300)]
-    assert split_first(1, [0.3, 0.3], parts, least=0.0, most=0.99) == [[0.0] * 2, pytest.approx([0.4] * 2)]
-    groups, channels = split_first(0, [0.3, 0.3], parts, least=0.0, most=0.99)
+    assert split_first(1, [0.3, 0.3], parts) == [[0.0] * 2, pytest.approx([0.4] * 2)]
+    groups, channels = split_first(0, [0.3, 0.3], parts) or ([], [])
     assert groups == pytest.approx([2 / 3] * 2)
     assert channels == pytest.approx([(120 - 200 / 3) / 300] * 2, abs=2e-3)
 
 
 def test_a_part_that_is_first_is_rounded_down() -> None:
     """0.145 * 400 = 58 are 1.74 of 3 groups: two would be more than what is to go."""
-    groups, channels = split_first(0, [0.145] * 2, [part(3, 100), part(300, 300)], least=0.0, most=0.99)
+    groups, channels = split_first(0, [0.145] * 2, [part(3, 100), part(300, 300)]) or ([], [])
     assert groups == pytest.approx([1 / 3] * 2)
     assert channels == pytest.approx([(58 - 100 / 3) / 300] * 2, abs=2e-3)
-    assert split_first(0, [0.125] * 2, [part(4, 100), part(30, 300)], least=0.0, most=0.99)[0] == [0.5] * 2
+    assert (split_first(0, [0.125] * 2, [part(4, 100), part(30, 300)]) or [[]])[0] == [0.5] * 2
+
+
+def test_a_part_that_is_first_is_rounded_down_block_by_block() -> None:
+    """Of 16 units in three blocks: 0.1 is 1.6 units of 4 in the first part, which is 400 of 1600 parameters."""
+    coarse, fine = part(4, 400, given=[400] * 3), part(1200, 1200, given=[1200] * 3)
+    blocks = {"current": [0.0] * 3}
+    three = [replace(coarse, sizes=[4] * 3, **blocks), replace(fine, sizes=[1200] * 3, **blocks)]
+    units = split_first(0, [0.0625, 0.1, 0.1875], three)
+    assert units is not None
+    assert units[0] == [0.25, 0.25, 0.75]
+    assert units[1][0] == pytest.approx(0.0, abs=0.03)
 
 
 def test_bounds_hold_for_the_part_that_is_first_and_for_the_others() -> None:
     parts = [part(100, 100), part(300, 300)]
-    groups, channels = split_first(1, [0.3] * 2, parts, least=0.1, most=0.99)
+    groups, channels = split_first(1, [0.3] * 2, [own.within(0.1, 0.99) for own in parts]) or ([], [])
     assert (groups, channels) == (pytest.approx([0.1] * 2), pytest.approx([110 / 300] * 2, abs=4e-3))
-    groups, channels = split_first(1, [0.3] * 2, parts, least=0.0, most=0.35)
+    groups, channels = split_first(1, [0.3] * 2, [own.within(0.0, 0.35) for own in parts]) or ([], [])
     assert (groups, channels) == (pytest.approx([0.15] * 2), pytest.approx([0.35] * 2, abs=4e-3))
+
+
+@pytest.mark.parametrize(("least", "most"), [(0.31, 0.99), (0.0, 0.29)])
+def test_bounds_that_rates_are_beyond(least: float, most: float) -> None:
+    parts = [part(100, 100).within(least, most), part(300, 300).within(least, most)]
+    assert split_first(0, [0.3] * 2, parts) is None
+
+
+def test_a_bound_between_the_steps_of_a_part() -> None:
+    """Two of four groups are 50 of 100, and at most 180 of 300 channels: 230 of the 240 that 0.6 are."""
+    parts = [part(4, 100).within(0.0, 0.6), part(300, 300).within(0.0, 0.6)]
+    assert split_first(1, [0.6] * 2, parts) is None
+    assert split_first(1, [0.57] * 2, parts) is not None
 
 
 def test_a_block_without_any_part() -> None:

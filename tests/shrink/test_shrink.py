@@ -5,6 +5,7 @@ and 48 channels with 3 * 32, 4,608 in all.
 """
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from lit_prune.pipeline import prune
 from lit_prune.pruning import Method, Wanda
 from lit_prune.recipe import Recipe
 from lit_prune.reconstruct import Reconstruct
+from lit_prune.search.trial import Trial
 from lit_prune.shrink import HeadGroups, MLPWidth, Shrink
 from lit_prune.shrink.units.sizes import rates_from_units
 from tests.calibration.plain_forward import hidden_by_block
@@ -288,11 +290,11 @@ def test_a_search_of_parts_starts_from_the_best_of_several_mixtures(
     state = tmp_path / "state.json"
     search = replace(PARTS, evaluations=26, state=str(state))
     pruned = prune(without_attention(), batches, Recipe(FINE, 0.3, search))
-    starts = json.loads(state.read_text())["starts"]
-    assert list(starts) == ["equal shares", "HeadGroups first", "MLPWidth first"]
-    assert starts["HeadGroups first"] == min(starts.values()) == pruned.search["loss_start"]
-    assert starts["HeadGroups first"] < 0.1 * starts["equal shares"]
-    assert starts["equal shares"] < starts["MLPWidth first"]
+    losses = json.loads(state.read_text())["mixtures"]
+    assert list(losses) == ["equal shares", "HeadGroups first", "MLPWidth first"]
+    assert losses["HeadGroups first"] == min(losses.values()) == pruned.search["loss_start"]
+    assert losses["HeadGroups first"] < 0.1 * losses["equal shares"]
+    assert losses["equal shares"] < losses["MLPWidth first"]
     assert "The search starts from HeadGroups first: loss " in capsys.readouterr().err
 
 
@@ -301,7 +303,57 @@ def test_a_search_of_parts_with_weights_starts_from_these(batches: list[Tensor],
     weighted = Shrink([MLPWidth(multiple=1), HeadGroups()], [1.0, 1.0])
     pruned = prune(without_attention(), batches, Recipe(weighted, 0.3, search))
     assert "start" not in pruned.search
-    assert "starts" not in json.loads((tmp_path / "state.json").read_text())
+    assert "mixtures" not in json.loads((tmp_path / "state.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("before", "sparsity", "bounds"),
+    [
+        (None, 0.85, {}),
+        (None, 0.6, {"max_rate": 0.6}),
+        (HeadGroups(), 0.4, {"min_rate": 0.3}),
+        (MLPWidth(multiple=1), 0.5, {"min_rate": 0.3}),
+    ],
+)
+def test_no_mixture_misses_the_budget(
+    before: Method | None, sparsity: float, bounds: dict[str, float], batches: list[Tensor]
+) -> None:
+    model = four_groups()
+    if before is not None:
+        prune(model, batches, Recipe(before, 0.75 if isinstance(before, HeadGroups) else 0.5, Uniform()))
+    search = replace(PARTS, evaluations=26, loss="cross_entropy")
+    pruned = prune(model, batches, Recipe(FINE, sparsity, search, **bounds))  # type: ignore[arg-type]
+    assert pruned.sparsity == pytest.approx(sparsity, abs=2e-3)
+
+
+def test_what_a_stopped_comparison_of_mixtures_measured_is_kept(
+    batches: list[Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    observed: list[Any] = []
+    observe = Shrink.trial_statistics
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        observed.append(kwargs)
+        if len(observed) == 2:
+            raise KeyboardInterrupt
+        return observe(*args, **kwargs)
+
+    monkeypatch.setattr(Shrink, "trial_statistics", stopped)
+    recipe = Recipe(FINE, 0.3, replace(PARTS, evaluations=26, state=str(tmp_path / "state.json")))
+    with pytest.raises(KeyboardInterrupt):
+        prune(four_groups(), batches, recipe)
+    assert "Search stopped before its first sweep; its measurements are in" in capsys.readouterr().err
+    found = prune(four_groups(), batches, recipe)
+    assert len(observed) == 2 + 3  # the two other mixtures, and again the first, which is the best
+    assert found.search["start"] == "equal shares"
+    fresh = prune(four_groups(), batches, replace(recipe, allocation=replace(PARTS, evaluations=26)))
+    assert (fresh.parts, fresh.search) == (found.parts, found.search)
+
+
+def test_mixtures_without_a_loss(batches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trial, "divergence", lambda *_: math.inf)
+    with pytest.raises(InputError, match="the loss under the rates of `Search.start` is NaN or infinity"):
+        prune(four_groups(), batches, Recipe(FINE, 0.3, PARTS))
 
 
 def test_a_state_of_a_search_that_knew_one_start_alone_is_refused_at_once(
@@ -311,10 +363,10 @@ def test_a_state_of_a_search_that_knew_one_start_alone_is_refused_at_once(
     recipe = Recipe(FINE, 0.3, search)
     prune(four_groups(), batches, recipe)
     old = json.loads((tmp_path / "state.json").read_text())
-    del old["starts"], old["key"]["starts"]
+    del old["mixtures"], old["key"]["mixtures"]
     (tmp_path / "state.json").write_text(json.dumps(old))
     monkeypatch.setattr("lit_prune.pipeline.Stream", lambda *_: pytest.fail("the model ran"))
-    with pytest.raises(InputError, match="`starts` None, now equal shares, or a part first"):
+    with pytest.raises(InputError, match="`mixtures` None, now equal shares, or a part first"):
         prune(four_groups(), batches, recipe)
 
 
