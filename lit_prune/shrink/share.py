@@ -125,11 +125,11 @@ def split_first(first: int, rates: Sequence[float], parts: Sequence[PartRates]) 
     found = split(rates, weighted)
     missing = sum(rate * sum(part.removable[block] for part in parts) for block, rate in enumerate(rates))
     missing -= sum(part.parameters(own) for part, own in zip(parts, found, strict=True))
-    finest, own = min(
-        zip(parts, found, strict=True), key=lambda pair: pair[0].step * sum(pair[0].removable) or math.inf
-    )
+    steps = [part.step * max(part.removable) or math.inf for part in parts]  # in parameters
+    index = steps.index(min(steps))
+    finest, own = parts[index], found[index]
     bounds = [finest.bounds(block)[missing > 0] for block in range(len(rates))]
-    room = abs(finest.parameters(bounds) - finest.parameters(own)) + finest.step * max(finest.removable)
+    room = abs(finest.parameters(bounds) - finest.parameters(own)) + steps[index]
     return found if abs(missing) <= room else None
 
 
