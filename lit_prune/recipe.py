@@ -258,9 +258,13 @@ class Recipe:
         return blocks
 
     def check_method(self, model: PreTrainedModel, sparsity: float) -> None:
-        """Raises InputError if the method cannot prune ``model`` to ``sparsity``."""
+        """Raises InputError if the method cannot prune ``model`` to ``sparsity``.
+
+        Of a share of all parameters, only the bounds of the rates tell what is possible; see :meth:`limits`.
+        """
+        in_units = self.budget == "linears" or self.method.of_all_parameters
         self.method.check_model(model)
-        self.method.check(model, find_blocks(model, blocks=self.blocks), sparsity)
+        self.method.check(model, find_blocks(model, blocks=self.blocks), sparsity if in_units else 0.0)
 
     def check(self, model: PreTrainedModel) -> list[Block]:
         """Returns the blocks of ``model``, after all checks that are possible without running it.
