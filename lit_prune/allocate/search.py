@@ -234,7 +234,8 @@ class Search(Allocation):
                         measured.mixtures[name] = searching.loss_at_start()
                     measured.save(key, [])
         except KeyboardInterrupt:
-            log(f"Search stopped before its first sweep; {measured.whereabouts}.")
+            kept = measured.whereabouts if measured.mixtures else "nothing was measured"
+            log(f"Search stopped before its first sweep; {kept}.")
             raise
         losses = {name: measured.mixtures[name] for name in trials.mixtures}
         best = min(losses, key=losses.__getitem__)

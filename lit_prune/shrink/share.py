@@ -93,7 +93,8 @@ def split(rates: Sequence[float], parts: Sequence[PartRates]) -> list[list[float
     """
     planned = list(zip(*(_planned(rate, parts, block) for block, rate in enumerate(rates)), strict=True))
     found, missing = [list(own) for own in planned], 0.0
-    order = sorted(range(len(parts)), key=lambda index: -parts[index].step * sum(parts[index].removable))
+    steps = [round(part.step * sum(part.removable), 6) for part in parts]
+    order = sorted(range(len(parts)), key=lambda index: (-steps[index], parts[index].weight))
     for done, index in enumerate(order):
         part = parts[index]
         if not sum(part.removable):  # experts whose mixtures are gone

@@ -85,6 +85,15 @@ def test_a_part_that_is_first_is_rounded_down_block_by_block() -> None:
     assert units[1][0] == pytest.approx(0.0, abs=0.03)
 
 
+def test_parts_with_equal_steps() -> None:
+    """One of four units of either is 100 parameters; 0.3 of 800 are 240, so that two units of the first go."""
+    parts = [part(4, 400), part(4, 400)]
+    for first in (0, 1):
+        found = split_first(first, [0.3] * 2, parts)
+        assert found is not None
+        assert (found[first], found[1 - first]) == ([0.5] * 2, [0.0] * 2)
+
+
 def test_bounds_hold_for_the_part_that_is_first_and_for_the_others() -> None:
     parts = [part(100, 100), part(300, 300)]
     groups, channels = split_first(1, [0.3] * 2, [own.within(0.1, 0.99) for own in parts]) or ([], [])
