@@ -39,6 +39,7 @@ from lit_prune.models.families import Block
 from lit_prune.models.on_disk import check_offload_folder
 from lit_prune.models.tensors import digest
 from lit_prune.progress import log, track
+from lit_prune.pruning.base import Method
 from lit_prune.recipe import Recipe, recipe_record
 from lit_prune.reconstruct.finished import FinishedBlocks
 from lit_prune.reconstruct.losses import BlockLosses
@@ -391,32 +392,28 @@ def _refine(
     if named is None and "parts" in recipe.allocation.levels:
         least, most = limits.named_bounds
         mixtures = recipe.method.mixtures(model, blocks, rates, least=least, most=most)
-    opening = _Opening(model, blocks, batches, recipe, device, rates, statistics)
+    trial_device = torch.device(device or model.device)
+    opening = _Opening(model, blocks, _dicts(model, batches), recipe.method, trial_device, rates, statistics)
     with evaluating(model):
         trials = Trials(opening, named, mixtures)
         return recipe.allocation.refine(rates, limits, trials=trials, key=_search_key(model, batches, recipe))
 
 
+@dataclass
 class _Opening:
     """Opens trials at rates of the linears or parts, or at the rates of the blocks for None; see :class:`Trials`.
 
     The statistics of the last one are kept, since those of a large model fit the memory only once.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        blocks: Sequence[Block],
-        batches: Sequence[Batch | Tensor],
-        recipe: Recipe,
-        device: torch.device | str | None,
-        rates: Sequence[float],
-        statistics: Sequence[BlockStatistics],
-    ) -> None:
-        self.model, self.blocks, self.method = model, blocks, recipe.method
-        self.batches, self.device = _dicts(model, batches), torch.device(device or model.device)
-        self.rates, self.statistics = rates, statistics
-        self.observed: tuple[NamedRates | None, Sequence[BlockStatistics]] | None = None
+    model: PreTrainedModel
+    blocks: Sequence[Block]
+    batches: Sequence[Batch]
+    method: Method
+    device: torch.device
+    rates: Sequence[float]
+    statistics: Sequence[BlockStatistics]
+    observed: tuple[NamedRates | None, Sequence[BlockStatistics]] | None = None
 
     @contextmanager
     def __call__(self, start: NamedRates | None) -> Iterator[Trial]:

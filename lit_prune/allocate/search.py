@@ -37,9 +37,9 @@ class Search(Allocation):
     With `level: linears` the rates are those of linears instead, so that those of one block may differ; with `level:
     parts` those of the parts of `Shrink`, so that the search finds how much each of them loses. Without `weights`, and
     unless the start is a plan for the parts, it then starts from the best of several mixtures: equal shares, or as much
-    as possible from one part. Four sweeps change the
-    linears or parts of one block together, those of one name, and those of one name in a quarter and in an eighth of
-    the blocks; after one over single linears or parts they begin again.
+    as possible from one part. Four sweeps change the linears or parts of one block together, those of one name, and
+    those of one name in a quarter and in an eighth of the blocks; after one over single linears or parts they begin
+    again.
 
     Args:
         start: The allocation of the initial rates; null is DLP.
